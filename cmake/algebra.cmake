@@ -1,0 +1,22 @@
+set(algebra_source ${PROJECT_SOURCE_DIR}/src/algebra/dense_tiles.cpp)
+if(EXISTS ${algebra_source})
+  set(algebra_variants baseline)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    list(APPEND algebra_variants avx2 avx512)
+  endif()
+  set(algebra_flags_baseline "")
+  set(algebra_flags_avx2 -mavx2 -mfma)
+  set(algebra_flags_avx512 -mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl)
+  foreach(variant IN LISTS algebra_variants)
+    add_library(quantloom_algebra_${variant} OBJECT ${algebra_source})
+    target_compile_definitions(quantloom_algebra_${variant} PRIVATE
+      QUANTLOOM_ALGEBRA_VARIANT=${variant} Eigen=Eigen_${variant} EIGEN_DONT_PARALLELIZE)
+    target_compile_options(quantloom_algebra_${variant} PRIVATE ${algebra_flags_${variant}})
+    target_include_directories(quantloom_algebra_${variant} PRIVATE
+      ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+    target_include_directories(quantloom_algebra_${variant} SYSTEM PRIVATE
+      $<TARGET_PROPERTY:Eigen3::Eigen,INTERFACE_INCLUDE_DIRECTORIES>)
+    target_link_libraries(quantloom_algebra_${variant} PRIVATE quantloom_flags)
+    target_sources(quantloom PRIVATE $<TARGET_OBJECTS:quantloom_algebra_${variant}>)
+  endforeach()
+endif()

@@ -1,0 +1,45 @@
+// Products straight from packed codes on the CPU: y = x W^T for x [m, k], W [n, k], y [m, n].
+//
+// A PackedTensor is first brought into the order that the SIMD loops read (rows interleaved, one linear
+// stream per thread); prepare() does that once, at load. Results do not depend on the thread count.
+#pragma once
+
+#include <memory>
+
+#include "quantloom/packed_tensor.hpp"
+
+namespace quantloom {
+
+// How activations enter the product.
+enum class Activations : uint8_t {
+  exact,  // as float32; accumulation in float32
+  // Rounded to int8 with one scale per token and block of at most 128 inputs. Adds a relative output
+  // error of about 0.5% (measured in bench/RESULTS.md) and is faster below 8 bits per weight.
+  int8,
+};
+
+// A matrix in kernel order. Immutable; may be shared between threads.
+class PreparedTensor {
+ public:
+  virtual ~PreparedTensor() = default;
+  virtual int64_t n() const = 0;
+  virtual int64_t k() const = 0;
+  virtual int64_t byte_count() const = 0;
+};
+
+// Throws Unsupported if no CPU kernel takes the format (kernel_table() lists them).
+std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int threads = 0);
+
+struct MatmulOptions {
+  Activations activations = Activations::exact;
+  int threads = 0;
+};
+
+// x [m, k] must be finite for Activations::int8. y is overwritten.
+void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
+            const MatmulOptions& options = {});
+
+// The slow obvious reference: decodes W and accumulates in float64.
+void matmul_reference(const FloatMatrix& x, const PackedTensor& w, MatrixView<float> y);
+
+}  // namespace quantloom

@@ -1,0 +1,33 @@
+// The whole flow of the library on one page.
+//
+//   W [out, in] ──► rounding(format, H) ──► PackedTensor ──► save_packed ──► file
+//                        ▲                       │
+//   X ──► Hessian::add ──┘                       ├──► dequantize ──► W', bits_per_weight()
+//                                                └──► prepare ──► matmul(x) on the CPU
+//
+//   auto format = std::make_shared<Uniform>(4, 128);         // formats/: what is stored
+//   Hessian hessian(k);                                      // calibration/: what matters
+//   hessian.add(x);
+//   Rounded r = round_error_feedback(w, format, hessian);    // rounding/: how codes are chosen
+//   save_packed("w.safetensors", {.packed = {{"layer", r.tensor}}, .plain = {}, .metadata = {}});
+//   matmul(x, *prepare(r.tensor), y);                        // kernels/: products from packed codes
+//
+// Weights are [out_features, in_features] = [n, k], row-major; groups run along in_features. Every function
+// throws an error of error.hpp before it changes anything; none prints, exits or touches global state.
+// `threads` = 0 means OpenMP's default; results never depend on it.
+#pragma once
+
+#include "quantloom/calibration/hessian.hpp"
+#include "quantloom/error.hpp"
+#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/uniform.hpp"
+#include "quantloom/io/compressed_tensors.hpp"
+#include "quantloom/io/gptq.hpp"
+#include "quantloom/io/packed_file.hpp"
+#include "quantloom/io/safetensors.hpp"
+#include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/kernels/kernel_table.hpp"
+#include "quantloom/kernels/matmul.hpp"
+#include "quantloom/packed_tensor.hpp"
+#include "quantloom/rounding/error_feedback.hpp"
+#include "quantloom/rounding/nearest.hpp"

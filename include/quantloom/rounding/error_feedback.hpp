@@ -1,0 +1,32 @@
+// Rounding by error feedback: walks the columns in blocks, lets the format encode each step, and pushes
+// the Hessian-weighted error onto the columns to come. With a uniform format this is GPTQ (Frantar et
+// al., 2022); any format with a ColumnEncoder takes part.
+#pragma once
+
+#include "quantloom/calibration/hessian.hpp"
+#include "quantloom/formats/format.hpp"
+#include "quantloom/rounding/rounding.hpp"
+
+namespace quantloom {
+
+struct ErrorFeedbackOptions {
+  // Added to the diagonal of H: damping * mean(diag H). If the factorization fails, each of the
+  // ladder's next values is tried in turn; the report records them. None left: NumericError.
+  double damping = 0.01;                                       // >= 0
+  std::vector<double> damping_ladder = {0.03, 0.1, 0.3, 1.0};  // only those above `damping` count
+  bool act_order = true;                                       // columns in order of falling diag(H)
+  // true: every group is fitted up front on the original weights, groups are of consecutive columns.
+  // false: groups are fitted on the working copy when their first column comes; with act_order they are
+  // of permuted columns, which adds plane "group_index".
+  bool static_groups = true;
+  int64_t block = 128;                      // columns between updates of the whole remainder
+  std::optional<ScaleSearch> scale_search;  // weighted by diag(H)
+  const Hessian* held_out = nullptr;
+  int threads = 0;
+};
+
+// w [n, k] finite; hessian of k inputs with tokens > 0. Dead columns (diag H = 0) are set to zero.
+Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format> format,
+                             const Hessian& hessian, const ErrorFeedbackOptions& options = {});
+
+}  // namespace quantloom

@@ -1,0 +1,44 @@
+// What every rounding returns: the packed matrix and a report of what was really done.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "quantloom/packed_tensor.hpp"
+
+namespace quantloom {
+
+struct RoundingReport {
+  std::string method;  // "nearest", "gptq": the method that made the codes
+  bool scale_search = false;
+  bool act_order = false;
+  bool static_groups = true;
+  double damping = 0;                 // relative to mean(diag H), as used in the end
+  std::vector<double> damping_tried;  // the ladder up to and including `damping`
+  int64_t dead_columns = 0;           // inputs that were zero in all calibration tokens
+  int64_t tokens = 0;                 // calibration tokens behind the Hessian
+  double mean_squared_error = 0;      // of the weights
+  // tr(E H E^T), see proxy_loss(); NaN where no Hessian was given.
+  double proxy_loss = std::numeric_limits<double>::quiet_NaN();
+  double proxy_loss_nearest = std::numeric_limits<double>::quiet_NaN();
+  double held_out_loss = std::numeric_limits<double>::quiet_NaN();
+  double held_out_loss_nearest = std::numeric_limits<double>::quiet_NaN();
+};
+
+struct Rounded {
+  PackedTensor tensor;
+  RoundingReport report;
+};
+
+// Searches, for each row and group, the factor by which to shrink the grid's range so that the weighted
+// error of nearest rounding is least: sum over the group's columns of weight * |error|^norm.
+struct ScaleSearch {
+  int steps = 40;         // factors tried, evenly spaced from 1 down to `smallest`
+  double smallest = 0.4;  // in (0, 1)
+  double norm = 2.0;      // > 0
+};
+
+}  // namespace quantloom

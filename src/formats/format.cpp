@@ -1,0 +1,43 @@
+#include "quantloom/formats/format.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include "quantloom/formats/uniform.hpp"
+
+namespace quantloom {
+
+const std::vector<FormatEntry>& format_table() {
+  static const std::vector<FormatEntry> table = {
+      {"uniform",
+       "evenly spaced grid, 1 to 8 bits, symmetric or with integer zero points",
+       &Uniform::from_json,
+       &Uniform::from_spec,
+       {"uniform:8:channel:sym", "uniform:4:g128:sym", "uniform:4:g128:asym", "uniform:3:g64:asym:bf16",
+        "uniform:2:g16:asym", "uniform:5:tensor:asym:f32", "uniform:1:g32:sym", "uniform:6:g128:sym",
+        "uniform:7:channel:asym"}},
+  };
+  return table;
+}
+
+std::shared_ptr<const Format> format_from_json(std::string_view json) {
+  const auto object = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object() || !object.contains("format") || !object["format"].is_string()) {
+    throw InvalidArgument("format description", std::string(json.substr(0, 200)),
+                          "a JSON object with a string \"format\"");
+  }
+  const auto name = object["format"].get<std::string>();
+  for (const FormatEntry& entry : format_table()) {
+    if (entry.name == name) return entry.from_json(json);
+  }
+  throw InvalidArgument("format", name, "a name of the format table");
+}
+
+std::shared_ptr<const Format> format_from_spec(std::string_view spec) {
+  const std::string_view name = spec.substr(0, spec.find(':'));
+  for (const FormatEntry& entry : format_table()) {
+    if (entry.name == name) return entry.from_spec(spec);
+  }
+  throw InvalidArgument("format", spec, "a short form such as uniform:4:g128");
+}
+
+}  // namespace quantloom
