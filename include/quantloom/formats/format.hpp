@@ -49,7 +49,8 @@ class ColumnEncoder {
   virtual void encode(int64_t column, int64_t first_row, MatrixView<const float> values,
                       MatrixView<float> decoded) = 0;
   // Packs all codes. Call once, after every column was encoded.
-  virtual PackedTensor finish() = 0;
+  virtual PackedTensor finish(int threads) = 0;
+  PackedTensor finish() { return finish(0); }
 };
 
 class Format {

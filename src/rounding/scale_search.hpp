@@ -1,0 +1,28 @@
+// Search for the factor by which to shrink a group's range, shared by all roundings.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "quantloom/formats/format.hpp"
+#include "quantloom/rounding/rounding.hpp"
+
+namespace quantloom {
+
+// Throws InvalidArgument naming the field that is out of range.
+void require_valid(const ScaleSearch& search);
+
+// For each row of a group, the factor with the least weighted error of nearest rounding (the larger
+// factor on a tie); one factor for all rows if encoder.parameters_span_rows().
+//   columns         [c, rows]: the group's columns, for the weight rows from first_row
+//   column_indices  [c]: the weight column in each row of `columns`; runs of columns_per_step()
+//                   consecutive ones where the format encodes more than one at once
+//   column_weights  [c], >= 0: how much an error in each column counts; empty for 1 everywhere
+// Works through fit() and encode() alone: the group's parameters and codes are left at the last factor
+// tried, so that the caller fits once more with the result.
+std::vector<float> search_shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
+                                 MatrixView<const float> columns, std::span<const int64_t> column_indices,
+                                 std::span<const float> column_weights, const ScaleSearch& search);
+
+}  // namespace quantloom
