@@ -1,0 +1,86 @@
+"""quantloom: compression of the weights of large language models.
+
+    import quantloom as ql
+
+    q = ql.quantize(W, ql.Uniform(bits=4, group_size=128))            # round to nearest
+    q = ql.quantize(W, "uniform:3:g128:asym", ql.GPTQ(hessian))       # error feedback
+    q.bits_per_weight, q.dequantize(), ql.matmul(x, q)                # NumPy or torch in, the same kind out
+    ql.save_tensors("w.safetensors", {"layer": q})
+
+Importing this package imports NumPy only; ``ql.models``, ``ql.nn`` and ``ql.evaluate`` import torch when they
+are first used. A wrong argument raises TypeError (kind, dtype, device) or ValueError (shape, value) before any
+work, naming the argument, what was given and what is expected; OSError names the file; RuntimeError says what
+this build cannot do.
+"""
+
+from __future__ import annotations
+
+import importlib as _importlib
+from typing import Any as _Any
+
+from quantloom import layouts
+from quantloom._core import __version__
+from quantloom.calibration import Hessian, proxy_loss
+from quantloom.formats import Format, Uniform, format_from_json, format_table, parse_format
+from quantloom.info import build_info
+from quantloom.kernels import PreparedTensor, kernel_table, matmul, prepare
+from quantloom.recipes import Recipe
+from quantloom.rounding import (
+    GPTQ,
+    Nearest,
+    Rounding,
+    RoundingReport,
+    ScaleSearch,
+    parse_rounding,
+    quantize,
+    rounding_from_json,
+)
+from quantloom.tensors import PackedTensor, load_metadata, load_tensors, save_tensors
+
+__all__ = [
+    "GPTQ",
+    "Format",
+    "Hessian",
+    "Nearest",
+    "PackedTensor",
+    "PreparedTensor",
+    "Recipe",
+    "Rounding",
+    "RoundingReport",
+    "ScaleSearch",
+    "Uniform",
+    "__version__",
+    "build_info",
+    "evaluate",
+    "format_from_json",
+    "format_table",
+    "inspect",
+    "kernel_table",
+    "layouts",
+    "load_metadata",
+    "load_tensors",
+    "matmul",
+    "models",
+    "nn",
+    "parse_format",
+    "parse_rounding",
+    "prepare",
+    "proxy_loss",
+    "quantize",
+    "rounding_from_json",
+    "save_tensors",
+]
+
+_LAZY_MODULES = ("evaluate", "models", "nn")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY_MODULES:
+        return _importlib.import_module(f"quantloom.{name}")
+    if name == "inspect":
+        return _importlib.import_module("quantloom.inspection").inspect
+    raise AttributeError(f"module 'quantloom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

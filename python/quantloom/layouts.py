@@ -1,0 +1,104 @@
+"""Layouts of other libraries' checkpoints: pure functions between them and packed tensors.
+
+The arrays that come out are of the kind of the arrays that went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantloom import _arrays, _checks, _core
+from quantloom.formats import group_columns
+from quantloom.tensors import PackedTensor
+
+__all__ = ["from_compressed_tensors", "from_gptq", "to_compressed_tensors", "to_gptq"]
+
+
+def _version(value: Any) -> int:
+    return _checks.choice("version", value, ("gptq", "gptq_v2")) == "gptq_v2" and 2 or 1
+
+
+def _tensors(tensors: Any) -> tuple[dict[str, _core.ArrayRef], str]:
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors: got {_checks.type_name(tensors)}, expected a mapping of names to arrays")
+    arrays = {}
+    for name, value in tensors.items():
+        _checks.string("tensors", name, "names that are strings")
+        array = _arrays.plane(f"tensors[{name!r}]", value)
+        _arrays.require_cpu(f"tensors[{name!r}]", array)
+        arrays[name] = array
+    kinds = {array.kind for array in arrays.values()}
+    if len(kinds) > 1:
+        raise TypeError("tensors: got NumPy arrays and torch tensors, expected one kind")
+    return {name: array.core for name, array in arrays.items()}, kinds.pop() if kinds else "numpy"
+
+
+def _packed(q: Any) -> PackedTensor:
+    if not isinstance(q, PackedTensor):
+        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    return q.to("cpu")
+
+
+def _bits(value: Any) -> int:
+    return _checks.integer("bits", value, 1, "an integer from 1 to 8")
+
+
+def to_gptq(q: PackedTensor, version: str = "gptq") -> dict[str, Any]:
+    """The arrays of the GPTQ layout: ``qweight, qzeros, scales, g_idx``.
+
+    Args:
+        q: uniform, 2, 3, 4 or 8 bits, n and k multiples of 32, scales in float16 or bfloat16.
+        version: ``"gptq"`` stores zero points minus one, ``"gptq_v2"`` as they are.
+
+    Raises RuntimeError for what the layout cannot hold, among others zero points 0 in ``"gptq"``.
+    """
+    version = _version(version)
+    q = _packed(q)
+    arrays = _core.to_gptq(q._core(), version)
+    return {name: _arrays.to_kind(array, dtype, q.kind) for name, (dtype, array) in arrays.items()}
+
+
+def from_gptq(
+    tensors: Mapping[str, Any], bits: int, group_size: int | str, symmetric: bool, version: str = "gptq"
+) -> PackedTensor:
+    """The packed tensor of the arrays ``qweight, qzeros, scales, g_idx``.
+
+    Args:
+        tensors: the arrays by name, without the module's prefix.
+        bits, group_size, symmetric, version: as the checkpoint's configuration says; a group size of -1
+            there is ``"channel"`` here.
+
+    Raises ValueError naming the array that contradicts the settings, such as zero points stored by the other
+    version's rule.
+    """
+    version = _version(version)
+    bits, columns = _bits(bits), group_columns(group_size)
+    _checks.boolean("symmetric", symmetric)
+    cores, kind = _tensors(tensors)
+    return PackedTensor._from_core(_core.from_gptq(cores, bits, columns, symmetric, version), kind)
+
+
+def to_compressed_tensors(q: PackedTensor) -> dict[str, Any]:
+    """The arrays of the compressed-tensors layout ``pack-quantized``: ``weight_packed, weight_scale,
+    weight_shape`` and, where needed, ``weight_zero_point`` and ``weight_g_idx``.
+
+    Raises RuntimeError for symmetric 1 bit, whose zero point is no integer.
+    """
+    q = _packed(q)
+    arrays = _core.to_compressed_tensors(q._core())
+    return {name: _arrays.to_kind(array, dtype, q.kind) for name, (dtype, array) in arrays.items()}
+
+
+def from_compressed_tensors(
+    tensors: Mapping[str, Any], bits: int, group_size: int | str, symmetric: bool
+) -> PackedTensor:
+    """The packed tensor of arrays in the compressed-tensors layout ``pack-quantized``.
+
+    Both layouts of widths that do not divide 32 are taken, told apart by the number of columns. Raises
+    ValueError naming the array that contradicts the settings.
+    """
+    bits, columns = _bits(bits), group_columns(group_size)
+    _checks.boolean("symmetric", symmetric)
+    cores, kind = _tensors(tensors)
+    return PackedTensor._from_core(_core.from_compressed_tensors(cores, bits, columns, symmetric), kind)

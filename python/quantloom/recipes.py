@@ -1,0 +1,140 @@
+"""Recipes: which format and rounding each linear layer of a model gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from quantloom import _checks
+from quantloom.formats import Format, format_from_json, parse_format
+from quantloom.rounding import Rounding, parse_rounding, rounding_from_json
+
+__all__ = ["Recipe"]
+
+_VERSION = 1
+
+
+def _check_pattern(argument: str, pattern: Any) -> str:
+    _checks.string(argument, pattern, 'a module name or "re:" and a regular expression')
+    if not pattern:
+        raise ValueError(f'{argument}: got an empty string, expected a module name or "re:..."')
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(
+                f"{argument}: got {pattern!r}, expected a regular expression ({error})"
+            ) from None
+    return pattern
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return pattern == name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A format and a rounding for all linear layers, with exceptions by name.
+
+    Args:
+        format: a ``Format`` or its short form (``"uniform:4:g128"``).
+        rounding: ``Nearest(...)`` or ``GPTQ(...)`` without Hessians: calibration provides those.
+        ignore: patterns of layers that stay as they are. A pattern is the full name of a module, or
+            ``"re:"`` and a regular expression that matches the whole name.
+        overrides: maps patterns to another format, or to None for layers that stay as they are. The
+            first pattern that matches counts, and it goes before ``ignore``.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    format: Format
+    rounding: Rounding = field(default_factory=lambda: parse_rounding("nearest"))
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: Mapping[str, Format | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", parse_format(self.format))
+        object.__setattr__(self, "rounding", parse_rounding(self.rounding))
+        for name in ("hessian", "held_out"):
+            if getattr(self.rounding, name) is not None:
+                raise ValueError(
+                    f"rounding: got a {name}, expected None in a recipe: calibration provides it"
+                )
+        if isinstance(self.ignore, str) or not isinstance(self.ignore, Iterable):
+            raise TypeError(f"ignore: got {_checks.type_name(self.ignore)}, expected a sequence of patterns")
+        object.__setattr__(self, "ignore", tuple(_check_pattern("ignore", p) for p in self.ignore))
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(
+                f"overrides: got {_checks.type_name(self.overrides)}, expected a mapping of patterns to formats"
+            )
+        overrides = {
+            _check_pattern("overrides", pattern): None if other is None else parse_format(other)
+            for pattern, other in self.overrides.items()
+        }
+        object.__setattr__(self, "overrides", MappingProxyType(overrides))
+
+    @classmethod
+    def parse(cls, format: str | Format, rounding: str | Rounding = "nearest", **settings: Any) -> Recipe:
+        """A recipe of short forms: ``Recipe.parse("uniform:4:g128", "gptq")``.
+
+        ``settings`` are ``ignore`` and ``overrides``.
+        """
+        return cls(parse_format(format), parse_rounding(rounding), **settings)
+
+    def format_for(self, name: str) -> Format | None:
+        """The format of the layer `name`; None if it stays as it is."""
+        for pattern, other in self.overrides.items():
+            if _matches(pattern, name):
+                return other
+        if any(_matches(pattern, name) for pattern in self.ignore):
+            return None
+        return self.format
+
+    def to_json(self) -> str:
+        """The recipe as a JSON object; ``from_json`` reads it back. Equal recipes give equal text."""
+        fields = {
+            "version": _VERSION,
+            "format": json.loads(self.format.to_json()),
+            "rounding": json.loads(self.rounding.to_json()),
+            "ignore": list(self.ignore),
+            # A list, because the order of overrides counts.
+            "overrides": [
+                [pattern, None if other is None else json.loads(other.to_json())]
+                for pattern, other in self.overrides.items()
+            ],
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises ValueError for unknown keys or another version."""
+        fields = _checks.json_object("recipe", text)
+        expected = {"version", "format", "rounding", "ignore", "overrides"}
+        if set(fields) != expected:
+            raise ValueError(f"recipe: got keys {sorted(fields)}, expected {sorted(expected)}")
+        if fields["version"] != _VERSION:
+            raise ValueError(f"recipe: got version {fields['version']!r}, expected {_VERSION}")
+        overrides = fields["overrides"]
+        if not isinstance(overrides, list) or not all(isinstance(o, list) and len(o) == 2 for o in overrides):
+            raise ValueError("recipe overrides: expected a list of pairs [pattern, format]")
+        return cls(
+            format_from_json(json.dumps(fields["format"])),
+            rounding_from_json(json.dumps(fields["rounding"])),
+            fields["ignore"],
+            {p: None if other is None else format_from_json(json.dumps(other)) for p, other in overrides},
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_json() == other.to_json()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recipe.from_json, (self.to_json(),)

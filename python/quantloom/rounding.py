@@ -1,0 +1,331 @@
+"""Roundings: how the codes of a format are chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+from quantloom import _arrays, _checks, _core
+from quantloom.calibration import Hessian, as_hessian
+from quantloom.formats import Format, parse_format
+from quantloom.tensors import PackedTensor
+
+__all__ = [
+    "GPTQ",
+    "Nearest",
+    "Rounding",
+    "RoundingReport",
+    "ScaleSearch",
+    "parse_rounding",
+    "quantize",
+    "rounding_from_json",
+]
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """Shrinks each group's range to the factor with the least weighted rounding error.
+
+    The error of a group is ``sum(weight * |w - w'|**norm)`` over its columns, with weight = diag(H) where
+    a Hessian is at hand and 1 otherwise; the codes of the trial are chosen by nearest rounding.
+
+    Args:
+        steps: factors tried, evenly spaced from 1 down to `smallest`; at least 1.
+        smallest: the smallest factor, in (0, 1).
+        norm: > 0; 2 is the squared error.
+    """
+
+    steps: int = 40
+    smallest: float = 0.4
+    norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _checks.integer("steps", self.steps, 1))
+        object.__setattr__(self, "smallest", _checks.real("smallest", self.smallest))
+        object.__setattr__(self, "norm", _checks.real("norm", self.norm))
+        if self.steps > 10_000:
+            raise ValueError(f"steps: got {self.steps}, expected at most 10000")
+        if not 0 < self.smallest < 1:
+            raise ValueError(f"smallest: got {self.smallest}, expected a factor in (0, 1)")
+        if not self.norm > 0:
+            raise ValueError(f"norm: got {self.norm}, expected a number > 0")
+
+
+class Rounding:
+    """Base class of all roundings."""
+
+    hessian: Any
+    held_out: Any
+
+    @property
+    def spec(self) -> str:
+        """The short form, such as ``"gptq:search"``; ``parse_rounding`` reads it back."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The settings, without Hessians, as a JSON object; ``rounding_from_json`` reads it back."""
+        settings: dict[str, Any] = {"rounding": type(self).__name__.lower()}
+        for item in fields(self):  # type: ignore[arg-type]
+            if item.name in ("hessian", "held_out"):
+                continue
+            value = getattr(self, item.name)
+            if isinstance(value, ScaleSearch):
+                value = {"norm": value.norm, "smallest": value.smallest, "steps": value.steps}
+            settings[item.name] = list(value) if isinstance(value, tuple) else value
+        return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def _check_scale_search(value: Any) -> None:
+    if value is not None and not isinstance(value, ScaleSearch):
+        raise TypeError(f"scale_search: got {_checks.type_name(value)}, expected None or a ScaleSearch")
+
+
+def _search_options(search: ScaleSearch | None) -> list[str]:
+    if search is None:
+        return []
+    default = ScaleSearch()
+    if replace(search, steps=default.steps) != default:
+        raise ValueError(f"scale_search: got {search}, which has no short form: only `steps` can differ")
+    return ["search" if search == default else f"search={search.steps}"]
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest(Rounding):
+    """Round to nearest (RTN): every weight takes the nearest code of its group's own grid.
+
+    Args:
+        scale_search: None, or a ``ScaleSearch`` for each group's range.
+        hessian: optional, a ``Hessian`` or an array ``[k, k]`` (float32 or float64): weights the scale
+            search by its diagonal and fills the report's proxy losses.
+        held_out: optional, the same of other tokens, for the report.
+    """
+
+    scale_search: ScaleSearch | None = None
+    hessian: Hessian | Any = None
+    held_out: Hessian | Any = None
+
+    def __post_init__(self) -> None:
+        _check_scale_search(self.scale_search)
+        object.__setattr__(self, "hessian", as_hessian("hessian", self.hessian))
+        object.__setattr__(self, "held_out", as_hessian("held_out", self.held_out))
+
+    @property
+    def spec(self) -> str:
+        return ":".join(["nearest", *_search_options(self.scale_search)])
+
+
+@dataclass(frozen=True, eq=False)
+class GPTQ(Rounding):
+    """Error feedback: each column's rounding error is pushed onto the columns to come, weighted by the
+    inverse of the Hessian (GPTQ: Frantar, Ashkboos, Hoefler and Alistarh, 2022).
+
+    Args:
+        hessian: a ``Hessian`` or an array ``[k, k]`` (float32 or float64) that is taken as H itself.
+            None only inside a ``Recipe``.
+        damp: added to the diagonal of H, relative to its mean; >= 0.
+        damp_ladder: rising values tried in turn if H plus damping cannot be factored; the report says
+            which was used.
+        act_order: walk the columns in order of falling diag(H).
+        static_groups: True: the groups are of consecutive columns and are fitted before the walk.
+            False: a group is fitted on the updated weights when its first column comes; with `act_order`
+            its columns are then not consecutive and a plane ``group_index`` is stored.
+        block: columns between updates of the whole remainder; changes the speed only, up to the order in
+            which floating-point sums are taken.
+        scale_search: None, or a ``ScaleSearch`` weighted by diag(H).
+        held_out: optional, a Hessian of other tokens, for the report.
+    """
+
+    hessian: Hessian | Any = None
+    damp: float = 0.01
+    damp_ladder: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    act_order: bool = True
+    static_groups: bool = True
+    block: int = 128
+    scale_search: ScaleSearch | None = None
+    held_out: Hessian | Any = None
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "hessian", as_hessian("hessian", self.hessian))
+        set_field(self, "held_out", as_hessian("held_out", self.held_out))
+        set_field(self, "damp", _checks.real("damp", self.damp))
+        if self.damp < 0:
+            raise ValueError(f"damp: got {self.damp}, expected a number >= 0")
+        if isinstance(self.damp_ladder, (str, bytes)) or not hasattr(self.damp_ladder, "__iter__"):
+            raise TypeError(
+                f"damp_ladder: got {_checks.type_name(self.damp_ladder)}, expected a sequence of numbers"
+            )
+        ladder = tuple(_checks.real("damp_ladder", value) for value in self.damp_ladder)
+        if any(low >= high for low, high in pairwise(ladder)) or any(
+            v <= 0 for v in ladder
+        ):
+            raise ValueError(f"damp_ladder: got {ladder}, expected rising numbers > 0")
+        set_field(self, "damp_ladder", ladder)
+        _checks.boolean("act_order", self.act_order)
+        _checks.boolean("static_groups", self.static_groups)
+        set_field(self, "block", _checks.integer("block", self.block, 1))
+        _check_scale_search(self.scale_search)
+
+    @property
+    def spec(self) -> str:
+        default = GPTQ()
+        if self.block != default.block or self.damp_ladder != default.damp_ladder:
+            raise ValueError("rounding: block and damp_ladder have no short form")
+        options = _search_options(self.scale_search)
+        if self.damp != default.damp:
+            options.append(f"damp={self.damp!r}")
+        if not self.act_order:
+            options.append("no-act-order")
+        if not self.static_groups:
+            options.append("dynamic-groups")
+        return ":".join(["gptq", *options])
+
+
+@dataclass(frozen=True)
+class RoundingReport:
+    """What a rounding really did. Losses are NaN where no Hessian was given.
+
+    Attributes:
+        method: the method that made the codes, ``"nearest"`` or ``"gptq"``.
+        scale_search, act_order, static_groups: as used.
+        damping: as used in the end, relative to mean(diag(H)).
+        damping_tried: the values tried, up to and including `damping`.
+        dead_columns: inputs that were zero in all calibration tokens; their weights became zero.
+        tokens: calibration tokens behind the Hessian.
+        mean_squared_error: of the weights.
+        proxy_loss: tr(E H E^T) with E = W - W', the mean squared output error per token summed over
+            out_features; ..._nearest: the same for nearest rounding in the same format; held_out_...: the
+            same on the held-out Hessian.
+    """
+
+    method: str
+    scale_search: bool
+    act_order: bool
+    static_groups: bool
+    damping: float
+    damping_tried: tuple[float, ...]
+    dead_columns: int
+    tokens: int
+    mean_squared_error: float
+    proxy_loss: float
+    proxy_loss_nearest: float
+    held_out_loss: float
+    held_out_loss_nearest: float
+
+
+def quantize(
+    w: Any, format: Format | str, rounding: Rounding | None = None, *, threads: int = 0
+) -> PackedTensor:
+    """Compresses a weight matrix.
+
+    Args:
+        w: ``[out_features, in_features]``, finite float32, float16 or bfloat16: a NumPy array, a torch
+            tensor on the CPU, or anything with ``__dlpack__`` (then the planes are NumPy arrays). Rows may
+            be strided, elements of a row must be next to each other.
+        format: a ``Format`` or its short form.
+        rounding: ``Nearest()`` (the default) or ``GPTQ(hessian)``.
+        threads: 0 for OpenMP's default. The result does not depend on it.
+
+    Returns a ``PackedTensor`` whose planes are of the same kind as `w` and whose ``report`` says what was
+    done. Raises TypeError (kind, dtype, device), ValueError (shape, NaN or infinite values by row and
+    column, a Hessian of another size or that cannot be factored) before anything is computed.
+    """
+    matrix = _arrays.matrix("w", w)
+    format = parse_format(format)
+    rounding = Nearest() if rounding is None else rounding
+    if not isinstance(rounding, Rounding):
+        raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected Nearest(...) or GPTQ(...)")
+    threads = _checks.thread_count(threads)
+    k = matrix.shape[1]
+    for name in ("hessian", "held_out"):
+        hessian = getattr(rounding, name)
+        if hessian is not None and hessian.k != k:
+            raise ValueError(f"{name}: got a Hessian of {hessian.k} inputs, expected {k}, as w has columns")
+    search = rounding.scale_search and (
+        rounding.scale_search.steps,
+        rounding.scale_search.smallest,
+        rounding.scale_search.norm,
+    )
+    hessian = rounding.hessian and rounding.hessian._core
+    held_out = rounding.held_out and rounding.held_out._core
+    if isinstance(rounding, GPTQ):
+        if hessian is None:
+            raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
+        packed, report = _core.round_error_feedback(
+            matrix.core,
+            format.to_json(),
+            hessian,
+            rounding.damp,
+            list(rounding.damp_ladder),
+            rounding.act_order,
+            rounding.static_groups,
+            rounding.block,
+            search,
+            held_out,
+            threads,
+        )
+    elif isinstance(rounding, Nearest):
+        packed, report = _core.round_nearest(
+            matrix.core, format.to_json(), search, hessian, held_out, threads
+        )
+    else:
+        raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected Nearest(...) or GPTQ(...)")
+    report["damping_tried"] = tuple(report["damping_tried"])
+    return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+
+
+def parse_rounding(spec: str | Rounding) -> Rounding:
+    """The rounding of a short form; a ``Rounding`` is returned as it is.
+
+    ``nearest[:search[=STEPS]]`` or
+    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]``.
+    """
+    if isinstance(spec, Rounding):
+        return spec
+    _checks.string("rounding", spec, "a Rounding or a short form such as 'gptq'")
+    name, *options = spec.split(":")
+    if name not in ("nearest", "gptq"):
+        raise ValueError(f"rounding: got {spec!r}, expected nearest or gptq, with options after colons")
+    settings: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            if key == "search":
+                update = {"scale_search": ScaleSearch(steps=int(value)) if value else ScaleSearch()}
+            elif name == "gptq" and key == "damp":
+                update = {"damp": float(value)}
+            elif name == "gptq" and option == "no-act-order":
+                update = {"act_order": False}
+            elif name == "gptq" and option == "dynamic-groups":
+                update = {"static_groups": False}
+            else:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"rounding: got option {option!r} in {spec!r}, which {name} does not have"
+            ) from None
+        if settings.keys() & update.keys():
+            raise ValueError(f"rounding: got option {key!r} twice in {spec!r}")
+        settings |= update
+    return GPTQ(**settings) if name == "gptq" else Nearest(**settings)
+
+
+def rounding_from_json(text: str) -> Rounding:
+    """Reads ``Rounding.to_json`` back. Raises ValueError for unknown names and keys."""
+    settings = _checks.json_object("rounding", text)
+    kinds = {"gptq": GPTQ, "nearest": Nearest}
+    kind = kinds.get(settings.pop("rounding", None))
+    if kind is None:
+        raise ValueError(f"rounding: got {text!r}, expected a description with one of {sorted(kinds)}")
+    known = {item.name for item in fields(kind)} - {"hessian", "held_out"}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ValueError(f"rounding: got unknown keys {unknown}, expected {sorted(known)}")
+    search = settings.get("scale_search")
+    if search is not None:
+        if not isinstance(search, dict) or search.keys() - {"steps", "smallest", "norm"}:
+            raise ValueError(f"rounding scale_search: got {search!r}, expected steps, smallest, norm")
+        settings["scale_search"] = ScaleSearch(**search)
+    return kind(**settings)

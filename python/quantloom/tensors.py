@@ -1,0 +1,301 @@
+"""PackedTensor: a compressed matrix, and the files that hold it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantloom import _arrays, _checks, _core
+from quantloom.formats import Format, format_from_json, parse_format
+
+if TYPE_CHECKING:
+    from quantloom.kernels import PreparedTensor
+    from quantloom.rounding import RoundingReport
+
+__all__ = ["PackedTensor", "load_metadata", "load_tensors", "save_tensors"]
+
+
+class PackedTensor:
+    """A matrix ``[out_features, in_features]`` as the planes that its format prescribes.
+
+    ``quantize`` and ``load_tensors`` make packed tensors; the constructor takes planes that are at hand.
+    Planes are to be treated as constant: ``matmul`` keeps a copy of them in the order of its kernels.
+
+    Args:
+        format: a ``Format`` or its short form.
+        shape: ``(n, k)``.
+        planes: maps names to arrays, all NumPy arrays or all torch tensors on one device. Not copied.
+        report: what a rounding did, if one made the planes.
+
+    Raises TypeError or ValueError, naming the plane, unless the planes are just those that the format
+    prescribes for the shape, and hold values that decode safely.
+    """
+
+    __slots__ = ("_format", "_kind", "_planes", "_prepared", "_shape", "report")
+
+    def __init__(
+        self,
+        format: Format | str,
+        shape: tuple[int, int],
+        planes: Mapping[str, Any],
+        report: RoundingReport | None = None,
+    ) -> None:
+        self._format = parse_format(format)
+        if isinstance(shape, (str, bytes)) or not hasattr(shape, "__len__") or len(shape) != 2:
+            raise TypeError(f"shape: got {shape!r}, expected a pair (n, k)")
+        self._shape = (_checks.integer("shape", shape[0], 0), _checks.integer("shape", shape[1], 0))
+        if not isinstance(planes, Mapping):
+            raise TypeError(f"planes: got {_checks.type_name(planes)}, expected a mapping of names to arrays")
+        self._planes = dict(planes)
+        arrays = [_arrays.plane(f"plane {name}", value) for name, value in self._planes.items()]
+        if len({(array.kind, array.device) for array in arrays}) > 1:
+            got = ", ".join(f"{array.kind} on {array.device}" for array in arrays)
+            raise TypeError(f"planes: got {got}, expected one kind on one device")
+        self._kind = arrays[0].kind if arrays else "numpy"
+        self._prepared: PreparedTensor | None = None
+        self.report = report
+        self._core()
+
+    @classmethod
+    def _from_core(
+        cls, packed: _core.Packed, kind: str, report: RoundingReport | None = None
+    ) -> PackedTensor:
+        self = cls.__new__(cls)
+        self._format = format_from_json(packed.format_json)
+        self._shape = (packed.n, packed.k)
+        self._planes = {
+            name: _arrays.to_kind(array, dtype, kind) for name, (dtype, array) in packed.planes().items()
+        }
+        self._kind = kind
+        self._prepared = None
+        self.report = report
+        return self
+
+    def _core(self) -> _core.Packed:
+        """The C++ view of the planes, which it keeps alive; checks them again, as they can be changed."""
+        planes = {name: _arrays.plane(f"plane {name}", value).core for name, value in self._planes.items()}
+        return _core.Packed(self._format.to_json(), *self._shape, planes)
+
+    @property
+    def format(self) -> Format:
+        return self._format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)`` = (out_features, in_features)."""
+        return self._shape
+
+    @property
+    def planes(self) -> Mapping[str, Any]:
+        """The stored arrays by name, read-only mapping; the arrays are those of the tensor, not copies."""
+        return MappingProxyType(self._planes)
+
+    @property
+    def kind(self) -> str:
+        """``"numpy"`` or ``"torch"``."""
+        return self._kind
+
+    @property
+    def device(self) -> str:
+        """``"cpu"``, ``"cuda:0"``, ..."""
+        for value in self._planes.values():
+            return str(value.device) if self._kind == "torch" else "cpu"
+        return "cpu"
+
+    @property
+    def size_in_bits(self) -> int:
+        """All stored bits: every plane, padding included."""
+        return sum(8 * value.nbytes for value in self._planes.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``size_in_bits / (n * k)``; 0 for an empty matrix."""
+        n, k = self._shape
+        return self.size_in_bits / (n * k) if n * k else 0.0
+
+    def dequantize(self, dtype: Any = None, threads: int = 0) -> Any:
+        """Decodes to ``[n, k]``, an array of the same kind on the same device.
+
+        Args:
+            dtype: float32 (the default), float16 or bfloat16, as a string or a NumPy or torch dtype. Values
+                are decoded in float32 and rounded to it.
+            threads: 0 for OpenMP's default; CPU only.
+
+        On a CUDA device the work is queued on torch's current stream. Raises RuntimeError there if this
+        build has no CUDA kernels.
+        """
+        name = "float32" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+        threads = _checks.thread_count(threads)
+        core = self._core()
+        if self.device != "cpu":
+            return _dequantize_cuda(core, self._shape, name, self.device)
+        out = _arrays.empty(self._kind, self._shape, "float32")
+        _core.dequantize(core, _arrays.describe("out", out).core, threads)
+        return _arrays.cast(out, name)
+
+    def to(self, target: Any) -> PackedTensor:
+        """The same tensor as another kind or on another device; itself if nothing changes.
+
+        Args:
+            target: ``"numpy"``, ``"torch"`` (on the CPU), or a torch device such as ``"cpu"``, ``"cuda"``,
+                ``"cuda:1"``. ``"cpu"`` leaves NumPy planes as they are.
+        """
+        text = str(target) if type(target).__name__ == "device" else target
+        _checks.string("target", text, 'a string such as "numpy", "torch", "cpu" or "cuda"')
+        if text == self._kind == "numpy" or (text == "cpu" and self.device == "cpu"):
+            return self
+        if text == "numpy":
+            planes = {name: _torch_to_numpy(value) for name, value in self._planes.items()}
+        else:
+            planes = self._to_torch("cpu" if text == "torch" else text)
+            if self._kind == "torch" and all(planes[name] is value for name, value in self._planes.items()):
+                return self
+        return PackedTensor(self._format, self._shape, planes, self.report)
+
+    def _to_torch(self, device: str) -> dict[str, Any]:
+        import torch
+
+        try:
+            target = torch.device(device)
+        except RuntimeError:
+            expected = '"numpy", "torch" or a torch device such as "cpu" or "cuda"'
+            raise ValueError(f"target: got {device!r}, expected {expected}") from None
+        if target.type not in ("cpu", "cuda"):
+            raise ValueError(f"target: got {device!r}, expected the CPU or a CUDA device")
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"target: got {device!r}, but torch finds no CUDA device")
+        planes = {}
+        for name, value in self._planes.items():
+            if self._kind == "numpy":
+                bits = value if value.flags.writeable else value.copy()
+                bits = bits.view(np.uint16) if value.dtype.name == "bfloat16" else bits
+                value = _arrays.to_kind(bits, value.dtype.name, "torch")
+            planes[name] = value.to(target)
+        return planes
+
+    def __repr__(self) -> str:
+        n, k = self._shape
+        where = self._kind if self.device == "cpu" else self.device
+        return f"PackedTensor({self._format.spec}, shape=({n}, {k}), {self.bits_per_weight:.3f} bits/weight, {where})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedTensor, (self._format, self._shape, dict(self._planes), self.report)
+
+
+def _torch_to_numpy(value: Any) -> np.ndarray:
+    import torch
+
+    value = value.detach().cpu()
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view(_arrays.bfloat16())
+    return value.numpy()
+
+
+def _dequantize_cuda(core: _core.Packed, shape: tuple[int, int], name: str, device: str) -> Any:
+    import torch
+
+    if not _core.built_with_cuda():
+        raise RuntimeError(
+            "dequantize: got planes on a CUDA device, but this build of quantloom has no CUDA kernels"
+        )
+    with torch.cuda.device(device):
+        out = torch.empty(shape, dtype=getattr(torch, name), device=device)
+        stream = torch.cuda.current_stream().cuda_stream
+        _core.dequantize_cuda(core, _arrays.describe("out", out).core, stream)
+    return out
+
+
+def _check_path(path: Any) -> str:
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise TypeError(f"path: got {_checks.type_name(path)}, expected a string or a path") from None
+    if isinstance(text, bytes):
+        text = os.fsdecode(text)
+    if not text or "\0" in text:
+        raise ValueError(f"path: got {text!r}, expected the name of a file")
+    return text
+
+
+def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        path: the file; written through a temporary file in the same folder, synced and renamed, so that an
+            earlier file stays whole on any failure.
+        tensors: maps names to packed tensors or arrays (NumPy, torch, DLPack; copied to the CPU if on a
+            device). Plane ``codes`` of packed tensor ``layer`` is stored as tensor ``layer.codes``.
+        metadata: free-form strings; the key ``quantloom`` is taken.
+
+    The same input gives the same bytes. Raises TypeError or ValueError naming the entry, OSError where the
+    system refuses.
+    """
+    text = _check_path(path)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors: got {_checks.type_name(tensors)}, expected a mapping of names to tensors")
+    packed: dict[str, _core.Packed] = {}
+    plain: dict[str, _core.ArrayRef] = {}
+    for name, value in tensors.items():
+        _checks.string("tensors", name, "names that are strings")
+        if isinstance(value, PackedTensor):
+            packed[name] = value.to("cpu")._core()
+            continue
+        if _arrays.is_torch(value) and value.layout == _arrays.torch_if_loaded().strided:
+            value = value.detach().cpu()
+        array = _arrays.describe(f"tensors[{name!r}]", value)
+        if not array.core.contiguous:
+            value = array.value.contiguous() if array.kind == "torch" else np.ascontiguousarray(array.value)
+            array = _arrays.describe(f"tensors[{name!r}]", value.reshape(array.shape))
+        plain[name] = array.core
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"metadata: got {_checks.type_name(metadata)}, expected a mapping of strings to strings"
+        )
+    entries = dict(metadata or {})
+    for key, value in entries.items():
+        _checks.string("metadata", key, "keys that are strings")
+        _checks.string(f"metadata[{key!r}]", value)
+    if "quantloom" in entries:
+        raise ValueError(
+            "metadata: got the key 'quantloom', expected other keys: this one describes the planes"
+        )
+    _core.save_packed(text, packed, plain, entries)
+
+
+def _load(path: Any) -> tuple[Any, Any, dict[str, str]]:
+    text = _check_path(path)
+    os.stat(text)  # a missing file raises FileNotFoundError
+    return _core.load_packed(text)
+
+
+def load_tensors(path: Any, kind: str = "numpy") -> dict[str, Any]:
+    """Reads a safetensors file: maps names to packed tensors and plain arrays.
+
+    Args:
+        path: the file. One that another library wrote loads as plain arrays.
+        kind: ``"numpy"``: read-only arrays over the mapped file, read from disk when touched (do not change
+            the file in place meanwhile; replacing it, as ``save_tensors`` does, is safe). ``"torch"``:
+            tensors in memory of their own.
+
+    All rules of the container, the description of each packed tensor and all checksums are verified
+    first. Raises ValueError naming the file and the tensor that breaks a rule, OSError where the system
+    refuses.
+    """
+    _checks.choice("kind", kind, ("numpy", "torch"))
+    packed, plain, _ = _load(path)
+    result: dict[str, Any] = {}
+    for name, tensor in packed.items():
+        loaded = PackedTensor._from_core(tensor, "numpy")
+        result[name] = loaded if kind == "numpy" else loaded.to("torch")
+    for name, (dtype, array) in plain.items():
+        result[name] = _arrays.to_kind(array if kind == "numpy" else array.copy(), dtype, kind)
+    return dict(sorted(result.items()))
+
+
+def load_metadata(path: Any) -> dict[str, str]:
+    """The free-form metadata of a safetensors file; the file is verified as by ``load_tensors``."""
+    return dict(_load(path)[2])
