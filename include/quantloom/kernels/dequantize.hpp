@@ -7,7 +7,7 @@ namespace quantloom {
 
 // True if this build holds CUDA kernels; false in a CPU-only build.
 bool built_with_cuda();
-// "13.0", or "" in a CPU-only build; architectures such as "80;90a".
+// "13.0" and "80,90a"; both "" in a CPU-only build.
 std::string cuda_toolkit_version();
 std::string cuda_architectures();
 
