@@ -1,0 +1,116 @@
+# The everyday commands; `make help` lists them. CMake and pyproject.toml do the work.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+export PYTHON
+JOBS ?= $(shell nproc)
+# More options for CMake, such as CMAKE_ARGS="-DQUANTLOOM_CUDA=OFF"; scikit-build-core reads them too.
+CMAKE_ARGS ?=
+export CMAKE_ARGS
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+CONFIGURE = cmake -S . -G Ninja $(CMAKE_ARGS)
+RELEASE := build/release
+PREFIX := $(CURDIR)/$(RELEASE)/prefix
+
+extension_sources := $(shell find CMakeLists.txt cmake cuda include src python -type f \
+  -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
+cpp_files = $(shell git ls-files '*.hpp' '*.cpp' '*.cuh' '*.cu')
+
+.PHONY: help
+help: ## list these commands
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: packages
+packages:
+	@scripts/setup packages build
+
+$(VENV)/.dependencies: pyproject.toml scripts/setup | packages
+	@scripts/setup venv
+	@touch $@
+
+# The extension is built with the packages of .venv, so that nothing is downloaded twice.
+$(VENV)/.package: $(VENV)/.dependencies $(extension_sources)
+	@echo "building and installing the quantloom package into $(VENV)"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet \
+	  --no-build-isolation --no-deps --force-reinstall .
+	@$(VENV_PYTHON) -c 'import quantloom as ql; i = ql.build_info(); \
+	  print("quantloom", i["version"], "with CUDA " + i["cuda"] if i["cuda"] else "CPU only")'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/.package ## quantize the embedded model at many settings; results in demo-out/
+	@$(VENV)/bin/quantloom demo
+
+.PHONY: test
+test: $(VENV)/.package ## all tests that need no GPU: C++, installed package, Python
+	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_TESTS=ON -DCMAKE_INSTALL_PREFIX=$(PREFIX)
+	@cmake --build $(RELEASE) -j $(JOBS)
+	@ctest --test-dir $(RELEASE) --output-on-failure --label-exclude gpu -j $(JOBS)
+	@rm -rf $(PREFIX) $(RELEASE)/consumer
+	@cmake --install $(RELEASE) > $(RELEASE)/install.log
+	@cmake -S examples/cmake_consumer -B $(RELEASE)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(PREFIX) \
+	  > $(RELEASE)/consumer.log
+	@cmake --build $(RELEASE)/consumer
+	@$(RELEASE)/consumer/consumer
+	@$(VENV_PYTHON) -m pytest tests/python
+
+.PHONY: bench
+bench: packages ## build the CPU benchmarks and run them briefly
+	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_BENCHMARKS=ON
+	@cmake --build $(RELEASE) -j $(JOBS)
+	@for program in $(RELEASE)/bench/cpu/bench_*; do \
+	  if [[ -f $$program && -x $$program ]]; then echo "== $${program##*/}"; $$program --quick; fi; done
+
+.PHONY: gpu-test
+gpu-test: packages ## the tests that need a CUDA GPU
+	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_TESTS=ON -DQUANTLOOM_CUDA=ON
+	@cmake --build $(RELEASE) -j $(JOBS) --target quantloom_gpu_tests
+	@ctest --test-dir $(RELEASE) --output-on-failure --label-regex gpu
+
+.PHONY: sanitize
+sanitize: packages ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(CONFIGURE) -B build/sanitize -DQUANTLOOM_SANITIZE=ON -DQUANTLOOM_CUDA=OFF -DQUANTLOOM_BUILD_TESTS=ON \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1"
+	@cmake --build build/sanitize -j $(JOBS)
+	@UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+.PHONY: fuzz
+FUZZ_SECONDS ?= 60
+fuzz: packages ## each libFuzzer target for FUZZ_SECONDS (60)
+	@scripts/setup packages fuzz
+	@$(CONFIGURE) -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DQUANTLOOM_BUILD_FUZZERS=ON -DQUANTLOOM_CUDA=OFF \
+	  -DQUANTLOOM_BUILD_TESTS=OFF
+	@cmake --build build/fuzz -j $(JOBS)
+	@for target in build/fuzz/tests/fuzz/fuzz_*; do \
+	  if [[ -f $$target && -x $$target ]]; then \
+	    name=$${target##*/}; mkdir -p build/fuzz/corpus/$$name; echo "== $$name"; \
+	    seeds=tests/fuzz/corpus/$${name#fuzz_}; if [[ ! -d $$seeds ]]; then seeds=; fi; \
+	    $$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$name $$seeds; \
+	  fi; done
+
+.PHONY: format
+format: $(VENV)/.dependencies ## rewrite the sources in the project's style
+	@scripts/setup packages lint
+	@clang-format -i $(cpp_files)
+	@$(VENV)/bin/ruff check --quiet --fix . || true
+	@$(VENV)/bin/ruff format .
+
+.PHONY: lint
+lint: $(VENV)/.dependencies ## style, static analysis, rules of the layout
+	@scripts/setup packages lint
+	@clang-format --dry-run -Werror $(cpp_files)
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV_PYTHON) scripts/check_layout
+	@$(CONFIGURE) -B build/lint -DQUANTLOOM_CUDA=OFF -DQUANTLOOM_BUILD_TESTS=OFF > build/lint.log
+	@git ls-files 'src/*.cpp' | grep -v cuda_unavailable | \
+	  xargs -P $(JOBS) -n 1 clang-tidy --quiet -p build/lint
+
+.PHONY: clean
+clean: ## remove what the other commands made, .venv included
+	@rm -rf build $(VENV) demo-out python/quantloom/_core*.so .pytest_cache .hypothesis .ruff_cache
