@@ -242,11 +242,16 @@ def plane(argument: str, value: Any) -> Array:
 
 
 def to_kind(value: np.ndarray, name: str, kind: str) -> Any:
-    """A NumPy array from the C++ side (bfloat16 as its 16 bits) as an array of `kind`, without a copy."""
+    """A NumPy array from the C++ side (bfloat16 as its 16 bits) as an array of `kind`.
+
+    Not copied, but for read-only memory that becomes a torch tensor: torch could write to it.
+    """
     if kind == "numpy":
         return value.view(bfloat16()) if name == "bfloat16" else value
     import torch
 
+    if not value.flags.writeable:
+        value = value.copy()
     if name in ("bfloat16", "uint16"):
         return torch.from_numpy(value.view(np.int16)).view(getattr(torch, name))
     return torch.from_numpy(value)

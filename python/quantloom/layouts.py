@@ -76,7 +76,9 @@ def from_gptq(
     bits, columns = _bits(bits), group_columns(group_size)
     _checks.boolean("symmetric", symmetric)
     cores, kind = _tensors(tensors)
-    return PackedTensor._from_core(_core.from_gptq(cores, bits, columns, symmetric, version), kind)
+    return PackedTensor._from_core(
+        _core.from_gptq(cores, bits, columns, symmetric, version), kind, shared=True
+    )
 
 
 def to_compressed_tensors(q: PackedTensor) -> dict[str, Any]:
@@ -101,4 +103,6 @@ def from_compressed_tensors(
     bits, columns = _bits(bits), group_columns(group_size)
     _checks.boolean("symmetric", symmetric)
     cores, kind = _tensors(tensors)
-    return PackedTensor._from_core(_core.from_compressed_tensors(cores, bits, columns, symmetric), kind)
+    return PackedTensor._from_core(
+        _core.from_compressed_tensors(cores, bits, columns, symmetric), kind, shared=True
+    )

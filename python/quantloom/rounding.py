@@ -158,9 +158,7 @@ class GPTQ(Rounding):
                 f"damp_ladder: got {_checks.type_name(self.damp_ladder)}, expected a sequence of numbers"
             )
         ladder = tuple(_checks.real("damp_ladder", value) for value in self.damp_ladder)
-        if any(low >= high for low, high in pairwise(ladder)) or any(
-            v <= 0 for v in ladder
-        ):
+        if any(low >= high for low, high in pairwise(ladder)) or any(v <= 0 for v in ladder):
             raise ValueError(f"damp_ladder: got {ladder}, expected rising numbers > 0")
         set_field(self, "damp_ladder", ladder)
         _checks.boolean("act_order", self.act_order)

@@ -68,8 +68,12 @@ class PackedTensor:
         self._format = format_from_json(packed.format_json)
         self._shape = (packed.n, packed.k)
         self._planes = {
-            name: _arrays.to_kind(array, dtype, kind) for name, (dtype, array) in packed.planes().items()
+            name: _arrays.to_kind(array, dtype, kind)
+            for name, (dtype, array) in packed.planes(writeable=not shared).items()
         }
+        if kind == "numpy":
+            for array in self._planes.values():
+                array.setflags(write=False)
         self._kind = kind
         self._prepared = None
         self.report = report
@@ -171,8 +175,7 @@ class PackedTensor:
         planes = {}
         for name, value in self._planes.items():
             if self._kind == "numpy":
-                bits = value if value.flags.writeable else value.copy()
-                bits = bits.view(np.uint16) if value.dtype.name == "bfloat16" else bits
+                bits = value.view(np.uint16) if value.dtype.name == "bfloat16" else value
                 value = _arrays.to_kind(bits, value.dtype.name, "torch")
             planes[name] = value.to(target)
         return planes
@@ -289,10 +292,9 @@ def load_tensors(path: Any, kind: str = "numpy") -> dict[str, Any]:
     packed, plain, _ = _load(path)
     result: dict[str, Any] = {}
     for name, tensor in packed.items():
-        loaded = PackedTensor._from_core(tensor, "numpy")
-        result[name] = loaded if kind == "numpy" else loaded.to("torch")
+        result[name] = PackedTensor._from_core(tensor, kind, shared=True)
     for name, (dtype, array) in plain.items():
-        result[name] = _arrays.to_kind(array if kind == "numpy" else array.copy(), dtype, kind)
+        result[name] = _arrays.to_kind(array, dtype, kind)
     return dict(sorted(result.items()))
 
 

@@ -1,0 +1,79 @@
+#include <pybind11/stl.h>
+
+#include "arrays.hpp"
+#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/uniform.hpp"
+
+namespace quantloom::python {
+namespace {
+
+std::shared_ptr<PackedTensor> make_packed(const std::string& json, int64_t n, int64_t k,
+                                          const std::map<std::string, ArrayRef>& planes) {
+  auto packed = std::make_shared<PackedTensor>();
+  packed->format = format_from_json(json);
+  packed->n = n;
+  packed->k = k;
+  packed->planes = to_tensors(planes, "plane");
+  const py::gil_scoped_release release;
+  validate(*packed);
+  return packed;
+}
+
+py::list planes_of(const std::string& json, int64_t n, int64_t k) {
+  py::list result;
+  for (const PlaneSpec& spec : format_from_json(json)->planes(n, k)) {
+    py::dict plane;
+    plane["name"] = spec.name;
+    plane["dtype"] = name_of(spec.dtype);
+    plane["shape"] = py::tuple(py::cast(spec.shape));
+    plane["optional"] = spec.optional;
+    result.append(plane);
+  }
+  return result;
+}
+
+py::list table() {
+  py::list result;
+  for (const FormatEntry& entry : format_table()) {
+    py::dict row;
+    row["name"] = entry.name;
+    row["summary"] = entry.summary;
+    row["examples"] = entry.examples;
+    result.append(row);
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_formats(py::module_& module) {
+  module.def("format_from_spec", [](const std::string& spec) { return format_from_spec(spec)->to_json(); });
+  module.def("format_canonical", [](const std::string& json) { return format_from_json(json)->to_json(); });
+  module.def("format_spec", [](const std::string& json) { return format_from_json(json)->spec(); });
+  module.def("format_planes", &planes_of);
+  module.def("format_table", &table);
+  module.def(
+      "uniform_json", [](int64_t bits, int64_t group_size, bool symmetric, const std::string& scale_dtype) {
+        return Uniform(to_int("bits", bits), group_size, symmetric, dtype_from_name(scale_dtype)).to_json();
+      });
+
+  py::class_<PackedTensor, std::shared_ptr<PackedTensor>>(module, "Packed")
+      .def(py::init(&make_packed), py::arg("format_json"), py::arg("n"), py::arg("k"), py::arg("planes"))
+      .def_readonly("n", &PackedTensor::n)
+      .def_readonly("k", &PackedTensor::k)
+      .def_property_readonly("format_json", [](const PackedTensor& p) { return p.format->to_json(); })
+      .def_property_readonly("size_in_bits", &PackedTensor::size_in_bits)
+      .def(
+          "planes", [](const PackedTensor& p, bool writeable) { return to_numpy(p.planes, writeable); },
+          py::arg("writeable") = true);
+  module.def(
+      "dequantize",
+      [](const PackedTensor& packed, const ArrayRef& out, int64_t threads) {
+        const auto view = out.matrix<float>("out", DType::f32);
+        const py::gil_scoped_release release;
+        dequantize(packed, view, to_int("threads", threads));
+      },
+      py::arg("packed"), py::arg("out"), py::arg("threads"));
+}
+
+}  // namespace quantloom::python
