@@ -5,6 +5,8 @@
 #pragma once
 
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,14 +20,24 @@ struct SafetensorsLimits {
   int64_t tensors = 1 << 17;
   int64_t rank = 8;
   int64_t name_bytes = 512;
+  int64_t metadata_entries = 1 << 16;
+};
+
+// What the header says of one tensor.
+struct SafetensorsEntry {
+  DType dtype = DType::u8;
+  std::vector<int64_t> shape;
+  std::span<const std::byte> data;
 };
 
 class SafetensorsFile {
  public:
-  // Maps the file read-only. Throws IoError if it cannot be read, FileFormatError naming the file, the
-  // tensor and the rule that is broken.
+  // Maps the file. Throws IoError if it cannot be read, FileFormatError naming the file, the tensor and the
+  // rule that is broken, Unsupported for an element type that DType does not have (8-bit floats, ...).
+  // Nobody may shorten the file while it is mapped: reading past its new end kills the process.
   static SafetensorsFile open(const std::string& path, const SafetensorsLimits& limits = {});
-  // The same over bytes in memory, which must outlive the tensors; `label` stands in error messages.
+  // The same over bytes in memory; `label` stands in error messages. With an `owner`, which keeps the bytes
+  // alive, tensors are views; without, they are copies and only this object must not outlive the bytes.
   static SafetensorsFile parse(std::span<const std::byte> bytes, const std::string& label,
                                std::shared_ptr<const void> owner = nullptr,
                                const SafetensorsLimits& limits = {});
@@ -33,24 +45,25 @@ class SafetensorsFile {
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   std::vector<std::string> names() const;  // sorted
   bool contains(const std::string& name) const { return tensors_.contains(name); }
-  // Views into the mapping, which lives as long as any tensor of it. Data may be unaligned in the file;
-  // a tensor whose data is not aligned to its element size is copied. Throws InvalidArgument if absent.
+  // Type, shape and bytes as they lie in the file, perhaps unaligned. Throws InvalidArgument if absent.
+  const SafetensorsEntry& entry(const std::string& name) const;
+  // A view into the mapping, which lives as long as any tensor of it; what is written to it never reaches
+  // the file. A tensor whose data is not aligned to its element size is copied. Throws InvalidArgument
+  // if absent, FileFormatError if an element of a boolean tensor is neither 0 nor 1.
   Tensor tensor(const std::string& name) const;
 
  private:
-  struct Entry {
-    DType dtype;
-    std::vector<int64_t> shape;
-    const std::byte* data;
-  };
-  std::map<std::string, Entry> tensors_;
+  std::string label_;
+  std::map<std::string, SafetensorsEntry> tensors_;
   std::map<std::string, std::string> metadata_;
   std::shared_ptr<const void> owner_;
 };
 
-// Writes tensors (on the CPU) ordered by falling element size, then name, with the data aligned to 64
-// bytes; metadata always gets "format": "pt". The same input gives the same bytes. On any failure the
-// previous file at `path` is intact and no temporary file stays.
+// Writes tensors (on the CPU) ordered by falling element size, then name, with the data section aligned to
+// 64 bytes and so every tensor to its element size; metadata gets "format": "pt" unless it has a
+// "format". The same input gives the same bytes. Throws TypeMismatch for a tensor on a GPU,
+// InvalidArgument for names and metadata that are not UTF-8 and for what exceeds SafetensorsLimits, and
+// IoError naming path and reason; the previous file at `path` is then intact and no temporary file stays.
 void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 

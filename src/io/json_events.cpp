@@ -1,0 +1,53 @@
+#include "io/json_events.hpp"
+
+#include "io/text.hpp"
+#include "quantloom/error.hpp"
+
+namespace quantloom::io {
+
+void JsonEvents::read(std::string_view text) {
+  // The parser takes a NUL byte for the end of its input.
+  const size_t nul = text.find('\0');
+  if (nul != std::string_view::npos) fail(text_of("a NUL byte at byte ", nul, " of the JSON text"));
+  nlohmann::json::sax_parse(text.data(), text.data() + text.size(), this);
+}
+
+bool JsonEvents::number_integer(number_integer_t value) {
+  unexpected(text_of("the negative number ", value));
+}
+bool JsonEvents::number_unsigned(number_unsigned_t value) {
+  unexpected(text_of("the number ", value));
+}
+bool JsonEvents::number_float(number_float_t /*value*/, const string_t& text) {
+  unexpected("the number " + quote(text) + ", which is no integer below 2^64");
+}
+bool JsonEvents::string(string_t& value) {
+  unexpected("the string " + quote(value));
+}
+bool JsonEvents::binary(binary_t& /*value*/) {
+  unexpected("binary data");
+}
+bool JsonEvents::start_object(size_t /*size*/) {
+  unexpected("an object");
+}
+bool JsonEvents::key(string_t& name) {
+  unexpected("the key " + quote(name));
+}
+bool JsonEvents::start_array(size_t /*size*/) {
+  unexpected("an array");
+}
+
+bool JsonEvents::parse_error(size_t position, const std::string& last_token,
+                             const nlohmann::json::exception& /*error*/) {
+  fail(text_of("not valid JSON in UTF-8 at byte ", position, " of the JSON text, near ", quote(last_token)));
+}
+
+void JsonEvents::fail(const std::string& message) const {
+  throw FileFormatError(label_ + ": " + message);
+}
+
+void JsonEvents::unexpected(const std::string& got) const {
+  fail(where() + ": got " + got + ", expected " + expected());
+}
+
+}  // namespace quantloom::io
