@@ -1,5 +1,7 @@
 #include "io/packed_file.hpp"
 
+#include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "io/packed_description.hpp"

@@ -1,6 +1,7 @@
 #include "io/safetensors_writer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "io/text.hpp"
@@ -20,9 +21,7 @@ std::string json_string(const std::string& text, const std::string& what) {
 }
 
 std::string json_array(std::span<const int64_t> numbers) {
-  std::string text = "[";
-  for (size_t i = 0; i < numbers.size(); ++i) text += (i == 0 ? "" : ",") + std::to_string(numbers[i]);
-  return text + "]";
+  return nlohmann::json(std::vector<int64_t>(numbers.begin(), numbers.end())).dump();
 }
 
 void require_writable(const std::string& name, const Tensor& tensor, const SafetensorsLimits& limits) {

@@ -39,7 +39,8 @@ class PackedFileReader {
     std::vector<std::string> planes;  // "codes", "scales", ...
   };
 
-  // Verifies all but the checksums of the tensors' data. Throws IoError, FileFormatError or Unsupported, as
+  // Verifies all but the tensors' data: the planes' shapes and types and what they hold are checked when
+  // they are loaded. Throws IoError, FileFormatError or Unsupported, as
   // SafetensorsFile::open() does.
   static PackedFileReader open(const std::string& path, const SafetensorsLimits& limits = {});
   // The same over bytes in memory, as SafetensorsFile::parse().

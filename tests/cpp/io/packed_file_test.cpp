@@ -1,0 +1,117 @@
+#include "quantloom/io/packed_file.hpp"
+
+#include "io/file_bytes.hpp"
+#include "quantloom/formats/format.hpp"
+#include "quantloom/rounding/nearest.hpp"
+
+namespace quantloom {
+namespace {
+
+using test::bytes_of;
+using test::message_of;
+using test::random_tensor;
+using test::TemporaryFolder;
+
+PackedTensor random_packed(const std::string& spec, int64_t n, int64_t k, uint64_t seed) {
+  const CounterRandom random(seed);
+  std::vector<float> w(static_cast<size_t>(n * k));
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(random.normal(i));
+  return round_nearest(FloatMatrix(MatrixView<const float>(w.data(), n, k)), format_from_spec(spec)).tensor;
+}
+
+void expect_same(const PackedTensor& a, const PackedTensor& b) {
+  EXPECT_EQ(a.format->to_json(), b.format->to_json());
+  EXPECT_EQ(a.n, b.n);
+  EXPECT_EQ(a.k, b.k);
+  ASSERT_EQ(a.planes.size(), b.planes.size());
+  for (const auto& [name, plane] : a.planes) {
+    EXPECT_EQ(plane.dtype(), b.plane(name).dtype());
+    EXPECT_EQ(plane.shape(), b.plane(name).shape());
+    EXPECT_EQ(bytes_of(plane), bytes_of(b.plane(name))) << name;
+  }
+}
+
+TEST(PackedFile, RoundTripsEveryFormat) {
+  const TemporaryFolder folder;
+  PackedFile file;
+  uint64_t seed = 1;
+  for (const FormatEntry& entry : format_table()) {
+    for (const std::string& spec : entry.examples) {
+      for (const auto& [n, k] :
+           std::vector<std::pair<int64_t, int64_t>>{{5, 37}, {1, 1}, {0, 3}, {3, 0}, {33, 256}}) {
+        file.packed.emplace(text_of("layer \"", spec, "\"/", n, "x", k), random_packed(spec, n, k, seed++));
+      }
+    }
+  }
+  file.plain.emplace("norm", random_tensor(DType::bf16, {7}, seed));
+  file.plain.emplace("norm.codes", random_tensor(DType::u8, {7}, seed));  // no packed tensor "norm"
+  file.metadata = {{"made by", "a test"}, {"format", "pt"}};
+  const std::string path = folder.file("p.safetensors");
+  save_packed(path, file);
+  const PackedFile got = load_packed(path);
+  ASSERT_EQ(got.packed.size(), file.packed.size());
+  for (const auto& [name, packed] : file.packed) expect_same(packed, got.packed.at(name));
+  ASSERT_EQ(got.plain.size(), 2U);
+  for (const auto& [name, tensor] : file.plain) EXPECT_EQ(bytes_of(tensor), bytes_of(got.plain.at(name)));
+  EXPECT_EQ(got.metadata, file.metadata);
+  const std::string again = folder.file("again.safetensors");
+  save_packed(again, got);
+  EXPECT_EQ(test::read_file(path), test::read_file(again));
+}
+
+TEST(PackedFile, ReaderLoadsWhatIsAskedFor) {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("p");
+  const PackedTensor layer = random_packed("uniform:3:g16:asym", 8, 40, 9);
+  save_packed(path, {{{"a", layer}, {"b", layer}}, {{"a.bias", random_tensor(DType::f32, {8}, 2)}}, {}});
+  std::string bytes = test::read_file(path);
+  bytes.back() = static_cast<char>(bytes.back() ^ 1);  // the last tensor is a plane of "b"
+  test::write_file(path, bytes);
+  const PackedFileReader reader = PackedFileReader::open(path);
+  EXPECT_EQ(reader.packed().at("a").format->spec(), layer.format->spec());
+  EXPECT_EQ(reader.packed().at("a").planes, (std::vector<std::string>{"codes", "scales", "zeros"}));
+  EXPECT_EQ(reader.plain(), std::vector<std::string>{"a.bias"});
+  expect_same(reader.load_packed("a"), layer);
+  EXPECT_EQ(bytes_of(reader.load_plain("a.bias")), bytes_of(random_tensor(DType::f32, {8}, 2)));
+  const std::string message = message_of<FileFormatError>([&] { reader.load_packed("b"); });
+  EXPECT_NE(message.find("\"b.scales\": checksum"), std::string::npos) << message;
+  message_of<FileFormatError>([&] { load_packed(path); });
+  message_of<InvalidArgument>([&] { reader.load_packed("c"); });
+  message_of<InvalidArgument>([&] { reader.load_plain("a.codes"); });
+}
+
+TEST(PackedFile, FilesOfOtherLibrariesLoadAsPlainTensors) {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("p");
+  write_safetensors(path, {{"w.codes", random_tensor(DType::i32, {2}, 1)}}, {{"a", "b"}});
+  const PackedFile file = load_packed(path);
+  EXPECT_TRUE(file.packed.empty());
+  EXPECT_EQ(bytes_of(file.plain.at("w.codes")), bytes_of(random_tensor(DType::i32, {2}, 1)));
+  EXPECT_EQ(file.metadata, (std::map<std::string, std::string>{{"a", "b"}, {"format", "pt"}}));
+}
+
+TEST(PackedFile, SaveRefusesBadInput) {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("p");
+  const PackedTensor layer = random_packed("uniform:4:g8", 2, 16, 1);
+  const Tensor x(DType::f32, {1});
+  const auto message = [&](const PackedFile& file) {
+    return message_of<InvalidArgument>([&] { save_packed(path, file); });
+  };
+  EXPECT_NE(message({{{"", layer}}, {}, {}}).find("packed tensor name"), std::string::npos);
+  EXPECT_NE(message({{}, {{"", x}}, {}}).find("tensor name"), std::string::npos);
+  EXPECT_NE(message({{{"a", layer}}, {{"a.scales", x}}, {}}).find("\"a.scales\""), std::string::npos);
+  EXPECT_NE(message({{}, {}, {{"quantloom", "{}"}}}).find("quantloom"), std::string::npos);
+  EXPECT_NE(message({{{"\xff", layer}}, {}, {}}).find("UTF-8"), std::string::npos);
+  EXPECT_NE(message({{}, {}, {{"\xff", ""}}}).find("UTF-8"), std::string::npos);
+  PackedTensor broken = layer;
+  broken.planes.erase("scales");
+  EXPECT_NE(message({{{"a", broken}}, {}, {}}).find("plane scales"), std::string::npos);
+  broken = layer;
+  broken.planes["scales"] = Tensor(DType::f16, {2, 3});
+  EXPECT_NE(message({{{"a", broken}}, {}, {}}).find("\"a\""), std::string::npos);
+  EXPECT_EQ(folder.entry_count(), 0);
+}
+
+}  // namespace
+}  // namespace quantloom
