@@ -52,6 +52,7 @@ class FloatMatrix {
   FloatMatrix(MatrixView<float> view)         // NOLINT(google-explicit-constructor)
       : FloatMatrix(MatrixView<const float>(view)) {}
 
+  const void* data() const { return data_; }
   DType dtype() const { return dtype_; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
