@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "formats/description.hpp"
 #include "quantloom/formats/uniform.hpp"
 
 namespace quantloom {
@@ -22,14 +23,13 @@ const std::vector<FormatEntry>& format_table() {
 std::shared_ptr<const Format> format_from_json(std::string_view json) {
   const auto object = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object() || !object.contains("format") || !object["format"].is_string()) {
-    throw InvalidArgument("format description", std::string(json.substr(0, 200)),
-                          "a JSON object with a string \"format\"");
+    refuse_description(json, "a JSON object with a string \"format\"");
   }
   const auto name = object["format"].get<std::string>();
   for (const FormatEntry& entry : format_table()) {
     if (entry.name == name) return entry.from_json(json);
   }
-  throw InvalidArgument("format", name, "a name of the format table");
+  throw InvalidArgument("format", printable(name), "a name of the format table");
 }
 
 std::shared_ptr<const Format> format_from_spec(std::string_view spec) {
@@ -37,7 +37,7 @@ std::shared_ptr<const Format> format_from_spec(std::string_view spec) {
   for (const FormatEntry& entry : format_table()) {
     if (entry.name == name) return entry.from_spec(spec);
   }
-  throw InvalidArgument("format", spec, "a short form such as uniform:4:g128");
+  throw InvalidArgument("format", printable(spec), "a short form such as uniform:4:g128");
 }
 
 }  // namespace quantloom

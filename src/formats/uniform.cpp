@@ -7,8 +7,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <set>
 
+#include "formats/description.hpp"
 #include "formats/uniform_encoder.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
@@ -67,33 +67,11 @@ std::optional<int64_t> parse_integer(std::string_view text) {
   return value;
 }
 
-[[noreturn]] void refuse_description(std::string_view json, std::string_view expected) {
-  throw InvalidArgument("format description", std::string(json.substr(0, 200)), expected);
-}
-
-// The top-level object, with each key once.
-nlohmann::json parse_object(std::string_view json) {
-  std::set<std::string> seen;
-  bool repeated = false;
-  const auto on_event = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    if (event == nlohmann::json::parse_event_t::key && depth == 1) {
-      repeated = !seen.insert(value.get<std::string>()).second || repeated;
-    }
-    return true;
-  };
-  auto object = nlohmann::json::parse(json, on_event, /*allow_exceptions=*/false);
-  if (!object.is_object()) refuse_description(json, "a JSON object");
-  if (repeated) refuse_description(json, "each key once");
-  return object;
-}
-
-int64_t integer_field(const nlohmann::json& object, const char* key, std::string_view json) {
-  const auto& value = object.at(key);
-  const bool fits = value.is_number_unsigned()
-                        ? value.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()}
-                        : value.is_number_integer();
-  if (!fits) refuse_description(json, text_of("an integer \"", key, "\""));
-  return value.get<int64_t>();
+// The zero-point rule as the description states it.
+nlohmann::json zero_point_json(const Uniform& format) {
+  if (!format.symmetric) return "stored";
+  if (format.bits == 1) return 0.5;
+  return 1 << (format.bits - 1);
 }
 
 }  // namespace
@@ -131,54 +109,38 @@ std::string Uniform::to_json() const {
   }
   object["symmetric"] = symmetric;
   object["scale_dtype"] = name_of(scale_dtype);
-  if (!symmetric) {
-    object["zero_point"] = "stored";
-  } else if (bits == 1) {
-    object["zero_point"] = 0.5;
-  } else {
-    object["zero_point"] = 1 << (bits - 1);
-  }
+  object["zero_point"] = zero_point_json(*this);
   return object.dump();
 }
 
 std::shared_ptr<const Format> Uniform::from_json(std::string_view json) {
-  const nlohmann::json object = parse_object(json);
-  constexpr std::array<const char*, 7> kKeys = {"bits",      "format",  "group_size", "scale_dtype",
-                                                "symmetric", "version", "zero_point"};
-  for (const char* key : kKeys) {
-    if (!object.contains(key)) refuse_description(json, text_of("a key \"", key, "\""));
-  }
-  for (const auto& [key, value] : object.items()) {
-    const bool known = std::any_of(kKeys.begin(), kKeys.end(), [&](const char* k) { return key == k; });
-    if (!known) refuse_description(json, text_of("no key \"", key.substr(0, 60), "\""));
-  }
+  constexpr std::array<std::string_view, 7> kKeys = {"bits",      "format",  "group_size", "scale_dtype",
+                                                     "symmetric", "version", "zero_point"};
+  const nlohmann::json object = parse_description(json);
+  require_keys(object, kKeys, json);
   if (object.at("format") != "uniform") refuse_description(json, "\"format\": \"uniform\"");
-  if (integer_field(object, "version", json) != kVersion) {
-    refuse_description(json, text_of("\"version\": ", kVersion, ", the only one this build knows"));
-  }
-  const int64_t bits = integer_field(object, "bits", json);
-  if (bits < 1 || bits > 8) refuse_description(json, "\"bits\" from 1 to 8");
-  int64_t group_size = 0;
+  static_cast<void>(integer_field(object, "version", kVersion, kVersion, json));
+  const auto bits = static_cast<int>(integer_field(object, "bits", 1, 8, json));
+  int64_t group_size = kPerTensor;
   if (object.at("group_size") == "channel") {
     group_size = kPerChannel;
-  } else if (object.at("group_size") == "tensor") {
-    group_size = kPerTensor;
-  } else {
-    group_size = integer_field(object, "group_size", json);
-    if (group_size <= 0) refuse_description(json, "\"group_size\" above 0, \"channel\" or \"tensor\"");
+  } else if (object.at("group_size") != "tensor") {
+    group_size = integer_field(object, "group_size", 1, std::numeric_limits<int64_t>::max(), json);
   }
   if (!object.at("symmetric").is_boolean()) refuse_description(json, "\"symmetric\": true or false");
-  if (!object.at("scale_dtype").is_string()) refuse_description(json, "a string \"scale_dtype\"");
-  const auto dtype = dtype_from_name(object.at("scale_dtype").get<std::string>());
-  auto format = std::make_shared<const Uniform>(static_cast<int>(bits), group_size,
-                                                object.at("symmetric").get<bool>(), dtype);
-  const auto& zero_point = object.at("zero_point");
-  const bool agrees =
-      format->symmetric ? zero_point.is_number() && zero_point.get<double>() == format->symmetric_zero_point()
-                        : zero_point == "stored";
-  if (!agrees) {
-    refuse_description(json, format->symmetric ? text_of("\"zero_point\": ", format->symmetric_zero_point())
-                                               : "\"zero_point\": \"stored\"");
+  std::optional<DType> scale_dtype;
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+    if (object.at("scale_dtype") == name_of(dtype)) scale_dtype = dtype;
+  }
+  if (!scale_dtype) refuse_description(json, "\"scale_dtype\": float16, bfloat16 or float32");
+  auto format =
+      std::make_shared<const Uniform>(bits, group_size, object.at("symmetric").get<bool>(), *scale_dtype);
+  const nlohmann::json expected = zero_point_json(*format);
+  const nlohmann::json& zero_point = object.at("zero_point");
+  // Compared as text, so that 8.0 is not 8.
+  if (zero_point.is_structured() ||
+      zero_point.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace) != expected.dump()) {
+    refuse_description(json, text_of("\"zero_point\": ", expected.dump()));
   }
   return format;
 }
@@ -186,7 +148,7 @@ std::shared_ptr<const Format> Uniform::from_json(std::string_view json) {
 std::shared_ptr<const Format> Uniform::from_spec(std::string_view spec) {
   constexpr std::string_view kExpected =
       "uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32] with BITS from 1 to 8 and N above 0";
-  const auto refuse = [&]() { throw InvalidArgument("format", spec.substr(0, 200), kExpected); };
+  const auto refuse = [&]() { throw InvalidArgument("format", printable(spec), kExpected); };
   std::vector<std::string_view> parts;
   for (size_t begin = 0;;) {
     const size_t end = spec.find(':', begin);

@@ -45,17 +45,24 @@ GroupParameters fit_group(const Uniform& format, const GroupRange& range, double
   double span = shrink * (range.high - range.low);
   if (format.symmetric) span = shrink * 2 * (format.bits == 1 ? range.mean_magnitude : largest);
   const double wanted = span / levels;
-  const auto nearest = static_cast<float>(std::min(wanted, 0x1p127));
-  const float scale = std::max(round_to(format.scale_dtype, nearest), smallest_scale(format.scale_dtype));
-  // The grid's outermost value, at most 2^bits steps from zero, has to be finite too.
-  if (!std::isfinite(scale * static_cast<float>(1 << format.bits))) {
-    throw NumericError(text_of("scale of row ", row, ", group ", group, ": got ", wanted,
-                               ", expected at most what ", name_of(format.scale_dtype), " holds",
-                               format.scale_dtype == DType::f16 ? "; use bfloat16 or float32 scales" : ""));
+  // Beyond float32's range the cast would be undefined; 2^127 is refused below all the same.
+  const float rounded = round_to(format.scale_dtype, static_cast<float>(std::min(wanted, 0x1p127)));
+  const float scale = std::max(rounded, smallest_scale(format.scale_dtype));
+  GroupParameters fitted{scale, format.symmetric_zero_point()};
+  if (!format.symmetric) {
+    const double zero = std::nearbyint(-shrink * range.low / static_cast<double>(scale));
+    fitted.zero = static_cast<float>(std::clamp(zero, 0.0, levels));
   }
-  if (format.symmetric) return {scale, format.symmetric_zero_point()};
-  const double zero = std::nearbyint(-shrink * range.low / static_cast<double>(scale));
-  return {scale, static_cast<float>(std::clamp(zero, 0.0, levels))};
+  // The ends of the grid have to be finite too.
+  const float outermost = std::max(fitted.zero, static_cast<float>(levels) - fitted.zero);
+  if (!std::isfinite(scale * outermost)) {
+    throw NumericError(text_of("scale of row ", row, ", group ", group, ": got ", wanted, " for values from ",
+                               range.low, " to ", range.high, ", expected a grid that stays finite in ",
+                               format.scale_dtype == DType::f16
+                                   ? "float16 (at most 65504); store the scales as bfloat16 or float32"
+                                   : "float32; divide the weights first"));
+  }
+  return fitted;
 }
 
 // Adding this and subtracting it again rounds |x| < 2^22 to an integer, ties to even.

@@ -1,0 +1,35 @@
+// Inputs and comparisons that many tests share.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "quantloom/packed_tensor.hpp"
+#include "quantloom/random.hpp"
+
+namespace quantloom::testing {
+
+inline std::vector<float> normal_values(int64_t count, uint64_t seed) {
+  const CounterRandom random(seed);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(random.normal(i));
+  return values;
+}
+
+inline std::vector<float> decoded_values(const PackedTensor& packed) {
+  std::vector<float> values(static_cast<size_t>(packed.n * packed.k));
+  dequantize(packed, MatrixView<float>(values.data(), packed.n, packed.k));
+  return values;
+}
+
+inline bool same_planes(const PackedTensor& a, const PackedTensor& b) {
+  if (a.n != b.n || a.k != b.k || a.planes.size() != b.planes.size()) return false;
+  for (const auto& [name, plane] : a.planes) {
+    const Tensor& other = b.plane(name);
+    if (plane.shape() != other.shape() || plane.dtype() != other.dtype()) return false;
+    if (std::memcmp(plane.bytes(), other.bytes(), static_cast<size_t>(plane.byte_count())) != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace quantloom::testing
