@@ -67,6 +67,11 @@ __device__ __forceinline__ float load_scale(const void* scales, DType dtype, int
   return static_cast<const float*>(scales)[i];
 }
 
+// float(code) for a code below 2^23, without the slow conversion unit: the bits of 2^23 + code, minus 2^23.
+__device__ __forceinline__ float float_from_code(uint32_t code) {
+  return __fsub_rn(__uint_as_float(0x4B000000U | code), 8388608.0F);
+}
+
 template <int kBits>
 struct UniformParameters {
   float scale;
@@ -87,13 +92,13 @@ struct UniformParameters {
       CodeWindow<kBits, 1> window;
       window.load(planes.zeros + group * planes.words_per_zero_row, parameter_row * kBits,
                   planes.words_per_zero_row);
-      zero = static_cast<float>(window.code(0));
+      zero = float_from_code(window.code(0));
     }
   }
 
   // scale * (code - zero): the difference is exact, the product rounded once, as on the CPU.
   __device__ __forceinline__ float decode(uint32_t code) const {
-    return __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero));
+    return __fmul_rn(scale, __fsub_rn(float_from_code(code), zero));
   }
 };
 

@@ -21,6 +21,7 @@ using cuda::UniformPlanes;
 
 constexpr int kThreads = 256;
 constexpr int kRowsPerThread = 8;
+constexpr int64_t kMaxGridColumns = 2147483647;
 constexpr int64_t kMaxGridRows = 65535;
 
 __device__ __forceinline__ void convert(float value, float& out) {
@@ -33,7 +34,9 @@ __device__ __forceinline__ void convert(float value, __nv_bfloat16& out) {
   out = __float2bfloat16_rn(value);
 }
 
-template <int kBits, class Out>
+// kOneGroup: the columns of a thread always share their group, because groups are of consecutive columns
+// and as wide as a multiple of kColumns.
+template <int kBits, class Out, bool kOneGroup>
 __global__ void __launch_bounds__(kThreads)
     dequantize_uniform(UniformPlanes planes, Out* __restrict__ out, int64_t n, int64_t k, int64_t stride,
                        bool vector_stores) {
@@ -41,9 +44,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kColumns;
   if (column >= k) return;
   const int columns = static_cast<int>(min(static_cast<int64_t>(kColumns), k - column));
-  const int64_t first_group = column / planes.columns_per_group;
-  const bool one_group =
-      planes.group_index == nullptr && (column + columns - 1) / planes.columns_per_group == first_group;
+  int64_t groups[kOneGroup ? 1 : kColumns];
+  if constexpr (kOneGroup) {
+    groups[0] = column / planes.columns_per_group;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      // Columns past the end decode the last one again; they are not stored.
+      const int64_t c = column + min(i, columns - 1);
+      groups[i] = planes.group_index != nullptr ? static_cast<int64_t>(__ldg(planes.group_index + c))
+                                                : c / planes.columns_per_group;
+    }
+  }
 
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < n; row += row_step) {
@@ -51,15 +63,10 @@ __global__ void __launch_bounds__(kThreads)
     window.load(planes.codes + row * planes.words_per_row, column * kBits, planes.words_per_row);
     alignas(16) Out values[kColumns];
     UniformParameters<kBits> parameters;
-    if (one_group) parameters.load(planes, row, first_group);
+    if constexpr (kOneGroup) parameters.load(planes, row, groups[0]);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      if (!one_group && i < columns) {
-        const int64_t group = planes.group_index != nullptr
-                                  ? static_cast<int64_t>(__ldg(planes.group_index + column + i))
-                                  : (column + i) / planes.columns_per_group;
-        parameters.load(planes, row, group);
-      }
+      if constexpr (!kOneGroup) parameters.load(planes, row, groups[i]);
       convert(parameters.decode(window.code(i)), values[i]);
     }
     Out* target = out + row * stride + column;
@@ -75,22 +82,29 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kBits, class Out>
-void launch(const UniformPlanes& planes, void* out, int64_t n, int64_t k, int64_t stride, cudaStream_t stream) {
+void launch(const UniformPlanes& planes, void* out, int64_t n, int64_t k, int64_t stride,
+            cudaStream_t stream) {
   constexpr int64_t kColumns = 16 / sizeof(Out);
   const int64_t column_threads = ceil_div(k, kColumns);
   int64_t width = 32;
   while (width < kThreads && width < column_threads) width *= 2;
   const int64_t height = kThreads / width;
+  const int64_t column_blocks = ceil_div(column_threads, width);
+  if (column_blocks > kMaxGridColumns) {
+    throw Unsupported(text_of("dequantize_cuda: no kernel for k = ", k));
+  }
 
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(static_cast<unsigned>(width), static_cast<unsigned>(height));
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(column_threads, width)),
+  config.gridDim = dim3(static_cast<unsigned>(column_blocks),
                         static_cast<unsigned>(std::min(ceil_div(n, height * kRowsPerThread), kMaxGridRows)));
   config.stream = stream;
-  const bool vector_stores =
-      reinterpret_cast<uintptr_t>(out) % 16 == 0 && (n == 1 || stride % kColumns == 0);
-  check_cuda(cudaLaunchKernelEx(&config, dequantize_uniform<kBits, Out>, planes, static_cast<Out*>(out), n, k,
-                                stride, vector_stores),
+  const bool vector_stores = reinterpret_cast<uintptr_t>(out) % 16 == 0 && (n == 1 || stride % kColumns == 0);
+  const bool one_group =
+      planes.group_index == nullptr && (planes.group_count == 1 || planes.columns_per_group % kColumns == 0);
+  auto* const kernel =
+      one_group ? dequantize_uniform<kBits, Out, true> : dequantize_uniform<kBits, Out, false>;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, planes, static_cast<Out*>(out), n, k, stride, vector_stores),
              "dequantize_cuda: launch of dequantize_uniform");
 }
 
@@ -98,15 +112,24 @@ template <class Out>
 void launch_bits(int bits, const UniformPlanes& planes, void* out, int64_t n, int64_t k, int64_t stride,
                  cudaStream_t stream) {
   switch (bits) {
-    case 1: return launch<1, Out>(planes, out, n, k, stride, stream);
-    case 2: return launch<2, Out>(planes, out, n, k, stride, stream);
-    case 3: return launch<3, Out>(planes, out, n, k, stride, stream);
-    case 4: return launch<4, Out>(planes, out, n, k, stride, stream);
-    case 5: return launch<5, Out>(planes, out, n, k, stride, stream);
-    case 6: return launch<6, Out>(planes, out, n, k, stride, stream);
-    case 7: return launch<7, Out>(planes, out, n, k, stride, stream);
-    case 8: return launch<8, Out>(planes, out, n, k, stride, stream);
-    default: throw Unsupported(text_of("dequantize_cuda: no kernel for ", bits, " bits, expected 1 to 8"));
+    case 1:
+      return launch<1, Out>(planes, out, n, k, stride, stream);
+    case 2:
+      return launch<2, Out>(planes, out, n, k, stride, stream);
+    case 3:
+      return launch<3, Out>(planes, out, n, k, stride, stream);
+    case 4:
+      return launch<4, Out>(planes, out, n, k, stride, stream);
+    case 5:
+      return launch<5, Out>(planes, out, n, k, stride, stream);
+    case 6:
+      return launch<6, Out>(planes, out, n, k, stride, stream);
+    case 7:
+      return launch<7, Out>(planes, out, n, k, stride, stream);
+    case 8:
+      return launch<8, Out>(planes, out, n, k, stride, stream);
+    default:
+      throw Unsupported(text_of("dequantize_cuda: no kernel for ", bits, " bits, expected 1 to 8"));
   }
 }
 
@@ -154,7 +177,8 @@ void dequantize_cuda(const PackedTensor& packed, void* out, DType out_dtype, int
   if (n == 0 || k == 0) return;
   if (out == nullptr) throw InvalidArgument("out", "a null pointer", text_of("memory for ", n, " rows"));
   if (reinterpret_cast<uintptr_t>(out) % static_cast<uintptr_t>(size_of(out_dtype)) != 0) {
-    throw InvalidArgument("out", "an address that is not a multiple of the element size", "an aligned address");
+    throw InvalidArgument("out", "an address that is not a multiple of the element size",
+                          "an aligned address");
   }
 
   const bool indexed = packed.planes.contains("group_index");
@@ -174,9 +198,12 @@ void dequantize_cuda(const PackedTensor& packed, void* out, DType out_dtype, int
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (out_dtype) {
-    case DType::f16: return launch_bits<__half>(format->bits, planes, out, n, k, stride, cuda_stream);
-    case DType::bf16: return launch_bits<__nv_bfloat16>(format->bits, planes, out, n, k, stride, cuda_stream);
-    default: return launch_bits<float>(format->bits, planes, out, n, k, stride, cuda_stream);
+    case DType::f16:
+      return launch_bits<__half>(format->bits, planes, out, n, k, stride, cuda_stream);
+    case DType::bf16:
+      return launch_bits<__nv_bfloat16>(format->bits, planes, out, n, k, stride, cuda_stream);
+    default:
+      return launch_bits<float>(format->bits, planes, out, n, k, stride, cuda_stream);
   }
 }
 

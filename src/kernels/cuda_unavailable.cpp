@@ -23,7 +23,8 @@ std::vector<KernelEntry> cuda_kernel_table() {
 
 void dequantize_cuda(const PackedTensor& /*packed*/, void* /*out*/, DType /*out_dtype*/, int64_t /*stride*/,
                      void* /*stream*/) {
-  throw Unsupported("dequantize_cuda: this build of quantloom holds no CUDA kernels; build it where nvcc is found");
+  throw Unsupported(
+      "dequantize_cuda: this build of quantloom holds no CUDA kernels; build it where nvcc is found");
 }
 
 }  // namespace quantloom
