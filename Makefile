@@ -39,7 +39,7 @@ $(VENV)/.package: $(VENV)/.dependencies $(extension_sources)
 	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet \
 	  --no-build-isolation --no-deps --force-reinstall .
 	@$(VENV_PYTHON) -c 'import quantloom as ql; i = ql.build_info(); \
-	  print("quantloom", i["version"], "with CUDA " + i["cuda"] if i["cuda"] else "CPU only")'
+	  print("quantloom", i["version"], "with CUDA " + i["cuda_toolkit"] if i["cuda"] else "CPU only")'
 	@touch $@
 
 .PHONY: demo

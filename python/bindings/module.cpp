@@ -31,4 +31,8 @@ PYBIND11_MODULE(_core, module) {
   py::register_local_exception_translator(&translate);
   bind_arrays(module);
   bind_formats(module);
+  bind_calibration(module);
+  bind_rounding(module);
+  bind_kernels(module);
+  bind_io(module);
 }

@@ -7,10 +7,10 @@
     q.bits_per_weight, q.dequantize(), ql.matmul(x, q)                # NumPy or torch in, the same kind out
     ql.save_tensors("w.safetensors", {"layer": q})
 
-Importing this package imports NumPy only; ``ql.models``, ``ql.nn`` and ``ql.evaluate`` import torch when they
-are first used. A wrong argument raises TypeError (kind, dtype, device) or ValueError (shape, value) before any
-work, naming the argument, what was given and what is expected; OSError names the file; RuntimeError says what
-this build cannot do.
+Importing this package imports NumPy only; ``ql.models``, ``ql.nn`` and ``ql.evaluate`` import torch when
+they are first used. A wrong argument raises TypeError (kind, dtype, device) or ValueError (shape, value)
+before any work, naming the argument, what was given and what is expected; OSError names the file;
+RuntimeError says what this build cannot do.
 """
 
 from __future__ import annotations

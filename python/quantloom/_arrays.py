@@ -144,12 +144,12 @@ def describe(argument: str, value: Any) -> Array:
             return _describe_numpy(argument, np.from_dlpack(value))
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
-                f"{argument}: got {_checks.type_name(value)}, which NumPy cannot take through DLPack ({error}),"
-                f" expected a NumPy array or a torch tensor"
+                f"{argument}: got {_checks.type_name(value)}, which NumPy cannot take through DLPack"
+                f" ({error}), expected a NumPy array or a torch tensor"
             ) from None
     raise TypeError(
-        f"{argument}: got {_checks.type_name(value)}, expected a NumPy array, a torch tensor or an object with"
-        f" __dlpack__"
+        f"{argument}: got {_checks.type_name(value)}, expected a NumPy array, a torch tensor or an object"
+        f" with __dlpack__"
     )
 
 
@@ -170,18 +170,23 @@ def _check_float(argument: str, array: Array, allowed: tuple[str, ...]) -> None:
     )
 
 
-def _check_rows(argument: str, array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """Elements of a row next to each other, rows that go forward and do not overlap."""
-    rows, cols = shape
-    if cols > 1 and strides[1] != 1:
+def _check_last_axis(argument: str, array: Array) -> None:
+    stride = array.core.strides[-1]
+    if array.shape[-1] > 1 and array.core.element_count > 0 and stride != 1:
         raise ValueError(
-            f"{argument}: got elements {strides[1]} apart along the last axis, expected them next to each other"
+            f"{argument}: got elements {stride} apart along the last axis, expected them next to each other"
             f" (pass a contiguous copy)"
         )
+
+
+def _check_rows(argument: str, array: Array) -> None:
+    """Elements of a row next to each other, rows that go forward and do not overlap."""
+    (rows, cols), strides = array.shape, array.core.strides
+    _check_last_axis(argument, array)
     if rows > 1 and cols > 0 and strides[0] < cols:
         raise ValueError(
-            f"{argument}: got rows {strides[0]} elements apart, expected at least {cols}: rows of a view must go"
-            f" forward and not overlap (pass a contiguous copy)"
+            f"{argument}: got rows {strides[0]} elements apart, expected at least {cols}, so that they go"
+            f" forward and do not overlap (pass a contiguous copy)"
         )
 
 
@@ -203,7 +208,7 @@ def matrix(
         raise ValueError(f"{argument}: got shape {shape_text(array.shape)}, expected {shape_text(shape)}")
     _check_float(argument, array, allowed)
     require_cpu(argument, array)
-    _check_rows(argument, array, array.shape, array.core.strides)
+    _check_rows(argument, array)
     return array
 
 
@@ -218,18 +223,13 @@ def tokens(argument: str, value: Any, k: int, *, cpu: bool = True) -> Array:
     _check_float(argument, array, FLOATS)
     if cpu:
         require_cpu(argument, array)
-    strides = array.core.strides
-    if k > 1 and array.core.element_count > 0 and strides[-1] != 1:
-        raise ValueError(
-            f"{argument}: got elements {strides[-1]} apart along the last axis, expected them next to each other"
-            f" (pass a contiguous copy)"
-        )
+    _check_last_axis(argument, array)
     count = 1
     for size in array.shape[:-1]:
         count *= size
     flat = describe(argument, array.value.reshape((count, k)))
     if array.device == "cpu":
-        _check_rows(argument, flat, flat.shape, flat.core.strides)
+        _check_rows(argument, flat)
     return flat
 
 

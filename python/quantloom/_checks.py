@@ -75,7 +75,5 @@ def json_object(name: str, text: Any) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: got text that is not JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise ValueError(  # noqa: TRY004  (text is the right type, its contents are not)
-            f"{name}: got JSON {type_name(fields)}, expected an object"
-        )
+        raise ValueError(f"{name}: got JSON {type_name(fields)}, expected an object")
     return fields

@@ -69,16 +69,16 @@ def matmul(x: Any, q: PackedTensor | PreparedTensor, activations: str = "exact",
 
     Args:
         x: ``[..., k]``, float32, float16 or bfloat16, NumPy or torch.
-        q: W ``[n, k]``, a ``PackedTensor`` or what ``prepare`` made of one. A packed tensor is prepared in the
-            first call and keeps the result, which takes about as much memory again; use ``prepare`` to
-            own that memory.
+        q: W ``[n, k]``, a ``PackedTensor`` or what ``prepare`` made of one. A packed tensor is prepared in
+            the first call and keeps the result, which takes about as much memory again; use ``prepare``
+            to own that memory.
         activations: ``"exact"``: x enters in float32, sums are taken in float32. ``"int8"``: x is rounded to
             8 bits with one scale for each block of at most 128 inputs, which is faster below 8 bits
             per weight and adds a relative error of about 0.5%; x must then be finite.
         threads: 0 for OpenMP's default. The result does not depend on it.
 
-    Returns ``[..., n]``, of the kind and dtype of `x`. With planes on a CUDA device, W is decoded to the dtype
-    of `x` and multiplied by torch (cuBLAS); activations must be ``"exact"``.
+    Returns ``[..., n]``, of the kind and dtype of `x`. With planes on a CUDA device it decodes W to the
+    dtype of `x`, then multiplies with cuBLAS; activations must be ``"exact"`` there.
 
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
     takes the format.

@@ -16,7 +16,7 @@ __all__ = ["from_compressed_tensors", "from_gptq", "to_compressed_tensors", "to_
 
 
 def _version(value: Any) -> int:
-    return _checks.choice("version", value, ("gptq", "gptq_v2")) == "gptq_v2" and 2 or 1
+    return ("gptq", "gptq_v2").index(_checks.choice("version", value, ("gptq", "gptq_v2"))) + 1
 
 
 def _tensors(tensors: Any) -> tuple[dict[str, _core.ArrayRef], str]:

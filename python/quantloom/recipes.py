@@ -71,7 +71,8 @@ class Recipe:
         object.__setattr__(self, "ignore", tuple(_check_pattern("ignore", p) for p in self.ignore))
         if not isinstance(self.overrides, Mapping):
             raise TypeError(
-                f"overrides: got {_checks.type_name(self.overrides)}, expected a mapping of patterns to formats"
+                f"overrides: got {_checks.type_name(self.overrides)}, expected a mapping of patterns to"
+                f" formats"
             )
         overrides = {
             _check_pattern("overrides", pattern): None if other is None else parse_format(other)

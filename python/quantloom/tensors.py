@@ -62,8 +62,9 @@ class PackedTensor:
 
     @classmethod
     def _from_core(
-        cls, packed: _core.Packed, kind: str, report: RoundingReport | None = None
+        cls, packed: _core.Packed, kind: str, report: RoundingReport | None = None, *, shared: bool = False
     ) -> PackedTensor:
+        """`shared`: the planes may be memory of a mapped file or of the caller's arrays."""
         self = cls.__new__(cls)
         self._format = format_from_json(packed.format_json)
         self._shape = (packed.n, packed.k)
@@ -183,7 +184,8 @@ class PackedTensor:
     def __repr__(self) -> str:
         n, k = self._shape
         where = self._kind if self.device == "cpu" else self.device
-        return f"PackedTensor({self._format.spec}, shape=({n}, {k}), {self.bits_per_weight:.3f} bits/weight, {where})"
+        bits = f"{self.bits_per_weight:.3f} bits/weight"
+        return f"PackedTensor({self._format.spec}, shape=({n}, {k}), {bits}, {where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedTensor, (self._format, self._shape, dict(self._planes), self.report)

@@ -1,0 +1,61 @@
+#include "quantloom/rounding/rounding.hpp"
+
+#include <pybind11/stl.h>
+
+#include "arrays.hpp"
+#include "calibration.hpp"
+#include "quantloom/rounding/nearest.hpp"
+
+namespace quantloom::python {
+namespace {
+
+using Search = std::optional<std::tuple<int64_t, double, double>>;  // steps, smallest, norm
+
+std::optional<ScaleSearch> to_search(const Search& search) {
+  if (!search) return std::nullopt;
+  const auto& [steps, smallest, norm] = *search;
+  return ScaleSearch{to_int("steps", steps), smallest, norm};
+}
+
+py::tuple to_python(Rounded rounded) {
+  const RoundingReport& report = rounded.report;
+  py::dict fields;
+  fields["method"] = report.method;
+  fields["scale_search"] = report.scale_search;
+  fields["act_order"] = report.act_order;
+  fields["static_groups"] = report.static_groups;
+  fields["damping"] = report.damping;
+  fields["damping_tried"] = report.damping_tried;
+  fields["dead_columns"] = report.dead_columns;
+  fields["tokens"] = report.tokens;
+  fields["mean_squared_error"] = report.mean_squared_error;
+  fields["proxy_loss"] = report.proxy_loss;
+  fields["proxy_loss_nearest"] = report.proxy_loss_nearest;
+  fields["held_out_loss"] = report.held_out_loss;
+  fields["held_out_loss_nearest"] = report.held_out_loss_nearest;
+  return py::make_tuple(std::make_shared<PackedTensor>(std::move(rounded.tensor)), fields);
+}
+
+py::tuple nearest(const ArrayRef& w, const std::string& format, const Search& search,
+                  const SharedHessian* hessian, const SharedHessian* held_out, int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  Rounded rounded;
+  {
+    const py::gil_scoped_release release;
+    const HessianPair hessians(hessian, held_out);
+    rounded = round_nearest(weights, format_from_json(format),
+                            {.scale_search = to_search(search),
+                             .hessian = hessians.first(),
+                             .held_out = hessians.second(),
+                             .threads = to_int("threads", threads)});
+  }
+  return to_python(std::move(rounded));
+}
+
+}  // namespace
+
+void bind_rounding(py::module_& module) {
+  module.def("round_nearest", &nearest);
+}
+
+}  // namespace quantloom::python
