@@ -4,6 +4,7 @@
 #include <numeric>
 #include <vector>
 
+#include "calibration/error_statistics.hpp"
 #include "quantloom/parallel.hpp"
 #include "rounding/scale_search.hpp"
 
@@ -22,9 +23,9 @@ void read_columns(const FloatMatrix& w, int64_t first_row, int64_t first_column,
   }
 }
 
-// Adds the squared errors of each row to `row_errors`.
+// Encodes the columns and adds each row's squared errors to `row_errors`.
 void encode_group(ColumnEncoder& encoder, int64_t first_column, int64_t first_row,
-                  MatrixView<const float> columns, std::span<float> buffer, std::span<double> row_errors) {
+                  MatrixView<const float> columns, std::span<float> buffer, double* row_errors) {
   const int64_t step = encoder.columns_per_step();
   for (int64_t c = 0; c < columns.rows(); c += step) {
     const int64_t width = std::min(step, columns.rows() - c);
@@ -35,7 +36,7 @@ void encode_group(ColumnEncoder& encoder, int64_t first_column, int64_t first_ro
       const float* code_value = decoded.row(j);
       for (int64_t r = 0; r < columns.cols(); ++r) {
         const double error = static_cast<double>(code_value[r]) - static_cast<double>(value[r]);
-        row_errors[static_cast<size_t>(r)] += error * error;
+        row_errors[r] += error * error;
       }
     }
   }
@@ -57,15 +58,6 @@ void fit_group(ColumnEncoder& encoder, int64_t group, int64_t first_column, int6
               search_shrink(encoder, group, first_row, columns, indices, group_weights, *search));
 }
 
-void require_inputs(const char* argument, const Hessian* hessian, int64_t k) {
-  if (hessian != nullptr && hessian->k() != k) {
-    throw InvalidArgument(argument, text_of(hessian->k(), " inputs"), text_of(k, " as in w"));
-  }
-  if (hessian != nullptr && hessian->tokens() == 0) {
-    throw InvalidArgument(argument, "0 tokens", "a Hessian of at least one token");
-  }
-}
-
 }  // namespace
 
 Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format,
@@ -73,10 +65,12 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   if (format == nullptr) throw InvalidArgument("format", "null", "a format");
   static_cast<void>(resolve_threads(options.threads));
   if (options.scale_search) require_valid(*options.scale_search);
-  require_inputs("hessian", options.hessian, w.cols());
-  require_inputs("held_out", options.held_out, w.cols());
-  if (options.hessian != nullptr || options.held_out != nullptr) {
-    throw Unsupported("hessian: this build of nearest rounding computes no proxy losses");
+  std::vector<const Hessian*> hessians;
+  if (options.hessian != nullptr) {
+    require_hessian(*hessians.emplace_back(options.hessian), w.cols(), "hessian");
+  }
+  if (options.held_out != nullptr) {
+    require_hessian(*hessians.emplace_back(options.held_out), w.cols(), "held_out");
   }
   const int64_t n = w.rows();
   const int64_t k = w.cols();
@@ -84,6 +78,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   require_finite(w, "w", options.threads);
 
   std::vector<float> weights;
+  if (options.hessian != nullptr && options.scale_search) weights = column_weights(*options.hessian);
   const int64_t group_size = encoder->group_size();
   const bool span_rows = encoder->parameters_span_rows();
   const int64_t buffer_size = encoder->columns_per_step() * kSlabRows;
@@ -93,7 +88,10 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
       const int64_t width = std::min(group_size, k - first);
       std::vector<float> values(static_cast<size_t>(checked_mul(width, n)));
       const MatrixView<float> columns(values.data(), width, n);
-      read_columns(w, 0, first, columns);
+      parallel_for(ceil_div(n, kSlabRows), options.threads, [&](int64_t slab) {
+        const int64_t row = slab * kSlabRows;
+        read_columns(w, row, first, columns.block(0, row, width, std::min(kSlabRows, n - row)));
+      });
       fit_group(*encoder, g, first, 0, columns, weights, options.scale_search);
     }
   }
@@ -101,7 +99,6 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   parallel_for(k > 0 ? ceil_div(n, kSlabRows) : 0, options.threads, [&](int64_t slab) {
     const int64_t first_row = slab * kSlabRows;
     const int64_t rows = std::min(kSlabRows, n - first_row);
-    const std::span<double> errors(row_errors.data() + first_row, static_cast<size_t>(rows));
     std::vector<float> values(static_cast<size_t>(checked_mul(group_size, kSlabRows)));
     std::vector<float> buffer(static_cast<size_t>(buffer_size));
     for (int64_t g = 0; g < encoder->group_count(); ++g) {
@@ -109,7 +106,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
       const MatrixView<float> columns(values.data(), std::min(group_size, k - first), rows);
       read_columns(w, first_row, first, columns);
       if (!span_rows) fit_group(*encoder, g, first, first_row, columns, weights, options.scale_search);
-      encode_group(*encoder, first, first_row, columns, buffer, errors);
+      encode_group(*encoder, first, first_row, columns, buffer, row_errors.data() + first_row);
     }
   });
 
@@ -121,6 +118,22 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   if (n > 0 && k > 0) {
     const double sum = std::accumulate(row_errors.begin(), row_errors.end(), 0.0);
     report.mean_squared_error = sum / (static_cast<double>(n) * static_cast<double>(k));
+  }
+  if (hessians.empty()) return rounded;
+  const ErrorStatistics statistics = error_statistics(w, rounded.tensor, hessians, options.threads);
+  if (options.hessian != nullptr) {
+    report.tokens = options.hessian->tokens();
+    report.proxy_loss = statistics.proxy_losses.front();
+  }
+  if (options.held_out != nullptr) report.held_out_loss = statistics.proxy_losses.back();
+  report.proxy_loss_nearest = report.proxy_loss;
+  report.held_out_loss_nearest = report.held_out_loss;
+  if (options.scale_search) {
+    NearestOptions plain = options;
+    plain.scale_search.reset();
+    const Rounded nearest = round_nearest(w, format, plain);
+    report.proxy_loss_nearest = nearest.report.proxy_loss;
+    report.held_out_loss_nearest = nearest.report.held_out_loss;
   }
   return rounded;
 }
