@@ -1,0 +1,29 @@
+#include "quantloom/kernels/kernel_table.hpp"
+
+#include "kernels/cuda_kernels.hpp"
+#include "kernels/prepared_uniform.hpp"
+#include "kernels/strip_job.hpp"
+
+namespace quantloom {
+
+std::string cpu_target() {
+  return kernels::strip_target();
+}
+
+std::vector<KernelEntry> kernel_table() {
+  std::vector<KernelEntry> table;
+  for (int bits = 1; bits <= 8; ++bits) {
+    const int container = kernels::container_bits_for(bits);
+    const std::string width = std::to_string(container) + "-bit" +
+                              (container == bits ? " strips" : " strips (codes widened at load)");
+    for (const char* activations : {"float32", "int8"}) {
+      table.push_back({"matmul", "uniform", std::to_string(bits), "cpu", activations, "any",
+                       std::string(activations) + " strip loop, " + width, cpu_target()});
+    }
+  }
+  table.push_back({"dequantize", "uniform", "1-8", "cpu", "", "", "row decoder", "portable"});
+  for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
+  return table;
+}
+
+}  // namespace quantloom
