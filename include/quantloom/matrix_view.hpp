@@ -57,7 +57,6 @@ class FloatMatrix {
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t stride() const { return stride_; }
-  const void* data() const { return data_; }
   // Copies columns [col, col + count) of row r to `out` as float32.
   void read(int64_t r, int64_t col, int64_t count, float* out) const;
 
