@@ -10,8 +10,9 @@
 namespace quantloom {
 
 struct ErrorFeedbackOptions {
-  // Added to the diagonal of H: damping * mean(diag H). If the factorization fails, each of the
-  // ladder's next values is tried in turn; the report records them. None left: NumericError.
+  // Added to the diagonal of H: damping * mean(diag H), the mean over columns that are not dead. If the
+  // factorization fails, each of the ladder's next values is tried in turn; the report records them. None
+  // left: NumericError.
   double damping = 0.01;                                       // >= 0
   std::vector<double> damping_ladder = {0.03, 0.1, 0.3, 1.0};  // only those above `damping` count
   bool act_order = true;                                       // columns in order of falling diag(H)
@@ -19,13 +20,21 @@ struct ErrorFeedbackOptions {
   // false: groups are fitted on the working copy when their first column comes; with act_order they are
   // of permuted columns, which adds plane "group_index".
   bool static_groups = true;
-  int64_t block = 128;                      // columns between updates of the whole remainder
-  std::optional<ScaleSearch> scale_search;  // weighted by diag(H)
+  int64_t block = 128;                                     // columns between updates of the whole remainder
+  std::optional<ScaleSearch> scale_search = std::nullopt;  // weighted by diag(H)
   const Hessian* held_out = nullptr;
   int threads = 0;
 };
 
 // w [n, k] finite; hessian of k inputs with tokens > 0. Dead columns (diag H = 0) are set to zero.
+//
+// A format that encodes s columns per step takes k % s == 0; with act_order whole steps change places.
+// Errors: InvalidArgument for sizes and options; NumericError for a Hessian with NaN or Inf, a negative or
+// all-zero diagonal, a zero diagonal entry in a row that is not zero, or no factor on the whole ladder.
+//
+// Memory beyond the inputs and the result: 8 k^2 bytes for the factor (freed before losses are taken), for
+// each thread 4 * 256 * (k + block) bytes, then 4 * 1024 * k bytes for the losses; a format whose
+// parameters span all rows takes 4 n k bytes to fit.
 Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format> format,
                              const Hessian& hessian, const ErrorFeedbackOptions& options = {});
 
