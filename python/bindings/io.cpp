@@ -1,6 +1,8 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
+#include "quantloom/io/compressed_tensors.hpp"
+#include "quantloom/io/gptq.hpp"
 #include "quantloom/io/packed_file.hpp"
 
 namespace quantloom::python {
@@ -32,6 +34,19 @@ py::tuple load(const std::string& path) {
   return py::make_tuple(packed, to_numpy(file.plain, false), file.metadata);
 }
 
+template <class Settings>
+PackedPointer import_layout(PackedTensor (*read)(const std::map<std::string, Tensor>&, const Settings&),
+                            const Arrays& arrays, const Settings& settings) {
+  const auto tensors = to_tensors(arrays, "tensor");
+  const py::gil_scoped_release release;
+  return std::make_shared<PackedTensor>(read(tensors, settings));
+}
+
+GptqVersion to_version(int64_t version) {
+  if (version != 1 && version != 2) throw InvalidArgument("version", text_of(version), "1 or 2");
+  return version == 1 ? GptqVersion::v1 : GptqVersion::v2;
+}
+
 }  // namespace
 
 void bind_io(py::module_& module) {
@@ -42,6 +57,32 @@ void bind_io(py::module_& module) {
     const py::gil_scoped_release release;
     write_file_atomically(path, std::as_bytes(std::span(view.data(), view.size())));
   });
+  module.def("to_gptq", [](const PackedTensor& packed, int64_t version) {
+    std::map<std::string, Tensor> tensors;
+    {
+      const py::gil_scoped_release release;
+      tensors = to_gptq(packed, to_version(version));
+    }
+    return to_numpy(tensors, false);  // planes may be shared with it
+  });
+  module.def("from_gptq", [](const Arrays& arrays, int64_t bits, int64_t group_size, bool symmetric,
+                             int64_t version) {
+    return import_layout(&from_gptq, arrays,
+                         GptqSettings{to_int("bits", bits), group_size, symmetric, to_version(version)});
+  });
+  module.def("to_compressed_tensors", [](const PackedTensor& packed) {
+    std::map<std::string, Tensor> tensors;
+    {
+      const py::gil_scoped_release release;
+      tensors = to_compressed_tensors(packed);
+    }
+    return to_numpy(tensors, false);  // planes may be shared with it
+  });
+  module.def("from_compressed_tensors",
+             [](const Arrays& arrays, int64_t bits, int64_t group_size, bool symmetric) {
+               return import_layout(&from_compressed_tensors, arrays,
+                                    CompressedTensorsSettings{to_int("bits", bits), group_size, symmetric});
+             });
 }
 
 }  // namespace quantloom::python
