@@ -4,6 +4,7 @@
 
 #include "arrays.hpp"
 #include "calibration.hpp"
+#include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
 namespace quantloom::python {
@@ -52,10 +53,33 @@ py::tuple nearest(const ArrayRef& w, const std::string& format, const Search& se
   return to_python(std::move(rounded));
 }
 
+py::tuple error_feedback(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
+                         double damping, std::vector<double> damping_ladder, bool act_order,
+                         bool static_groups, int64_t block, const Search& search,
+                         const SharedHessian* held_out, int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  Rounded rounded;
+  {
+    const py::gil_scoped_release release;
+    const HessianPair hessians(&hessian, held_out);
+    rounded = round_error_feedback(weights, format_from_json(format), *hessians.first(),
+                                   {.damping = damping,
+                                    .damping_ladder = std::move(damping_ladder),
+                                    .act_order = act_order,
+                                    .static_groups = static_groups,
+                                    .block = block,
+                                    .scale_search = to_search(search),
+                                    .held_out = hessians.second(),
+                                    .threads = to_int("threads", threads)});
+  }
+  return to_python(std::move(rounded));
+}
+
 }  // namespace
 
 void bind_rounding(py::module_& module) {
   module.def("round_nearest", &nearest);
+  module.def("round_error_feedback", &error_feedback);
 }
 
 }  // namespace quantloom::python
