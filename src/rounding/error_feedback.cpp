@@ -268,19 +268,23 @@ std::unique_ptr<ColumnEncoder> walking_encoder(const std::shared_ptr<const Forma
   return format->column_encoder(format, n, static_cast<int64_t>(order.size()), group_of_column);
 }
 
-void fill_losses(const FloatMatrix& w, const std::shared_ptr<const Format>& format, const Hessian& hessian,
-                 const ErrorFeedbackOptions& options, Rounded& rounded) {
-  std::vector<const Hessian*> hessians = {&hessian};
-  if (options.held_out != nullptr) hessians.push_back(options.held_out);
+void measure(const FloatMatrix& w, const std::shared_ptr<const Format>& format, const Hessian& hessian,
+             const ErrorFeedbackOptions& options, Rounded& rounded) {
+  std::vector<const Hessian*> hessians;
+  if (options.measure_losses) {
+    hessians.push_back(&hessian);
+    if (options.held_out != nullptr) hessians.push_back(options.held_out);
+  }
   const ErrorStatistics own = error_statistics(w, rounded.tensor, hessians, options.threads);
+  RoundingReport& report = rounded.report;
+  report.mean_squared_error = own.mean_squared_error;
+  if (!options.measure_losses) return;
   NearestOptions nearest_options;
   nearest_options.scale_search = options.scale_search;
   nearest_options.hessian = &hessian;
   nearest_options.held_out = options.held_out;
   nearest_options.threads = options.threads;
   const RoundingReport nearest = round_nearest(w, format, nearest_options).report;
-  RoundingReport& report = rounded.report;
-  report.mean_squared_error = own.mean_squared_error;
   report.proxy_loss = own.proxy_losses[0];
   report.proxy_loss_nearest = nearest.proxy_loss;
   if (options.held_out != nullptr) {
@@ -331,7 +335,7 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
 
   round_columns(w, *encoder, options, hessian, fit_on_the_walk, std::move(order), report);
   rounded.tensor = encoder->finish(options.threads);
-  fill_losses(w, format, hessian, options, rounded);
+  measure(w, format, hessian, options, rounded);
   return rounded;
 }
 

@@ -23,6 +23,7 @@ struct ErrorFeedbackOptions {
   int64_t block = 128;                                     // columns between updates of the whole remainder
   std::optional<ScaleSearch> scale_search = std::nullopt;  // weighted by diag(H)
   const Hessian* held_out = nullptr;
+  bool measure_losses = true;  // false: the report's losses are NaN, nearest rounding is not run
   int threads = 0;
 };
 
