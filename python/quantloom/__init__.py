@@ -51,17 +51,13 @@ __all__ = [
     "Uniform",
     "__version__",
     "build_info",
-    "evaluate",
     "format_from_json",
     "format_table",
-    "inspect",
     "kernel_table",
     "layouts",
     "load_metadata",
     "load_tensors",
     "matmul",
-    "models",
-    "nn",
     "parse_format",
     "parse_rounding",
     "prepare",
@@ -71,6 +67,7 @@ __all__ = [
     "save_tensors",
 ]
 
+# Not in __all__: a star import must not import torch, nor hide the standard library's inspect.
 _LAZY_MODULES = ("evaluate", "models", "nn")
 
 
@@ -83,4 +80,4 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LAZY_MODULES, "inspect"])

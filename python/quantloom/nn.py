@@ -198,6 +198,7 @@ class QuantLinear(torch.nn.Module):
 
     @property
     def format(self) -> Format:
+        """What is stored, and how it decodes."""
         return self._format
 
     def _planes(self) -> list[torch.Tensor]:
@@ -207,6 +208,8 @@ class QuantLinear(torch.nn.Module):
         return ",".join(self._names), self._format.to_json(), self.out_features, self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[..., in_features]``, float32, float16 or bfloat16; returns ``[..., out_features]`` in its
+        dtype. Raises TypeError or ValueError for other dtypes, shapes and devices."""
         y = torch.ops.quantloom.matmul(x, self._planes(), *self._description(), self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -87,6 +87,7 @@ class PackedTensor:
 
     @property
     def format(self) -> Format:
+        """What is stored, and how it decodes."""
         return self._format
 
     @property

@@ -1,0 +1,88 @@
+"""Slow, obvious NumPy versions of what the library does, for tests to compare with."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+
+def unpack_bits(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` codes of a dense stream of 32-bit words, lowest bits first."""
+    flags = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), bitorder="little")[: count * bits]
+    return (flags.reshape(count, bits) << np.arange(bits)).sum(axis=1).astype(np.int64)
+
+
+def group_of_column(q) -> np.ndarray:
+    """The group of each column, [k]."""
+    _, k = q.shape
+    if "group_index" in q.planes:
+        return np.asarray(q.planes["group_index"], dtype=np.int64)
+    size = q.format.group_size
+    return np.arange(k) // size if isinstance(size, int) else np.zeros(k, dtype=np.int64)
+
+
+def codes(q) -> np.ndarray:
+    """The codes, [n, k]."""
+    n, k = q.shape
+    stream = np.asarray(q.planes["codes"])
+    return np.array([unpack_bits(stream[r], q.format.bits, k) for r in range(n)]).reshape(n, k)
+
+
+def scales_and_zeros(q) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of each row and group, float32, [n, G]."""
+    n, _ = q.shape
+    scales = np.asarray(q.planes["scales"]).astype(np.float32)
+    groups = scales.shape[1]
+    if q.format.group_size == "tensor":
+        scales = np.repeat(scales, n, axis=0)
+    if q.format.symmetric:
+        zero = json.loads(q.format.to_json())["zero_point"]
+        return scales, np.full((n, groups), zero, dtype=np.float32)
+    stored = np.asarray(q.planes["zeros"])
+    if q.format.group_size == "tensor":
+        return scales, np.full((n, 1), unpack_bits(stored[0], q.format.bits, 1)[0], dtype=np.float32)
+    zeros = np.array([unpack_bits(stored[g], q.format.bits, n) for g in range(groups)]).reshape(groups, n)
+    return scales, zeros.T.astype(np.float32)
+
+
+def decode(q) -> np.ndarray:
+    """W', float32: scale * (code - zero_point)."""
+    scales, zeros = scales_and_zeros(q)
+    group = group_of_column(q)
+    return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+
+
+def nearest_column(
+    w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and decoded values of one column under given parameters, half to even."""
+    chosen = np.clip(np.rint(w / scale + zero), 0, 2**bits - 1)
+    return chosen.astype(np.int64), scale * (chosen - zero)
+
+
+def gptq_codes(w, sum_xx, tokens, q, damp, act_order) -> np.ndarray:
+    """GPTQ in float64 with the scales and zero points of `q`, by inverting the Hessian of the columns
+    that are left anew in each step (Frantar et al., 2022, equations 2 and 3).
+
+    Only for groups that were fitted before the walk. Returns the codes, [n, k].
+    """
+    w = w.astype(np.float64).copy()
+    n, k = w.shape
+    hessian = sum_xx / tokens
+    dead = np.diag(hessian) == 0
+    damping = damp * np.diag(hessian).mean()
+    w[:, dead] = 0
+    hessian = hessian + damping * np.eye(k)
+    scales, zeros = (part.astype(np.float64) for part in scales_and_zeros(q))
+    group = group_of_column(q)
+    order = np.argsort(-np.diag(sum_xx), kind="stable") if act_order else np.arange(k)
+    result = np.zeros((n, k), dtype=np.int64)
+    for step, column in enumerate(order):
+        left = order[step:]
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        g = group[column]
+        result[:, column], decoded = nearest_column(w[:, column], scales[:, g], zeros[:, g], q.format.bits)
+        error = (w[:, column] - decoded) / inverse[0, 0]
+        w[:, left] -= np.outer(error, inverse[0])
+    return result
