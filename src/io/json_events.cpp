@@ -8,7 +8,7 @@ namespace quantloom::io {
 void JsonEvents::read(std::string_view text) {
   // The parser takes a NUL byte for the end of its input.
   const size_t nul = text.find('\0');
-  if (nul != std::string_view::npos) fail(text_of("a NUL byte at byte ", nul, " of the JSON text"));
+  if (nul != std::string_view::npos) fail(text_of(text_, ": a NUL byte at byte ", nul, " of the JSON text"));
   nlohmann::json::sax_parse(text.data(), text.data() + text.size(), this);
 }
 
@@ -39,7 +39,8 @@ bool JsonEvents::start_array(size_t /*size*/) {
 
 bool JsonEvents::parse_error(size_t position, const std::string& last_token,
                              const nlohmann::json::exception& /*error*/) {
-  fail(text_of("not valid JSON in UTF-8 at byte ", position, " of the JSON text, near ", quote(last_token)));
+  fail(text_of(text_, ": not valid JSON in UTF-8 at byte ", position, " of the JSON text, near ",
+               quote(last_token)));
 }
 
 void JsonEvents::fail(const std::string& message) const {

@@ -10,7 +10,8 @@ namespace quantloom::io {
 
 class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
  public:
-  explicit JsonEvents(std::string label) : label_(std::move(label)) {}
+  // Messages begin with `label`, the file; `text` says which of its texts is read.
+  JsonEvents(std::string label, std::string text) : label_(std::move(label)), text_(std::move(text)) {}
 
   // Reads the whole text. Throws FileFormatError unless it is one JSON value, white space around it.
   void read(std::string_view text);
@@ -41,6 +42,7 @@ class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
 
  private:
   std::string label_;
+  std::string text_;
 };
 
 }  // namespace quantloom::io

@@ -15,6 +15,7 @@ namespace {
 
 using nlohmann::json;
 
+const std::string kText = "metadata \"quantloom\"";
 constexpr int kDeepest = 8;
 constexpr int kMostFormatValues = 64;
 constexpr int64_t kMostPlanes = 32;
@@ -23,7 +24,7 @@ constexpr int64_t kMostPlanes = 32;
 // version and not for a key that it has.
 class VersionEvents final : public JsonEvents {
  public:
-  using JsonEvents::JsonEvents;
+  explicit VersionEvents(const std::string& label) : JsonEvents(label, kText) {}
 
   bool null() override { return value(); }
   bool boolean(bool /*value*/) override { return value(); }
@@ -39,12 +40,15 @@ class VersionEvents final : public JsonEvents {
   }
   bool string(string_t& text) override { return at_version() ? JsonEvents::string(text) : value(); }
   bool start_object(size_t /*size*/) override { return start(); }
-  bool start_array(size_t /*size*/) override { return start(); }
+  bool start_array(size_t /*size*/) override {
+    if (depth_ == 0) unexpected("an array");
+    return start();
+  }
   bool end_object() override { return end(); }
   bool end_array() override { return end(); }
   bool key(string_t& name) override {
     if (depth_ == 1) in_version_ = name == "version";
-    if (depth_ == 1 && in_version_ && version) fail("metadata \"quantloom\": duplicate key \"version\"");
+    if (depth_ == 1 && in_version_ && version) fail(kText + ": duplicate key \"version\"");
     return true;
   }
 
@@ -55,7 +59,7 @@ class VersionEvents final : public JsonEvents {
   bool value() { return depth_ > 0 || (unexpected("a value"), false); }
   bool start() {
     if (at_version()) unexpected("an object or array");
-    if (depth_ >= kDeepest) fail(text_of("metadata \"quantloom\": nested deeper than ", kDeepest));
+    if (depth_ >= kDeepest) fail(text_of(kText, ": nested deeper than ", kDeepest));
     ++depth_;
     return true;
   }
@@ -63,9 +67,7 @@ class VersionEvents final : public JsonEvents {
     --depth_;
     return true;
   }
-  std::string where() const override {
-    return "metadata \"quantloom\"" + std::string(depth_ > 0 ? ": version" : "");
-  }
+  std::string where() const override { return kText + (depth_ > 0 ? ": version" : ""); }
   std::string expected() const override { return depth_ > 0 ? "an integer" : "an object"; }
 
   int depth_ = 0;
@@ -76,7 +78,7 @@ class VersionEvents final : public JsonEvents {
 class DescriptionEvents final : public JsonEvents {
  public:
   DescriptionEvents(const std::string& label, int64_t stored_tensors, PackedDescription& result)
-      : JsonEvents(label), stored_tensors_(stored_tensors), result_(result) {}
+      : JsonEvents(label, kText), stored_tensors_(stored_tensors), result_(result) {}
 
   bool null() override { return in_format() ? format_value(nullptr) : JsonEvents::null(); }
   bool boolean(bool value) override { return in_format() ? format_value(value) : JsonEvents::boolean(value); }
@@ -315,28 +317,27 @@ class DescriptionEvents final : public JsonEvents {
   }
 
   std::string where() const override {
-    const std::string top = "metadata \"quantloom\"";
     switch (place_) {
       case Place::start:
       case Place::top:
       case Place::end:
-        return top;
+        return kText;
       case Place::version:
-        return top + ": version";
+        return kText + ": version";
       case Place::digest:
-        return top + ": digest";
+        return kText + ": digest";
       case Place::checksums_value:
       case Place::checksums:
-        return top + ": checksums";
+        return kText + ": checksums";
       case Place::checksum:
-        return top + ": checksums: tensor " + quote(checksum_->first);
+        return kText + ": checksums: tensor " + quote(checksum_->first);
       case Place::packed_value:
       case Place::packed:
-        return top + ": packed";
+        return kText + ": packed";
       default:
         break;
     }
-    const std::string entry = top + ": packed tensor " + quote(entry_->first);
+    const std::string entry = kText + ": packed tensor " + quote(entry_->first);
     switch (place_) {
       case Place::size:
         return entry + (size_ == &entry_->second.tensor.n ? ": n" : ": k");
@@ -389,7 +390,7 @@ PackedDescription read_description(std::string_view text, const std::string& lab
   versions.read(text);
   if (versions.version != static_cast<uint64_t>(kPackedFileVersion)) {
     throw FileFormatError(
-        text_of(label, ": metadata \"quantloom\": got ",
+        text_of(label, ": ", kText, ": got ",
                 versions.version ? "version " + std::to_string(*versions.version) : "no version",
                 ", expected version ", kPackedFileVersion));
   }

@@ -21,7 +21,7 @@ constexpr std::array<std::string_view, 11> kUnsupportedDTypes = {
 class HeaderEvents final : public JsonEvents {
  public:
   HeaderEvents(const std::string& label, const SafetensorsLimits& limits, SafetensorsHeader& header)
-      : JsonEvents(label), label_(label), limits_(limits), header_(header) {}
+      : JsonEvents(label, "header"), label_(label), limits_(limits), header_(header) {}
 
   bool start_object(size_t /*size*/) override {
     switch (place_) {

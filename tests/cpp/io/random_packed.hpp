@@ -39,7 +39,8 @@ inline PackedTensor random_uniform(std::shared_ptr<const Uniform> format, int64_
       }
     } else {
       const int64_t groups = format->group_count(k);
-      for (int64_t i = 0; i < k; ++i) plane.values<int32_t>()[i] = static_cast<int32_t>(groups - 1 - i % groups);
+      for (int64_t i = 0; i < k; ++i)
+        plane.values<int32_t>()[i] = static_cast<int32_t>(groups - 1 - i % groups);
     }
     packed.planes.emplace(spec.name, plane);
   }
