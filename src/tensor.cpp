@@ -32,6 +32,10 @@ Tensor::Tensor(DType dtype, std::vector<int64_t> shape, void* data, std::shared_
   if (data_ == nullptr && element_count_ > 0) {
     throw InvalidArgument("data", "a null pointer", text_of(element_count_, " elements"));
   }
+  if (reinterpret_cast<uintptr_t>(data_) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
+    throw InvalidArgument("data", text_of("address ", data_),
+                          text_of("a multiple of ", size_of(dtype), ", the size of ", name_of(dtype)));
+  }
 }
 
 void Tensor::require_element_size(size_t size) const {

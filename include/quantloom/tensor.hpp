@@ -19,6 +19,7 @@ class Tensor {
   // New memory on the CPU: zeroed, 64-byte aligned.
   Tensor(DType dtype, std::vector<int64_t> shape);
   // Memory owned by `owner` (a file mapping, an array of Python, memory of a GPU); kept alive by it.
+  // Throws InvalidArgument if `data` is null or not aligned to the size of an element.
   Tensor(DType dtype, std::vector<int64_t> shape, void* data, std::shared_ptr<const void> owner,
          Device device = Device::cpu);
 

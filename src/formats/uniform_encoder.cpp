@@ -41,7 +41,11 @@ GroupParameters fit_group(const Uniform& format, const GroupRange& range, double
                           int64_t group) {
   const double levels = (1 << format.bits) - 1;
   const double largest = std::max(-range.low, range.high);
-  if (largest == 0) return {1.0F, format.symmetric ? format.symmetric_zero_point() : 0.0F};
+  if (largest == 0) {
+    // The one-bit symmetric grid has no zero: take its values as close to it as can be.
+    if (format.symmetric && format.bits == 1) return {smallest_scale(format.scale_dtype), 0.5F};
+    return {1.0F, format.symmetric ? format.symmetric_zero_point() : 0.0F};
+  }
   double span = shrink * (range.high - range.low);
   if (format.symmetric) span = shrink * 2 * (format.bits == 1 ? range.mean_magnitude : largest);
   const double wanted = span / levels;

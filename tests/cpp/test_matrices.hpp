@@ -18,7 +18,7 @@ inline std::vector<float> normal_values(int64_t count, uint64_t seed) {
 
 inline std::vector<float> decoded_values(const PackedTensor& packed) {
   std::vector<float> values(static_cast<size_t>(packed.n * packed.k));
-  dequantize(packed, MatrixView<float>(values.data(), packed.n, packed.k));
+  dequantize(packed, MatrixView<float>(values.data(), packed.n, packed.k), 1);
   return values;
 }
 

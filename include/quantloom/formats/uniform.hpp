@@ -7,6 +7,15 @@
 //                                             group, stored as they are ([1, 1] per tensor)
 //   group_index  int32 [k]                    only if columns of a group are not consecutive
 // Symmetric: zero_point is the constant 2^(bits-1), and 0.5 for 1 bit (values -scale/2, +scale/2).
+//
+// How a group is fitted, and a code chosen (rne: to the nearest integer, ties to even):
+//   symmetric    scale = 2 max|w| / (2^bits - 1), so that +max clips by half a step at most; for 1 bit
+//                2 mean|w|, the least squares of a sign
+//   asymmetric   lo = min(0, w), hi = max(0, w), scale = (hi - lo) / (2^bits - 1),
+//                zero_point = clamp(rne(-lo / scale), 0, 2^bits - 1)
+//   code = clamp(rne(w / scale) + zero_point, 0, 2^bits - 1); 1 bit symmetric: w >= 0
+// with the scale as stored: rounded to scale_dtype, at least 2^-24 (float16) or 2^-126 (others), so that
+// 1 / scale is finite. A group of zeros has scale 1 (1 bit symmetric: the smallest scale).
 #pragma once
 
 #include "quantloom/formats/format.hpp"

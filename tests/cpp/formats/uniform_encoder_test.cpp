@@ -58,7 +58,7 @@ Encoded encode(const std::shared_ptr<const Format>& format, const std::vector<fl
                       MatrixView<float>(decoded_columns.data() + c * n + first, 1, rows, n));
     }
   }
-  Encoded result{encoder->finish(), std::vector<float>(w.size())};
+  Encoded result{encoder->finish(1), std::vector<float>(w.size())};
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t c = 0; c < k; ++c) result.decoded[r * k + c] = decoded_columns[c * n + r];
   }
@@ -149,6 +149,46 @@ TEST(UniformEncoder, EqualsTheReferenceForPermutedGroups) {
   }
 }
 
+TEST(UniformEncoder, PacksEveryShapeAndWidth) {
+  constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,   7,   8,   15,  16,  17,   31,  32,
+                                33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 4097};
+  constexpr int64_t kLargest = int64_t{1} << 19;
+  const CounterRandom random(21);
+  std::vector<uint8_t> bytes(kLargest);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(random.bits(i));
+  for (int bits = 1; bits <= 8; ++bits) {
+    const auto format = std::make_shared<const Uniform>(bits, Uniform::kPerTensor, false);
+    const int zero = 1 << (bits - 1);
+    const float ends[2] = {static_cast<float>(-zero), static_cast<float>((1 << bits) - 1 - zero)};  // scale 1
+    for (const int64_t n : kSizes) {
+      for (const int64_t k : kSizes) {
+        if (n * k > kLargest) continue;
+        const auto encoder = format->column_encoder(format, n, k, {});
+        encoder->fit(0, 0, MatrixView<const float>(ends, 2, 1), {});
+        const auto code_of = [&](int64_t r, int64_t c) { return bytes[c * n + r] & ((1 << bits) - 1); };
+        std::vector<float> values(static_cast<size_t>(n));
+        std::vector<float> decoded(static_cast<size_t>(n));
+        for (int64_t c = 0; c < k; ++c) {
+          for (int64_t r = 0; r < n; ++r) values[r] = static_cast<float>(code_of(r, c) - zero);
+          encoder->encode(c, 0, MatrixView<const float>(values.data(), 1, n),
+                          MatrixView<float>(decoded.data(), 1, n));
+          ASSERT_EQ(decoded, values);
+        }
+        const PackedTensor packed = encoder->finish(1);
+        validate(packed);
+        const auto words = packed.plane("codes").values<uint32_t>();
+        const auto row_words = static_cast<size_t>(packed_words(k, bits));
+        std::vector<uint8_t> row(static_cast<size_t>(k));
+        for (int64_t r = 0; r < n; ++r) {
+          unpack_bits(words.subspan(static_cast<size_t>(r) * row_words, row_words), bits, 0, row);
+          for (int64_t c = 0; c < k; ++c)
+            ASSERT_EQ(row[c], code_of(r, c)) << bits << " bits, " << n << " x " << k;
+        }
+      }
+    }
+  }
+}
+
 // Worked out by hand.
 TEST(UniformEncoder, FollowsTheRuleOnSmallCases) {
   struct Case {
@@ -177,6 +217,12 @@ TEST(UniformEncoder, FollowsTheRuleOnSmallCases) {
       // All zero: scale 1.
       {"uniform:4:channel:sym", {0, 0}, 1, 8, {8, 8}},
       {"uniform:4:channel:asym", {0, -0.0F}, 1, 0, {0, 0}},
+      // One bit has no zero: the smallest scale comes closest.
+      {"uniform:1:channel:sym", {0, -0.0F}, 0x1p-24F, 0, {1, 1}},
+      {"uniform:1:channel:sym:bf16", {0, -0.0F}, 0x1p-126F, 0, {1, 1}},
+      // Scales below the smallest are raised to it.
+      {"uniform:4:channel:sym", {1e-9F, -1e-9F}, 0x1p-24F, 8, {8, 8}},
+      {"uniform:4:channel:asym:f32", {0x1p-149F, 0x1p-127F}, 0x1p-126F, 0, {0, 0}},
       // The scale 2 / 7 is rounded before it divides: down in float16 and bfloat16, so that -1 lies beyond
       // -3.5 steps, and up in float32.
       {"uniform:3:channel:sym", {1, -1, 0.1F}, 0.28564453125F, 4, {7, 0, 4}},
@@ -216,7 +262,7 @@ TEST(UniformEncoder, EncodesAnyValueWithoutUndefinedConversions) {
         EXPECT_TRUE(std::isfinite(decoded)) << bits << " bits, " << value;
         EXPECT_LE(std::abs(decoded), 0.0205F);
       }
-      validate(encoder->finish());
+      validate(encoder->finish(1));
     }
   }
 }

@@ -49,7 +49,7 @@ inline UniformCodes quantize(const std::vector<float>& w, int64_t n, int64_t k, 
           ++count;
         }
       }
-      float scale = 1;
+      float scale = format.symmetric && format.bits == 1 ? stored(format.scale_dtype, 0) : 1;
       int zero = 0;
       if (low != 0 || high != 0) {
         const double amax = std::max(-low, high);

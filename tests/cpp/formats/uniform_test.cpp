@@ -239,7 +239,7 @@ void expect_refused(const std::shared_ptr<const Format>& format, const char* nam
   change(packed);
   std::vector<float> out(55);
   try {
-    dequantize(packed, MatrixView<float>(out.data(), 5, 11));
+    dequantize(packed, MatrixView<float>(out.data(), 5, 11), 1);
     ADD_FAILURE() << "accepted a bad plane " << named;
   } catch (const InvalidArgument& error) {
     EXPECT_NE(std::string(error.what()).find(named), std::string::npos) << error.what();
