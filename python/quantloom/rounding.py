@@ -56,8 +56,8 @@ class ScaleSearch:
 class Rounding:
     """Base class of all roundings."""
 
-    hessian: Any
-    held_out: Any
+    hessian: Any = None
+    held_out: Any = None
 
     @property
     def spec(self) -> str:
