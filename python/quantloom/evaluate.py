@@ -143,7 +143,7 @@ def compare(
             actual = _log_probabilities(model, part, first, "model").to(expected.device)
             if actual.shape[-1] != expected.shape[-1]:
                 raise ValueError(
-                    f"model: has {actual.shape[-1]} logits, expected {expected.shape[-1]} as the reference has"
+                    f"model: has {actual.shape[-1]} logits, expected {expected.shape[-1]}, as the reference"
                 )
             nll += _negative_log_likelihood(actual, part)
             reference_nll += _negative_log_likelihood(expected, part)

@@ -1,0 +1,169 @@
+"""Quality of many settings on one model: KL divergence, perplexity and top-1 agreement by bits.
+
+    python bench/quality/table.py MODEL --calibration calib.u16 --validation valid.u16 -o quality.json
+
+Texts are UTF-8 (tokenized by the model's tokenizer) or raw uint16 ids (.u16). Writes a JSON file and beside
+it a Markdown table; both grow with each setting that is done, and a second run with the same arguments
+leaves out the settings that are in the file already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+BITS = (8, 4, 3, 2)
+GROUPS = ("g128", "channel")
+ROUNDINGS = ("nearest", "gptq")
+
+
+def settings_of(names: list[str]):
+    """`base`, `search`, `sym`, or FORMAT=ROUNDING in short forms."""
+    from quantloom.experiments import Setting
+
+    found = [Setting()]
+    for name in names:
+        if name in ("base", "search"):
+            suffix = ":search" if name == "search" else ""
+            found += [
+                Setting(f"uniform:{bits}:{group}:asym", rounding + suffix)
+                for bits in BITS
+                for group in GROUPS
+                for rounding in ROUNDINGS
+            ]
+        elif name == "sym":
+            found += [
+                Setting(f"uniform:{bits}:{group}:sym", rounding)
+                for bits in BITS
+                for group in GROUPS
+                for rounding in ROUNDINGS
+            ]
+        elif name.startswith("uniform:") and "=" in name:
+            format, _, rounding = name.partition("=")
+            found.append(Setting(format, rounding))
+        else:
+            raise SystemExit(f"--settings: got {name!r}, expected base, search, sym or FORMAT=ROUNDING")
+    return list(dict.fromkeys(found))
+
+
+def conditions(arguments, calibration, validation) -> dict:
+    """All that the figures depend on, and where they were taken."""
+    import quantloom
+    import torch
+    import transformers
+
+    def digest(ids) -> str:
+        return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+
+    return {
+        "model": arguments.model.name,
+        "calibration": arguments.calibration.name,
+        "calibration_ids": digest(calibration),
+        "validation": arguments.validation.name,
+        "validation_ids": digest(validation),
+        "window": arguments.window,
+        "calibration_windows": arguments.calibration_windows,
+        "held_out_windows": arguments.held_out_windows,
+        "evaluation_windows": arguments.evaluation_windows,
+        "quantloom": quantloom.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+    }
+
+
+def markdown(document: dict) -> str:
+    facts = document["conditions"]
+    lines = [
+        f"Model `{facts['model']}`; {facts['calibration_windows']} calibration windows of "
+        f"`{facts['calibration']}`, {facts['evaluation_windows']} windows of `{facts['validation']}`, "
+        f"{facts['window']} tokens each.",
+        "",
+        "| format | rounding | bits/weight | perplexity | KL (nats) | top-1 | loss/RTN | held out | s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def ratio(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    lines.extend(
+        f"| {row['format']} | {row['rounding']} | {row['bits_per_weight']:.3f} | {row['perplexity']:.4f} "
+        f"| {row['kl']:.5f} | {row['top1_agreement']:.2%} | {ratio(row['loss_ratio'])} "
+        f"| {ratio(row['held_out_loss_ratio'])} | {row['quantize_seconds']:.1f} |"
+        for row in document["measurements"]
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--calibration", type=Path, required=True, help="text or .u16 ids")
+    parser.add_argument("--validation", type=Path, required=True, help="text or .u16 ids")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="JSON file to write; .md goes beside it"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=["base"], help="base, search, sym, or FORMAT=ROUNDING"
+    )
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--held-out-windows", type=int, default=8)
+    parser.add_argument("--evaluation-windows", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+
+    from quantloom import evaluate
+    from quantloom.cli.common import progress_bar, quiet_libraries
+    from quantloom.experiments import measure
+
+    quiet_libraries()
+    calibration = evaluate.tokens(arguments.model, arguments.calibration)
+    validation = evaluate.tokens(arguments.model, arguments.validation)
+    document = {"conditions": conditions(arguments, calibration, validation), "measurements": []}
+    if arguments.output.is_file():
+        earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
+        if earlier["conditions"] != document["conditions"]:
+            sys.exit(f"error: {arguments.output} was measured under other conditions; choose another file")
+        document = earlier
+    known = {(row["setting_format"], row["setting_rounding"]) for row in document["measurements"]}
+    settings = [s for s in settings_of(arguments.settings) if (s.format, s.rounding) not in known]
+
+    pending = iter(settings)
+
+    def keep(row) -> None:
+        setting = next(pending)
+        names = {"setting_format": setting.format, "setting_rounding": setting.rounding}
+        document["measurements"].append(names | dataclasses.asdict(row))
+        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
+        print(f"{setting.label}: KL {row.kl:.5f}, perplexity {row.perplexity:.4f}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="quality-") as work, progress_bar(None) as update:
+        measure(
+            arguments.model,
+            settings,
+            calibration,
+            validation,
+            work,
+            window=arguments.window,
+            calibration_windows=arguments.calibration_windows,
+            held_out_windows=arguments.held_out_windows,
+            evaluation_windows=arguments.evaluation_windows,
+            threads=arguments.threads,
+            progress=update,
+            done=keep,
+        )
+
+
+if __name__ == "__main__":
+    main()

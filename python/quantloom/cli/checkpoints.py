@@ -1,0 +1,78 @@
+"""`quantloom export` and `quantloom import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantloom.cli import common
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the output folder.")]
+
+
+@common.reports_errors
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder that `quantize` wrote.", show_default=False)
+    ],
+    output: Output,
+    layout: Annotated[
+        common.Layout, typer.Option(help="Checkpoint layout.")
+    ] = common.Layout.compressed_tensors,
+    overwrite: Overwrite = False,
+    json: common.Json = False,
+    traceback: common.Traceback = False,
+) -> None:
+    """Write a quantized model in a layout that transformers and vLLM load.
+
+    The codes, scales and zero points stay what they are. What a layout cannot hold is refused by name.
+
+    **Examples**
+
+        quantloom export OUT -o OUT-vllm --layout compressed-tensors
+        quantloom export OUT -o OUT-gptq --layout gptq
+    """
+    common.require_folder(model, "model")
+    common.quiet_libraries()
+    import quantloom
+
+    _show(quantloom.models.export(model, output, layout.value, overwrite=overwrite), json)
+
+
+@common.reports_errors
+def import_(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Folder in the GPTQ or compressed-tensors layout.", show_default=False
+        ),
+    ],
+    output: Output,
+    overwrite: Overwrite = False,
+    json: common.Json = False,
+    traceback: common.Traceback = False,
+) -> None:
+    """Read a GPTQ or compressed-tensors checkpoint and write it in quantloom's layout.
+
+    **Example**
+
+        quantloom import Llama-GPTQ -o Llama-quantloom
+    """
+    common.require_folder(model, "model")
+    common.quiet_libraries()
+    import quantloom
+
+    _show(quantloom.models.import_(model, output, overwrite=overwrite), json)
+
+
+def _show(report, json: bool) -> None:
+    if json:
+        common.print_json(report)
+        return
+    typer.echo(f"{len(report.modules)} layers in {report.output}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")

@@ -1,0 +1,105 @@
+"""`quantloom eval`."""
+
+from __future__ import annotations
+
+from json import loads as parse
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantloom.cli import common
+
+
+@common.reports_errors
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a model, quantized or not.", show_default=False)
+    ],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or token ids (.u16).", show_default=False)],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the original: adds KL divergence and top-1 agreement.", show_default=False
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows from the start. Default: all.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Multiply straight from packed codes, as a loaded model does. "
+            "Default: decode the weights first, which is faster for long texts.",
+        ),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Windows fed at once.")] = 4,
+    json: common.Json = False,
+    progress: common.Progress = None,
+    traceback: common.Traceback = False,
+) -> None:
+    """Measure perplexity on a text, and how far a quantized model is from its original.
+
+    Windows do not overlap, each is fed on its own without a token in front, and all of its tokens but the
+    first are scored. KL divergence is KL(reference || model) in nats, the mean over all predictions.
+
+    **Examples**
+
+        quantloom eval MODEL --text valid.txt
+        quantloom eval OUT --reference MODEL --text valid.txt --windows 48 --json
+    """
+    common.require_folder(model, "model")
+    common.require_file(text, "text")
+    if reference is not None:
+        common.require_folder(reference, "reference")
+    common.quiet_libraries()
+    import quantloom
+
+    ids = quantloom.evaluate.tokens(model, text)
+    with common.progress_bar(progress) as update:
+        update("loading", 0, 1)
+        loaded = _load(model, packed)
+        settings = {"window": window, "windows": windows, "batch": batch}
+        settings["progress"] = lambda done, total: update("evaluating", done, total)
+        if reference is None:
+            used = windows or len(ids) // window
+            result = {
+                "perplexity": quantloom.evaluate.perplexity(loaded, ids, **settings),
+                "tokens": used * (window - 1),
+                "windows": used,
+            }
+        else:
+            original = quantloom.models.load_reference(reference)
+            result = common.plain(quantloom.evaluate.compare(loaded, original, ids, **settings))
+    result = {"model": str(model), "reference": reference and str(reference), "text": str(text)} | result
+    result["window"] = window
+    if json:
+        common.print_json(result)
+        return
+    rows = [["perplexity", f"{result['perplexity']:.4f}"]]
+    if reference is not None:
+        rows += [
+            ["perplexity of the reference", f"{result['reference_perplexity']:.4f}"],
+            ["KL divergence (nats)", f"{result['kl']:.5f}"],
+            ["top-1 agreement", f"{result['top1_agreement']:.2%}"],
+        ]
+    rows.append(["scored tokens", f"{result['tokens']} in {result['windows']} windows of {window}"])
+    common.console().print(common.table(str(model), ["measure", "value"], rows))
+
+
+def _load(folder: Path, packed: bool):
+    import torch
+
+    import quantloom
+
+    try:
+        config = parse((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if isinstance(config, dict) and config.get("quantization_config"):
+        return quantloom.models.load(folder, torch.float32, dequantized=not packed)
+    if packed:
+        raise ValueError(f"--packed: {folder} is not quantized")
+    return quantloom.models.load_reference(folder)

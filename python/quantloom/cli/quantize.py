@@ -1,0 +1,371 @@
+"""`quantloom quantize` and `quantloom plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantloom.cli import common
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model.", show_default=False)
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        "-f",
+        metavar="FORMAT",
+        help="What is stored, see above.",
+        rich_help_panel="Recipe",
+    ),
+]
+Rounding = Annotated[
+    str,
+    typer.Option(
+        "--rounding",
+        "-r",
+        metavar="ROUNDING",
+        help="How codes are chosen: nearest or gptq, with options as above.",
+        rich_help_panel="Recipe",
+    ),
+]
+Damp = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="GPTQ: added to the Hessian's diagonal, relative to its mean. Default: 0.01.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+ActOrder = Annotated[
+    bool | None,
+    typer.Option(
+        "--act-order/--no-act-order",
+        help="GPTQ: walk the columns by falling activation energy. Default: on.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+StaticGroups = Annotated[
+    bool | None,
+    typer.Option(
+        "--static-groups/--dynamic-groups",
+        help="GPTQ: fit groups before the walk, or on the updated weights. Default: static.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+ScaleSearch = Annotated[
+    bool | None,
+    typer.Option(
+        "--scale-search/--no-scale-search",
+        help="Shrink each group's range to the least weighted error. Default: off.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Linear layers that stay as they are: a name, or re:REGEX for the whole name. Repeatable. "
+        " Default: lm_head.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=FORMAT",
+        help="Another format (or none) for some layers. Repeatable, the first match counts.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="A recipe as JSON, in place of all other recipe options.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="FILE",
+        help="Calibration text (UTF-8), or token ids (.u16). GPTQ needs it.",
+        show_default=False,
+        rich_help_panel="Calibration",
+    ),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Calibration windows.", rich_help_panel="Calibration")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.", rich_help_panel="Calibration")]
+HeldOut = Annotated[
+    int,
+    typer.Option(min=0, help="Further windows, only for the report's losses.", rich_help_panel="Calibration"),
+]
+
+
+@common.reports_errors
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    format: Format = "uniform:4:g128",
+    rounding: Rounding = "gptq",
+    damp: Damp = None,
+    act_order: ActOrder = None,
+    static_groups: StaticGroups = None,
+    scale_search: ScaleSearch = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    recipe: RecipeFile = None,
+    calibration: Calibration = None,
+    windows: Windows = 64,
+    window: Window = 512,
+    held_out_windows: HeldOut = 8,
+    threads: common.Threads = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run stopped.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
+    json: common.Json = False,
+    progress: common.Progress = None,
+    traceback: common.Traceback = False,
+) -> None:
+    """Quantize the linear layers of a model, block by block.
+
+    The calibration text runs through the blocks already quantized, so that each layer is fitted to the
+    inputs it will really see. An interrupted run goes on when the same command is given again.
+
+    **Formats and roundings**
+
+        uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]
+        nearest[:search[=STEPS]]
+        gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]
+
+    **Examples**
+
+        quantloom quantize MODEL -o OUT --format uniform:4:g128 --rounding gptq --calibration text.txt
+        quantloom quantize MODEL -o OUT -f uniform:3:g64:asym -r gptq:search -c text.txt --windows 128
+        quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
+    """
+    settings = _recipe(
+        format, rounding, damp, act_order, static_groups, scale_search, ignore, override, recipe, calibration
+    )
+    common.require_folder(model, "model")
+    if calibration is not None:
+        common.require_file(calibration, "calibration")
+    common.quiet_libraries()
+    import quantloom
+
+    with common.progress_bar(progress) as update:
+        report = quantloom.models.quantize(
+            model,
+            settings,
+            calibration=calibration,
+            output=output,
+            windows=windows,
+            window=window,
+            held_out_windows=held_out_windows,
+            threads=threads,
+            progress=common.follow_quantization(update),
+            overwrite=overwrite,
+            resume=resume,
+        )
+    if json:
+        common.print_json({"output": str(report.output)} | report.to_json() | {"timings": report.timings()})
+    else:
+        _show(report)
+
+
+@common.reports_errors
+def plan(
+    model: Model,
+    format: Format = "uniform:4:g128",
+    rounding: Rounding = "gptq",
+    damp: Damp = None,
+    act_order: ActOrder = None,
+    static_groups: StaticGroups = None,
+    scale_search: ScaleSearch = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    recipe: RecipeFile = None,
+    calibration: Calibration = None,
+    windows: Windows = 64,
+    window: Window = 512,
+    held_out_windows: HeldOut = 8,
+    layout: Annotated[
+        common.Layout | None, typer.Option(help="Tell which layers this export layout cannot hold.")
+    ] = None,
+    threads: common.Threads = 0,
+    json: common.Json = False,
+    traceback: common.Traceback = False,
+) -> None:
+    """Tell peak memory, time and output size of a quantization, before any work.
+
+    Takes the options of `quantize`. Weights are not read; speed is measured for a fraction of a second.
+
+    **Example**
+
+        quantloom plan MODEL --format uniform:4:g128 --rounding gptq --windows 128
+    """
+    settings = _recipe(
+        format,
+        rounding,
+        damp,
+        act_order,
+        static_groups,
+        scale_search,
+        ignore,
+        override,
+        recipe,
+        None,
+        check=False,
+    )
+    common.require_folder(model, "model")
+    common.quiet_libraries()
+    import quantloom
+
+    result = quantloom.models.plan(
+        model,
+        settings,
+        calibrated=True if calibration is not None else None,
+        windows=windows,
+        window=window,
+        held_out_windows=held_out_windows,
+        threads=threads,
+        layout=None if layout is None else layout.value,
+    )
+    if json:
+        common.print_json(common.plain(result) | {"refusals": result.refusals})
+    else:
+        _show_plan(result)
+
+
+def _show(report) -> None:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    def ratio(loss: float | None, nearest: float | None) -> str:
+        return "" if loss is None or not nearest else f"{loss / nearest:.3f}"
+
+    rows = [
+        [
+            module.name,
+            " × ".join(map(str, module.shape)),
+            module.format,
+            module.method,
+            f"{module.bits_per_weight:.3f}",
+            number(module.proxy_loss),
+            ratio(module.proxy_loss, module.proxy_loss_nearest),
+            ratio(module.held_out_loss, module.held_out_loss_nearest),
+            number(module.damping) if module.method == "gptq" else "",
+        ]
+        for module in report.modules
+    ]
+    columns = [
+        "layer",
+        "shape",
+        "format",
+        "rounding",
+        "bits/weight",
+        "loss",
+        "loss/nearest",
+        "held out",
+        "damping",
+    ]
+    out = common.console()
+    out.print(common.table(None, columns, rows, set(columns[4:])))
+    out.print(
+        f"{len(report.modules)} layers, {report.bits_per_weight:.4f} bits per weight "
+        f"({report.model_bits_per_weight:.4f} over the whole model), {common.duration(report.seconds)}, "
+        f"in {report.output}"
+    )
+    if report.unquantized:
+        out.print(f"left as they are: {', '.join(report.unquantized)}")
+    if report.resumed_modules:
+        out.print(f"{report.resumed_modules} layers taken over from an interrupted run")
+    for fallback in report.fallbacks:
+        out.print(f"fallback: {fallback}")
+
+
+def _show_plan(result) -> None:
+    out = common.console()
+    rows = [
+        ["peak memory", common.size(result.peak_bytes)],
+        *([f"  {name}", common.size(count)] for name, count in result.parts.items()),
+        ["time", f"about {common.duration(result.seconds)}"],
+        ["checkpoint", common.size(result.output_bytes)],
+        ["disk while it runs", common.size(result.work_bytes)],
+        ["layers", f"{len(result.modules)}, {result.bits_per_weight:.4f} bits per weight"],
+        ["left as they are", ", ".join(result.unquantized) or "none"],
+    ]
+    out.print(common.table(None, ["", ""], rows, show_header=False))
+    for name, reason in result.refusals.items():
+        out.print(f"cannot be exported: {name}: {reason}")
+
+
+def _recipe(
+    format,
+    rounding,
+    damp,
+    act_order,
+    static_groups,
+    scale_search,
+    ignore,
+    override,
+    recipe,
+    calibration,
+    check=True,
+):
+    """The recipe of the options; wrong ones are wrong usage (exit code 2)."""
+    import quantloom
+
+    if recipe is not None:
+        common.require_file(recipe, "recipe")
+        result = quantloom.Recipe.from_json(recipe.read_text(encoding="utf-8"))
+    else:
+        parsed = _option("--rounding", quantloom.parse_rounding, rounding)
+        changes = {"damp": damp, "act_order": act_order, "static_groups": static_groups}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes and not isinstance(parsed, quantloom.GPTQ):
+            flags = ", ".join("--" + name.replace("_", "-") for name in changes)
+            raise typer.BadParameter(f"{flags}: only gptq has this, but the rounding is {rounding!r}")
+        if scale_search is not None:
+            changes["scale_search"] = quantloom.ScaleSearch() if scale_search else None
+        chosen = _option("--format", quantloom.parse_format, format)
+        settings = {"overrides": dict(_override(entry) for entry in override or ())}
+        if ignore is not None:
+            settings["ignore"] = tuple(ignore)
+        changed = _option("--damp", lambda: dataclasses.replace(parsed, **changes))
+        result = _option("--ignore", lambda: quantloom.Recipe(chosen, changed, **settings))
+    if check and calibration is None and isinstance(result.rounding, quantloom.GPTQ):
+        raise typer.BadParameter("missing, but gptq needs a calibration text", param_hint="--calibration")
+    return result
+
+
+def _override(entry: str):
+    import quantloom
+
+    pattern, separator, spec = entry.rpartition("=")
+    if not separator or not pattern:
+        raise typer.BadParameter(f"got {entry!r}, expected PATTERN=FORMAT", param_hint="--override")
+    return pattern, None if spec == "none" else _option("--override", quantloom.parse_format, spec)
+
+
+def _option(hint: str, function, *arguments):
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from None

@@ -1,0 +1,188 @@
+"""What this installation is and what it will use: versions, processor, GPUs, kernels, and a self-check.
+
+Loads neither torch nor transformers; their versions come from the package metadata.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Check", "Examination", "examine"]
+
+_PACKAGES = ("numpy", "torch", "transformers", "safetensors", "compressed-tensors", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One self-check: `passed` None means that it was not run, and `detail` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Examination:
+    build: dict[str, Any]
+    """Version, compiler, instruction set picked, CUDA toolkit and architectures: `quantloom.build_info()`."""
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    """Versions; None: not installed."""
+    processor: dict[str, Any]
+    """name, features (instruction sets of interest), cpus (usable by this process), threads (default)."""
+    cuda: dict[str, Any]
+    """driver (version or None), devices (name, compute capability, bytes), reason if there is none."""
+    formats: list[dict[str, Any]]
+    kernels: list[dict[str, str]]
+    """Which kernel serves which format: `quantloom.kernel_table()`."""
+    checks: list[Check]
+
+    @property
+    def healthy(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+
+def examine() -> Examination:
+    """Collects everything and runs the self-checks. Never raises for a broken installation part: a check
+    that fails says so."""
+    import quantloom
+
+    cuda = _cuda()
+    kernels = [dict(entry) for entry in quantloom.kernel_table()]
+    return Examination(
+        build=dict(quantloom.build_info()),
+        python=f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        packages={name: _version(name) for name in _PACKAGES},
+        processor=_processor(),
+        cuda=cuda,
+        formats=[dict(entry) for entry in quantloom.format_table()],
+        kernels=kernels,
+        checks=_checks(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# Of the kernel's names: what decides which SIMD path can run.
+_FEATURES = [
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "sve2",
+]
+
+
+def _processor() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    name = value.strip()
+                elif key.strip() in ("flags", "Features"):
+                    flags.update(value.split())
+                    break
+    except OSError:
+        pass
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    threads = int(limit) if limit.isdecimal() and int(limit) > 0 else cpus
+    return {"name": name, "features": [f for f in _FEATURES if f in flags], "cpus": cpus, "threads": threads}
+
+
+def _cuda() -> dict[str, Any]:
+    """Asks the driver, without creating a context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {"driver": None, "devices": [], "reason": "no CUDA driver (libcuda.so.1)"}
+    code = driver.cuInit(0)
+    if code != 0:
+        return {"driver": None, "devices": [], "reason": f"cuInit failed with code {code}"}
+    number, count = ctypes.c_int(), ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    version = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    code = driver.cuDeviceGetCount(ctypes.byref(count))
+    if code != 0:
+        return {"driver": version, "devices": [], "reason": f"cuDeviceGetCount failed with code {code}"}
+    devices = []
+    for index in range(count.value):
+        device, text, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(text, 256, device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        devices.append(
+            {
+                "name": text.value.decode(errors="replace"),
+                "compute_capability": f"{major.value}.{minor.value}",
+                "bytes": memory.value,
+            }
+        )
+    return {"driver": version, "devices": devices, "reason": "" if devices else "the driver shows no device"}
+
+
+def _checks() -> list[Check]:
+    """Every example of every format: quantized, decoded, multiplied, and compared with plain NumPy."""
+    import quantloom
+
+    checks = []
+    generator = np.random.default_rng(0)
+    w = generator.standard_normal((64, 256), dtype=np.float32)
+    x = generator.standard_normal((3, 256), dtype=np.float32)
+    for entry in quantloom.format_table():
+        for spec in entry["examples"]:
+            try:
+                passed, detail = _round_trip(quantloom.quantize(w, spec), w, x)
+            except Exception as error:
+                passed, detail = False, f"{type(error).__name__}: {error}"
+            checks.append(Check(f"quantize, decode, multiply: {spec}", passed, detail))
+    return checks
+
+
+def _round_trip(packed, w: np.ndarray, x: np.ndarray) -> tuple[bool | None, str]:
+    import quantloom
+
+    decoded = np.asarray(packed.dequantize(), dtype=np.float32)
+    error = float(np.linalg.norm(decoded - w) / np.linalg.norm(w))
+    if not error < 1:
+        return False, f"the decoded weights are {error:.3g} of the weights away"
+    expected = x.astype(np.float64) @ decoded.T.astype(np.float64)
+    try:
+        actual = quantloom.matmul(x, packed)
+    except NotImplementedError as unsupported:
+        return None, str(unsupported)
+    difference = float(np.abs(actual - expected).max() / np.abs(expected).max())
+    return difference < 1e-4, f"weights within {error:.2g}, products within {difference:.1g}"

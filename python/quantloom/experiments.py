@@ -1,0 +1,215 @@
+"""Many settings on one model: quantize, measure against the original, one row for each.
+
+Every setting goes the whole way: `models.quantize` writes a checkpoint, the checkpoint is read back and
+decoded, and the decoded weights run in plain Linear layers, so that a row tells what the stored bytes are
+worth and nothing of the speed of any kernel. Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Measurement", "Setting", "measure"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A format and a rounding in their short forms; both None stand for the original."""
+
+    format: str | None = None
+    rounding: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.format} {self.rounding}" if self.format else "original"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One setting's row.
+
+    Loss ratios are sums over all layers of tr(E H E^T) over the same sums of rounding to nearest, each on
+    the same weights and inputs; None where no Hessian was gathered.
+    """
+
+    format: str
+    rounding: str
+    bits_per_weight: float
+    """Of the quantized linear layers, as stored."""
+    file_bytes: int
+    """Of all safetensors files of the checkpoint."""
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    loss_ratio: float | None
+    held_out_loss_ratio: float | None
+    quantize_seconds: float
+    evaluate_seconds: float
+
+
+def measure(
+    model_path: str | Path,
+    settings: Iterable[Setting],
+    calibration: np.ndarray,
+    validation: np.ndarray,
+    work_folder: str | Path,
+    *,
+    window: int = 512,
+    calibration_windows: int = 64,
+    held_out_windows: int = 8,
+    evaluation_windows: int | None = None,
+    calibrate_nearest: bool = True,
+    keep: dict[Setting, Path] | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+    done: Callable[[Measurement], None] | None = None,
+) -> list[Measurement]:
+    """Measures settings in turn.
+
+    Args:
+        calibration, validation: token ids [tokens].
+        work_folder: an existing folder for checkpoints, each of which is removed when it is measured.
+        calibrate_nearest: gather Hessians for nearest rounding too: its scale search needs them to be
+            weighted, and the report's losses need them; its codes do not.
+        keep: settings whose checkpoints are moved to a folder of their own.
+        progress: called with a description, the work done and the total of the setting at hand.
+        done: called with each row.
+
+    Raises what `models.quantize` and `evaluate.compare` raise.
+    """
+    import torch
+
+    import quantloom
+
+    reference = quantloom.models.load_reference(model_path)
+    stored = _stored_tensors(model_path)
+    tell: Progress = (lambda *_: None) if progress is None else progress
+    rows = []
+    for setting in settings:
+        if setting.format is None:
+            row = _original(
+                reference, model_path, stored, validation, window, evaluation_windows, setting, tell
+            )
+        else:
+            folder = Path(work_folder) / f"setting-{len(rows)}"
+            recipe = quantloom.Recipe.parse(setting.format, setting.rounding or "nearest")
+            needs = calibrate_nearest or not isinstance(recipe.rounding, quantloom.Nearest)
+
+            def follow(event: Any, label: str = setting.label) -> None:
+                tell(f"{label}: {event.phase}", round(5000 * event.fraction), 10_000)
+
+            report = quantloom.models.quantize(
+                model_path,
+                recipe,
+                calibration=calibration if needs else None,
+                output=folder,
+                windows=calibration_windows,
+                window=window,
+                held_out_windows=held_out_windows,
+                threads=threads,
+                progress=follow,
+                overwrite=True,
+                resume=False,
+            )
+            model = quantloom.models.load(folder, torch.float32, dequantized=True)
+            row = _row(
+                setting, model, reference, validation, window, evaluation_windows, report, folder, tell
+            )
+            if keep and setting in keep:
+                shutil.move(folder, keep[setting])
+            else:
+                shutil.rmtree(folder)
+        rows.append(row)
+        if done is not None:
+            done(row)
+    return rows
+
+
+def _stored_tensors(model_path: str | Path) -> dict[str, tuple[str, float]]:
+    """dtype and stored bits per element of every tensor of the original, by name."""
+    from quantloom.inspection import inspect
+
+    return {entry.name: (entry.format, entry.bits_per_weight) for entry in inspect(model_path).tensors}
+
+
+def _original(reference, model_path, stored, validation, window, windows, setting, tell) -> Measurement:
+    import torch
+
+    import quantloom
+
+    start = time.perf_counter()
+    perplexity = quantloom.evaluate.perplexity(
+        reference,
+        validation,
+        window,
+        windows,
+        progress=lambda done, total: tell("original: evaluate", done, total),
+    )
+    names = [name for name, module in reference.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = {stored[f"{name}.weight"] for name in names if f"{name}.weight" in stored}
+    if len(found) != 1:
+        raise ValueError(
+            f"model_path: got linear layers stored as {sorted(found)}, expected one dtype for all"
+        )
+    dtype, bits = found.pop()
+    return Measurement(
+        format={"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype),
+        rounding="none",
+        bits_per_weight=bits,
+        file_bytes=_file_bytes(Path(model_path)),
+        perplexity=perplexity,
+        kl=0.0,
+        top1_agreement=1.0,
+        loss_ratio=None,
+        held_out_loss_ratio=None,
+        quantize_seconds=0.0,
+        evaluate_seconds=time.perf_counter() - start,
+    )
+
+
+def _row(setting, model, reference, validation, window, windows, report, folder, tell) -> Measurement:
+    import quantloom
+
+    comparison = quantloom.evaluate.compare(
+        model,
+        reference,
+        validation,
+        window,
+        windows,
+        progress=lambda done, total: tell(f"{setting.label}: evaluate", total + done, 2 * total),
+    )
+    return Measurement(
+        format=setting.format,
+        rounding=setting.rounding or "nearest",
+        bits_per_weight=report.bits_per_weight,
+        file_bytes=_file_bytes(folder),
+        perplexity=comparison.perplexity,
+        kl=comparison.kl,
+        top1_agreement=comparison.top1_agreement,
+        loss_ratio=_ratio(report.modules, "proxy_loss"),
+        held_out_loss_ratio=_ratio(report.modules, "held_out_loss"),
+        quantize_seconds=report.seconds,
+        evaluate_seconds=comparison.seconds,
+    )
+
+
+def _ratio(modules, name: str) -> float | None:
+    losses = [getattr(module, name) for module in modules]
+    nearest = [getattr(module, f"{name}_nearest") for module in modules]
+    if any(value is None for value in losses + nearest) or not math.fsum(nearest):
+        return None
+    return math.fsum(losses) / math.fsum(nearest)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
