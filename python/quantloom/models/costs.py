@@ -1,0 +1,27 @@
+"""Arithmetic of the pipeline, in floating-point operations: for progress and for plans."""
+
+from __future__ import annotations
+
+__all__ = ["forward_flops", "hessian_flops", "rounding_flops"]
+
+# A block with s stages is run up to each stage and once to its end: the first stage's Linears run s times,
+# the last one's once. 2.5 is the mean for four stages.
+_PASSES = 2.5
+
+
+def hessian_flops(k: int, tokens: int) -> float:
+    """X^T X of `tokens` rows of k features."""
+    return 2.0 * k * k * tokens
+
+
+def forward_flops(n: int, k: int, tokens: int) -> float:
+    """The forward passes through a Linear [n, k] that calibration takes, Hessian excluded."""
+    return _PASSES * 2.0 * n * k * tokens
+
+
+def rounding_flops(n: int, k: int, gptq: bool) -> float:
+    """Choosing the codes of a matrix [n, k]: with error feedback, a Cholesky factor of the inverse
+    Hessian, the updates of the remaining columns, and two losses beside those of rounding to nearest."""
+    if not gptq:
+        return 20.0 * n * k
+    return 2.0 * k**3 + 2.0 * n * k * k + 4.0 * n * k * k

@@ -1,0 +1,256 @@
+"""Predicts memory, time and size of a run before any work.
+
+Peak memory is the peak resident set of the process (``ru_maxrss``): anonymous memory plus the pages of
+mapped files that were touched and are still in memory. Mapped pages of the model are counted in full,
+although the system may drop them when memory is short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import quantloom as ql
+from quantloom.models.costs import forward_flops, hessian_flops, rounding_flops
+from quantloom.models.layouts import LAYOUTS, refusal
+from quantloom.models.source import ModelFolder, build_skeleton, model_names
+from quantloom.models.structure import Block, find_blocks, find_targets
+
+__all__ = ["ModulePlan", "Plan", "plan"]
+
+_MB = 1 << 20
+# Buffers that libraries keep once they have worked: threads' stacks and scratch of matrix products,
+# freed memory that the allocator holds on to.
+_SCRATCH = 24 * _MB
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One Linear: its format, the exact size it is stored in, and why an export layout refuses it, if so."""
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    bits: int
+    bits_per_weight: float
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        peak_bytes: peak resident memory of a process that makes this plan and then the run.
+        parts: what `peak_bytes` consists of, in bytes by name.
+        seconds: estimated time, from rates measured just now.
+        output_bytes: tensor data of the checkpoint, exact.
+        work_bytes: disk space needed in the output folder while the run lasts, beside the checkpoint.
+        bits_per_weight: of the quantized Linears, all side information included.
+        modules: one entry for each Linear to be quantized.
+        unquantized: the Linears that stay as they are.
+    """
+
+    peak_bytes: int
+    parts: dict[str, int]
+    seconds: float
+    output_bytes: int
+    work_bytes: int
+    bits_per_weight: float
+    modules: tuple[ModulePlan, ...]
+    unquantized: tuple[str, ...] = field(default=())
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Reasons by module for those that the export layout cannot hold."""
+        return {module.name: module.refusal for module in self.modules if module.refusal}
+
+
+def plan(
+    model_path: str | Path,
+    recipe: Any,
+    *,
+    calibrated: bool | None = None,
+    windows: int = 64,
+    window: int = 512,
+    held_out_windows: int = 8,
+    threads: int = 0,
+    layout: str | None = None,
+) -> Plan:
+    """Predicts what ``quantize`` will take; arguments as there.
+
+    Only the config and the headers of the weights are read; rates are measured for a fraction of a second.
+
+    Args:
+        calibrated: whether calibration is given; None: where the rounding needs it.
+        layout: an export layout that every module must fit, see ``Plan.refusals``.
+
+    Raises ValueError, TypeError or OSError as ``quantize`` does.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected None or one of {', '.join(LAYOUTS)}")
+    if not isinstance(recipe, ql.Recipe):
+        raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
+    gptq = json.loads(recipe.rounding.to_json())["rounding"] == "gptq"
+    calibrated = gptq if calibrated is None else calibrated
+    if gptq and not calibrated:
+        raise ValueError("calibrated: got False, expected True: the recipe's rounding needs calibration")
+    folder = ModelFolder(model_path)
+    model = build_skeleton(folder.path)
+    blocks = find_blocks(model)
+    targets = find_targets(model, blocks, recipe)
+    sizes = {
+        name: (linear.out_features, linear.in_features)
+        for block in blocks
+        for name, linear in block.linears.items()
+        if name in targets.formats
+    }
+    modules = tuple(_module(name, targets.formats[name], *shape, layout) for name, shape in sizes.items())
+    tokens = (windows + held_out_windows) * window if calibrated else 0
+    seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads)
+    baseline = _resident_bytes()
+    parts = {"process": baseline, "scratch of libraries": _SCRATCH}
+    parts |= _memory(folder, model, blocks, sizes, modules, calibrated, held_out_windows > 0, window, gptq)
+    names, _ = model_names(model, folder.tensors)
+    kept = sum(
+        folder.tensors[stored].bytes
+        for stored, name in names.items()
+        if not (name.endswith(".weight") and name.removesuffix(".weight") in sizes)
+    )
+    bits = sum(module.bits for module in modules)
+    weights = sum(n * k for n, k in sizes.values())
+    hidden = _hidden_size(model)
+    embeddings = sum(e.numel() * 4 for e in _embeddings(model)) if calibrated else 0
+    return Plan(
+        peak_bytes=sum(parts.values()),
+        parts=parts,
+        seconds=seconds,
+        output_bytes=bits // 8 + kept,
+        work_bytes=bits // 8 + max(2 * tokens * hidden * 4, tokens * hidden * 4 + embeddings),
+        bits_per_weight=bits / weights,
+        modules=modules,
+        unquantized=targets.left,
+    )
+
+
+def _module(name: str, form: Any, n: int, k: int, layout: str | None) -> ModulePlan:
+    bits = sum(_plane_bits(plane) for plane in form.planes(n, k) if not plane["optional"])
+    reason = refusal(form, n, k, layout) if layout is not None else None
+    return ModulePlan(name, (n, k), form.spec, bits, bits / (n * k) if n * k else 0.0, reason)
+
+
+def _plane_bits(plane: dict[str, Any]) -> int:
+    sizes = {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8}
+    count = 1
+    for extent in plane["shape"]:
+        count *= extent
+    return count * sizes[plane["dtype"]]
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _embeddings(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            yield module.weight
+
+
+def _hidden_size(model: torch.nn.Module) -> int:
+    size = getattr(model.config, "hidden_size", None)
+    return int(size) if size else next(_embeddings(model)).shape[1]
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def _memory(
+    folder: ModelFolder, model: torch.nn.Module, blocks: list[Block], sizes: dict[str, tuple[int, int]],
+    modules: tuple[ModulePlan, ...], calibrated: bool, held_out: bool, window: int, gptq: bool,
+) -> dict[str, int]:  # fmt: skip
+    """The parts of the peak beyond the process itself."""
+    parts = {"mapped pages of the model": folder.bytes}
+    parts["mapped pages of the records"] = sum(module.bits for module in modules) // 8
+    work = max(_rounding_bytes(n, k, gptq, calibrated) for n, k in sizes.values())
+    if calibrated:
+        parts["one block in float32"] = max(
+            4 * sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks
+        )
+        widest = max(k for _, k in sizes.values())
+        parts["Hessians of one stage"] = 8 * widest * widest * (2 if held_out else 1)
+        embedded = list(_embeddings(model))
+        parts["mapped rows of float32 embeddings"] = sum(4 * e.numel() for e in embedded)
+        work = max(work, _activation_bytes(model, blocks, window))
+    parts["working memory"] = work
+    return parts
+
+
+def _rounding_bytes(n: int, k: int, gptq: bool, calibrated: bool) -> int:
+    """Working copies while one matrix is quantized: its columns, codes and decoded values, and with error
+    feedback the factor of the inverse Hessian."""
+    copies = 4 * 4 * n * k
+    return copies + (2 * 8 * k * k if gptq else 0) if calibrated else copies
+
+
+def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) -> int:
+    """One window through one block: every Linear's output, and the attention scores of all heads."""
+    outputs = max(sum(linear.out_features for linear in block.linears.values()) for block in blocks)
+    heads = getattr(model.config, "num_attention_heads", 1)
+    return 4 * window * (2 * outputs + 4 * _hidden_size(model)) + 4 * heads * window * window
+
+
+# -- time --------------------------------------------------------------------------------------------
+
+
+def _seconds(
+    folder: ModelFolder, blocks: list[Block], sizes: dict[str, tuple[int, int]], tokens: int, window: int,
+    gptq: bool, threads: int,
+) -> float:  # fmt: skip
+    """Arithmetic over measured rates, plus reading and writing."""
+    widest = max(k for _, k in sizes.values())
+    tallest = max(n for n, _ in sizes.values())
+    generator = np.random.default_rng(0)
+    k, n, rows = min(widest, 768), min(tallest, 768), min(window, 512)
+    x = generator.standard_normal((rows, k), dtype=np.float32)
+    w = generator.standard_normal((n, k), dtype=np.float32)
+    seconds = 4.0 * folder.bytes / 1e9  # hashing, scanning, writing
+    hessian = ql.Hessian(k)
+    if tokens:
+        a, b = torch.from_numpy(x), torch.from_numpy(w)
+        forward = _best(lambda: torch.nn.functional.linear(a, b)) / (2.0 * n * k * rows)
+        seconds += forward * sum(forward_flops(*size, tokens) for size in sizes.values())
+        gather = _best(lambda: hessian.add(x, threads=threads)) / hessian_flops(k, rows)
+        seconds += gather * sum(hessian_flops(width, tokens) for width in _stages(blocks, sizes))
+    rounding = ql.GPTQ(hessian=hessian) if gptq else ql.Nearest()
+    once = _best(lambda: ql.quantize(w, "uniform:4:g128", rounding, threads=threads), repeats=2)
+    rate = once / rounding_flops(n, k, gptq)
+    return seconds + rate * sum(rounding_flops(*size, gptq) for size in sizes.values())
+
+
+def _best(work: Any, repeats: int = 3) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def _stages(blocks: list[Block], sizes: dict[str, tuple[int, int]]) -> list[int]:
+    """The widths of the Hessians to gather. Which Linears share one shows only when the block runs; those of
+    one parent module with the same in_features are taken to."""
+    widths = []
+    for block in blocks:
+        groups = {(name.rpartition(".")[0], sizes[name][1]) for name in block.linears if name in sizes}
+        widths += [width for _, width in groups]
+    return widths

@@ -1,0 +1,425 @@
+"""Quantizes a model block by block, and can be killed at any time.
+
+For each decoder block, stage by stage in the order its Linears run: gather the Hessian of the stage's
+input over the calibration windows, with all earlier stages and blocks already quantized; quantize the
+stage's Linears; put the decoded weights in their place. Then the block's outputs become the next block's
+inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantloom as ql
+from quantloom.models.calibration import (
+    BlockCall,
+    HiddenStates,
+    TokenWindows,
+    capture,
+    float_block,
+    gather_hessians,
+    run_block,
+)
+from quantloom.models.checkpoint import assemble, final_files, install
+from quantloom.models.costs import forward_flops, rounding_flops
+from quantloom.models.records import WORK, WorkFolder, file_hash
+from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report
+from quantloom.models.source import ModelFolder, attach, build_skeleton
+from quantloom.models.structure import Block, Targets, find_blocks, find_stages, find_targets
+
+__all__ = ["quantize"]
+
+_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def quantize(
+    model_path: str | Path,
+    recipe: Any,
+    calibration: Any = None,
+    *,
+    output: str | Path,
+    windows: int = 64,
+    window: int = 512,
+    held_out_windows: int = 8,
+    threads: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
+) -> QuantizationReport:
+    """Quantizes the Linears in the decoder blocks of a model and writes a checkpoint to `output`.
+
+    A run that was killed goes on where it was when it is called again with the same arguments, and ends
+    with the same bytes in every file but ``timings.json``. Results do not depend on `threads`; those that
+    are calibrated can depend on ``torch.get_num_threads()``, which a resumed run must therefore repeat.
+
+    Args:
+        model_path: folder of a decoder-only causal language model: config.json and safetensors files.
+        recipe: a ``Recipe``.
+        calibration: the path of a text file (or of raw little-endian uint16 ids, ``.u16``), or token ids
+            (one-dimensional, integers); the windows are cut from its start. None: no calibration, for
+            ``Nearest`` only. If given it is used with any rounding: it weights scale searches and fills the
+            losses of the report.
+        output: folder of the checkpoint; created if absent.
+        windows, window: calibration windows and their tokens; both >= 1.
+        held_out_windows: further windows whose loss is only reported; >= 0.
+        threads: of the quantization itself; 0: all.
+        progress: called with a ``Progress`` many times a second or minute; an exception it raises ends
+            the run, which can be resumed.
+        overwrite: replace a checkpoint in `output`. Other files there stay.
+        resume: False drops unfinished work in `output` instead of going on with it.
+        max_shard_bytes: size that a safetensors file of the checkpoint does not pass, single modules aside.
+
+    Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
+    copies of one weight matrix; ``plan`` predicts the peak.
+
+    Raises ValueError or TypeError naming the argument and OSError before any work; RuntimeError naming the
+    module if a Hessian cannot be used.
+    """
+    started = time.monotonic()
+    recipe, output = _check_arguments(
+        model_path, recipe, calibration, output, windows, window, held_out_windows, threads, max_shard_bytes
+    )
+    folder = ModelFolder(model_path)
+    model = build_skeleton(folder.path)
+    blocks = find_blocks(model)
+    targets = find_targets(model, blocks, recipe)
+    tokens = None
+    if calibration is not None:
+        tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)
+    check_output(folder.path, output, overwrite)
+
+    existed = output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    run = None
+    try:
+        with WorkFolder(output) as work:
+            run = _Run(
+                folder, model, blocks, targets, recipe, tokens, work, threads, progress, max_shard_bytes
+            )
+            return run.execute(resume, overwrite, started)
+    finally:
+        # A run refused before its work began leaves nothing behind.
+        if run is not None and not run.begun and not (output / WORK / "manifest.json").exists():
+            shutil.rmtree(output / WORK, ignore_errors=True)
+            if not existed:
+                output.rmdir()
+
+
+def _check_arguments(
+    model_path: Any, recipe: Any, calibration: Any, output: Any, windows: Any, window: Any, held_out: Any,
+    threads: Any, max_shard_bytes: Any,
+) -> tuple[Any, Path]:  # fmt: skip
+    for name, value, least in (
+        ("windows", windows, 1), ("window", window, 1), ("held_out_windows", held_out, 0),
+        ("threads", threads, 0), ("max_shard_bytes", max_shard_bytes, 1),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+    if not isinstance(recipe, ql.Recipe):
+        raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
+    for name, value in (("model_path", model_path), ("output", output)):
+        if not isinstance(value, (str, Path)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a path")
+    if calibration is None and not isinstance(recipe.rounding, ql.Nearest):
+        method = rounding_name(recipe.rounding)
+        raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
+    return recipe, Path(output)
+
+
+def rounding_name(rounding: Any) -> str:
+    """The word by which reports know a rounding: "nearest", "gptq"."""
+    return json.loads(rounding.to_json())["rounding"]
+
+
+def check_output(model_path: Path, output: Path, overwrite: bool) -> None:
+    """Raises ValueError if `output` cannot take a checkpoint."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: {output} is a file, expected a folder")
+    if output.exists() and output.samefile(model_path):
+        raise ValueError(f"output: got the model's own folder {output}, expected another one")
+    if output.is_dir() and not overwrite and not (output / WORK).is_dir():
+        taken = sorted(entry.name for entry in final_files(output))
+        if taken:
+            raise ValueError(
+                f"output: {output} holds a model already ({', '.join(taken[:3])}); "
+                "pass overwrite=True to replace it"
+            )
+
+
+class _Run:
+    def __init__(
+        self, folder: ModelFolder, model: torch.nn.Module, blocks: list[Block], targets: Targets, recipe: Any,
+        tokens: TokenWindows | None, work: WorkFolder, threads: int, progress: Any, max_shard_bytes: int,
+    ) -> None:  # fmt: skip
+        self.folder, self.model, self.blocks, self.targets = folder, model, blocks, targets
+        self.recipe, self.tokens, self.work, self.threads = recipe, tokens, work, threads
+        self.max_shard_bytes = max_shard_bytes
+        self.begun = False
+        self.reports: dict[str, ModuleReport] = {}
+        self.resumed = 0
+        self.meter = _Meter(self, progress)
+
+    # -- the whole run -------------------------------------------------------------------------------
+
+    def execute(self, resume: bool, overwrite: bool, started: float) -> QuantizationReport:
+        work = self.work
+        if resume and (work.staging / "COMPLETE").is_file() and (work.path / "manifest.json").is_file():
+            # Killed while the finished files were moved: the rest of the move is all that is left, if
+            # this is the same run.
+            work.begin(self._fingerprint(), resume)
+            self.begun = True
+            return self._finish(started)
+        going_on = work.begin(self._fingerprint(), resume)
+        self.begun = True
+        unused = attach(self.model, self.folder.mapped(), self.folder.path)
+        try:
+            self._check_weights(scan=not going_on)
+        except ValueError:
+            if not going_on:
+                self.begun = False
+                work.clear()
+            raise
+        self.resumed = sum(work.has(name) for name in self.targets.formats)
+        for name in self.targets.formats:
+            if work.has(name):
+                self.reports[name] = work.report(name)
+        self.meter.start()
+        if self.tokens is None:
+            self._quantize_plain()
+        else:
+            self._quantize_calibrated()
+        self.meter.report("save")
+        report = self._report(unused, time.monotonic() - started)
+        assemble(self.folder, self.model, self.targets, self.recipe, work, report, self.max_shard_bytes)
+        return self._finish(started)
+
+    def _finish(self, started: float) -> QuantizationReport:
+        self.meter.report("save")
+        install(self.work)
+        self.work.remove()
+        return read_report(self.work.output)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that decides the bytes of the result."""
+        self.meter.report("check")
+        fingerprint: dict[str, Any] = {
+            "quantloom": ql.__version__,
+            "recipe": json.loads(self.recipe.to_json()),
+            "config.json": file_hash(self.folder.path / "config.json"),
+            "weights": {
+                file.name: file_hash(file, lambda _: self.meter.report("check")) for file in self.folder.files
+            },
+            "max_shard_bytes": self.max_shard_bytes,
+            "calibration": None,
+        }
+        if self.tokens is not None:
+            import transformers
+
+            fingerprint["calibration"] = {
+                "tokens": self.tokens.hash,
+                "windows": self.tokens.calibration,
+                "window": self.tokens.ids.shape[1],
+                "held_out_windows": len(self.tokens.ids) - self.tokens.calibration,
+                "torch": torch.__version__,
+                "torch_threads": torch.get_num_threads(),
+                "transformers": transformers.__version__,
+            }
+        return fingerprint
+
+    def _check_weights(self, scan: bool) -> None:
+        """Raises ValueError naming tensor, row and column of the first weight that is not finite."""
+        for block in self.blocks:
+            for name, linear in block.linears.items():
+                if name not in self.targets.formats:
+                    continue
+                weight = linear.weight
+                if weight.dtype not in _FLOATS:
+                    raise ValueError(
+                        f"{name}.weight: got dtype {weight.dtype}, expected float32, float16 or bfloat16"
+                    )
+                if scan and not bool(torch.isfinite(weight).all()):
+                    row, column = torch.nonzero(~torch.isfinite(weight))[0].tolist()
+                    value = weight[row, column].item()
+                    raise ValueError(
+                        f"{name}.weight: got {value} at row {row}, column {column}, expected finite values"
+                    )
+
+    # -- without calibration -------------------------------------------------------------------------
+
+    def _quantize_plain(self) -> None:
+        for block in self.blocks:
+            for name, linear in block.linears.items():
+                if name in self.targets.formats and name not in self.reports:
+                    self._quantize_module(block, 0, name, linear.weight.detach(), self.recipe.rounding)
+
+    # -- with calibration ----------------------------------------------------------------------------
+
+    def _quantize_calibrated(self) -> None:
+        if len(self.reports) == len(self.targets.formats):
+            return
+        tokens = self.tokens
+        self.meter.report("calibrate")
+        calls, hidden, write_first = capture(self.model, self.blocks, tokens, self.work.path)
+
+        def states(index: int) -> HiddenStates:
+            return HiddenStates(self.work.path / f"hidden-{index}.f32", *tokens.ids.shape, hidden)
+
+        present = [block.index for block in self.blocks if states(block.index).path.is_file()]
+        first = max(present, default=0)
+        if present:
+            states(first).check()
+        else:
+            write_first(states(0))
+        for block in self.blocks[first:]:
+            self._quantize_block(block, calls[block.index], states(block.index), states(block.index + 1))
+            if block.index > 0:
+                states(block.index - 1).path.unlink(missing_ok=True)
+
+    def _quantize_block(
+        self, block: Block, call: BlockCall, inputs: HiddenStates, outputs: HiddenStates
+    ) -> None:
+        wanted = {name for name in block.linears if name in self.targets.formats}
+        with float_block(block.module), torch.no_grad():
+            if wanted:
+                probe = next(inputs.read())
+                stages = find_stages(block, lambda: run_block(block, call, probe), wanted)
+                for stage, names in enumerate(stages):
+                    self._quantize_stage(block, call, inputs, stage, names)
+            if block.index + 1 < len(self.blocks):
+                with outputs.writer() as append:
+                    for hidden in inputs.read():
+                        append(run_block(block, call, hidden))
+                        self.meter.report("propagate", block.index)
+
+    def _quantize_stage(
+        self, block: Block, call: BlockCall, inputs: HiddenStates, stage: int, names: tuple[str, ...]
+    ) -> None:
+        missing = [name for name in names if name not in self.reports]
+        if missing:
+            self.meter.report("calibrate", block.index, stage, names[0])
+
+            hessian, held_out = gather_hessians(
+                block, call, inputs, names, self.tokens, self.threads,
+                lambda: self.meter.window(tuple(missing), block.index, stage),
+            )  # fmt: skip
+            rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
+            for name in missing:
+                weight = block.linears[name].weight.detach()
+                self._quantize_module(block, stage, name, weight, rounding)
+        for name in names:
+            linear = block.linears[name]
+            decoded = self.work.packed(name, self.targets.formats[name]).dequantize(threads=self.threads)
+            linear.weight = torch.nn.Parameter(decoded.to(torch.float32), requires_grad=False)
+
+    # -- one module ----------------------------------------------------------------------------------
+
+    def _quantize_module(
+        self, block: Block, stage: int, name: str, weight: torch.Tensor, rounding: Any
+    ) -> None:
+        begun = time.monotonic()
+        try:
+            packed = ql.quantize(weight, self.targets.formats[name], rounding=rounding, threads=self.threads)
+        except (ValueError, RuntimeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(f"{name}: {error}") from error
+        report = ModuleReport.of(name, packed, time.monotonic() - begun)
+        self.work.save(name, packed, report)
+        self.reports[name] = report
+        self.meter.module(name, block.index, stage)
+
+    def _report(self, unused: list[str], seconds: float) -> QuantizationReport:
+        modules = tuple(self.reports[name] for name in self.targets.formats)
+        asked = rounding_name(self.recipe.rounding)
+        weights = sum(report.shape[0] * report.shape[1] for report in modules)
+        bits = sum(report.bits for report in modules)
+        kept = [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in self.targets.formats)
+        ]
+        kept_bits = sum(parameter.numel() * parameter.element_size() * 8 for parameter in kept)
+        kept_weights = sum(parameter.numel() for parameter in kept)
+        return QuantizationReport(
+            output=self.work.output,
+            recipe=self.recipe.to_json(),
+            modules=modules,
+            unquantized=self.targets.left,
+            unused_tensors=tuple(unused),
+            bits_per_weight=bits / weights if weights else 0.0,
+            model_bits_per_weight=(bits + kept_bits) / (weights + kept_weights),
+            fallbacks=tuple(
+                f"{report.name}: {report.method} instead of {asked}"
+                for report in modules
+                if report.method != asked
+            ),
+            seconds=seconds,
+            resumed_modules=self.resumed,
+        )
+
+
+class _Meter:
+    """Measures how much of the work is done and tells the caller."""
+
+    def __init__(self, run: _Run, progress: Callable[[Progress], None] | None) -> None:
+        self.run, self.progress = run, progress
+        tokens = 0 if run.tokens is None else run.tokens.ids.size
+        gptq = rounding_name(run.recipe.rounding) == "gptq"
+        sizes = {
+            name: (linear.out_features, linear.in_features)
+            for block in run.blocks
+            for name, linear in block.linears.items()
+            if name in run.targets.formats
+        }
+        self.calibrate = {name: forward_flops(n, k, tokens) for name, (n, k) in sizes.items()}
+        self.quantize = {name: rounding_flops(n, k, gptq) for name, (n, k) in sizes.items()}
+        self.total = sum(self.calibrate.values()) + sum(self.quantize.values())
+        self.taken_over = self.done = 0.0
+        self.begun = time.monotonic()
+
+    def start(self) -> None:
+        """Takes note of what an earlier run has done."""
+        self.taken_over = sum(self.calibrate[name] + self.quantize[name] for name in self.run.reports)
+        self.done = self.taken_over
+        self.begun = time.monotonic()
+
+    def window(self, names: tuple[str, ...], block: int, stage: int) -> None:
+        """One window of a stage's calibration is done."""
+        self.done += sum(self.calibrate[name] for name in names) / len(self.run.tokens.ids)
+        self.report("calibrate", block, stage)
+
+    def module(self, name: str, block: int, stage: int) -> None:
+        self.done += self.quantize[name]
+        self.report("quantize", block, stage, name)
+
+    def report(self, phase: str, block: int = 0, stage: int = 0, module: str = "") -> None:
+        if self.progress is None:
+            return
+        run, worked = self.run, self.done - self.taken_over
+        eta = None
+        if worked > 0:
+            eta = (time.monotonic() - self.begun) * max(0.0, self.total - self.done) / worked
+        fraction = min(1.0, self.done / self.total) if self.total else 1.0
+        self.progress(
+            Progress(
+                phase,
+                block,
+                len(run.blocks),
+                stage,
+                module,
+                len(run.reports),
+                len(run.targets.formats),
+                fraction,
+                eta,
+            )
+        )
