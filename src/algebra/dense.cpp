@@ -58,7 +58,24 @@ void parallel_triangle(int64_t count, int threads, const Body& body) {
   });
 }
 
+// Copies the tile at (i, j), on or above the diagonal, to its place below it.
+void mirror(MatrixView<double> sum, int64_t i, int64_t j, int64_t rows, int64_t cols) {
+  constexpr int64_t kPatch = 8;  // columns a power of two apart share few cache lines: take few at a time
+  for (int64_t r0 = 0; r0 < rows; r0 += kPatch) {
+    for (int64_t c0 = i == j ? r0 : 0; c0 < cols; c0 += kPatch) {
+      for (int64_t c = c0; c < std::min(cols, c0 + kPatch); ++c) {
+        const int64_t end = std::min({rows, r0 + kPatch, i == j ? c : rows});
+        for (int64_t r = r0; r < end; ++r) sum(j + c, i + r) = sum(i + r, j + c);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+int64_t gram_tile(int64_t k) {
+  return k >= 2048 ? 512 : (k >= 512 ? 256 : 128);
+}
 
 void accumulate_gram(MatrixView<const float> x, MatrixView<double> sum, int threads) {
   const int64_t k = x.cols();
@@ -66,30 +83,28 @@ void accumulate_gram(MatrixView<const float> x, MatrixView<double> sum, int thre
   require(sum.cols() == k, "sum columns", sum.cols(), k);
   if (x.rows() == 0) return;
   const TileTable& table = tiles();
-  parallel_triangle(ceil_div(k, kTile), threads, [&](int64_t ti, int64_t tj) {
-    const int64_t i = ti * kTile;
-    const int64_t j = tj * kTile;
-    const int64_t rows = std::min(kTile, k - i);
-    const int64_t cols = std::min(kTile, k - j);
+  const int64_t tile = gram_tile(k);
+  parallel_triangle(ceil_div(k, tile), threads, [&](int64_t ti, int64_t tj) {
+    const int64_t i = ti * tile;
+    const int64_t j = tj * tile;
+    const int64_t rows = std::min(tile, k - i);
+    const int64_t cols = std::min(tile, k - j);
     std::vector<float> part(static_cast<size_t>(rows * cols));
     for (int64_t token = 0; token < x.rows(); token += kGramChunk) {
       const int64_t tokens = std::min(kGramChunk, x.rows() - token);
       std::fill(part.begin(), part.end(), 0.0F);
-      table.gemm_tn_f32(rows, cols, tokens, 1.0F, x.row(token) + i, x.stride(), x.row(token) + j, x.stride(),
-                        part.data(), cols);
+      // On the diagonal, strips that begin there: little is computed twice.
+      const int64_t strip = ti == tj ? 128 : rows;
+      for (int64_t r = 0; r < rows; r += strip) {
+        const int64_t c = ti == tj ? r : 0;
+        table.gemm_tn_f32(std::min(strip, rows - r), cols - c, tokens, 1.0F, x.row(token) + i + r, x.stride(),
+                          x.row(token) + j + c, x.stride(), part.data() + r * cols + c, cols);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         table.add_f32_to_f64(cols, part.data() + r * cols, sum.row(i + r) + j);
       }
     }
-    if (ti == tj) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < r; ++c) sum(i + r, i + c) = sum(i + c, i + r);
-      }
-    } else {
-      for (int64_t c = 0; c < cols; ++c) {
-        for (int64_t r = 0; r < rows; ++r) sum(j + c, i + r) = sum(i + r, j + c);
-      }
-    }
+    mirror(sum, i, j, rows, cols);
   });
 }
 

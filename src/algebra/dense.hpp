@@ -14,6 +14,9 @@ namespace quantloom::algebra {
 // float64. Both triangles are written.
 inline constexpr int64_t kGramChunk = 256;
 void accumulate_gram(MatrixView<const float> x, MatrixView<double> sum, int threads);
+// Rows and columns of a tile of a Gram matrix [k, k]. Larger tiles pack their operands less often, smaller
+// ones give more threads work; depends on k alone.
+int64_t gram_tile(int64_t k);
 
 // c [m, n] = alpha * a [m, k] * b [n, k]^T + beta * c (beta 0 or 1)
 void gemm_nt(float alpha, MatrixView<const float> a, MatrixView<const float> b, float beta,

@@ -24,7 +24,7 @@ using Out = Eigen::Map<Matrix<T>, 0, Eigen::OuterStride<>>;
 // sizes. Fixed ones make results the same on all processors with the same instructions.
 void fix_cache_sizes() {
   static const bool done = [] {
-    Eigen::setCpuCacheSizes(std::ptrdiff_t{48} << 10, std::ptrdiff_t{1} << 20, std::ptrdiff_t{8} << 20);
+    Eigen::setCpuCacheSizes(std::ptrdiff_t{64} << 10, std::ptrdiff_t{1} << 20, std::ptrdiff_t{8} << 20);
     return true;
   }();
   static_cast<void>(done);

@@ -16,7 +16,7 @@ namespace quantloom {
 namespace {
 
 constexpr int64_t kBandRows = 1024;  // rows of E held at a time
-constexpr int64_t kTile = 256;
+constexpr int64_t kColumnsPerPiece = 256;
 constexpr int64_t kChunk = algebra::kGramChunk;  // rows summed in float32
 constexpr int64_t kRowsPerPiece = 16;
 constexpr double kTolerance = 1e-6;
@@ -79,10 +79,11 @@ Traces traces(int64_t n, int64_t k, const FillErrors& fill, std::span<const Hess
   Traces result;
   result.column_energy.assign(static_cast<size_t>(k), 0.0);
   result.losses.assign(hessians.size(), 0.0);
-  const int64_t side = ceil_div(k, kTile);
+  const int64_t size = algebra::gram_tile(k);
+  const int64_t side = ceil_div(k, size);
   std::vector<std::pair<int64_t, int64_t>> tiles;
   for (int64_t i = 0; i < side; ++i) {
-    for (int64_t j = hessians.empty() ? side : i; j < side; ++j) tiles.emplace_back(i * kTile, j * kTile);
+    for (int64_t j = hessians.empty() ? side : i; j < side; ++j) tiles.emplace_back(i * size, j * size);
   }
   std::vector<double> parts(tiles.size() * hessians.size());
   std::vector<float> band(static_cast<size_t>(checked_mul(std::min(n, kBandRows), k)));
@@ -92,11 +93,11 @@ Traces traces(int64_t n, int64_t k, const FillErrors& fill, std::span<const Hess
       const int64_t row = piece * kRowsPerPiece;
       fill(first + row, errors.block(row, 0, std::min(kRowsPerPiece, errors.rows() - row), k));
     });
-    parallel_for(side, threads, [&](int64_t tile) {
-      const int64_t end = std::min(k, (tile + 1) * kTile);
+    parallel_for(ceil_div(k, kColumnsPerPiece), threads, [&](int64_t piece) {
+      const int64_t end = std::min(k, (piece + 1) * kColumnsPerPiece);
       for (int64_t r = 0; r < errors.rows(); ++r) {
         const float* e = errors.row(r);
-        for (int64_t c = tile * kTile; c < end; ++c) {
+        for (int64_t c = piece * kColumnsPerPiece; c < end; ++c) {
           result.column_energy[static_cast<size_t>(c)] +=
               static_cast<double>(e[c]) * static_cast<double>(e[c]);
         }
@@ -104,8 +105,8 @@ Traces traces(int64_t n, int64_t k, const FillErrors& fill, std::span<const Hess
     });
     parallel_for(static_cast<int64_t>(tiles.size()), threads, [&](int64_t t) {
       const auto [i, j] = tiles[static_cast<size_t>(t)];
-      const int64_t rows = std::min(kTile, k - i);
-      const int64_t cols = std::min(kTile, k - j);
+      const int64_t rows = std::min(size, k - i);
+      const int64_t cols = std::min(size, k - j);
       std::vector<double> gram(static_cast<size_t>(rows * cols), 0.0);
       add_tile_products(errors, i, j, in_double, {gram.data(), rows, cols});
       for (size_t h = 0; h < hessians.size(); ++h) {
@@ -127,8 +128,8 @@ double float_error_bound(int64_t n, std::span<const double> column_energy, const
   constexpr double kMargin = 16;
   const int64_t k = hessian.k();
   std::vector<double> rows(static_cast<size_t>(k));
-  parallel_for(ceil_div(k, kTile), threads, [&](int64_t tile) {
-    for (int64_t i = tile * kTile; i < std::min(k, (tile + 1) * kTile); ++i) {
+  parallel_for(ceil_div(k, kColumnsPerPiece), threads, [&](int64_t tile) {
+    for (int64_t i = tile * kColumnsPerPiece; i < std::min(k, (tile + 1) * kColumnsPerPiece); ++i) {
       const double* h = hessian.sum().row(i);
       double sum = 0;
       for (int64_t j = 0; j < k; ++j) sum += h[j] * h[j] * column_energy[static_cast<size_t>(j)];

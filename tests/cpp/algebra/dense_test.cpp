@@ -92,7 +92,7 @@ TEST(Dense, GemmsMatchNaiveLoops) {
 
 TEST(Dense, GramMatchesNaiveLoopAndAddsToTheSum) {
   for (const auto& [tokens, k] : std::vector<std::pair<int64_t, int64_t>>{
-           {0, 5}, {1, 1}, {3, 2}, {255, 7}, {256, 129}, {257, 64}, {600, 259}}) {
+           {0, 5}, {1, 1}, {3, 2}, {255, 7}, {256, 129}, {257, 64}, {600, 259}, {9, 600}, {5, 2050}}) {
     const std::vector<float> x = random_values<float>(tokens * (k + 3), 5);
     std::vector<double> sum(static_cast<size_t>(k * k), 0.25);
     accumulate_gram({x.data(), tokens, k, k + 3}, {sum.data(), k, k}, 2);
