@@ -59,8 +59,8 @@ void validate(const PackedTensor& packed) {
     }
   }
   for (const auto& [name, plane] : packed.planes) {
-    const bool known =
-        std::any_of(specs.begin(), specs.end(), [&](const PlaneSpec& s) { return s.name == name; });
+    const bool known = std::any_of(specs.begin(), specs.end(),
+                                   [&name = name](const PlaneSpec& s) { return s.name == name; });
     if (!known) {
       throw InvalidArgument("plane " + name, "a plane", "no such plane in " + packed.format->spec());
     }

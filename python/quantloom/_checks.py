@@ -23,8 +23,8 @@ def integer(name: str, value: Any, low: int | None = None, expected: str = "an i
         raise TypeError(f"{name}: got {type_name(value)}, expected {expected}") from None
     if low is not None and number < low:
         raise ValueError(f"{name}: got {number}, expected {expected} >= {low}")
-    if number >= 2**63:
-        raise ValueError(f"{name}: got {number}, expected {expected} below 2^63")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}: got {number}, expected {expected} of at most 64 bits")
     return number
 
 

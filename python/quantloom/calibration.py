@@ -45,6 +45,12 @@ class Hessian:
             matrix = _arrays.matrix("sum", _arrays.cast(matrix.value, "float64"), ("float64",))
         hessian = cls.__new__(cls)
         hessian._core = _core.Hessian.from_sum(matrix.core, _checks.integer("tokens", tokens, 1))
+        diagonal = hessian.diagonal()
+        if diagonal.min() < 0:
+            row = int(diagonal.argmin())
+            raise ValueError(
+                f"sum: got {diagonal[row] * tokens} at row {row}, column {row}, expected a diagonal >= 0"
+            )
         return hessian
 
     def add(self, x: Any, threads: int = 0) -> None:

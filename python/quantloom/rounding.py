@@ -233,7 +233,7 @@ def quantize(
     matrix = _arrays.matrix("w", w)
     format = parse_format(format)
     rounding = Nearest() if rounding is None else rounding
-    if not isinstance(rounding, Rounding):
+    if not isinstance(rounding, (Nearest, GPTQ)):
         raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected Nearest(...) or GPTQ(...)")
     threads = _checks.thread_count(threads)
     k = matrix.shape[1]
@@ -264,12 +264,10 @@ def quantize(
             held_out,
             threads,
         )
-    elif isinstance(rounding, Nearest):
+    else:
         packed, report = _core.round_nearest(
             matrix.core, format.to_json(), search, hessian, held_out, threads
         )
-    else:
-        raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected Nearest(...) or GPTQ(...)")
     report["damping_tried"] = tuple(report["damping_tried"])
     return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
 

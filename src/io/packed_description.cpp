@@ -337,7 +337,7 @@ class DescriptionEvents final : public JsonEvents {
       default:
         break;
     }
-    const std::string entry = kText + ": packed tensor " + quote(entry_->first);
+    std::string entry = kText + ": packed tensor " + quote(entry_->first);
     switch (place_) {
       case Place::size:
         return entry + (size_ == &entry_->second.tensor.n ? ": n" : ": k");
