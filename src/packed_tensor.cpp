@@ -78,6 +78,7 @@ void dequantize(const PackedTensor& packed, MatrixView<float> out, int threads) 
   if (!packed.planes.empty() && packed.planes.begin()->second.device() != Device::cpu) {
     throw TypeMismatch("packed tensor", "planes on a CUDA device", "planes on the CPU");
   }
+  if (packed.k == 0) return;  // of however many rows
   parallel_for(ceil_div(packed.n, kDecodeRows), threads, [&](int64_t slab) {
     const int64_t first = slab * kDecodeRows;
     const int64_t rows = std::min(kDecodeRows, packed.n - first);

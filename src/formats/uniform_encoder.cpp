@@ -191,7 +191,7 @@ class UniformEncoder final : public ColumnEncoder {
     Tensor& codes = packed.planes.at("codes");
     const int64_t words = codes.shape()[1];
     uint32_t* code_words = codes.values<uint32_t>().data();
-    parallel_for(ceil_div(n_, kRowTile), threads, [&](int64_t tile) {
+    parallel_for(k_ > 0 ? ceil_div(n_, kRowTile) : 0, threads, [&](int64_t tile) {
       const int64_t first = tile * kRowTile;
       pack_row_tile(tile_of(tile), k_, format_.bits, std::min(kRowTile, n_ - first),
                     code_words + first * words, words);
@@ -241,6 +241,7 @@ class UniformEncoder final : public ColumnEncoder {
   }
 
   void pack_scales(Tensor& plane) const {
+    if (plane.element_count() == 0) return;
     const int64_t rows = plane.shape()[0];
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t g = 0; g < groups_; ++g) {
@@ -257,6 +258,7 @@ class UniformEncoder final : public ColumnEncoder {
   }
 
   void pack_zeros(Tensor& plane) const {
+    if (plane.element_count() == 0) return;
     const int64_t rows = per_tensor_ ? 1 : n_;
     const int64_t words = plane.shape()[1];
     std::vector<uint8_t> zeros(static_cast<size_t>(rows));

@@ -95,7 +95,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
       fit_group(*encoder, g, first, 0, columns, weights, options.scale_search);
     }
   }
-  std::vector<double> row_errors(static_cast<size_t>(n), 0.0);
+  std::vector<double> row_errors(static_cast<size_t>(k > 0 ? n : 0), 0.0);
   parallel_for(k > 0 ? ceil_div(n, kSlabRows) : 0, options.threads, [&](int64_t slab) {
     const int64_t first_row = slab * kSlabRows;
     const int64_t rows = std::min(kSlabRows, n - first_row);

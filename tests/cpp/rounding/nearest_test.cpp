@@ -266,6 +266,21 @@ TEST(Nearest, TakesOrRefusesEveryHazard) {
   EXPECT_GT(refused, 10);
 }
 
+// A size without elements costs nothing, whatever its other dimension claims.
+TEST(Nearest, TakesHugeEmptyMatrices) {
+  constexpr int64_t kHuge = int64_t{1} << 58;
+  for (const FormatEntry& entry : format_table()) {
+    for (const std::string& example : entry.examples) {
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{kHuge, 0}, {0, kHuge}}) {
+        const FloatMatrix w(nullptr, DType::f32, n, k, k);
+        const Rounded rounded = round_nearest(w, format_from_spec(example));
+        EXPECT_LE(rounded.tensor.size_in_bits(), 64);
+        dequantize(rounded.tensor, MatrixView<float>(nullptr, n, k));
+      }
+    }
+  }
+}
+
 TEST(Nearest, RefusesAFloat16ScaleThatOverflowsWithAdvice) {
   auto w = normal_values(4 * 64, 1);
   w[2 * 64 + 40] = 1e6F;
