@@ -26,7 +26,7 @@ def main() -> None:
             rounding=ql.GPTQ(),
             overrides={r"re:.*\.down_proj": ql.Uniform(4, 128, symmetric=False)},
         )
-        report = ql.models.quantize(model, recipe, calibration=model / "calib.txt", output=output, windows=32)
+        report = ql.models.quantize(model, recipe, calibration=model / "calib.txt", output=output, windows=16)
         print(f"{len(report.modules)} layers at {report.bits_per_weight:.3f} bits per weight")
 
         quantized, original = ql.models.load(output), ql.models.load_reference(model)

@@ -1,0 +1,108 @@
+"""The quality table's program, and the example scripts."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quantloom as ql
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("quality_table", ROOT / "bench" / "quality" / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments):
+    """A program of the repository, with this process's package."""
+    path = os.pathsep.join([str(Path(ql.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+def test_settings(table):
+    base = table.settings_of(["base"])
+    assert base[0].format is None
+    described = {(setting.format, setting.rounding) for setting in base[1:]}
+    assert described == {
+        (f"uniform:{bits}:{group}:asym", rounding)
+        for bits in (8, 4, 3, 2)
+        for group in ("g128", "channel")
+        for rounding in ("nearest", "gptq")
+    }
+    everything = table.settings_of(["base", "search", "sym", "base"])
+    assert len(everything) == len(set(everything)) == 1 + 3 * 16
+    for setting in everything[1:]:
+        ql.Recipe.parse(setting.format, setting.rounding)
+    assert table.settings_of(["uniform:4:g32=gptq:damp=0.1"])[1].rounding == "gptq:damp=0.1"
+    with pytest.raises(SystemExit, match="expected base, search, sym"):
+        table.settings_of(["all"])
+
+
+def test_program(tmp_path):
+    pytest.importorskip("transformers")
+    np.random.default_rng(3).integers(0, 4096, 1024).astype("<u2").tofile(tmp_path / "ids.u16")
+    arguments = [
+        ROOT / "bench" / "quality" / "table.py", TINY, "--calibration", tmp_path / "ids.u16", "--validation",
+        tmp_path / "ids.u16", "-o", tmp_path / "q.json", "--window", 32, "--calibration-windows", 2,
+        "--held-out-windows", 1, "--evaluation-windows", 2, "--settings",
+    ]  # fmt: skip
+    done = run(*arguments, "uniform:4:g128=gptq")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "q.json").read_text())
+    original, gptq = document["measurements"]
+    assert (original["format"], original["bits_per_weight"]) == ("bf16", 16)
+    assert gptq["loss_ratio"] < 1
+    assert gptq["held_out_loss_ratio"] > 0
+    assert document["conditions"]["calibration_windows"] == 2
+    lines = (tmp_path / "q.md").read_text().splitlines()
+    assert len(lines) == 6
+    assert f"{gptq['kl']:.5f}" in lines[-1]
+
+    # More settings join the file; those that are there are not measured again.
+    done = run(*arguments, "uniform:4:g128=gptq", "uniform:2:channel=nearest")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("uniform:2:channel nearest: KL ")
+    grown = json.loads((tmp_path / "q.json").read_text())
+    assert grown["measurements"][:2] == document["measurements"]
+    assert len(grown["measurements"]) == 3
+
+    done = run(*arguments, "base", "--evaluation-windows", 3)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "other conditions" in done.stderr
+
+
+def test_quantize_a_matrix():
+    done = run(ROOT / "examples" / "scripts" / "quantize_a_matrix.py")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("uniform")]
+    assert len(rows) == 8
+    for nearest, gptq in zip(rows[::2], rows[1::2]):
+        assert float(gptq[3]) < float(nearest[3])
+    assert "saved and loaded PackedTensor" in done.stdout
+
+
+def test_quantize_a_model(tmp_path):
+    pytest.importorskip("transformers")
+    done = run(ROOT / "examples" / "scripts" / "quantize_a_model.py", TINY, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "28 layers at 3." in done.stdout
+    assert "And it came to pass" in done.stdout
+    assert ql.inspect(tmp_path / "out").layout == "quantloom"
