@@ -70,14 +70,13 @@ def assemble(
     work.staging.mkdir()
     names, _ = model_names(model, folder.tensors)
     # Everything keeps the name it has in the original files, which other programs know.
-    packed = {}
-    kept = {}
-    for stored, name in names.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in targets.formats:
-            packed[stored.removesuffix(".weight")] = module
-        else:
-            kept[stored] = folder.tensors[stored].bytes
+    stored_of = {name: stored for stored, name in names.items()}
+    packed = {stored_of[f"{name}.weight"].removesuffix(".weight"): name for name in targets.formats}
+    kept = {
+        stored: folder.tensors[stored].bytes
+        for stored in names
+        if stored.removesuffix(".weight") not in packed or not stored.endswith(".weight")
+    }
     sizes = {report.name: report.bits // 8 for report in report.modules}
     views = folder.mapped()
 
