@@ -6,6 +6,11 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 export PYTHON
+# One name for the compiler in every build, the wheel's too: ccache tells g++ from c++.
+ifeq ($(origin CXX),default)
+CXX := g++
+endif
+export CXX
 JOBS ?= $(shell nproc)
 # More options for CMake, such as CMAKE_ARGS="-DQUANTLOOM_CUDA=OFF"; scikit-build-core reads them too.
 CMAKE_ARGS ?=
