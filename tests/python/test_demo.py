@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 matplotlib = pytest.importorskip("matplotlib")
 
 
-import quantloom as ql  # noqa: E402
-from quantloom import demo, evaluate, experiments, plots  # noqa: E402
-from quantloom.cli import app  # noqa: E402
+import quantloom as ql
+from quantloom import demo, evaluate, experiments, plots
+from quantloom.cli import app
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
