@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -51,6 +53,18 @@ def string(name: str, value: Any, expected: str = "a string") -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {type_name(value)}, expected {expected}")
     return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A path given as a string, bytes or a path."""
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type_name(value)}, expected a string or a path") from None
+    text = os.fsdecode(text)
+    if not text or "\0" in text:
+        raise ValueError(f"{name}: got {text!r}, expected the name of a file or folder")
+    return Path(text)
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from quantloom import _checks
+
 __all__ = ["Comparison", "compare", "kl_divergence", "perplexity", "tokens"]
 
 Progress = Callable[[int, int], None]
@@ -47,7 +49,8 @@ def tokens(model_path: str | Path, text_path: str | Path) -> np.ndarray:
     tokens, or a `.u16` file of raw little-endian uint16 ids. Raises OSError if a file is missing and
     ValueError if the text is empty or no tokenizer can be read.
     """
-    text_path, model_path = Path(text_path), Path(model_path)
+    text_path = _checks.path("text_path", text_path)
+    model_path = _checks.path("model_path", model_path)
     if not text_path.is_file():
         raise FileNotFoundError(f"text: no such file: {text_path}")
     if text_path.suffix == ".u16":
@@ -165,6 +168,11 @@ def compare(
 
 def _windows(ids, window: int, windows: int | None, batch: int, *models) -> np.ndarray:
     """Checks all arguments; returns the ids as [windows, window]."""
+    for name, model in zip(("model", "reference"), models):
+        if not callable(model) or not hasattr(model, "parameters"):
+            raise TypeError(
+                f"{name}: got {_checks.type_name(model)}, expected a language model as torch module"
+            )
     for name, value, least in (("window", window, 2), ("windows", windows, 1), ("batch", batch, 1)):
         if name == "windows" and value is None:
             continue

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from quantloom import _checks
+
 __all__ = ["Inspection", "TensorEntry", "inspect"]
 
 
@@ -114,7 +116,7 @@ def inspect(path: str | Path) -> Inspection:
     Files are checked as `load_tensors` checks them: the container's rules, our descriptions and checksums.
     Raises OSError if there is nothing to read, ValueError naming the file and tensor that breaks a rule.
     """
-    path = Path(path)
+    path = _checks.path("path", path)
     config: dict[str, Any] = {}
     if path.is_dir():
         files = _files(path)

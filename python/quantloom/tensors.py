@@ -215,18 +215,6 @@ def _dequantize_cuda(core: _core.Packed, shape: tuple[int, int], name: str, devi
     return out
 
 
-def _check_path(path: Any) -> str:
-    try:
-        text = os.fspath(path)
-    except TypeError:
-        raise TypeError(f"path: got {_checks.type_name(path)}, expected a string or a path") from None
-    if isinstance(text, bytes):
-        text = os.fsdecode(text)
-    if not text or "\0" in text:
-        raise ValueError(f"path: got {text!r}, expected the name of a file")
-    return text
-
-
 def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file.
 
@@ -240,7 +228,7 @@ def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, s
     The same input gives the same bytes. Raises TypeError or ValueError naming the entry, OSError where the
     system refuses.
     """
-    text = _check_path(path)
+    text = str(_checks.path("path", path))
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors: got {_checks.type_name(tensors)}, expected a mapping of names to tensors")
     packed: dict[str, _core.Packed] = {}
@@ -273,7 +261,7 @@ def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, s
 
 
 def _load(path: Any) -> tuple[Any, Any, dict[str, str]]:
-    text = _check_path(path)
+    text = str(_checks.path("path", path))
     os.stat(text)  # a missing file raises FileNotFoundError
     return _core.load_packed(text)
 

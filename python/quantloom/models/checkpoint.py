@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import quantloom as ql
+from quantloom import _checks
 from quantloom.models.records import WorkFolder, sync_folder, write_json
 from quantloom.models.report import REPORT_FILE, TIMINGS_FILE, QuantizationReport
 from quantloom.models.source import ModelFolder, attach, build_skeleton, model_names, read_json, tensor_files
@@ -194,7 +195,7 @@ class QuantizedFolder:
     """A checkpoint folder of ours: config, formats by module, files. Raises ValueError or OSError."""
 
     def __init__(self, path: str | Path, argument: str = "path") -> None:
-        self.path = Path(path)
+        self.path = _checks.path(argument, path)
         if not self.path.is_dir():
             raise NotADirectoryError(
                 f"{argument}: got {str(path)!r}, expected a folder that quantize() wrote"

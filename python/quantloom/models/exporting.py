@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import quantloom as ql
+from quantloom import _checks
 from quantloom.models.checkpoint import (
     INDEX,
     QuantizedFolder,
@@ -125,7 +126,7 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
     and module for tensors that contradict the checkpoint's settings, such as zero points by the other
     version's rule.
     """
-    source = Path(path)
+    source = _checks.path("path", path)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"path: {source} holds no config.json")
     config_json = read_json(source / "config.json")
@@ -173,9 +174,7 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
 
 
 def _check_output(source: Path, output: Any, overwrite: bool) -> Path:
-    if not isinstance(output, (str, Path)):
-        raise TypeError(f"output: got {type(output).__name__}, expected a path")
-    target = Path(output)
+    target = _checks.path("output", output)
     if target.exists() and not target.is_dir():
         raise ValueError(f"output: {target} is a file, expected a folder")
     if target.exists() and target.samefile(source):

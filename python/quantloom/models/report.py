@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantloom import _checks
+
 __all__ = ["ModuleReport", "Progress", "QuantizationReport", "read_report"]
 
 REPORT_FILE = "report.json"
@@ -165,7 +167,7 @@ class QuantizationReport:
 
 def read_report(path: str | Path) -> QuantizationReport:
     """The report in a folder that ``quantize`` wrote. Raises OSError if there is none."""
-    folder = Path(path)
+    folder = _checks.path("path", path)
     fields = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     if fields.get("version") != _VERSION:
         raise ValueError(

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantloom import _checks
+
 __all__ = [
     "ModelFolder",
     "StoredTensor",
@@ -98,7 +100,7 @@ class ModelFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _checks.path("model_path", path)
         if not self.path.is_dir():
             raise NotADirectoryError(
                 f"model_path: got {str(path)!r}, expected a folder with config.json and weights"
