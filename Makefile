@@ -89,15 +89,9 @@ sanitize: packages ## the C++ tests under AddressSanitizer and UndefinedBehavior
 FUZZ_SECONDS ?= 60
 fuzz: packages ## each libFuzzer target for FUZZ_SECONDS (60)
 	@scripts/setup packages fuzz
-	@$(CONFIGURE) -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DQUANTLOOM_BUILD_FUZZERS=ON -DQUANTLOOM_CUDA=OFF \
-	  -DQUANTLOOM_BUILD_TESTS=OFF
-	@cmake --build build/fuzz -j $(JOBS)
-	@for target in build/fuzz/tests/fuzz/fuzz_*; do \
-	  if [[ -f $$target && -x $$target ]]; then \
-	    name=$${target##*/}; mkdir -p build/fuzz/corpus/$$name; echo "== $$name"; \
-	    seeds=tests/fuzz/corpus/$${name#fuzz_}; if [[ ! -d $$seeds ]]; then seeds=; fi; \
-	    $$target -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$name $$seeds; \
-	  fi; done
+	@$(CONFIGURE) -B build/fuzz -DQUANTLOOM_BUILD_FUZZERS=ON -DQUANTLOOM_CUDA=OFF -DQUANTLOOM_BUILD_TESTS=OFF \
+	  -DQUANTLOOM_FUZZ_SECONDS=$(FUZZ_SECONDS)
+	@cmake --build build/fuzz -j $(JOBS) --target fuzz
 
 .PHONY: format
 format: $(VENV)/.dependencies ## rewrite the sources in the project's style
