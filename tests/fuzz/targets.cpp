@@ -78,8 +78,9 @@ void load_all(std::span<const std::byte> bytes) {
     const PackedFileReader reader = PackedFileReader::parse(bytes, "input");
     for (const std::string& name : reader.plain()) succeeds([&] { reader.load_plain(name); });
     for (const auto& [name, description] : reader.packed()) {
+      const std::string& packed_name = name;
       PackedTensor packed;
-      if (succeeds([&] { packed = reader.load_packed(name); })) use(packed);
+      if (succeeds([&] { packed = reader.load_packed(packed_name); })) use(packed);
     }
   });
 }

@@ -1,7 +1,12 @@
 #include "quantloom/io/packed_file.hpp"
 
+#include <algorithm>
+#include <array>
+
 #include "io/file_bytes.hpp"
+#include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/format.hpp"
+#include "quantloom/formats/uniform.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
 namespace quantloom {
@@ -111,6 +116,37 @@ TEST(PackedFile, SaveRefusesBadInput) {
   broken.planes["scales"] = Tensor(DType::f16, {2, 3});
   EXPECT_NE(message({{{"a", broken}}, {}, {}}).find("\"a\""), std::string::npos);
   EXPECT_EQ(folder.entry_count(), 0);
+}
+
+// The example of FORMATS.md.
+TEST(PackedFile, WorkedExample) {
+  PackedTensor packed{std::make_shared<const Uniform>(3, 4, false), 2, 12, {}};
+  Tensor codes(DType::i32, {2, 2});
+  pack_bits(std::array<uint8_t, 12>{0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 6, 7}, 3,
+            codes.values<uint32_t>().first(2));
+  pack_bits(std::vector<uint8_t>(12, 4), 3, codes.values<uint32_t>().subspan(2));
+  Tensor scales(DType::f16, {2, 3});
+  std::ranges::fill(scales.values<uint16_t>(), uint16_t{0x3800});
+  Tensor zeros(DType::i32, {3, 1});
+  std::ranges::fill(zeros.values<uint32_t>(), 0x0000000cU);
+  packed.planes = {{"codes", codes}, {"scales", scales}, {"zeros", zeros}};
+  const TemporaryFolder folder;
+  save_packed(folder.file("f"), {{{"w", packed}}, {}, {}});
+  const std::string bytes = test::read_file(folder.file("f"));
+  EXPECT_EQ(bytes.substr(bytes.size() - 40),
+            std::string("\x88\xc6\xfa\x88\x0f\0\0\0\x24\x49\x92\x24\x09\0\0\0\x0c\0\0\0\x0c\0\0\0\x0c\0\0\0"
+                        "\0\x38\0\x38\0\x38\0\x38\0\x38\0\x38",
+                        40));
+  EXPECT_EQ(
+      SafetensorsFile::open(folder.file("f")).metadata().at("quantloom"),
+      R"({"checksums":{"w.codes":"3230d91422c00972","w.scales":"b2cddebf2e11895b","w.zeros":"45821682cc89e258"},)"
+      R"("digest":"03f90997bd5d9bbc","packed":{"w":{"format":{"bits":3,"format":"uniform","group_size":4,)"
+      R"("scale_dtype":"float16","symmetric":false,"version":1,"zero_point":"stored"},"k":12,"n":2,)"
+      R"("planes":["codes","scales","zeros"]}},"version":1})");
+  std::vector<float> values(24);
+  dequantize(load_packed(folder.file("f")).packed.at("w"), {values.data(), 2, 12}, 1);
+  EXPECT_EQ(values[10], 1.0F);
+  EXPECT_EQ(values[12], 1.5F);
 }
 
 }  // namespace
