@@ -9,7 +9,28 @@ void JsonEvents::read(std::string_view text) {
   // The parser takes a NUL byte for the end of its input.
   const size_t nul = text.find('\0');
   if (nul != std::string_view::npos) fail(text_of(text_, ": a NUL byte at byte ", nul, " of the JSON text"));
+  require_short_numbers(text);
   nlohmann::json::sax_parse(text.data(), text.data() + text.size(), this);
+}
+
+// The parser keeps several copies of a token that is wrong; no legal number is long.
+void JsonEvents::require_short_numbers(std::string_view text) const {
+  constexpr size_t kLongest = 64;
+  bool in_string = false;
+  size_t run = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (in_string) {
+      if (text[i] == '\\') {
+        ++i;  // what is escaped cannot end the string
+      } else {
+        in_string = text[i] != '"';
+      }
+      continue;
+    }
+    in_string = text[i] == '"';
+    run = std::string_view("0123456789+-.eE").find(text[i]) != std::string_view::npos ? run + 1 : 0;
+    if (run > kLongest) fail(text_of(text_, ": a number of more than ", kLongest, " characters at byte ", i));
+  }
 }
 
 bool JsonEvents::number_integer(number_integer_t value) {

@@ -41,6 +41,8 @@ class JsonEvents : public nlohmann::json_sax<nlohmann::json> {
   virtual std::string expected() const = 0;
 
  private:
+  void require_short_numbers(std::string_view text) const;
+
   std::string label_;
   std::string text_;
 };
