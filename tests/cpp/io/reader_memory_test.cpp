@@ -53,7 +53,10 @@ Outcome open_within(const std::string& bytes, int64_t allowance) {
 std::string repeated(const std::string& begin, const std::function<std::string(int)>& item, int count,
                      const std::string& end) {
   std::string text = begin;
-  for (int i = 0; i < count; ++i) text += (i == 0 ? "" : ",") + item(i);
+  for (int i = 0; i < count; ++i) {
+    if (i > 0) text += ',';
+    text += item(i);
+  }
   return text + end;
 }
 
