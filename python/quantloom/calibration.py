@@ -16,7 +16,7 @@ class Hessian:
 
     Products are taken in float32 over chunks of a fixed number of tokens and summed in float64, so that
     the result depends on the sequence of tokens in the calls of ``add`` only, not on threads. Takes
-    ``8 * k * k`` bytes. Not safe for concurrent ``add``.
+    ``8 * k * k`` bytes. Calls from several threads of Python wait for each other.
 
     Args:
         k: in_features, >= 1.

@@ -77,7 +77,8 @@ def matmul(x: Any, q: PackedTensor | PreparedTensor, activations: str = "exact",
             per weight and adds a relative error of about 0.5%; x must then be finite.
         threads: 0 for OpenMP's default. The result does not depend on it.
 
-    Returns ``[..., n]``, of the kind and dtype of `x`. With planes on a CUDA device it decodes W to the
+    Returns ``[..., n]``, of the kind and dtype of `x`, without a gradient (``quantloom.nn.QuantLinear`` has
+    one). With planes on a CUDA device it decodes W to the
     dtype of `x`, then multiplies with cuBLAS; activations must be ``"exact"`` there.
 
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
