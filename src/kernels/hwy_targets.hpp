@@ -9,3 +9,5 @@
 // The loops hold vectors in arrays, which vectors of unknown size cannot be: such processors run the
 // fixed-size code (NEON, or portable on RISC-V).
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+
+#include <hwy/targets.h>

@@ -1,7 +1,6 @@
 #include "quantloom/kernels/matmul.hpp"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <bit>
 #include <cmath>
