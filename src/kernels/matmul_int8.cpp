@@ -31,6 +31,7 @@ HWY_INLINE void add_field(const typename Codes<kBits>::Words& words, const int32
 template <int kBits, int kTile, int kChains, int... kField>
 HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const int32_t* HWY_RESTRICT x,
                          VI (&sum)[kTile][kChains], std::integer_sequence<int, kField...> /*fields*/) {
+  prefetch_step<kBits>(p);
   const auto words = Codes<kBits>::load(p);
   (add_field<kBits, kField>(words, x, sum), ...);
 }

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kVectorBytes = kStripRows * 4;
 constexpr int64_t kHugePage = int64_t{2} << 20;
+// Below this many bytes, another thread costs more than it brings.
+constexpr int64_t kBytesPerThread = int64_t{1} << 14;
 
 // Calls visit(byte offset in the step, bits to shift by, bits, code's bit they start at) for the pieces of
 // the code of column q of a step, row r of a strip.
@@ -281,7 +283,9 @@ std::shared_ptr<const PreparedUniform> prepare_uniform(const PackedTensor& packe
     }
   }
   p->stream = AlignedBytes(checked_mul(p->strip_count(), p->strip_bytes));
-  parallel_for(p->strip_count(), threads, [&](int64_t strip) { write_strip(*p, packed, places, strip); });
+  const int team =
+      static_cast<int>(std::clamp<int64_t>(p->stream.size() / kBytesPerThread, 1, resolve_threads(threads)));
+  parallel_for(p->strip_count(), team, [&](int64_t strip) { write_strip(*p, packed, places, strip); });
   return p;
 }
 
