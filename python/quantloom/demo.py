@@ -111,7 +111,6 @@ def run(
             calibration_windows=calibration_windows,
             evaluation_windows=evaluation_windows,
             held_out_windows=0,
-            calibrate_nearest=False,
             keep={CHECKPOINT: work / "model-4bit"},
             threads=threads,
             progress=follow,

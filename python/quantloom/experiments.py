@@ -68,19 +68,17 @@ def measure(
     calibration_windows: int = 64,
     held_out_windows: int = 8,
     evaluation_windows: int | None = None,
-    calibrate_nearest: bool = True,
     keep: dict[Setting, Path] | None = None,
     threads: int = 0,
     progress: Progress | None = None,
     done: Callable[[Measurement], None] | None = None,
 ) -> list[Measurement]:
-    """Measures settings in turn.
+    """Measures settings in turn. Rounding to nearest without a scale search goes uncalibrated: its codes do
+    not depend on calibration.
 
     Args:
         calibration, validation: token ids [tokens].
         work_folder: an existing folder for checkpoints, each of which is removed when it is measured.
-        calibrate_nearest: gather Hessians for nearest rounding too: its scale search needs them to be
-            weighted, and the report's losses need them; its codes do not.
         keep: settings whose checkpoints are moved to a folder of their own.
         progress: called with a description, the work done and the total of the setting at hand.
         done: called with each row.
@@ -103,7 +101,9 @@ def measure(
         else:
             folder = Path(work_folder) / f"setting-{len(rows)}"
             recipe = quantloom.Recipe.parse(setting.format, setting.rounding or "nearest")
-            needs = calibrate_nearest or not isinstance(recipe.rounding, quantloom.Nearest)
+            calibrated = (
+                isinstance(recipe.rounding, quantloom.GPTQ) or recipe.rounding.scale_search is not None
+            )
 
             def follow(event: Any, label: str = setting.label) -> None:
                 tell(f"{label}: {event.phase}", round(5000 * event.fraction), 10_000)
@@ -111,7 +111,7 @@ def measure(
             report = quantloom.models.quantize(
                 model_path,
                 recipe,
-                calibration=calibration if needs else None,
+                calibration=calibration if calibrated else None,
                 output=folder,
                 windows=calibration_windows,
                 window=window,

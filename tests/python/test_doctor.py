@@ -11,8 +11,7 @@ from quantloom.cli import common
 def test_examination():
     result = doctor.examine()
     assert result.healthy
-    assert all(check.passed is not False for check in result.checks)
-    assert any(check.passed for check in result.checks)
+    assert all(check.passed for check in result.checks)
     examples = [spec for entry in ql.format_table() for spec in entry["examples"]]
     assert len(result.checks) == len(examples) > 0
     assert result.build["version"] == ql.__version__
@@ -32,13 +31,25 @@ def test_threads_follow_the_environment(monkeypatch, value):
     assert processor["threads"] == (3 if value.startswith("3") else processor["cpus"])
 
 
-def test_wrong_products_are_found(monkeypatch):
-    """A matmul that is off by one part in a thousand fails the check."""
-    matmul = ql.matmul
-    monkeypatch.setattr(ql, "matmul", lambda x, q: matmul(x, q) * 1.001)
+@pytest.mark.parametrize("path", ["exact", "int8"])
+def test_wrong_products_are_found(monkeypatch, path):
+    """A kernel that is off by one part in a thousand (int8: a tenth) fails the check."""
+    matmul, wrong = ql.matmul, {"exact": 1.001, "int8": 1.1}[path]
+
+    def broken(x, q, activations):
+        return matmul(x, q, activations) * (wrong if activations == path else 1)
+
+    monkeypatch.setattr(ql, "matmul", broken)
     result = doctor.examine()
+    assert not any(check.passed for check in result.checks)
     assert not result.healthy
-    assert {check.passed for check in result.checks} <= {False, None}
+
+
+def test_a_format_without_a_cpu_kernel(monkeypatch):
+    monkeypatch.setattr(ql, "kernel_table", list)
+    result = doctor.examine()
+    assert result.healthy
+    assert all("no CPU kernel" in check.detail for check in result.checks)
 
 
 def test_wrong_codes_are_found(monkeypatch):

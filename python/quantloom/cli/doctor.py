@@ -37,7 +37,7 @@ def _show(result) -> None:
         f"{device['name']} (compute {device['compute_capability']}, {common.size(device['bytes'])})"
         for device in cuda["devices"]
     ]
-    driver = f"driver for CUDA {cuda['driver']}" if cuda["driver"] else "no driver"
+    driver = f"driver for CUDA {cuda['driver']}; " if cuda["driver"] else ""
     rows = [
         ["quantloom", str(build["version"])],
         ["compiler", str(build.get("compiler", ""))],
@@ -49,7 +49,7 @@ def _show(result) -> None:
         ["instruction set in use", str(build["cpu_target"])],
         ["threads", f"{processor['threads']} by default, {processor['cpus']} processors usable"],
         ["CUDA kernels", kernels],
-        ["CUDA devices", f"{driver}; {'; '.join(devices) or cuda['reason']}"],
+        ["CUDA devices", driver + ("; ".join(devices) or cuda["reason"])],
     ]
     out.print(common.table(None, ["", ""], rows, show_header=False))
     columns = ["format", "bits", "operation", "device", "activations", "tokens", "kernel", "target"]
@@ -58,11 +58,10 @@ def _show(result) -> None:
             "Kernels", columns, [[str(entry[column]) for column in columns] for entry in result.kernels]
         )
     )
-    words = {True: "ok", False: "FAILED", None: "not run"}
     out.print(
         common.table(
             "Checks",
             ["check", "result", "detail"],
-            [[check.name, words[check.passed], check.detail] for check in result.checks],
+            [[check.name, "ok" if check.passed else "FAILED", check.detail] for check in result.checks],
         )
     )
