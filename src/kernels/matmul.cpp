@@ -13,8 +13,11 @@ namespace quantloom {
 namespace kernels {
 namespace {
 
-// Strips in one piece of work, and tokens whose activations are held at once.
+// Strips in one piece of work: few for a single tile, which runs at the speed of memory, so that all threads
+// get some; more for several tiles, so that the activations of one stay in the second-level cache.
 constexpr int64_t kPieceStrips = 4;
+constexpr int64_t kPieceStripsOfManyTiles = 16;
+// Tokens whose activations are held at once.
 constexpr int64_t kBatchTokens = 512;
 // Below this many bytes of weights times tiles, another thread costs more than it brings.
 constexpr int64_t kBytesPerThread = int64_t{1} << 16;
@@ -152,33 +155,34 @@ void multiply_batch(const FloatMatrix& x, int64_t first_token, int64_t token_cou
 
   const StripMatrix matrix = strip_matrix(w);
   const int64_t strips = w.strip_count();
-  parallel_for(ceil_div(strips, kPieceStrips), team, [&](int64_t piece) {
-    const int64_t first = piece * kPieceStrips;
-    const int64_t last = std::min(first + kPieceStrips, strips);
-    for (int64_t i = 0; i < tile_count; ++i) {
-      const PackedTile& packed = tiles[static_cast<size_t>(i)];
-      float* out = y.row(first_token + i * kMaxTileTokens);
-      if (activations == Activations::int8) {
-        Int8Tile tile;
-        tile.tile = packed.tile;
-        tile.tokens = static_cast<int>(tokens_of(i));
-        tile.x = packed.codes.data();
-        tile.scale = packed.scale.data();
-        tile.start = packed.start.data();
-        tile.code_sum = packed.code_sum.data();
-        tile.y = out;
-        tile.y_stride = y.stride();
-        multiply_strips_int8(matrix, tile, first, last);
-      } else {
-        ExactTile tile;
-        tile.tile = packed.tile;
-        tile.tokens = static_cast<int>(tokens_of(i));
-        tile.x = packed.x.data();
-        tile.group_sum = packed.group_sum.data();
-        tile.y = out;
-        tile.y_stride = y.stride();
-        multiply_strips_exact(matrix, tile, first, last);
-      }
+  const int64_t piece_strips = tile_count > 1 ? kPieceStripsOfManyTiles : kPieceStrips;
+  const int64_t pieces = ceil_div(strips, piece_strips);
+  parallel_for(checked_mul(pieces, tile_count), team, [&](int64_t task) {
+    const int64_t i = task / pieces;
+    const int64_t first = task % pieces * piece_strips;
+    const int64_t last = std::min(first + piece_strips, strips);
+    const PackedTile& packed = tiles[static_cast<size_t>(i)];
+    float* out = y.row(first_token + i * kMaxTileTokens);
+    if (activations == Activations::int8) {
+      Int8Tile tile;
+      tile.tile = packed.tile;
+      tile.tokens = static_cast<int>(tokens_of(i));
+      tile.x = packed.codes.data();
+      tile.scale = packed.scale.data();
+      tile.start = packed.start.data();
+      tile.code_sum = packed.code_sum.data();
+      tile.y = out;
+      tile.y_stride = y.stride();
+      multiply_strips_int8(matrix, tile, first, last);
+    } else {
+      ExactTile tile;
+      tile.tile = packed.tile;
+      tile.tokens = static_cast<int>(tokens_of(i));
+      tile.x = packed.x.data();
+      tile.group_sum = packed.group_sum.data();
+      tile.y = out;
+      tile.y_stride = y.stride();
+      multiply_strips_exact(matrix, tile, first, last);
     }
   });
 }

@@ -40,7 +40,7 @@ HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRIC
 template <int kBits, int kTile>
 HWY_INLINE void add_block(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT x, int steps,
                           const ToFloat<kBits>& to_float, VF (&total)[kTile]) {
-  constexpr int kChains = kTile == 1 ? 4 : (kTile == 2 ? 2 : 1);
+  constexpr int kChains = kTile == 1 ? 4 : 8 / kTile;
   constexpr int kColumns = Codes<kBits>::kColumns;
   VF sum[kTile][kChains];
   for (int t = 0; t < kTile; ++t) {

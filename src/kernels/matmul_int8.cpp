@@ -39,7 +39,7 @@ HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const int32_t* HWY_RESTR
 template <int kBits, int kTile>
 HWY_INLINE void add_block(const uint8_t* HWY_RESTRICT p, const int32_t* HWY_RESTRICT x, int steps,
                           VI (&total)[kTile]) {
-  constexpr int kChains = kTile == 1 ? 4 : (kTile == 2 ? 2 : 1);
+  constexpr int kChains = kTile == 1 ? 4 : 8 / kTile;
   constexpr int kFields = Codes<kBits>::kColumns / 4;
   VI sum[kTile][kChains];
   for (int t = 0; t < kTile; ++t) {
