@@ -22,14 +22,15 @@ import quantloom as ql
 from quantloom.models.costs import forward_flops, hessian_flops, rounding_flops
 from quantloom.models.layouts import LAYOUTS, refusal
 from quantloom.models.source import ModelFolder, build_skeleton, model_names
-from quantloom.models.structure import Block, find_blocks, find_targets
+from quantloom.models.structure import Block, check_integers, find_blocks, find_targets
 
 __all__ = ["ModulePlan", "Plan", "plan"]
 
 _MB = 1 << 20
 # Buffers that libraries keep once they have worked: threads' stacks and scratch of matrix products,
 # freed memory that the allocator holds on to.
-_SCRATCH = 24 * _MB
+_SCRATCH = 20 * _MB
+_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
 
     Attributes:
         peak_bytes: peak resident memory of a process that makes this plan and then the run.
-        parts: what `peak_bytes` consists of, in bytes by name.
+        parts: what `peak_bytes` consists of, in bytes by name, in the phase that needs most.
         seconds: estimated time, from rates measured just now.
         output_bytes: tensor data of the checkpoint, exact.
         work_bytes: disk space needed in the output folder while the run lasts, beside the checkpoint.
@@ -95,6 +96,12 @@ def plan(
 
     Raises ValueError, TypeError or OSError as ``quantize`` does.
     """
+    check_integers(
+        ("windows", windows, 1),
+        ("window", window, 1),
+        ("held_out_windows", held_out_windows, 0),
+        ("threads", threads, 0),
+    )
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected None or one of {', '.join(LAYOUTS)}")
     if not isinstance(recipe, ql.Recipe):
@@ -116,16 +123,17 @@ def plan(
     modules = tuple(_module(name, targets.formats[name], *shape, layout) for name, shape in sizes.items())
     tokens = (windows + held_out_windows) * window if calibrated else 0
     seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads)
-    baseline = _resident_bytes()
-    parts = {"process": baseline, "scratch of libraries": _SCRATCH}
-    parts |= _memory(folder, model, blocks, sizes, modules, calibrated, held_out_windows > 0, window, gptq)
+    bits = sum(module.bits for module in modules)
+    hessians = (2 if held_out_windows else 1) if calibrated else 0
+    phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads)
+    worst = max(phases.values(), key=lambda parts: sum(parts.values()))
+    parts = {"process": _resident_bytes(), "scratch of libraries": _SCRATCH} | worst
     names, _ = model_names(model, folder.tensors)
     kept = sum(
         folder.tensors[stored].bytes
         for stored, name in names.items()
         if not (name.endswith(".weight") and name.removesuffix(".weight") in sizes)
     )
-    bits = sum(module.bits for module in modules)
     weights = sum(n * k for n, k in sizes.values())
     hidden = _hidden_size(model)
     embeddings = sum(e.numel() * 4 for e in _embeddings(model)) if calibrated else 0
@@ -174,39 +182,76 @@ def _hidden_size(model: torch.nn.Module) -> int:
 # -- memory ------------------------------------------------------------------------------------------
 
 
-def _memory(
-    folder: ModelFolder, model: torch.nn.Module, blocks: list[Block], sizes: dict[str, tuple[int, int]],
-    modules: tuple[ModulePlan, ...], calibrated: bool, held_out: bool, window: int, gptq: bool,
-) -> dict[str, int]:  # fmt: skip
-    """The parts of the peak beyond the process itself."""
-    parts = {"mapped pages of the model": folder.bytes}
-    parts["mapped pages of the records"] = sum(module.bits for module in modules) // 8
-    work = max(_rounding_bytes(n, k, gptq, calibrated) for n, k in sizes.values())
-    if calibrated:
-        parts["one block in float32"] = max(
-            4 * sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks
-        )
-        widest = max(k for _, k in sizes.values())
-        parts["Hessians of one stage"] = 8 * widest * widest * (2 if held_out else 1)
-        embedded = list(_embeddings(model))
-        parts["mapped rows of float32 embeddings"] = sum(4 * e.numel() for e in embedded)
-        work = max(work, _activation_bytes(model, blocks, window))
-    parts["working memory"] = work
-    return parts
+def _phases(
+    folder: ModelFolder,
+    model: torch.nn.Module,
+    blocks: list[Block],
+    sizes: dict[str, tuple[int, int]],
+    records: int,
+    hessians: int,
+    window: int,
+    gptq: bool,
+    threads: int,
+) -> dict[str, dict[str, int]]:
+    """What each phase of a run holds beyond the process itself, in bytes by name.
+
+    `hessians`: gathered at a time, 0 without calibration. `records`: bytes of all packed modules.
+    """
+    names, _ = model_names(model, folder.tensors)
+    prefixes = tuple(f"{block.name}." for block in blocks)
+    embeddings = {
+        f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)
+    }
+    inner = sum(folder.tensors[s].bytes for s, name in names.items() if name.startswith(prefixes))
+    embedded = [folder.tensors[stored] for stored, name in names.items() if name in embeddings]
+    save = {
+        "mapped pages of the model": folder.bytes,
+        "mapped pages of the records": min(records, _SHARD_BYTES),
+    }
+    rounding = {shape: _rounding_bytes(*shape, gptq, hessians > 0, threads) for shape in sizes.values()}
+    if not hessians:
+        quantize = {"mapped pages of the model": inner, "working memory": max(rounding.values())}
+        return {"quantize": quantize, "save": save}
+    block = max(4 * sum(p.numel() for p in block.module.parameters()) for block in blocks)
+    activations = _activation_bytes(model, blocks, window)
+    before = inner + sum(tensor.bytes for tensor in embedded)
+    # The stage whose Hessians and working copies together are the largest.
+    n, k = max(rounding, key=lambda shape: 8 * shape[1] ** 2 * hessians + rounding[shape])
+    return {
+        "capture": {
+            "mapped pages of the model": before,
+            "mapped pages of embeddings in float32": sum(
+                4 * t.elements for t in embedded if t.dtype != "F32"
+            ),
+            "one block in float32": block,
+            "working memory": activations,
+        },
+        "quantize": {
+            "mapped pages of the model": before,
+            "one block in float32": block,
+            "Hessians of one stage": 8 * k * k * hessians,
+            "working memory": max(rounding[n, k], activations),
+        },
+        "save": save,
+    }
 
 
-def _rounding_bytes(n: int, k: int, gptq: bool, calibrated: bool) -> int:
-    """Working copies while one matrix is quantized: its columns, codes and decoded values, and with error
-    feedback the factor of the inverse Hessian."""
-    copies = 4 * 4 * n * k
-    return copies + (2 * 8 * k * k if gptq else 0) if calibrated else copies
+def _rounding_bytes(n: int, k: int, gptq: bool, measured: bool, threads: int) -> int:
+    """Working memory while one matrix is quantized."""
+    codes = -(-n // 64) * 64 * k
+    workers = threads or os.cpu_count() or 1
+    slabs = 4 * 2 * 256 * k * min(workers, -(-n // 256)) if gptq else 4 * 64 * k * workers
+    factor = 8 * k * k + 8 * 128 * k if gptq else 0
+    errors = 4 * min(n, 1024) * k if measured else 0
+    decoded = 4 * n * k if measured else 0
+    return max(codes + factor + slabs, (2 if gptq else 1) * (codes + codes // 2) + errors, decoded)
 
 
 def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) -> int:
     """One window through one block: every Linear's output, and the attention scores of all heads."""
     outputs = max(sum(linear.out_features for linear in block.linears.values()) for block in blocks)
     heads = getattr(model.config, "num_attention_heads", 1)
-    return 4 * window * (2 * outputs + 4 * _hidden_size(model)) + 4 * heads * window * window
+    return 4 * window * (outputs + 4 * _hidden_size(model)) + 4 * heads * window * window
 
 
 # -- time --------------------------------------------------------------------------------------------

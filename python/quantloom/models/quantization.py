@@ -33,7 +33,7 @@ from quantloom.models.costs import forward_flops, rounding_flops
 from quantloom.models.records import WORK, WorkFolder, file_hash
 from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report
 from quantloom.models.source import ModelFolder, attach, build_skeleton
-from quantloom.models.structure import Block, Targets, find_blocks, find_stages, find_targets
+from quantloom.models.structure import Block, Targets, check_integers, find_blocks, find_stages, find_targets
 
 __all__ = ["quantize"]
 
@@ -118,14 +118,13 @@ def _check_arguments(
     model_path: Any, recipe: Any, calibration: Any, output: Any, windows: Any, window: Any, held_out: Any,
     threads: Any, max_shard_bytes: Any,
 ) -> tuple[Any, Path]:  # fmt: skip
-    for name, value, least in (
-        ("windows", windows, 1), ("window", window, 1), ("held_out_windows", held_out, 0),
-        ("threads", threads, 0), ("max_shard_bytes", max_shard_bytes, 1),
-    ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+    check_integers(
+        ("windows", windows, 1),
+        ("window", window, 1),
+        ("held_out_windows", held_out, 0),
+        ("threads", threads, 0),
+        ("max_shard_bytes", max_shard_bytes, 1),
+    )
     if not isinstance(recipe, ql.Recipe):
         raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
     for name, value in (("model_path", model_path), ("output", output)):
@@ -180,16 +179,11 @@ class _Run:
             work.begin(self._fingerprint(), resume)
             self.begun = True
             return self._finish(started)
-        going_on = work.begin(self._fingerprint(), resume)
-        self.begun = True
+        fingerprint = self._fingerprint()
         unused = attach(self.model, self.folder.mapped(), self.folder.path)
-        try:
-            self._check_weights(scan=not going_on)
-        except ValueError:
-            if not going_on:
-                self.begun = False
-                work.clear()
-            raise
+        self._check_weights(scan=not (resume and (work.path / "manifest.json").is_file()))
+        work.begin(fingerprint, resume)
+        self.begun = True
         self.resumed = sum(work.has(name) for name in self.targets.formats)
         for name in self.targets.formats:
             if work.has(name):
@@ -305,22 +299,31 @@ class _Run:
     def _quantize_stage(
         self, block: Block, call: BlockCall, inputs: HiddenStates, stage: int, names: tuple[str, ...]
     ) -> None:
-        missing = [name for name in names if name not in self.reports]
+        missing = tuple(name for name in names if name not in self.reports)
         if missing:
-            self.meter.report("calibrate", block.index, stage, names[0])
-
-            hessian, held_out = gather_hessians(
-                block, call, inputs, names, self.tokens, self.threads,
-                lambda: self.meter.window(tuple(missing), block.index, stage),
-            )  # fmt: skip
-            rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
-            for name in missing:
-                weight = block.linears[name].weight.detach()
-                self._quantize_module(block, stage, name, weight, rounding)
+            self._quantize_missing(block, call, inputs, stage, missing)
         for name in names:
             linear = block.linears[name]
             decoded = self.work.packed(name, self.targets.formats[name]).dequantize(threads=self.threads)
-            linear.weight = torch.nn.Parameter(decoded.to(torch.float32), requires_grad=False)
+            linear.weight = torch.nn.Parameter(decoded, requires_grad=False)
+
+    def _quantize_missing(
+        self, block: Block, call: BlockCall, inputs: HiddenStates, stage: int, missing: tuple[str, ...]
+    ) -> None:
+        self.meter.report("calibrate", block.index, stage, missing[0])
+        hessian, held_out = gather_hessians(
+            block,
+            call,
+            inputs,
+            missing,
+            self.tokens,
+            self.threads,
+            lambda: self.meter.window(missing, block.index, stage),
+        )
+        rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
+        for name in missing:
+            weight = block.linears[name].weight.detach()
+            self._quantize_module(block, stage, name, weight, rounding)
 
     # -- one module ----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Block", "Targets", "find_blocks", "find_stages", "find_targets"]
+__all__ = ["Block", "Targets", "check_integers", "find_blocks", "find_stages", "find_targets"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,15 @@ class Block:
     name: str
     module: torch.nn.Module
     linears: dict[str, torch.nn.Linear]
+
+
+def check_integers(*arguments: tuple[str, Any, int]) -> None:
+    """Raises TypeError or ValueError for (name, value, least) that are no integers >= least."""
+    for name, value, least in arguments:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
 
 
 def find_blocks(model: torch.nn.Module) -> list[Block]:
