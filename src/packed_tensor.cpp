@@ -18,9 +18,10 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 }  // namespace
 
-const Tensor& PackedTensor::plane(const std::string& name) const {
-  const auto found = planes.find(name);
-  if (found == planes.end()) throw InvalidArgument("plane " + name, "no such plane", "a plane of the format");
+const Tensor& PackedTensor::plane(std::string_view name) const {
+  const auto found = planes.find(std::string(name));
+  if (found == planes.end())
+    throw InvalidArgument(text_of("plane ", name), "no such plane", "a plane of the format");
   return found->second;
 }
 

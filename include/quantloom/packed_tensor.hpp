@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "quantloom/matrix_view.hpp"
 #include "quantloom/tensor.hpp"
@@ -22,7 +23,7 @@ struct PackedTensor {
   std::map<std::string, Tensor> planes;
 
   // Throws InvalidArgument if the plane is missing.
-  const Tensor& plane(const std::string& name) const;
+  const Tensor& plane(std::string_view name) const;
   // All stored bits: every plane, padding included.
   int64_t size_in_bits() const;
   // size_in_bits() / (n * k); 0 for an empty matrix.

@@ -121,11 +121,11 @@ Tensor transposed(const Tensor& matrix) {
   return size_of(matrix.dtype()) == 2 ? transposed_as<uint16_t>(matrix) : transposed_as<uint32_t>(matrix);
 }
 
-const Tensor& require_tensor(const TensorMap& tensors, const std::string& name) {
-  const auto found = tensors.find(name);
-  if (found == tensors.end()) throw InvalidArgument("tensor " + name, "no such tensor", "one");
+const Tensor& require_tensor(const TensorMap& tensors, std::string_view name) {
+  const auto found = tensors.find(std::string(name));
+  if (found == tensors.end()) throw InvalidArgument(text_of("tensor ", name), "no such tensor", "one");
   if (found->second.device() != Device::cpu) {
-    throw TypeMismatch("tensor " + name, "memory of a CUDA device", "memory of the CPU");
+    throw TypeMismatch(text_of("tensor ", name), "memory of a CUDA device", "memory of the CPU");
   }
   return found->second;
 }

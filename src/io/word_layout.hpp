@@ -58,7 +58,7 @@ Tensor transposed(const Tensor& matrix);
 using TensorMap = std::map<std::string, Tensor>;
 
 // Throws InvalidArgument naming the tensor unless it is there, on the CPU.
-const Tensor& require_tensor(const TensorMap& tensors, const std::string& name);
+const Tensor& require_tensor(const TensorMap& tensors, std::string_view name);
 // Throws TypeMismatch or InvalidArgument naming the tensor.
 void require_dtype(const std::string& name, const Tensor& tensor, std::initializer_list<DType> allowed);
 void require_shape(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& shape);
