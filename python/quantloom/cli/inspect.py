@@ -67,5 +67,7 @@ def inspect(
     )
     lines.append(("files", f"{len(result.files)}, {common.size(result.file_bytes)}"))
     for file, entries in result.metadata.items():
-        lines += [(f"metadata of {file}", f"{key} = {value}") for key, value in sorted(entries.items())]
+        # Every file says "format": "pt".
+        own = sorted((key, value) for key, value in entries.items() if key != "format")
+        lines += [(f"metadata of {file}", f"{key} = {value}") for key, value in own]
     out.print(common.table(None, ["", ""], [list(line) for line in lines], show_header=False))

@@ -286,7 +286,9 @@ def _show(report) -> None:
         "damping",
     ]
     out = common.console()
-    out.print(common.table(None, columns, rows, set(columns[4:])))
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    columns = [columns[i] for i in used]
+    out.print(common.table(None, columns, [[row[i] for i in used] for row in rows], set(columns[4:])))
     out.print(
         f"{len(report.modules)} layers, {report.bits_per_weight:.4f} bits per weight "
         f"({report.model_bits_per_weight:.4f} over the whole model), {common.duration(report.seconds)}, "
