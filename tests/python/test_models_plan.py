@@ -31,17 +31,22 @@ def model(tmp_path_factory):
     return model_factory.write_model(tmp_path_factory.mktemp("model"), model_factory.llama())
 
 
-@pytest.mark.parametrize(
-    ("spec", "rounding"), [("uniform:4:g128:asym", "gptq"), ("uniform:8:channel", "nearest")]
-)
-def test_peak_memory_is_what_a_process_needs(spec, rounding, tmp_path):
+def test_peak_memory_is_what_a_process_needs(tmp_path):
     config = model_factory.llama(hidden=768, layers=1, intermediate=1536)
     model = model_factory.write_model(tmp_path / "model", config)
-    command = [sys.executable, "-c", MEASURE, str(model), spec, rounding, str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        str(model),
+        "uniform:4:g128:asym",
+        "gptq",
+        str(tmp_path / "out"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
-    assert abs(measured["plan"] - measured["peak"]) <= 0.12 * measured["peak"], measured
+    assert abs(measured["plan"] - measured["peak"]) <= 0.10 * measured["peak"], measured
 
 
 @pytest.mark.parametrize("spec", ["uniform:4:g32", "uniform:3:g48:asym", "uniform:2:channel:asym:f32"])

@@ -323,3 +323,49 @@ def test_structures_that_cannot_be_calibrated_are_named():
     model.model.layers[1].mlp.gate_proj = mlp.gate_proj
     with pytest.raises(ValueError, match="shared"):
         find_blocks(model)
+
+
+def test_activations_that_overflow_are_named(tmp_path):
+    model = model_factory.build(model_factory.llama())
+    with torch.no_grad():
+        for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+            linear.weight.mul_(1e25)
+    model.save_pretrained(tmp_path / "model")
+    recipe = ql.Recipe.parse("uniform:4:g32:sym:f32", "gptq")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.down_proj: its input in calibration window 0: .*row"
+    ):
+        models.quantize(tmp_path / "model", recipe, IDS, output=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_inputs_that_depend_on_tokens_are_refused(llama, tmp_path, monkeypatch):
+    original = transformers.models.llama.modeling_llama.LlamaModel.forward
+
+    def forward(self, input_ids=None, **kwargs):
+        # As models with token types or routing tables do: another input of the blocks follows the tokens.
+        return original(self, input_ids=input_ids, per_token=input_ids.float(), **kwargs)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaModel, "forward", forward)
+    recipe = ql.Recipe.parse("uniform:4:g32", "gptq")
+    with pytest.raises(ValueError, match=r"layers\.0: the model passes it inputs that depend on the tokens"):
+        models.quantize(llama, recipe, IDS, output=tmp_path / "out", **SETTINGS)
+
+
+def test_global_state_is_left_alone(llama, tmp_path):
+    def state():
+        return (
+            torch.get_rng_state().tolist(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002 - the global generator is what is looked at
+            torch.nn.Module.register_parameter,
+        )
+
+    before = state()
+    recipe = ql.Recipe.parse("uniform:4:g32", "gptq")
+    models.plan(llama, recipe)
+    models.quantize(llama, recipe, IDS, output=tmp_path / "out", **SETTINGS)
+    models.load(tmp_path / "out")
+    assert state() == before

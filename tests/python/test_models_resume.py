@@ -1,5 +1,6 @@
 """Killed runs: resumed ones end with the same bytes; work of another run is refused."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -230,3 +231,32 @@ def test_a_second_process_is_refused(model, tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_failing_disk_calls_leave_work_to_resume(model, whole, tmp_path, monkeypatch, function):
+    """The n-th call fails as on a full disk; the next run ends with the same bytes."""
+    from quantloom.models import calibration, checkpoint, records
+
+    real = getattr(os, function)
+    calls, failing = 0, 0
+
+    def flaky(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    for module in (calibration, checkpoint, records):
+        monkeypatch.setattr(module.os, function, flaky)
+    models.quantize(model, RECIPE, IDS, output=tmp_path / "count", **SETTINGS)
+    total = calls
+    for failing in sorted({1, 2, 3, total // 2, total - 1, total}):
+        calls = 0
+        out = tmp_path / str(failing)
+        with pytest.raises(OSError, match="No space left"):
+            models.quantize(model, RECIPE, IDS, output=out, **SETTINGS)
+        calls = -(10**9)
+        models.quantize(model, RECIPE, IDS, output=out, **SETTINGS)
+        assert hashes(out) == whole[0], f"{function} {failing} of {total}"

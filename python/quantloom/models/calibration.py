@@ -432,7 +432,7 @@ def gather_hessians(
 ) -> tuple[Any, Any]:
     """The Hessians of a stage's input: of the calibration windows, and of those held out (or None).
 
-    Raises RuntimeError naming the module if its input is not finite.
+    Raises ValueError naming the module and the window if its input is not finite.
     """
     linear = block.linears[stage[0]]
     main = ql.Hessian(linear.in_features)
@@ -453,7 +453,7 @@ def gather_hessians(
             try:
                 target.add(x.numpy(), threads=threads)
             except (ValueError, RuntimeError) as error:
-                raise RuntimeError(f"{stage[0]}: its input in calibration window {index}: {error}") from error
+                raise ValueError(f"{stage[0]}: its input in calibration window {index}: {error}") from error
             tick()
     finally:
         handle.remove()

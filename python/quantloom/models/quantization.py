@@ -81,8 +81,9 @@ def quantize(
     Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
     copies of one weight matrix; ``plan`` predicts the peak.
 
-    Raises ValueError or TypeError naming the argument and OSError before any work; RuntimeError naming the
-    module if a Hessian cannot be used.
+    Raises ValueError or TypeError naming the argument and OSError before any work; ValueError naming the
+    module if its inputs are not finite or its Hessian cannot be used; RuntimeError if another process works
+    in `output`.
     """
     started = time.monotonic()
     recipe, output = _check_arguments(
