@@ -70,7 +70,22 @@ def phi(hidden=64, layers=2):
     )
 
 
-FAMILIES = {"llama": llama, "gpt_neox": gpt_neox, "opt": opt, "phi": phi}
+def gemma2(hidden=64, layers=2):
+    """Scaled embeddings, norms around each part, blocks with different attention masks."""
+    return transformers.Gemma2Config(
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
+        pad_token_id=0,
+        **_COMMON,
+    )
+
+
+FAMILIES = {"llama": llama, "gemma2": gemma2, "gpt_neox": gpt_neox, "opt": opt, "phi": phi}
 
 
 def build(config, seed=0):

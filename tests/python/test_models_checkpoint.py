@@ -210,3 +210,21 @@ def test_config_and_files_must_agree(copy):
     change(lambda config, _: config.update(intermediate_size=128))
     with pytest.raises(ValueError, match=r"mlp\.\w+ is \[\d+, \d+\], expected"):
         models.load(copy)
+
+
+def test_architectures_whose_tensors_are_converted_are_refused(tmp_path):
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=model_factory.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    folder = model_factory.write_model(tmp_path / "model", config)
+    with pytest.raises(ValueError, match=r"experts\..*transformers makes them of others"):
+        models.quantize(folder, ql.Recipe.parse("uniform:4:g32"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

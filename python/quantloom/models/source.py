@@ -198,11 +198,20 @@ def model_names(model: torch.nn.Module, stored: Iterable[str]) -> tuple[dict[str
 
 
 def _renamings(model: torch.nn.Module) -> list[Any]:
-    """transformers' renamings of stored tensors; its conversions of values are not taken part in."""
+    """transformers' renamings of stored tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+
+def _converted(model: torch.nn.Module, stored: Iterable[str]) -> list[str]:
+    """Names of stored tensors that transformers merges, splits or transposes when it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    entries = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    return [name for name in stored if any(entry.rename_source_key(name)[1] for entry in entries)]
 
 
 def attach(
@@ -238,6 +247,8 @@ def attach(
     if empty:
         shown = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
         hint = f"; tensors without a place: {', '.join(unused[:5])}" if unused else ""
+        if converted := _converted(model, unused):
+            hint = f"; transformers makes them of others, such as {converted[0]}, which is not supported"
         raise ValueError(
             f"{origin}: {len(empty)} parameters of the model are not in the files: {shown}{hint}"
         )
