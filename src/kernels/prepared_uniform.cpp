@@ -195,7 +195,8 @@ void read_strip(const PreparedUniform& p, std::span<const GroupPlace> places, in
 }  // namespace
 
 AlignedBytes::AlignedBytes(int64_t size) : size_(size) {
-  const int64_t alignment = size >= kHugePage ? kHugePage : 64;
+  // From two pages on: a smaller matrix would waste up to half of what it gets.
+  const int64_t alignment = size >= 2 * kHugePage ? kHugePage : 64;
   const int64_t padded = checked_pad(std::max<int64_t>(size, 1), alignment);
   auto* p = static_cast<std::byte*>(
       std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(padded)));
@@ -205,7 +206,7 @@ AlignedBytes::AlignedBytes(int64_t size) : size_(size) {
   // A refusal only costs speed.
   if (alignment == kHugePage) (void)madvise(p, static_cast<size_t>(padded), MADV_HUGEPAGE);
 #endif
-  std::memset(p, 0, static_cast<size_t>(padded));
+  std::memset(p, 0, static_cast<size_t>(size));
 }
 
 void AlignedBytes::Free::operator()(std::byte* p) const {
