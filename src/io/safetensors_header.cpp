@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <utility>
 
 #include "io/json_events.hpp"
 #include "io/text.hpp"
@@ -61,7 +62,7 @@ class HeaderEvents final : public JsonEvents {
 
   bool string(string_t& value) override {
     if (place_ == Place::metadata_string) {
-      metadata_->second = value;
+      metadata_->second = std::move(value);
       place_ = Place::metadata;
       return true;
     }
