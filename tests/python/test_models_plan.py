@@ -11,7 +11,7 @@ import torch
 from quantloom import models
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import numpy as np
 import quantloom as ql
 
@@ -21,7 +21,9 @@ settings = {"windows": 2, "window": 32, "held_out_windows": 1}
 plan = ql.models.plan(model, recipe, **settings)
 ids = np.arange(96) % 97 if rounding == "gptq" else None
 ql.models.quantize(model, recipe, ids, output=output, **settings)
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# VmHWM and not ru_maxrss, which a new program inherits from the process that started it.
+with open("/proc/self/status") as status:
+    peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 print(json.dumps({"plan": plan.peak_bytes, "parts": plan.parts, "peak": peak}))
 """
 

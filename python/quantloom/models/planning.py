@@ -1,6 +1,6 @@
 """Predicts memory, time and size of a run before any work.
 
-Peak memory is the peak resident set of the process (``ru_maxrss``): anonymous memory plus the pages of
+Peak memory is the peak resident set of the process (``VmHWM`` of Linux): anonymous memory plus the pages of
 mapped files that were touched and are still in memory. Mapped pages of the model are counted in full,
 although the system may drop them when memory is short.
 """
