@@ -16,20 +16,24 @@ extern const TileTable tiles_avx2;
 extern const TileTable tiles_avx512;
 #endif
 
-const TileTable& tiles() {
-  static const TileTable& table = []() -> const TileTable& {
+std::vector<const TileTable*> supported_tiles() {
+  std::vector<const TileTable*> tables;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      return tiles_avx512;
-    }
-    if (avx2) return tiles_avx2;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    tables.push_back(&tiles_avx512);
+  }
+  if (avx2) tables.push_back(&tiles_avx2);
 #endif
-    return tiles_baseline;
-  }();
-  return table;
+  tables.push_back(&tiles_baseline);
+  return tables;
+}
+
+const TileTable& tiles() {
+  static const TileTable* const table = supported_tiles().front();
+  return *table;
 }
 
 std::string instruction_set() {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace quantloom::algebra {
 
@@ -44,7 +45,8 @@ struct TileTable {
   void (*push_column_f32)(int64_t count, int64_t rows, const float* u, const float* e, float* w, int64_t ldw);
 };
 
-// The table for this processor.
+// The tables that this processor can run, the best first; and the best one.
+std::vector<const TileTable*> supported_tiles();
 const TileTable& tiles();
 
 }  // namespace quantloom::algebra

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quantloom as ql
+import typer
 from quantloom.cli import app, common
 from typer.testing import CliRunner
 
@@ -340,18 +341,17 @@ def test_progress_is_drawn_only_when_asked(capsys):
     assert captured.out == ""
 
 
-def test_errors_of_other_kinds_name_themselves():
+def test_errors_of_other_kinds_name_themselves(capsys):
     @common.reports_errors
     def broken(traceback=False):
         raise {"a": 1}["b"]
 
-    import typer
-
-    application = typer.Typer()
-    application.command()(broken)
-    result = CliRunner().invoke(application, [])
-    assert result.exit_code == 1
-    assert result.stderr.splitlines() == ["error: KeyError: 'b' (--traceback shows where)"]
+    with pytest.raises(typer.Exit) as caught:
+        broken()
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().err == "error: KeyError: 'b' (--traceback shows where)\n"
+    with pytest.raises(KeyError):
+        broken(traceback=True)
 
 
 def test_plain_values():

@@ -50,6 +50,66 @@ std::vector<double> naive_cholesky(std::vector<double> a, int64_t k) {
 
 const std::vector<int64_t> kSizes = {0, 1, 2, 3, 7, 64, 127, 128, 129, 257, 300, 521};
 
+// Dispatch takes the best table only; the others are as right.
+TEST(Dense, TilesOfEveryInstructionSetMatchNaiveLoops) {
+  ASSERT_GE(supported_tiles().size(), 1U);
+  constexpr int64_t kM = 37;
+  constexpr int64_t kN = 29;
+  constexpr int64_t kK = 65;
+  const auto a32 = random_values<float>(kM * kK, 1);
+  const auto b32 = random_values<float>(kN * kK, 2);
+  const auto a = random_values<double>(kM * kK, 3);
+  const auto b = random_values<double>(kN * kK, 4);
+  const auto transposed = [](const auto& x, int64_t rows, int64_t cols) {
+    auto t = x;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) t[c * rows + r] = x[r * cols + c];
+    }
+    return t;
+  };
+  const auto expect_product = [&](const auto& x, const auto& y, const auto& got, double tolerance) {
+    for (int64_t i = 0; i < kM; ++i) {
+      for (int64_t j = 0; j < kN; ++j) {
+        double sum = 1;
+        for (int64_t t = 0; t < kK; ++t) sum -= 2.0 * x[i * kK + t] * y[j * kK + t];
+        ASSERT_NEAR(got[i * kN + j], sum, tolerance) << i << " " << j;
+      }
+    }
+  };
+  for (const TileTable* table : supported_tiles()) {
+    SCOPED_TRACE(table->name);
+    std::vector<float> c32(kM * kN, 1.0F);
+    table->gemm_nt_f32(kM, kN, kK, -2.0F, a32.data(), kK, b32.data(), kK, c32.data(), kN);
+    expect_product(a32, b32, c32, 2e-4);
+    const auto a32_t = transposed(a32, kM, kK);
+    const auto b32_t = transposed(b32, kN, kK);
+    c32.assign(kM * kN, 1.0F);
+    table->gemm_tn_f32(kM, kN, kK, -2.0F, a32_t.data(), kM, b32_t.data(), kN, c32.data(), kN);
+    expect_product(a32, b32, c32, 2e-4);
+    std::vector<double> c(kM * kN, 1.0);
+    table->gemm_nt_f64(kM, kN, kK, -2.0, a.data(), kK, b.data(), kK, c.data(), kN);
+    expect_product(a, b, c, 1e-11);
+    const auto b_t = transposed(b, kN, kK);
+    c.assign(kM * kN, 1.0);
+    table->gemm_nn_f64(kM, kN, kK, -2.0, a.data(), kK, b_t.data(), kN, c.data(), kN);
+    expect_product(a, b, c, 1e-11);
+
+    std::vector<double> factor = random_spd(kK, 5);
+    const std::vector<double> expected = naive_cholesky(factor, kK);
+    ASSERT_EQ(table->cholesky_f64(kK, factor.data(), kK), -1);
+    std::vector<double> inverse = factor;
+    table->invert_lower_f64(kK, inverse.data(), kK);
+    for (int64_t i = 0; i < kK; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        ASSERT_NEAR(factor[i * kK + j], expected[i * kK + j], 1e-11);
+        double identity = 0;
+        for (int64_t t = j; t <= i; ++t) identity += factor[i * kK + t] * inverse[t * kK + j];
+        ASSERT_NEAR(identity, i == j ? 1.0 : 0.0, 1e-11);
+      }
+    }
+  }
+}
+
 TEST(Dense, GemmsMatchNaiveLoops) {
   for (const auto& [m, n, k] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{0, 3, 4},
                                                                                   {3, 0, 4},
