@@ -15,6 +15,9 @@ JOBS ?= $(shell nproc)
 # More options for CMake, such as CMAKE_ARGS="-DQUANTLOOM_CUDA=OFF"; scikit-build-core reads them too.
 CMAKE_ARGS ?=
 export CMAKE_ARGS
+# Waiting threads sleep: on a busy machine, spinning ones take the processor from those that work.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
