@@ -179,6 +179,8 @@ HWY_INLINE void prefetch_step(const uint8_t* HWY_RESTRICT p) {
   constexpr uintptr_t kAhead = 4096;
   HWY_UNROLL(4)
   for (uintptr_t i = 0; i < 2 * kBits * Codes<kBits>::kColumns; i += 64) {
+    // As an integer: a pointer past the stream's end would be undefined.
+    // NOLINTNEXTLINE(performance-no-int-to-ptr)
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead + i));
   }
 }
