@@ -68,12 +68,11 @@ test: $(VENV)/.package ## all tests that need no GPU: C++, installed package, Py
 	@$(VENV_PYTHON) -m pytest tests/python
 
 .PHONY: bench
-BENCH_ARGS ?= --benchmark_min_time=0.1
-bench: packages ## build the CPU benchmarks and run them briefly
+bench: packages ## build the CPU benchmarks and run them
 	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_BENCHMARKS=ON
 	@cmake --build $(RELEASE) -j $(JOBS)
 	@for program in $(RELEASE)/bench/cpu/bench_*; do \
-	  if [[ -f $$program && -x $$program ]]; then echo "== $${program##*/}"; $$program $(BENCH_ARGS); fi; done
+	  if [[ -f $$program && -x $$program ]]; then echo "== $${program##*/}"; $$program; fi; done
 
 .PHONY: gpu-test
 gpu-test: packages ## the tests that need a CUDA GPU
