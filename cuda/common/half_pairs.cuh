@@ -1,0 +1,90 @@
+// Arithmetic on two float16 or bfloat16 in one register, and the tensor-core product on them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace quantloom::cuda {
+
+template <class T>
+struct HalfPair;
+
+template <>
+struct HalfPair<__half> {
+  static constexpr uint32_t kOne = 0x3C003C00U;
+  // 2^kMantissa as a value: its low mantissa bits take an integer in place.
+  static constexpr int kMantissa = 10;
+  static constexpr uint32_t kInteger = 0x64006400U;
+
+  static __device__ __forceinline__ uint32_t both(float value) { return bits(__float2half2_rn(value)); }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    return bits(__hadd2_rn(pair(a), pair(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    return bits(__hmul2_rn(pair(a), pair(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    return bits(__hfma2(pair(a), pair(b), pair(c)));
+  }
+  static __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+  static __device__ __forceinline__ __half from_float(float value) { return __float2half_rn(value); }
+
+ private:
+  static __device__ __forceinline__ __half2 pair(uint32_t value) {
+    return *reinterpret_cast<const __half2*>(&value);
+  }
+  static __device__ __forceinline__ uint32_t bits(__half2 value) {
+    return *reinterpret_cast<const uint32_t*>(&value);
+  }
+};
+
+template <>
+struct HalfPair<__nv_bfloat16> {
+  static constexpr uint32_t kOne = 0x3F803F80U;
+  static constexpr int kMantissa = 7;
+  static constexpr uint32_t kInteger = 0x43004300U;
+
+  static __device__ __forceinline__ uint32_t both(float value) { return bits(__float2bfloat162_rn(value)); }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    return bits(__hadd2_rn(pair(a), pair(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    return bits(__hmul2_rn(pair(a), pair(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    return bits(__hfma2(pair(a), pair(b), pair(c)));
+  }
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+  static __device__ __forceinline__ __nv_bfloat16 from_float(float value) {
+    return __float2bfloat16_rn(value);
+  }
+
+ private:
+  static __device__ __forceinline__ __nv_bfloat162 pair(uint32_t value) {
+    return *reinterpret_cast<const __nv_bfloat162*>(&value);
+  }
+  static __device__ __forceinline__ uint32_t bits(__nv_bfloat162 value) {
+    return *reinterpret_cast<const uint32_t*>(&value);
+  }
+};
+
+// sum[16 x 8] += a[16 x 16] b[16 x 8], float32 sums (mma.m16n8k16).
+template <class T>
+__device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                    uint32_t b1) {
+  if constexpr (sizeof(T) == 2 && HalfPair<T>::kMantissa == 10) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+}  // namespace quantloom::cuda

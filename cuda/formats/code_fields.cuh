@@ -1,0 +1,50 @@
+// Takes codes out of the words of a unit in fragment order (src/kernels/fragment_order.hpp): two at a time,
+// one in each half of a register.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/fragment_order.hpp"
+
+namespace quantloom::cuda {
+
+// Where a pair's codes are once its word is shifted right by `shift`: at bit `position` of each half.
+struct FieldPlace {
+  int shift;
+  int position;
+};
+
+// The place of a pair of whole codes such that it ends below bit `room` of its half. Pairs of one word that
+// need a shift share it, so that it is computed once.
+template <int kBits, int kRoom>
+__host__ __device__ constexpr FieldPlace field_place(int pair) {
+  const int position = pair % fragments::Packing<kBits>::kWhole * kBits;
+  int shift = 0;
+  while (position - shift + kBits > kRoom) {
+    // The first field that does not fit yet moves to bit 0.
+    int next = shift;
+    while (next - shift + kBits <= kRoom) next += kBits;
+    shift = next;
+  }
+  return {shift, position - shift};
+}
+
+// A pair of codes, each at bit 0 of its half, gathered from the bits left over of several words.
+template <int kBits, int kPair>
+__device__ __forceinline__ uint32_t gathered_pair(const uint32_t (&words)[kBits]) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int index = 0; index < kBits; ++index) {
+    const fragments::BitRun run = fragments::bit_run(kBits, kPair, index);
+    if (run.count > 0) {
+      const uint32_t half = ((1U << run.count) - 1U) << run.from;
+      const uint32_t word = words[run.word];
+      const uint32_t moved =
+          run.position >= run.from ? word >> (run.position - run.from) : word << (run.from - run.position);
+      codes |= moved & (half | half << 16);
+    }
+  }
+  return codes;
+}
+
+}  // namespace quantloom::cuda

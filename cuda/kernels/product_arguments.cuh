@@ -1,0 +1,52 @@
+// What the product loops get: a matrix in fragment order, activations, and where the result goes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "quantloom/dtype.hpp"
+
+namespace quantloom::cuda {
+
+// A matrix in fragment order; see PreparedPlanes for the shapes.
+struct FragmentMatrix {
+  const uint4* codes = nullptr;
+  const void* scales = nullptr;
+  const uint8_t* zeros = nullptr;   // or null
+  const void* table = nullptr;      // float16 [table_entries], or null
+  const int32_t* source = nullptr;  // [64 * column_blocks], or null
+  int64_t n = 0;
+  int64_t k = 0;
+  int row_blocks = 0;
+  int column_blocks = 0;
+  int group_count = 1;
+  int group_steps = 1;  // steps of 16 columns in a group
+  int table_entries = 0;
+  DType scale_dtype = DType::f16;
+};
+
+struct ProductArguments {
+  FragmentMatrix w;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* bias = nullptr;
+  void* y = nullptr;
+  int64_t y_stride = 0;
+  int m = 0;
+  // True if rows of x can be read in pieces of 16 bytes: base, stride and k are multiples of 8 elements,
+  // and columns stay in place.
+  bool x_in_pieces = false;
+  float* partial = nullptr;  // [splits][m][64 * row_blocks], or null: parts meet in a cluster
+};
+
+// How to launch a product.
+struct ProductLaunch {
+  ProductArguments arguments;
+  DType dtype = DType::f16;
+  int splits = 1;
+  bool overlap = false;
+  cudaStream_t stream = nullptr;
+};
+
+}  // namespace quantloom::cuda

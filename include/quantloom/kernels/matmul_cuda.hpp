@@ -1,0 +1,90 @@
+// Products straight from packed codes on a CUDA device: y = x W^T + bias for x [m, k], W [n, k], y [m, n].
+//
+// A PackedTensor is first brought into the order that the kernels read; that is done once, at load. The
+// kernels allocate nothing, never synchronize, need no zeroed memory, and add in a fixed order: the same
+// call gives the same bytes, and can be captured in a CUDA graph.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "quantloom/formats/format.hpp"
+
+namespace quantloom {
+
+// A matrix of scalar codes (uniform, codebook) in "fragment order": blocks of 64 rows x 64 columns, in each
+// the codes that one lane of a warp multiplies next to each other. Rows and columns are padded to whole
+// blocks, groups to multiples of 16 columns; padding has scale 0.
+//   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]
+//   scales       scale_dtype [ceil(n/64), groups, 8, 8]
+//   zeros        uint8, as scales: asymmetric grids only
+//   codebook     float16 [entries]: codebooks only
+//   source       int32 [64 * column_blocks], only if columns change places: the input of each column, -1 for
+//                padding
+//   group_index  as in the packed tensor, where it has one
+struct PreparedPlanes {
+  std::shared_ptr<const Format> format;
+  int64_t n = 0;
+  int64_t k = 0;
+  std::map<std::string, Tensor> planes;
+
+  // Throws InvalidArgument if the plane is missing.
+  const Tensor& plane(std::string_view name) const;
+  bool has(const std::string& name) const { return planes.contains(name); }
+};
+
+// The planes that prepare_cuda() fills. `with_group_index`: the packed tensor has a plane group_index. Throws
+// Unsupported if no CUDA kernel takes the format.
+std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t k, bool with_group_index);
+// Throws InvalidArgument, naming the plane, unless the planes are those of prepared_planes().
+void validate(const PreparedPlanes& prepared);
+
+// The scalar reference, from planes on the CPU to planes on the CPU, and its inverse (bit for bit).
+PreparedPlanes prepare_fragments(const PackedTensor& packed);
+PackedTensor unprepare_fragments(const PreparedPlanes& prepared);
+// The same on the device. `prepared` comes with format, n, k and planes of prepared_planes() to be filled.
+// The plane "source" depends on group_index alone: where both exist, it is filled through the CPU by
+// fragment_source() and uploaded by the caller.
+void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream);
+void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream);
+// The plane "source" (empty if columns stay in place), from the plane group_index on the CPU or none.
+std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index);
+
+struct CudaMatmulOptions {
+  // Lets the kernel start before the previous one in the stream has ended, and load weights meanwhile
+  // (programmatic dependent launch, sm_90 and later). The previous kernel must not write the planes.
+  bool overlap = false;
+  // The kernel by its name in the table; empty: the one that the table picks.
+  std::string kernel = {};
+  int splits = 0;  // parts that k is cut into, for measurements; 0: chosen by shape
+};
+
+// nullopt if matmul_cuda() would run; otherwise the reason why not, in words. Looks at the arguments and at
+// the current device; does no work.
+std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, DType dtype,
+                                               const CudaMatmulOptions& options = {});
+// Bytes of device memory, 256-byte aligned, that matmul_cuda() needs as workspace; may be 0.
+int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
+                              const CudaMatmulOptions& options = {});
+
+struct CudaMatmulArguments {
+  const void* x = nullptr;     // [m, k] of dtype, elements of a row next to each other
+  int64_t x_stride = 0;        // elements between rows
+  const void* bias = nullptr;  // [n] of dtype, or null
+  void* y = nullptr;           // [m, n] of dtype; must not overlap x
+  int64_t y_stride = 0;
+  int64_t m = 0;
+  DType dtype = DType::f16;  // float16 or bfloat16
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+  void* stream = nullptr;  // a cudaStream_t
+};
+
+// All memory on the current device. float32 accumulation. Throws Unsupported where no kernel takes the
+// format, dtype or device, InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
+void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+                 const CudaMatmulOptions& options = {});
+
+}  // namespace quantloom

@@ -1,0 +1,30 @@
+// Sizes and facts of a matrix in fragment order, from its format.
+#pragma once
+
+#include "quantloom/kernels/matmul_cuda.hpp"
+
+namespace quantloom {
+
+struct FragmentLayout {
+  int bits = 0;
+  DType scale_dtype = DType::f16;
+  bool asymmetric = false;  // has a plane of zero points
+  bool per_tensor = false;
+  int64_t table_entries = 0;  // of a codebook, else 0
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t group_count = 0;     // at least 1
+  int64_t format_columns = 0;  // columns of a group in the format
+  int64_t group_columns = 0;   // the same, padded: a multiple of 16
+  bool gathered = false;       // columns change places: there is a plane "source"
+  int64_t row_blocks = 0;      // at least 1
+  int64_t column_blocks = 0;
+
+  int64_t padded_k() const { return column_blocks * 64; }
+  int64_t code_words() const;  // of the plane "codes"
+};
+
+// Throws Unsupported if no CUDA kernel takes the format.
+FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index);
+
+}  // namespace quantloom

@@ -1,0 +1,281 @@
+// The scalar reference of fragment order, and the layout's sizes.
+#include "kernels/fragment_order.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <span>
+
+#include "kernels/fragment_layout.hpp"
+#include "quantloom/formats/bit_packing.hpp"
+#include "quantloom/formats/uniform.hpp"
+
+namespace quantloom {
+namespace {
+
+using fragments::kBlockColumns;
+using fragments::kBlockRows;
+using fragments::kLanes;
+using fragments::kUnitCodes;
+using fragments::kUnits;
+
+// Calls visit(row_block, column_block, unit, lane) for all units.
+template <class Visit>
+void for_each_unit(const FragmentLayout& layout, const Visit& visit) {
+  for (int64_t rb = 0; rb < layout.row_blocks; ++rb) {
+    for (int64_t cb = 0; cb < layout.column_blocks; ++cb) {
+      for (int unit = 0; unit < kUnits; ++unit) {
+        for (int lane = 0; lane < kLanes; ++lane) visit(rb, cb, unit, lane);
+      }
+    }
+  }
+}
+
+int64_t block_word(const FragmentLayout& layout, int64_t row_block, int64_t column_block) {
+  return (row_block * layout.column_blocks + column_block) * layout.bits * 128;
+}
+
+int64_t parameter_at(const FragmentLayout& layout, int64_t row, int64_t group) {
+  return (row / kBlockRows * layout.group_count + group) * kBlockRows +
+         fragments::parameter_in_block(static_cast<int>(row % kBlockRows));
+}
+
+void copy_element(const Tensor& from, int64_t i, Tensor& to, int64_t j) {
+  const int64_t size = size_of(from.dtype());
+  std::copy_n(from.bytes() + i * size, size, to.bytes() + j * size);
+}
+
+void copy_plane(const Tensor& from, Tensor& to) {
+  std::copy_n(from.bytes(), from.byte_count(), to.bytes());
+}
+
+void require_on_cpu(const std::map<std::string, Tensor>& planes, const char* what) {
+  for (const auto& [name, plane] : planes) {
+    if (plane.device() != Device::cpu) {
+      throw Unsupported(text_of(what, ": plane ", name, " is on a CUDA device, expected planes on the CPU"));
+    }
+  }
+}
+
+std::span<const int32_t> group_index_of(const std::map<std::string, Tensor>& planes) {
+  const auto found = planes.find("group_index");
+  return found == planes.end() ? std::span<const int32_t>{} : found->second.values<int32_t>();
+}
+
+std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_index) {
+  const std::vector<int64_t> parameters = {layout.row_blocks, layout.group_count, 8, 8};
+  std::vector<PlaneSpec> specs = {
+      {"codes", DType::i32, {layout.row_blocks, layout.column_blocks, layout.bits, kLanes, 4}, false},
+      {"scales", layout.scale_dtype, parameters, false}};
+  if (layout.asymmetric) specs.push_back({"zeros", DType::u8, parameters, false});
+  if (layout.table_entries > 0) specs.push_back({"codebook", DType::f16, {layout.table_entries}, false});
+  if (layout.gathered) specs.push_back({"source", DType::i32, {layout.padded_k()}, false});
+  if (with_group_index) specs.push_back({"group_index", DType::i32, {layout.k}, false});
+  return specs;
+}
+
+}  // namespace
+
+int64_t FragmentLayout::code_words() const {
+  return checked_mul(checked_mul(row_blocks, column_blocks), int64_t{128} * bits);
+}
+
+FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
+  FragmentLayout layout;
+  if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
+    layout.bits = uniform->bits;
+    layout.scale_dtype = uniform->scale_dtype;
+    layout.asymmetric = !uniform->symmetric;
+    layout.per_tensor = uniform->group_size == Uniform::kPerTensor;
+    layout.group_count = std::max<int64_t>(uniform->group_count(k), 1);
+    layout.format_columns = uniform->columns_per_group(k);
+  } else {
+    throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
+                              "; kernel_table() lists what the kernels take"));
+  }
+  if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");
+  if (k > std::numeric_limits<int32_t>::max() / 64 || n > std::numeric_limits<int32_t>::max()) {
+    throw Unsupported(
+        text_of("no CUDA kernel takes a matrix [", n, ", ", k, "]: expected n < 2^31, k < 2^25"));
+  }
+  layout.n = n;
+  layout.k = k;
+  const bool many = layout.group_count > 1;
+  layout.gathered = many && (with_group_index || layout.format_columns % 16 != 0);
+  const int64_t padded_group = checked_pad(layout.format_columns, 16);
+  const int64_t columns = layout.gathered ? checked_mul(layout.group_count, padded_group) : k;
+  layout.row_blocks = std::max<int64_t>(ceil_div(n, kBlockRows), 1);
+  layout.column_blocks = ceil_div(columns, kBlockColumns);
+  layout.group_columns = many ? padded_group : std::max<int64_t>(layout.padded_k(), 16);
+  static_cast<void>(checked_mul(layout.code_words(), 4));
+  return layout;
+}
+
+const Tensor& PreparedPlanes::plane(std::string_view name) const {
+  const auto found = planes.find(std::string(name));
+  if (found == planes.end()) throw InvalidArgument("prepared", "no plane " + std::string(name), "that plane");
+  return found->second;
+}
+
+std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t k, bool with_group_index) {
+  return specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
+}
+
+void validate(const PreparedPlanes& prepared) {
+  if (prepared.format == nullptr) throw InvalidArgument("prepared", "no format", "prepared planes");
+  const auto specs = prepared_planes(*prepared.format, prepared.n, prepared.k, prepared.has("group_index"));
+  for (const PlaneSpec& spec : specs) {
+    const Tensor& plane = prepared.plane(spec.name);
+    const std::string argument = "prepared." + spec.name;
+    if (plane.dtype() != spec.dtype) {
+      throw TypeMismatch(argument, name_of(plane.dtype()), std::string(name_of(spec.dtype)));
+    }
+    if (plane.shape() != spec.shape) {
+      throw InvalidArgument(
+          argument, text_of("a plane of ", plane.element_count(), " elements"),
+          text_of("the shape that prepared_planes() gives, of ", checked_product(spec.shape), " elements"));
+    }
+  }
+  if (prepared.planes.size() != specs.size()) {
+    throw InvalidArgument("prepared", text_of(prepared.planes.size(), " planes"),
+                          text_of(specs.size(), " planes"));
+  }
+}
+
+std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index) {
+  const FragmentLayout layout = fragment_layout(format, 1, k, !group_index.empty());
+  if (!layout.gathered) return {};
+  std::vector<int32_t> source(static_cast<size_t>(layout.padded_k()), -1);
+  std::vector<int64_t> used(static_cast<size_t>(layout.group_count), 0);
+  for (int64_t column = 0; column < k; ++column) {
+    const int64_t group = group_index.empty() ? column / layout.format_columns
+                                              : int64_t{group_index[static_cast<size_t>(column)]};
+    if (group < 0 || group >= layout.group_count) {
+      throw InvalidArgument("group_index", text_of(group, " for column ", column),
+                            text_of("a group below ", layout.group_count));
+    }
+    const int64_t place = used[static_cast<size_t>(group)]++;
+    if (place >= layout.group_columns) {
+      throw InvalidArgument("group_index",
+                            text_of("more than ", layout.group_columns, " columns of group ", group),
+                            text_of("at most ", layout.format_columns));
+    }
+    source[static_cast<size_t>(group * layout.group_columns + place)] = static_cast<int32_t>(column);
+  }
+  return source;
+}
+
+PreparedPlanes prepare_fragments(const PackedTensor& packed) {
+  validate(packed);
+  require_on_cpu(packed.planes, "prepare_fragments");
+  const bool indexed = packed.planes.contains("group_index");
+  const FragmentLayout layout = fragment_layout(*packed.format, packed.n, packed.k, indexed);
+  PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
+  for (const PlaneSpec& spec : specs_of(layout, indexed)) {
+    prepared.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
+  }
+  const auto source = fragment_source(*packed.format, packed.k, group_index_of(packed.planes));
+  if (layout.gathered) std::ranges::copy(source, prepared.planes.at("source").values<int32_t>().begin());
+  if (indexed) copy_plane(packed.plane("group_index"), prepared.planes.at("group_index"));
+  if (layout.table_entries > 0) copy_plane(packed.plane("codebook"), prepared.planes.at("codebook"));
+
+  const int64_t row_words = packed_words(layout.k, layout.bits);
+  const auto codes = packed.plane("codes").values<uint32_t>();
+  const auto words = prepared.planes.at("codes").values<uint32_t>();
+  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
+    uint8_t values[kUnitCodes] = {};
+    for (int i = 0; i < kUnitCodes; ++i) {
+      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
+      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
+      if (layout.gathered) column = source[static_cast<size_t>(column)];
+      if (row >= layout.n || column < 0 || column >= layout.k) continue;
+      unpack_bits(codes.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)),
+                  layout.bits, column, {values + i, 1});
+    }
+    uint32_t unit_words[8];
+    fragments::pack_unit(layout.bits, values, unit_words);
+    for (int w = 0; w < layout.bits; ++w) {
+      words[static_cast<size_t>(block_word(layout, rb, cb) +
+                                fragments::word_in_block(layout.bits, unit, w, lane))] = unit_words[w];
+    }
+  });
+
+  const int64_t zero_words =
+      layout.asymmetric ? packed_words(layout.per_tensor ? 1 : layout.n, layout.bits) : 0;
+  if (packed.k == 0) return prepared;
+  for (int64_t row = 0; row < (layout.per_tensor ? std::max<int64_t>(layout.n, 1) : layout.n); ++row) {
+    const int64_t parameter_row = layout.per_tensor ? 0 : row;
+    for (int64_t g = 0; g < layout.group_count; ++g) {
+      const int64_t at = parameter_at(layout, row, g);
+      copy_element(packed.plane("scales"), parameter_row * layout.group_count + g,
+                   prepared.planes.at("scales"), at);
+      if (!layout.asymmetric) continue;
+      const auto zeros = packed.plane("zeros").values<uint32_t>();
+      unpack_bits(zeros.subspan(static_cast<size_t>(g * zero_words), static_cast<size_t>(zero_words)),
+                  layout.bits, parameter_row, {prepared.planes.at("zeros").values<uint8_t>().data() + at, 1});
+    }
+  }
+  return prepared;
+}
+
+PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
+  validate(prepared);
+  require_on_cpu(prepared.planes, "unprepare_fragments");
+  const bool indexed = prepared.has("group_index");
+  const FragmentLayout layout = fragment_layout(*prepared.format, prepared.n, prepared.k, indexed);
+  PackedTensor packed{prepared.format, prepared.n, prepared.k, {}};
+  for (const PlaneSpec& spec : prepared.format->planes(prepared.n, prepared.k)) {
+    if (!spec.optional || prepared.has(spec.name)) {
+      packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
+    }
+  }
+  if (indexed) copy_plane(prepared.plane("group_index"), packed.planes.at("group_index"));
+  if (layout.table_entries > 0) copy_plane(prepared.plane("codebook"), packed.planes.at("codebook"));
+  if (packed.k == 0) return packed;
+
+  std::vector<uint8_t> codes(static_cast<size_t>(checked_mul(layout.n, layout.k)));
+  const auto words = prepared.plane("codes").values<uint32_t>();
+  const auto source =
+      layout.gathered ? prepared.plane("source").values<int32_t>() : std::span<const int32_t>{};
+  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
+    uint32_t unit_words[8];
+    for (int w = 0; w < layout.bits; ++w) {
+      unit_words[w] = words[static_cast<size_t>(block_word(layout, rb, cb) +
+                                                fragments::word_in_block(layout.bits, unit, w, lane))];
+    }
+    uint8_t values[kUnitCodes];
+    fragments::unpack_unit(layout.bits, unit_words, values);
+    for (int i = 0; i < kUnitCodes; ++i) {
+      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
+      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
+      if (layout.gathered) column = source[static_cast<size_t>(column)];
+      if (row >= layout.n || column < 0 || column >= layout.k) continue;
+      codes[static_cast<size_t>(row * layout.k + column)] = values[i];
+    }
+  });
+  const int64_t row_words = packed_words(layout.k, layout.bits);
+  const auto out = packed.planes.at("codes").values<uint32_t>();
+  for (int64_t row = 0; row < layout.n; ++row) {
+    pack_bits(std::span(codes).subspan(static_cast<size_t>(row * layout.k), static_cast<size_t>(layout.k)),
+              layout.bits, out.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)));
+  }
+
+  const int64_t parameter_rows = layout.per_tensor ? 1 : layout.n;
+  std::vector<uint8_t> zeros(static_cast<size_t>(parameter_rows));
+  const int64_t zero_words = layout.asymmetric ? packed_words(parameter_rows, layout.bits) : 0;
+  for (int64_t g = 0; g < layout.group_count; ++g) {
+    for (int64_t row = 0; row < parameter_rows; ++row) {
+      const int64_t at = parameter_at(layout, row, g);
+      copy_element(prepared.plane("scales"), at, packed.planes.at("scales"), row * layout.group_count + g);
+      if (layout.asymmetric)
+        zeros[static_cast<size_t>(row)] = prepared.plane("zeros").values<uint8_t>()[static_cast<size_t>(at)];
+    }
+    if (layout.asymmetric) {
+      pack_bits(zeros, layout.bits,
+                packed.planes.at("zeros").values<uint32_t>().subspan(static_cast<size_t>(g * zero_words),
+                                                                     static_cast<size_t>(zero_words)));
+    }
+  }
+  return packed;
+}
+
+}  // namespace quantloom
