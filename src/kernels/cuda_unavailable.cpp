@@ -1,6 +1,7 @@
 // Stands in for the CUDA kernels in a CPU-only build.
 #include "kernels/cuda_kernels.hpp"
 #include "quantloom/error.hpp"
+#include "quantloom/kernels/cuda_libraries.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 
 namespace quantloom {
@@ -20,6 +21,8 @@ std::string cuda_architectures() {
 std::vector<KernelEntry> cuda_kernel_table() {
   return {};
 }
+
+void set_cuda_library_folders(std::vector<std::string> /*folders*/) {}
 
 void dequantize_cuda(const PackedTensor& /*packed*/, void* /*out*/, DType /*out_dtype*/, int64_t /*stride*/,
                      void* /*stream*/) {
