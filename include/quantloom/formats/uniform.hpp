@@ -18,25 +18,17 @@
 // 1 / scale is finite. A group of zeros has scale 1 (1 bit symmetric: the smallest scale).
 #pragma once
 
-#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/grouped.hpp"
 
 namespace quantloom {
 
-struct Uniform final : Format {
-  static constexpr int64_t kPerChannel = -1;  // one group per row
-  static constexpr int64_t kPerTensor = -2;   // one group for the whole matrix
-
-  int bits = 4;              // 1 ... 8
-  int64_t group_size = 128;  // > 0, kPerChannel or kPerTensor
-  bool symmetric = true;
-  DType scale_dtype = DType::f16;  // float16, bfloat16 or float32
+struct Uniform final : GroupedFormat {
+  bool symmetric;
 
   // Throws InvalidArgument / TypeMismatch naming the field that is out of range.
   Uniform(int bits, int64_t group_size, bool symmetric = true, DType scale_dtype = DType::f16);
 
   float symmetric_zero_point() const { return bits == 1 ? 0.5F : static_cast<float>(1 << (bits - 1)); }
-  int64_t columns_per_group(int64_t k) const { return group_size > 0 ? group_size : (k > 0 ? k : 1); }
-  int64_t group_count(int64_t k) const { return ceil_div(k, columns_per_group(k)); }
 
   std::string_view name() const override { return "uniform"; }
   std::string spec() const override;
