@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "formats/description.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 
 namespace quantloom {
@@ -16,6 +17,12 @@ const std::vector<FormatEntry>& format_table() {
        {"uniform:8:channel:sym", "uniform:4:g128:sym", "uniform:4:g128:asym", "uniform:3:g64:asym:bf16",
         "uniform:2:g16:asym", "uniform:5:tensor:asym:f32", "uniform:1:g32:sym", "uniform:6:g128:sym",
         "uniform:7:channel:asym"}},
+      {"codebook",
+       "table of up to 256 values, such as nf4, nf3, sf4 and fp4",
+       &Codebook::from_json,
+       &Codebook::from_spec,
+       {"codebook:nf4:g64", "codebook:nf3:g16:bf16", "codebook:sf4:channel", "codebook:fp4:g32:f32",
+        "codebook:nf4:tensor"}},
   };
   return table;
 }
@@ -37,7 +44,7 @@ std::shared_ptr<const Format> format_from_spec(std::string_view spec) {
   for (const FormatEntry& entry : format_table()) {
     if (entry.name == name) return entry.from_spec(spec);
   }
-  throw InvalidArgument("format", printable(spec), "a short form such as uniform:4:g128");
+  throw InvalidArgument("format", printable(spec), "a short form such as uniform:4:g128 or codebook:nf4");
 }
 
 }  // namespace quantloom

@@ -17,7 +17,7 @@ using nlohmann::json;
 
 const std::string kText = "metadata \"quantloom\"";
 constexpr int kDeepest = 8;
-constexpr int kMostFormatValues = 64;
+constexpr int kMostFormatValues = 300;  // a table of 256 entries is the most that a format describes
 constexpr int64_t kMostPlanes = 32;
 
 // Reads "version" at the top level and nothing else, so that the file of a later version is refused for its

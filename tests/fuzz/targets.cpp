@@ -51,7 +51,13 @@ void use(const PackedTensor& packed) {
     return;
   std::vector<float> values(static_cast<size_t>(packed.n * packed.k));
   dequantize(packed, {values.data(), packed.n, packed.k}, 1);
-  const auto& format = dynamic_cast<const Uniform&>(*packed.format);
+  const auto* uniform = dynamic_cast<const Uniform*>(packed.format.get());
+  if (uniform == nullptr) {
+    require(!succeeds([&] { to_compressed_tensors(packed); }));
+    require(!succeeds([&] { to_gptq(packed, GptqVersion::v1); }));
+    return;
+  }
+  const Uniform& format = *uniform;
   succeeds([&] {
     const auto tensors = to_compressed_tensors(packed);
     PackedTensor back;

@@ -5,8 +5,9 @@
 #include "io/file_bytes.hpp"
 #include "io/packed_description.hpp"
 #include "io/random_packed.hpp"
-#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/io/packed_file.hpp"
+#include "quantloom/rounding/nearest.hpp"
 
 namespace quantloom {
 namespace {
@@ -98,6 +99,68 @@ TEST(HostilePackedFile, TheGoodFileLoads) {
   const test::TemporaryFolder folder;
   save_packed(folder.file("f"), file);
   EXPECT_EQ(test::read_file(folder.file("f")), file_of(parts, description_of(parts).dump()));
+}
+
+// A table stands in the description and in a plane: they have to agree.
+TEST(HostilePackedFile, CodebooksThatContradictTheirDescription) {
+  const auto format = std::make_shared<const Codebook>(std::vector<float>{-2, 0, 1}, 8);
+  std::vector<float> w(4 * 24);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i % 7) - 3;
+  const PackedTensor packed = round_nearest(MatrixView<const float>(w.data(), 4, 24), format).tensor;
+  Parts good;
+  for (const auto& [name, plane] : packed.planes) good.tensors.emplace("w." + name, plane);
+  good.packed["w"] = {{"format", json::parse(format->to_json())},
+                      {"k", 24},
+                      {"n", 4},
+                      {"planes", {"codebook", "codes", "scales"}}};
+  load_all(file_of(good, description_of(good).dump()));
+  struct Case {
+    const char* name;
+    std::function<void(Parts&)> change;
+    std::vector<std::string> mentions;
+  };
+  const auto table = [](const json& values) {
+    return [=](Parts& p) { p.packed["w"]["format"]["table"] = values; };
+  };
+  // Fresh memory: copies of a Tensor share theirs.
+  const auto entry = [](uint16_t bits) {
+    return [=](Parts& p) {
+      Tensor plane(DType::f16, {3});
+      std::ranges::copy(p.tensors.at("w.codebook").values<uint16_t>(), plane.values<uint16_t>().begin());
+      plane.values<uint16_t>()[1] = bits;
+      p.tensors.at("w.codebook") = plane;
+    };
+  };
+  const std::vector<Case> cases = {
+      {"NaN", entry(0x7e00), {"plane codebook", "nan"}},
+      {"infinity", entry(0x7c00), {"plane codebook", "inf"}},
+      {"another value", entry(0x3800), {"plane codebook", "0.5", "entry 1"}},
+      {"-0", entry(0x8000), {"plane codebook", "-0"}},
+      {"another table", table({-2, 0, 1.5}), {"plane codebook", "entry 2"}},
+      {"a longer table", table({-2, 0, 1, 2}), {"plane codebook", "[3]", "[4]"}},
+      {"a table that falls", table({-2, 1, 0}), {"rise strictly"}},
+      {"a table beyond float16", table({-2, 0, 0.1}), {"float16"}},
+      {"a name of another width", table("nf4"), {"bits"}},
+      {"an unknown name", table("nf9"), {"nf9"}},
+      {"a code beyond the table",
+       [](Parts& p) {
+         Tensor codes(DType::i32, {4, 2});
+         codes.values<uint32_t>()[5] = 3;
+         p.tensors.at("w.codes") = codes;
+       },
+       {"plane codes", "row 2, column 16"}},
+      {"no table",
+       [](Parts& p) {
+         p.tensors.erase("w.codebook");
+         p.packed["w"]["planes"] = {"codes", "scales"};
+       },
+       {"codebook"}},
+  };
+  for (const Case& each : cases) {
+    Parts parts = good;
+    each.change(parts);
+    expect_refused(each.name, file_of(parts, description_of(parts).dump()), each.mentions);
+  }
 }
 
 TEST(HostilePackedFile, BrokenDescriptionText) {

@@ -5,7 +5,7 @@
 
 #include "io/file_bytes.hpp"
 #include "quantloom/formats/bit_packing.hpp"
-#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
@@ -17,11 +17,15 @@ using test::message_of;
 using test::random_tensor;
 using test::TemporaryFolder;
 
-PackedTensor random_packed(const std::string& spec, int64_t n, int64_t k, uint64_t seed) {
+PackedTensor random_packed(const std::shared_ptr<const Format>& format, int64_t n, int64_t k, uint64_t seed) {
   const CounterRandom random(seed);
   std::vector<float> w(static_cast<size_t>(n * k));
   for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(random.normal(i));
-  return round_nearest(FloatMatrix(MatrixView<const float>(w.data(), n, k)), format_from_spec(spec)).tensor;
+  return round_nearest(FloatMatrix(MatrixView<const float>(w.data(), n, k)), format).tensor;
+}
+
+PackedTensor random_packed(const std::string& spec, int64_t n, int64_t k, uint64_t seed) {
+  return random_packed(format_from_spec(spec), n, k, seed);
 }
 
 void expect_same(const PackedTensor& a, const PackedTensor& b) {
@@ -47,6 +51,12 @@ TEST(PackedFile, RoundTripsEveryFormat) {
         file.packed.emplace(text_of("layer \"", spec, "\"/", n, "x", k), random_packed(spec, n, k, seed++));
       }
     }
+  }
+  for (const size_t entries : {2, 100, 256}) {  // tables without a name
+    std::vector<float> table(entries);
+    for (size_t i = 0; i < entries; ++i) table[i] = static_cast<float>(i) / 7 - 11;
+    file.packed.emplace(text_of("table of ", entries),
+                        random_packed(std::make_shared<const Codebook>(table, 16), 9, 70, seed++));
   }
   file.plain.emplace("norm", random_tensor(DType::bf16, {7}, seed));
   file.plain.emplace("norm.codes", random_tensor(DType::u8, {7}, seed));  // no packed tensor "norm"
