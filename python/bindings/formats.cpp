@@ -1,7 +1,10 @@
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <variant>
+
 #include "arrays.hpp"
-#include "quantloom/formats/format.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 
 namespace quantloom::python {
@@ -56,6 +59,22 @@ void bind_formats(py::module_& module) {
       "uniform_json", [](int64_t bits, int64_t group_size, bool symmetric, const std::string& scale_dtype) {
         return Uniform(to_int("bits", bits), group_size, symmetric, dtype_from_name(scale_dtype)).to_json();
       });
+
+  // `table`: a name of codebook_tables() or values; `bits`: 0 for as few as the table needs.
+  module.def("codebook_json", [](const std::variant<std::string, std::vector<float>>& table, int64_t bits,
+                                 int64_t group_size, const std::string& scale_dtype) {
+    const DType dtype = dtype_from_name(scale_dtype);
+    const auto width = bits == 0 ? std::nullopt : std::optional<int>(to_int("bits", bits));
+    if (const auto* name = std::get_if<std::string>(&table)) {
+      return Codebook(*name, group_size, dtype, width).to_json();
+    }
+    return Codebook(std::get<std::vector<float>>(table), group_size, dtype, width).to_json();
+  });
+  module.def("codebook_values", [](const std::string& json) {
+    const auto format = std::dynamic_pointer_cast<const Codebook>(format_from_json(json));
+    if (format == nullptr) throw InvalidArgument("format", "another format", "a codebook");
+    return format->table;
+  });
 
   py::class_<PackedTensor, std::shared_ptr<PackedTensor>>(module, "Packed")
       .def(py::init(&make_packed), py::arg("format_json"), py::arg("n"), py::arg("k"), py::arg("planes"))

@@ -21,7 +21,7 @@ from typing import Any as _Any
 from quantloom import layouts
 from quantloom._core import __version__
 from quantloom.calibration import Hessian, proxy_loss
-from quantloom.formats import Format, Uniform, format_from_json, format_table, parse_format
+from quantloom.formats import Codebook, Format, Uniform, format_from_json, format_table, parse_format
 from quantloom.info import build_info
 from quantloom.kernels import PreparedTensor, kernel_table, matmul, prepare
 from quantloom.recipes import Recipe
@@ -39,6 +39,7 @@ from quantloom.tensors import PackedTensor, load_metadata, load_tensors, save_te
 
 __all__ = [
     "GPTQ",
+    "Codebook",
     "Format",
     "Hessian",
     "Nearest",

@@ -7,12 +7,13 @@ A format is an immutable description. It has a short form for tables and the com
 from __future__ import annotations
 
 import json as _json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantloom import _checks, _core
 
-__all__ = ["Format", "Uniform", "format_from_json", "format_table", "parse_format"]
+__all__ = ["Codebook", "Format", "Uniform", "format_from_json", "format_table", "parse_format"]
 
 _NAMED_GROUPS = {"channel": -1, "tensor": -2}  # as the C++ side counts them
 
@@ -82,17 +83,89 @@ class Uniform(Format):
         if columns > 0:
             set_field(self, "group_size", columns)
         _checks.boolean("symmetric", self.symmetric)
-        dtype = self.scale_dtype
-        if not isinstance(dtype, str):  # np.float16, np.dtype("float16"), torch.float16
-            name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-            dtype = name.removeprefix("torch.")
-        if dtype not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f'scale_dtype: got {dtype!r}, expected "float16", "bfloat16" or "float32"')
+        dtype = _scale_dtype(self.scale_dtype)
         set_field(self, "scale_dtype", dtype)
         set_field(self, "_json", _core.uniform_json(self.bits, columns, self.symmetric, dtype))
 
     def to_json(self) -> str:
         return self._json
+
+
+@dataclass(frozen=True)
+class Codebook(Format):
+    """A table of values: ``value = scale * table[code]``.
+
+    Args:
+        table: the name of a well-known table, or 2 to 256 finite values that rise strictly:
+
+            - ``"nf4"``: 4-bit NormalFloat (Dettmers et al. 2023, QLoRA)
+            - ``"nf3"``: the same quantiles for 8 entries
+            - ``"sf4"``: 4-bit Student float with 5 degrees of freedom (Dotzel et al. 2024)
+            - ``"fp4"``: 4-bit float E2M1, its 15 values in rising order
+
+            Values are rounded to float16, in which they are stored; two that coincide then are refused.
+            Afterwards ``table`` is the name, or a tuple of the rounded values; ``values`` always has them.
+        bits: the width of a code, 1 to 8; None: as few as number the entries.
+        group_size: columns along in_features that share a scale: an integer > 0 (the last group of a
+            row may be shorter), ``"channel"`` (one scale per row) or ``"tensor"`` (one for the matrix).
+        scale_dtype: the dtype in which scales are stored: ``"float16"``, ``"bfloat16"`` or
+            ``"float32"``. Codes are chosen against the scale as stored.
+
+    Only a named table (at its own width) has a short form that ``parse_format`` reads; others are
+    described by their values in JSON.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    table: str | Sequence[float] = "nf4"
+    bits: int | None = None
+    group_size: int | str = 64
+    scale_dtype: str = "float16"
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        table = self.table if isinstance(self.table, str) else _table_values(self.table)
+        bits = 0
+        if self.bits is not None:
+            bits = _checks.integer("bits", self.bits, 1, expected="an integer from 1 to 8")
+        columns = group_columns(self.group_size)
+        text = _core.codebook_json(table, bits, columns, _scale_dtype(self.scale_dtype))
+        entry = _json.loads(text)
+        set_field = object.__setattr__
+        named = isinstance(entry["table"], str)
+        set_field(self, "table", entry["table"] if named else tuple(entry["table"]))
+        set_field(self, "bits", entry["bits"])
+        set_field(self, "group_size", entry["group_size"])
+        set_field(self, "scale_dtype", entry["scale_dtype"])
+        set_field(self, "_json", text)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The entries of the table, as float16 holds them."""
+        return tuple(_core.codebook_values(self._json))
+
+    def to_json(self) -> str:
+        return self._json
+
+
+def _scale_dtype(dtype: Any) -> str:
+    if not isinstance(dtype, str):  # np.float16, np.dtype("float16"), torch.float16
+        name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+        dtype = name.removeprefix("torch.")
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ValueError(f'scale_dtype: got {dtype!r}, expected "float16", "bfloat16" or "float32"')
+    return dtype
+
+
+def _table_values(table: Any) -> list[float]:
+    expected = "the name of a table or a sequence of 2 to 256 numbers"
+    try:
+        values = list(table)
+    except TypeError:
+        raise TypeError(f"table: got {_checks.type_name(table)}, expected {expected}") from None
+    if len(values) > 256:
+        raise ValueError(f"table: got {len(values)} entries, expected {expected}")
+    return [_checks.real("table", value, "finite numbers") for value in values]
 
 
 def format_from_json(json: str) -> Format:
@@ -108,7 +181,10 @@ def format_from_json(json: str) -> Format:
 def parse_format(spec: str | Format) -> Format:
     """The format of a short form; a ``Format`` is returned as it is.
 
-    ``uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]``; defaults: g128, sym, f16.
+    - ``uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]``; defaults: g128, sym, f16
+    - ``codebook:TABLE[:gN|:channel|:tensor][:f16|:bf16|:f32]`` with TABLE nf4, nf3, sf4 or fp4; defaults:
+      g64, f16
+
     Raises ValueError naming what was not understood.
     """
     if isinstance(spec, Format):
@@ -123,8 +199,8 @@ def format_table() -> list[dict[str, Any]]:
 
 
 def _from_fields(entry: dict[str, Any]) -> Format:
-    if entry["format"] != "uniform":
-        raise RuntimeError(
-            f"format: got {entry['format']!r}, which this version of the package cannot describe"
-        )
-    return Uniform(entry["bits"], entry["group_size"], entry["symmetric"], entry["scale_dtype"])
+    if entry["format"] == "uniform":
+        return Uniform(entry["bits"], entry["group_size"], entry["symmetric"], entry["scale_dtype"])
+    if entry["format"] == "codebook":
+        return Codebook(entry["table"], entry["bits"], entry["group_size"], entry["scale_dtype"])
+    raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")

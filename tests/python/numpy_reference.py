@@ -26,16 +26,21 @@ def codes(q) -> np.ndarray:
     """The codes, [n, k]."""
     n, k = q.shape
     stream = np.asarray(q.planes["codes"])
-    return np.array([unpack_bits(stream[r], q.format.bits, k) for r in range(n)]).reshape(n, k)
+    rows = [unpack_bits(stream[r], q.format.bits, k) for r in range(n)]
+    return np.array(rows, dtype=np.int64).reshape(n, k)
+
+
+def scales_of(q) -> np.ndarray:
+    """The scale of each row and group, float32, [n, G]."""
+    scales = np.asarray(q.planes["scales"]).astype(np.float32)
+    return np.repeat(scales, q.shape[0], axis=0) if q.format.group_size == "tensor" else scales
 
 
 def scales_and_zeros(q) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point of each row and group, float32, [n, G]."""
+    """Scale and zero point of each row and group of a uniform grid, float32, [n, G]."""
     n, _ = q.shape
-    scales = np.asarray(q.planes["scales"]).astype(np.float32)
+    scales = scales_of(q)
     groups = scales.shape[1]
-    if q.format.group_size == "tensor":
-        scales = np.repeat(scales, n, axis=0)
     if q.format.symmetric:
         zero = json.loads(q.format.to_json())["zero_point"]
         return scales, np.full((n, groups), zero, dtype=np.float32)
@@ -47,9 +52,11 @@ def scales_and_zeros(q) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(q) -> np.ndarray:
-    """W', float32: scale * (code - zero_point)."""
-    scales, zeros = scales_and_zeros(q)
+    """W', float32: scale * (code - zero_point), or scale * table[code]."""
     group = group_of_column(q)
+    if "codebook" in q.planes:
+        return scales_of(q)[:, group] * np.asarray(q.planes["codebook"]).astype(np.float32)[codes(q)]
+    scales, zeros = scales_and_zeros(q)
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
 
 

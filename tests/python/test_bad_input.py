@@ -3,6 +3,7 @@ and what is expected."""
 
 from __future__ import annotations
 
+import math
 import re
 import types
 
@@ -73,6 +74,25 @@ TABLE = [
     (ql.Uniform, (4, 128, 1), {}, TypeError, "symmetric int True or False"),
     (ql.Uniform, (4, 128, True, "float64"), {}, ValueError, "scale_dtype float64 float16 bfloat16 float32"),
     (ql.Uniform, (4, 128, True, 3), {}, ValueError, "scale_dtype 3 float16"),
+    (ql.Codebook, ("nf5",), {}, ValueError, "table nf5 nf4 values"),
+    (ql.Codebook, ("",), {}, ValueError, "table nf4"),
+    (ql.Codebook, (None,), {}, TypeError, "table NoneType name sequence"),
+    (ql.Codebook, (4,), {}, TypeError, "table int name sequence"),
+    (ql.Codebook, ([],), {}, ValueError, "table 0 entries 2 to 256"),
+    (ql.Codebook, ([1.0],), {}, ValueError, "table 1 entries 2 to 256"),
+    (ql.Codebook, (range(257),), {}, ValueError, "table 257 entries 2 to 256"),
+    (ql.Codebook, ([0, 0],), {}, ValueError, "table entry 1 rise"),
+    (ql.Codebook, ([1, 1.0001],), {}, ValueError, "table entry 1 rise float16"),
+    (ql.Codebook, ([0, math.nan],), {}, ValueError, "table nan finite"),
+    (ql.Codebook, ([0, 1e6],), {}, ValueError, "table 1e+06 65504"),
+    (ql.Codebook, ([0, 1e300],), {}, ValueError, "table 65504"),
+    (ql.Codebook, ([0, "1"],), {}, TypeError, "table str finite"),
+    (ql.Codebook, ("nf4", 3), {}, ValueError, "bits 3 4 to 8"),
+    (ql.Codebook, ("nf4", 9), {}, ValueError, "bits 9 4 to 8"),
+    (ql.Codebook, ("nf4", 0), {}, ValueError, "bits 0 1 to 8"),
+    (ql.Codebook, ("nf4", 4.0), {}, TypeError, "bits float integer"),
+    (ql.Codebook, ("nf4", 4, 0), {}, ValueError, "group_size 0 channel tensor"),
+    (ql.Codebook, ("nf4", 4, 64, "float64"), {}, ValueError, "scale_dtype float64 float16"),
     (Q.format.planes, (-1, 4), {}, ValueError, "n -1"),
     (Q.format.planes, (2**62, 2**62), {}, ValueError, "2^63"),
     (ql.parse_format, (7,), {}, TypeError, "format int uniform:4:g128"),
