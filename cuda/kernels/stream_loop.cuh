@@ -14,25 +14,13 @@
 #include "common/half_pairs.cuh"
 #include "kernels/fragment_order.hpp"
 #include "kernels/fragment_parameters.cuh"
+#include "kernels/overlap.cuh"
 #include "kernels/product_arguments.cuh"
 
 namespace quantloom::cuda {
 
 constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = 32 * kStreamWarps;
-
-// Lets the next kernel of the stream begin; waits for the previous one. Nothing where launches do not
-// overlap.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Codes are read once: they should not push anything else out of the caches.
 __device__ __forceinline__ uint4 load_streaming(const uint4* address) {
@@ -326,29 +314,6 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p, int spl
   if (p.bias != nullptr) sum += HalfPair<T>::to_float(static_cast<const T*>(p.bias)[row]);
   static_cast<T*>(p.y)[token * p.y_stride + row] = HalfPair<T>::from_float(sum);
 }
-
-// Launch settings with the attributes that are wanted.
-struct LaunchSettings {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attributes[2];
-
-  LaunchSettings(dim3 grid, dim3 block, cudaStream_t stream, bool overlap, int cluster) {
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (overlap) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    }
-  }
-  LaunchSettings(const LaunchSettings&) = delete;
-  LaunchSettings& operator=(const LaunchSettings&) = delete;
-};
 
 // Blocks of codes that a warp keeps in flight: as many as the registers hold.
 constexpr int stream_stages(int bits, int tiles) {
