@@ -201,7 +201,8 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
 
   const int64_t zero_words =
       layout.asymmetric ? packed_words(layout.per_tensor ? 1 : layout.n, layout.bits) : 0;
-  if (packed.k == 0) return prepared;
+  // Without columns there are no groups, but a scale of the whole tensor stays.
+  if (packed.k == 0 && !layout.per_tensor) return prepared;
   for (int64_t row = 0; row < (layout.per_tensor ? std::max<int64_t>(layout.n, 1) : layout.n); ++row) {
     const int64_t parameter_row = layout.per_tensor ? 0 : row;
     for (int64_t g = 0; g < layout.group_count; ++g) {
@@ -230,7 +231,7 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   }
   if (indexed) copy_plane(prepared.plane("group_index"), packed.planes.at("group_index"));
   if (layout.table_entries > 0) copy_plane(prepared.plane("codebook"), packed.planes.at("codebook"));
-  if (packed.k == 0) return packed;
+  if (packed.k == 0 && !layout.per_tensor) return packed;
 
   std::vector<uint8_t> codes(static_cast<size_t>(checked_mul(layout.n, layout.k)));
   const auto words = prepared.plane("codes").values<uint32_t>();
