@@ -1,0 +1,112 @@
+// Pairs of float16 and bfloat16 on the CPU under the names that CUDA gives them, so that device decoders
+// compile as host code. Counts the operations whose result was rounded.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "quantloom/dtype.hpp"
+
+#define __host__
+#define __device__
+#define __forceinline__ inline
+
+namespace emulated {
+
+inline int rounded_operations = 0;
+
+struct Float16 {
+  static uint16_t from(float value) { return quantloom::f16_from_float(value); }
+  static float to(uint16_t bits) { return quantloom::float_from_f16(bits); }
+};
+struct Bfloat16 {
+  static uint16_t from(float value) { return quantloom::bf16_from_float(value); }
+  static float to(uint16_t bits) { return quantloom::float_from_bf16(bits); }
+};
+
+template <class Type>
+struct Half {
+  uint16_t bits;
+};
+
+template <class Type>
+struct Pair {
+  uint16_t low;
+  uint16_t high;
+};
+
+// The double must be the exact result; sums and products of the decoders' numbers are.
+template <class Type>
+uint16_t rounded(double exact) {
+  const uint16_t bits = Type::from(static_cast<float>(exact));
+  if (static_cast<double>(Type::to(bits)) != exact) ++rounded_operations;
+  return bits;
+}
+
+template <class Type, class Operation, class... Pairs>
+Pair<Type> each(const Operation& operation, Pairs... pairs) {
+  return {rounded<Type>(operation(static_cast<double>(Type::to(pairs.low))...)),
+          rounded<Type>(operation(static_cast<double>(Type::to(pairs.high))...))};
+}
+
+template <class Type>
+Pair<Type> multiply_add(Pair<Type> a, Pair<Type> b, Pair<Type> c) {
+  return each<Type>([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+template <class Type>
+Pair<Type> add(Pair<Type> a, Pair<Type> b) {
+  return each<Type>([](double x, double y) { return x + y; }, a, b);
+}
+template <class Type>
+Pair<Type> multiply(Pair<Type> a, Pair<Type> b) {
+  return each<Type>([](double x, double y) { return x * y; }, a, b);
+}
+
+}  // namespace emulated
+
+using __half = emulated::Half<emulated::Float16>;
+using __half2 = emulated::Pair<emulated::Float16>;
+using __nv_bfloat16 = emulated::Half<emulated::Bfloat16>;
+using __nv_bfloat162 = emulated::Pair<emulated::Bfloat16>;
+
+inline __half __float2half_rn(float value) {
+  return {emulated::rounded<emulated::Float16>(static_cast<double>(value))};
+}
+inline __half2 __float2half2_rn(float value) {
+  const __half half = __float2half_rn(value);
+  return {half.bits, half.bits};
+}
+inline float __half2float(__half value) {
+  return emulated::Float16::to(value.bits);
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  return {emulated::rounded<emulated::Bfloat16>(static_cast<double>(value))};
+}
+inline __nv_bfloat162 __float2bfloat162_rn(float value) {
+  const __nv_bfloat16 half = __float2bfloat16_rn(value);
+  return {half.bits, half.bits};
+}
+inline float __bfloat162float(__nv_bfloat16 value) {
+  return emulated::Bfloat16::to(value.bits);
+}
+
+template <class Type>
+emulated::Pair<Type> __hadd2_rn(emulated::Pair<Type> a, emulated::Pair<Type> b) {
+  return emulated::add(a, b);
+}
+template <class Type>
+emulated::Pair<Type> __hadd2(emulated::Pair<Type> a, emulated::Pair<Type> b) {
+  return emulated::add(a, b);
+}
+template <class Type>
+emulated::Pair<Type> __hmul2_rn(emulated::Pair<Type> a, emulated::Pair<Type> b) {
+  return emulated::multiply(a, b);
+}
+template <class Type>
+emulated::Pair<Type> __hmul2(emulated::Pair<Type> a, emulated::Pair<Type> b) {
+  return emulated::multiply(a, b);
+}
+template <class Type>
+emulated::Pair<Type> __hfma2(emulated::Pair<Type> a, emulated::Pair<Type> b, emulated::Pair<Type> c) {
+  return emulated::multiply_add(a, b, c);
+}
