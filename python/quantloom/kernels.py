@@ -74,7 +74,7 @@ def matmul(x: Any, q: PackedTensor | PreparedTensor, activations: str = "exact",
             to own that memory.
         activations: ``"exact"``: x enters in float32, sums are taken in float32. ``"int8"``: x is rounded to
             8 bits with one scale for each block of at most 128 inputs, which is faster below 8 bits
-            per weight and adds a relative error of about 0.5%; x must then be finite.
+            per weight and adds a relative error of about 0.5%; x must then be finite, and W uniform.
         threads: 0 for OpenMP's default. The result does not depend on it.
 
     Returns ``[..., n]``, of the kind and dtype of `x`, without a gradient (``quantloom.nn.QuantLinear`` has
@@ -82,7 +82,7 @@ def matmul(x: Any, q: PackedTensor | PreparedTensor, activations: str = "exact",
     dtype of `x`, then multiplies with cuBLAS; activations must be ``"exact"`` there.
 
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
-    takes the format.
+    takes the format with these activations.
     """
     if not isinstance(q, (PackedTensor, PreparedTensor)):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor or a PreparedTensor")

@@ -1,4 +1,4 @@
-// Decoders: from the words of a strip (prepared_uniform.hpp) to int8 codes or float32 values in registers.
+// Decoders: from the words of a strip (prepared_strips.hpp) to int8 codes or float32 values in registers.
 // Compiled once per instruction set; included by the sources with loops, after Highway.
 //
 // A decoder of a container width is a struct Codes<bits> with
@@ -189,7 +189,8 @@ HWY_INLINE void prefetch_step(const uint8_t* HWY_RESTRICT p) {
 template <int kBits>
 class ToFloat {
  public:
-  explicit HWY_INLINE ToFloat(float center) {
+  explicit HWY_INLINE ToFloat(const StripMatrix& w) {
+    const float center = w.center;
 #if QUANTLOOM_AVX512 || HWY_TARGET == HWY_AVX2
     if constexpr (kTable) {
       HWY_ALIGN float table[16];
@@ -215,6 +216,47 @@ class ToFloat {
   // The permutations look at the low log2(kLanes) bits of an index.
   static constexpr bool kTable = (1 << kBits) <= kLanes && (QUANTLOOM_AVX512 || HWY_TARGET == HWY_AVX2);
   VF value_;
+};
+
+// Turns an index into its entry of a codebook.
+template <int kBits>
+class FromTable {
+ public:
+  explicit HWY_INLINE FromTable(const StripMatrix& w) : table_(w.table) {
+    if constexpr (kRegisters > 0) {
+      HWY_ALIGN float entries[2 * kLanes];
+      for (int i = 0; i < 2 * kLanes; ++i) entries[i] = w.table[i & ((1 << kBits) - 1)];
+      low_ = hn::Load(DF(), entries);
+      high_ = hn::Load(DF(), entries + kLanes);
+    }
+  }
+
+  HWY_INLINE VF operator()(VU index) const {
+#if QUANTLOOM_AVX512
+    if constexpr (kRegisters == 1) return VF{_mm512_permutexvar_ps(index.raw, low_.raw)};
+#elif HWY_TARGET == HWY_AVX2
+    if constexpr (kRegisters > 0) {
+      const VF low{_mm256_permutevar8x32_ps(low_.raw, index.raw)};
+      if constexpr (kRegisters == 1) return low;
+      const VF high{_mm256_permutevar8x32_ps(high_.raw, index.raw)};
+      // By the sign, to which the code's highest bit moves.
+      return VF{_mm256_blendv_ps(low.raw, high.raw, hn::BitCast(DF(), hn::ShiftLeft<28>(index)).raw)};
+    }
+#endif
+    const VU code = hn::And(index, hn::Set(DU(), (1U << kBits) - 1U));
+    return hn::GatherIndex(DF(), table_, hn::BitCast(DI(), code));
+  }
+
+ private:
+  // Registers that hold the table, for permutations that look at the low log2(kLanes) bits of an index; 0 if
+  // entries are gathered from memory.
+  static constexpr int kRegisters = QUANTLOOM_AVX512 ? ((1 << kBits) <= kLanes ? 1 : 0)
+                                    : HWY_TARGET == HWY_AVX2
+                                        ? ((1 << kBits) <= kLanes ? 1 : (kBits == 4 ? 2 : 0))
+                                        : 0;
+  const float* table_;
+  VF low_;
+  VF high_;
 };
 
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_SSSE3 && !QUANTLOOM_VNNI

@@ -1,7 +1,7 @@
 #include "quantloom/kernels/kernel_table.hpp"
 
 #include "kernels/cuda_kernels.hpp"
-#include "kernels/prepared_uniform.hpp"
+#include "kernels/prepared_strips.hpp"
 #include "kernels/strip_job.hpp"
 
 namespace quantloom {
@@ -20,8 +20,12 @@ std::vector<KernelEntry> kernel_table() {
       table.push_back({"matmul", "uniform", std::to_string(bits), "cpu", activations, "any",
                        std::string(activations) + " strip loop, " + width, cpu_target()});
     }
+    table.push_back({"matmul", "codebook", std::to_string(bits), "cpu", "float32", "any",
+                     "float32 strip loop with table, " + width, cpu_target()});
   }
-  table.push_back({"dequantize", "uniform", "1-8", "cpu", "", "", "row decoder", "portable"});
+  for (const char* format : {"uniform", "codebook"}) {
+    table.push_back({"dequantize", format, "1-8", "cpu", "", "", "row decoder", "portable"});
+  }
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
   return table;
 }

@@ -5,7 +5,7 @@
 #include <limits>
 #include <numeric>
 
-#include "kernels/prepared_uniform.hpp"
+#include "kernels/prepared_strips.hpp"
 #include "kernels/strip_job.hpp"
 #include "quantloom/parallel.hpp"
 
@@ -28,7 +28,7 @@ int tile_for(int64_t tokens) {
 }
 
 // Reads one token in the order of the prepared columns: gathered by `source`, padded with zeros.
-void read_token(const FloatMatrix& x, int64_t token, const PreparedUniform& w, float* row, float* out) {
+void read_token(const FloatMatrix& x, int64_t token, const PreparedStrips& w, float* row, float* out) {
   if (w.source.empty()) {
     x.read(token, 0, w.columns, out);
     return;
@@ -51,11 +51,11 @@ struct PackedTile {
   std::vector<float> code_sum;
 };
 
-void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const PreparedUniform& w,
+void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const PreparedStrips& w,
                 PackedTile& out) {
   const int tile = out.tile;
   out.x.resize(static_cast<size_t>(w.padded_columns * tile));
-  if (!w.format.symmetric) out.group_sum.resize(w.groups.size() * static_cast<size_t>(tile));
+  if (w.has_zeros) out.group_sum.resize(w.groups.size() * static_cast<size_t>(tile));
   std::vector<float> row(static_cast<size_t>(w.columns));
   std::vector<float> token(static_cast<size_t>(w.padded_columns));
   for (int64_t t = 0; t < tokens; ++t) {
@@ -67,7 +67,7 @@ void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepa
     if (tile > 1) {
       for (int64_t c = 0; c < w.padded_columns; ++c) out.x[static_cast<size_t>(c * tile + t)] = values[c];
     }
-    if (w.format.symmetric) continue;
+    if (!w.has_zeros) continue;
     int64_t column = 0;
     for (size_t g = 0; g < w.groups.size(); ++g) {
       const int64_t end =
@@ -79,14 +79,14 @@ void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepa
   }
 }
 
-void pack_int8(const FloatMatrix& x, int64_t first, int64_t tokens, const PreparedUniform& w,
+void pack_int8(const FloatMatrix& x, int64_t first, int64_t tokens, const PreparedStrips& w,
                PackedTile& out) {
   const int tile = out.tile;
   const int64_t blocks = w.block_count();
   out.codes.resize(static_cast<size_t>(w.padded_columns / 4 * tile));
   out.scale.resize(static_cast<size_t>(blocks * tile));
   out.start.resize(static_cast<size_t>(blocks * tile));
-  if (!w.format.symmetric) out.code_sum.resize(static_cast<size_t>(blocks * tile));
+  if (w.has_zeros) out.code_sum.resize(static_cast<size_t>(blocks * tile));
   std::vector<float> row(static_cast<size_t>(w.columns));
   std::vector<float> token(static_cast<size_t>(w.padded_columns));
   std::vector<int32_t> codes(static_cast<size_t>(w.padded_columns / 4));
@@ -109,16 +109,16 @@ void pack_int8(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepar
       const auto at = static_cast<size_t>(b * tile + t);
       const auto from = static_cast<size_t>(b);
       out.scale[at] = scales[from] * w.code_unit;
-      if (w.format.symmetric) {
-        out.start[at] = -static_cast<int32_t>(w.center) * sums[from];
-      } else {
+      if (w.has_zeros) {
         out.code_sum[at] = static_cast<float>(sums[from]);
+      } else {
+        out.start[at] = -static_cast<int32_t>(w.center) * sums[from];
       }
     }
   }
 }
 
-StripMatrix strip_matrix(const PreparedUniform& w) {
+StripMatrix strip_matrix(const PreparedStrips& w) {
   StripMatrix matrix;
   matrix.stream = reinterpret_cast<const uint8_t*>(w.stream.data());
   matrix.strip_bytes = w.strip_bytes;
@@ -126,13 +126,14 @@ StripMatrix strip_matrix(const PreparedUniform& w) {
   matrix.groups = w.groups.data();
   matrix.group_count = static_cast<int64_t>(w.groups.size());
   matrix.container_bits = w.container_bits;
-  matrix.scale_dtype = w.format.scale_dtype;
-  matrix.has_zeros = !w.format.symmetric;
+  matrix.scale_dtype = w.format->scale_dtype;
+  matrix.has_zeros = w.has_zeros;
   matrix.center = w.center;
+  matrix.table = w.table.empty() ? nullptr : w.table.data();
   return matrix;
 }
 
-void multiply_batch(const FloatMatrix& x, int64_t first_token, int64_t token_count, const PreparedUniform& w,
+void multiply_batch(const FloatMatrix& x, int64_t first_token, int64_t token_count, const PreparedStrips& w,
                     MatrixView<float> y, Activations activations, int threads) {
   const int64_t tile_count = ceil_div(token_count, kMaxTileTokens);
   const int64_t work = w.stream.size() * tile_count;
@@ -221,7 +222,7 @@ void check_shapes(const FloatMatrix& x, int64_t n, int64_t k, MatrixView<float> 
 std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int threads) {
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
-  if (dynamic_cast<const Uniform*>(packed.format.get()) == nullptr) {
+  if (dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }
@@ -236,14 +237,18 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
     throw Unsupported(text_of("prepare: got k = ", packed.k, ", expected at most ",
                               std::numeric_limits<int32_t>::max() / 2));
   }
-  return kernels::prepare_uniform(packed, threads);
+  return kernels::prepare_strips(packed, threads);
 }
 
 void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
             const MatmulOptions& options) {
   const int threads = resolve_threads(options.threads);
-  const auto* prepared = dynamic_cast<const kernels::PreparedUniform*>(&w);
+  const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
   if (prepared == nullptr) throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
+  if (options.activations == Activations::int8 && !prepared->table.empty()) {
+    throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid, and w is ",
+                              prepared->format->spec(), "; use exact activations"));
+  }
   kernels::check_shapes(x, w.n(), w.k(), y);
   // A single batch is checked as it is rounded, before y is touched.
   if (options.activations == Activations::int8 && x.rows() > kernels::kBatchTokens)

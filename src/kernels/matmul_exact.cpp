@@ -15,10 +15,10 @@ HWY_BEFORE_NAMESPACE();
 #endif
 namespace quantloom::kernels::HWY_NAMESPACE {
 
-template <int kBits, int kColumn, int kTile, int kChains>
+template <int kBits, int kColumn, class Decode, int kTile, int kChains>
 HWY_INLINE void add_column(const typename Codes<kBits>::Words& words, const float* HWY_RESTRICT x,
-                           const ToFloat<kBits>& to_float, VF (&sum)[kTile][kChains]) {
-  const VF value = to_float(Codes<kBits>::template index<kColumn>(words));
+                           const Decode& decode, VF (&sum)[kTile][kChains]) {
+  const VF value = decode(Codes<kBits>::template index<kColumn>(words));
   HWY_UNROLL(8)
   for (int t = 0; t < kTile; ++t) {
     VF& chain = sum[t][kColumn % kChains];
@@ -28,18 +28,17 @@ HWY_INLINE void add_column(const typename Codes<kBits>::Words& words, const floa
 
 // Adds the products of the columns of one step. Sums go round kChains chains, so that one token alone does
 // not wait for the latency of each addition.
-template <int kBits, int kTile, int kChains, int... kColumn>
-HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT x,
-                         const ToFloat<kBits>& to_float, VF (&sum)[kTile][kChains],
-                         std::integer_sequence<int, kColumn...> /*columns*/) {
+template <int kBits, class Decode, int kTile, int kChains, int... kColumn>
+HWY_INLINE void add_step(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT x, const Decode& decode,
+                         VF (&sum)[kTile][kChains], std::integer_sequence<int, kColumn...> /*columns*/) {
   prefetch_step<kBits>(p);
   const auto words = Codes<kBits>::load(p);
-  (add_column<kBits, kColumn>(words, x, to_float, sum), ...);
+  (add_column<kBits, kColumn>(words, x, decode, sum), ...);
 }
 
-template <int kBits, int kTile>
+template <int kBits, class Decode, int kTile>
 HWY_INLINE void add_block(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT x, int steps,
-                          const ToFloat<kBits>& to_float, VF (&total)[kTile]) {
+                          const Decode& decode, VF (&total)[kTile]) {
   constexpr int kChains = kTile == 1 ? 4 : 8 / kTile;
   constexpr int kColumns = Codes<kBits>::kColumns;
   VF sum[kTile][kChains];
@@ -47,7 +46,7 @@ HWY_INLINE void add_block(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRI
     for (int c = 0; c < kChains; ++c) sum[t][c] = hn::Zero(DF());
   }
   for (int s = 0; s < steps; ++s) {
-    add_step<kBits, kTile, kChains>(p, x, to_float, sum, std::make_integer_sequence<int, kColumns>());
+    add_step<kBits>(p, x, decode, sum, std::make_integer_sequence<int, kColumns>());
     p += 2 * kBits * kColumns;
     x += kColumns * kTile;
   }
@@ -58,14 +57,14 @@ HWY_INLINE void add_block(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRI
   }
 }
 
-template <int kBits, int kTile>
+template <int kBits, class Decode, int kTile>
 void strips(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t last) {
   const DF df;
   constexpr int kColumns = Codes<kBits>::kColumns;
   constexpr int kFullSteps = static_cast<int>(kBlockColumns) / kColumns;
   const int64_t scale_bytes = kStripRows * size_of(w.scale_dtype);
   const int64_t header = scale_bytes + (w.has_zeros ? kStripRows : 0);
-  const ToFloat<kBits> to_float(w.center);
+  const Decode decode(w);
   for (int64_t strip = first; strip < last; ++strip) {
     const uint8_t* HWY_RESTRICT p = w.stream + strip * w.strip_bytes;
     const float* HWY_RESTRICT x = tile.x;
@@ -88,7 +87,7 @@ void strips(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t 
         for (int part = 0; part < kParts; ++part) {
           VF total[kTile];
           const uint8_t* HWY_RESTRICT part_words = p + part * kLanes * 4;
-          add_block<kBits, kTile>(part_words, x, steps, to_float, total);
+          add_block<kBits>(part_words, x, steps, decode, total);
           for (int t = 0; t < kTile; ++t) sum[t][part] = hn::Add(sum[t][part], total[t]);
         }
         p += int64_t{steps} * (2 * kBits * kColumns);
@@ -113,18 +112,24 @@ void strips(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t 
   }
 }
 
-template <int kBits>
-void strips_of_width(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t last) {
+template <int kBits, class Decode>
+void strips_of_tile(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t last) {
   switch (tile.tile) {
     case 1:
-      return strips<kBits, 1>(w, tile, first, last);
+      return strips<kBits, Decode, 1>(w, tile, first, last);
     case 2:
-      return strips<kBits, 2>(w, tile, first, last);
+      return strips<kBits, Decode, 2>(w, tile, first, last);
     case 4:
-      return strips<kBits, 4>(w, tile, first, last);
+      return strips<kBits, Decode, 4>(w, tile, first, last);
     default:
-      return strips<kBits, 8>(w, tile, first, last);
+      return strips<kBits, Decode, 8>(w, tile, first, last);
   }
+}
+
+template <int kBits>
+void strips_of_width(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t last) {
+  if (w.table != nullptr) return strips_of_tile<kBits, FromTable<kBits>>(w, tile, first, last);
+  return strips_of_tile<kBits, ToFloat<kBits>>(w, tile, first, last);
 }
 
 void multiply_strips_exact(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t last) {

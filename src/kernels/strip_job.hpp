@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/prepared_uniform.hpp"
+#include "kernels/prepared_strips.hpp"
 
 namespace quantloom::kernels {
 
@@ -20,6 +20,7 @@ struct StripMatrix {
   DType scale_dtype = DType::f16;
   bool has_zeros = false;
   float center = 0.0F;
+  const float* table = nullptr;  // of a codebook: the value of each code of the container
 };
 
 // Activations of `tokens` tokens in a tile of 1, 2, 4 or 8 (the missing ones are 0), interleaved: the value

@@ -142,3 +142,15 @@ def test_modules_and_recipes_take_tables(rng, form):
     torch.testing.assert_close(again.dequantize(), module.dequantize(), rtol=0, atol=0)
     recipe = ql.Recipe(form, overrides={".*down": ql.Codebook(TABLE, group_size=8)})
     assert ql.Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_products(rng):
+    for form in FORMATS:
+        q = ql.quantize(rng.standard_normal((33, 150)).astype(np.float32), form)
+        x = rng.standard_normal((5, 150)).astype(np.float32)
+        expected = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+        np.testing.assert_allclose(ql.matmul(x, q), expected, rtol=0, atol=1e-4)
+        module = QuantLinear(q.to("torch"))
+        np.testing.assert_array_equal(module(torch.from_numpy(x)).numpy(), ql.matmul(x, q))
+        with pytest.raises(RuntimeError, match=r"int8.*codebook:"):
+            ql.matmul(x, q, activations="int8")

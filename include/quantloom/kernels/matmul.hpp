@@ -16,7 +16,7 @@ enum class Activations : uint8_t {
   // Rounded to int8 with one scale per token and block of at most 128 inputs of one group. Adds a relative
   // output error of about 0.7% for normally distributed inputs (bench_matmul prints it) and keeps up with
   // memory at all widths, where decoding to float does not below 4 bits. A token's result depends neither on
-  // the batch it comes in nor on the instruction set.
+  // the batch it comes in nor on the instruction set. Evenly spaced grids only.
   int8,
 };
 
@@ -37,7 +37,8 @@ struct MatmulOptions {
   int threads = 0;
 };
 
-// x [m, k] must be finite for Activations::int8 (NumericError). y is overwritten and must not overlap x.
+// x [m, k] must be finite for Activations::int8 (NumericError), which codebooks do not take (Unsupported). y
+// is overwritten and must not overlap x.
 void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
             const MatmulOptions& options = {});
 

@@ -18,21 +18,9 @@ using testing::code_at;
 using testing::consecutive_groups;
 using testing::encode;
 using testing::Encoded;
+using testing::random_table;
 using testing::scale_at;
 using testing::shuffled_groups;
-
-// `entries` values that rise strictly in float16, in about [-spread, spread].
-std::vector<float> random_table(size_t entries, uint64_t seed, float spread = 1) {
-  const CounterRandom random(seed);
-  std::vector<float> table;
-  for (uint64_t i = 0; table.size() < entries; ++i) {
-    const auto value = static_cast<float>(spread * (2 * random.uniform(i) - 1));
-    table.push_back(float_from_f16(f16_from_float(value)) + 0.0F);
-    std::sort(table.begin(), table.end());
-    table.erase(std::unique(table.begin(), table.end()), table.end());
-  }
-  return table;
-}
 
 std::vector<float> ramp(size_t entries) {
   std::vector<float> table(entries);

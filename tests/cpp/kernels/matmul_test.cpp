@@ -9,14 +9,16 @@
 #include <set>
 
 #include "kernels/hwy_targets.hpp"
-#include "kernels/prepared_uniform.hpp"
+#include "kernels/prepared_strips.hpp"
 #include "kernels/random_packed.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
+#include "test_matrices.hpp"
 
 namespace quantloom {
 namespace {
 
 using testing::random_packed;
+using testing::random_table;
 using testing::unpack;
 using testing::Unpacked;
 
@@ -198,6 +200,45 @@ Case random_case(uint64_t index) {
           index};
 }
 
+// A codebook of any width and number of entries, on the shapes of a random case.
+void check_codebook_case(uint64_t index, const std::vector<int>& threads) {
+  const Case c = random_case(index);
+  const CounterRandom random(index);
+  const int bits = c.format.bits;
+  const size_t entries = 2 + random.below(10, (uint64_t{1} << bits) - 1);
+  const Codebook format(random_table(entries, index, index % 5 == 0 ? 50.0F : 1.0F), c.format.group_size,
+                        c.format.scale_dtype, bits);
+  SCOPED_TRACE(text_of(format.spec(), " n=", c.n, " k=", c.k, " m=", c.m, " group_index=", c.group_index,
+                       " entries=", entries, " seed=", c.seed, " target=", cpu_target()));
+  const PackedTensor packed = random_packed(c.n, c.k, format, c.seed, c.group_index);
+  validate(packed);
+  const auto prepared = prepare(packed);
+  const std::vector<float> x = random_x(c.m, c.k, c.seed);
+  std::vector<float> reference(static_cast<size_t>(c.m * c.n));
+  matmul_reference(MatrixView<const float>(x.data(), c.m, c.k), packed, {reference.data(), c.m, c.n});
+  std::vector<float> weights(static_cast<size_t>(c.n * c.k));
+  dequantize(packed, {weights.data(), c.n, c.k}, 1);
+  const auto exact = run(x, c.m, *prepared, Activations::exact, 1);
+  const double chain =
+      128.0 + static_cast<double>(c.k) / 128.0 + static_cast<double>(format.group_count(c.k)) + 12.0;
+  for (int64_t t = 0; t < c.m; ++t) {
+    for (int64_t r = 0; r < c.n; ++r) {
+      double magnitude = 0.0;
+      for (int64_t i = 0; i < c.k; ++i) {
+        magnitude += std::fabs(static_cast<double>(x[static_cast<size_t>(t * c.k + i)]) *
+                               static_cast<double>(weights[static_cast<size_t>(r * c.k + i)]));
+      }
+      const auto at = static_cast<size_t>(t * c.n + r);
+      ASSERT_LE(std::fabs(static_cast<double>(exact[at]) - static_cast<double>(reference[at])),
+                chain * kEpsilon * magnitude + 1e-30)
+          << t << ", " << r;
+    }
+  }
+  for (const int count : threads) {
+    ASSERT_TRUE(same_bits(exact, run(x, c.m, *prepared, Activations::exact, count))) << count << " threads";
+  }
+}
+
 // Runs the body once for each instruction set that this processor and this build have.
 template <class Body>
 void for_each_target(const Body& body) {
@@ -228,6 +269,34 @@ TEST(Matmul, AgreesOnEveryInstructionSet) {
     for (uint64_t i = 1000; i < 1096; ++i) {
       check_case(random_case(i), {});
       if (HasFatalFailure()) return;
+      check_codebook_case(i, {});
+      if (HasFatalFailure()) return;
+    }
+  });
+}
+
+TEST(Matmul, CodebooksAgreeWithTheReferenceOnRandomCases) {
+  for (uint64_t i = 3000; i < 3480; ++i) {
+    check_codebook_case(i, i % 4 == 0 ? std::vector<int>{2, 4} : std::vector<int>{});
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Activations that are powers of two, and sums below 2^24: nothing rounds.
+TEST(Matmul, CodebooksMultiplyExactlyWhatFloatsHold) {
+  for_each_target([] {
+    for (int bits = 1; bits <= 8; ++bits) {
+      std::vector<float> table(size_t{1} << bits);
+      for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<float>(3 * i) - 70;
+      const Codebook format(table, 32, DType::f32);
+      PackedTensor packed = random_packed(35, 200, format, 5, false);
+      for (float& scale : packed.planes.at("scales").values<float>()) scale = 0.5F;
+      std::vector<float> x(9 * 200);
+      for (size_t i = 0; i < x.size(); ++i)
+        x[i] = std::ldexp(i % 3 == 0 ? -1.0F : 1.0F, static_cast<int>(i % 5));
+      std::vector<float> reference(9 * 35);
+      matmul_reference(MatrixView<const float>(x.data(), 9, 200), packed, {reference.data(), 9, 35});
+      EXPECT_TRUE(same_bits(run(x, 9, *prepare(packed), Activations::exact, 1), reference)) << bits;
     }
   });
 }
@@ -236,24 +305,32 @@ TEST(Matmul, ServesEveryFormatThatTheTableClaims) {
   for (const FormatEntry& entry : format_table()) {
     for (const std::string& spec : entry.examples) {
       const auto format = format_from_spec(spec);
-      const auto* uniform = dynamic_cast<const Uniform*>(format.get());
-      if (uniform == nullptr) continue;
-      check_case({33, 300, 3, *uniform, false, 7}, {2});
+      if (const auto* uniform = dynamic_cast<const Uniform*>(format.get())) {
+        check_case({33, 300, 3, *uniform, false, 7}, {2});
+      }
     }
   }
   std::set<std::pair<std::string, std::string>> claimed;
+  std::set<std::string> claimed_codebooks;
   for (const KernelEntry& entry : kernel_table()) {
     if (entry.operation != "matmul" || entry.device != "cpu") continue;
-    EXPECT_EQ(entry.format, "uniform");
     EXPECT_EQ(entry.target, cpu_target());
+    if (entry.format == "codebook") {
+      EXPECT_EQ(entry.activations, "float32");
+      claimed_codebooks.insert(entry.bits);
+      continue;
+    }
+    EXPECT_EQ(entry.format, "uniform");
     claimed.emplace(entry.bits, entry.activations);
   }
   for (int bits = 1; bits <= 8; ++bits) {
     EXPECT_TRUE(claimed.contains({std::to_string(bits), "float32"}));
     EXPECT_TRUE(claimed.contains({std::to_string(bits), "int8"}));
     check_case({40, 260, 5, Uniform(bits, 128), false, 11}, {2, 4});
+    EXPECT_TRUE(claimed_codebooks.contains(std::to_string(bits)));
   }
   EXPECT_EQ(claimed.size(), 16U);
+  EXPECT_EQ(claimed_codebooks.size(), 8U);
 }
 
 TEST(Matmul, ThreadsDoNotChangeLargerProducts) {
@@ -354,6 +431,20 @@ TEST(Matmul, TakesActivationsInSixteenBits) {
   }
 }
 
+TEST(Matmul, RefusesInt8ActivationsForCodebooks) {
+  const auto w = prepare(random_packed(8, 32, Codebook("nf4", 16), 41, false));
+  const std::vector<float> x(2 * 32, 1.0F);
+  std::vector<float> y(2 * 8, 5.0F);
+  try {
+    matmul(MatrixView<const float>(x.data(), 2, 32), *w, {y.data(), 2, 8},
+           {.activations = Activations::int8});
+    ADD_FAILURE() << "accepted";
+  } catch (const Unsupported& error) {
+    EXPECT_NE(std::string(error.what()).find("codebook:nf4:g16"), std::string::npos) << error.what();
+  }
+  for (const float value : y) EXPECT_EQ(value, 5.0F);
+}
+
 TEST(Matmul, RefusesBadArguments) {
   const PackedTensor packed = random_packed(8, 32, Uniform(4, 32), 41, false);
   const auto w = prepare(packed);
@@ -386,27 +477,33 @@ TEST(Matmul, RefusesBadArguments) {
   EXPECT_THROW(prepare(missing), InvalidArgument);
 }
 
+void expect_inverts(const PackedTensor& packed) {
+  const auto prepared = prepare(packed, 2);
+  EXPECT_EQ(prepared->n(), packed.n);
+  EXPECT_EQ(prepared->k(), packed.k);
+  const PackedTensor back =
+      kernels::unprepare_strips(dynamic_cast<const kernels::PreparedStrips&>(*prepared), 2);
+  EXPECT_EQ(back.n, packed.n);
+  EXPECT_EQ(back.k, packed.k);
+  EXPECT_EQ(back.format->to_json(), packed.format->to_json());
+  ASSERT_EQ(back.planes.size(), packed.planes.size());
+  for (const auto& [name, plane] : packed.planes) {
+    const Tensor& other = back.plane(name);
+    ASSERT_EQ(other.shape(), plane.shape()) << name;
+    ASSERT_TRUE(plane.byte_count() == 0 ||
+                std::memcmp(other.bytes(), plane.bytes(), static_cast<size_t>(plane.byte_count())) == 0)
+        << name;
+  }
+}
+
 TEST(Prepare, IsInvertedBitForBit) {
   for (uint64_t i = 2000; i < 2240; ++i) {
     const Case c = random_case(i);
     SCOPED_TRACE(text_of(c.format.spec(), " n=", c.n, " k=", c.k, " group_index=", c.group_index));
-    const PackedTensor packed = random_packed(c.n, c.k, c.format, c.seed, c.group_index);
-    const auto prepared = prepare(packed, 2);
-    EXPECT_EQ(prepared->n(), c.n);
-    EXPECT_EQ(prepared->k(), c.k);
-    const PackedTensor back =
-        kernels::unprepare_uniform(dynamic_cast<const kernels::PreparedUniform&>(*prepared), 2);
-    EXPECT_EQ(back.n, c.n);
-    EXPECT_EQ(back.k, c.k);
-    EXPECT_EQ(back.format->to_json(), packed.format->to_json());
-    ASSERT_EQ(back.planes.size(), packed.planes.size());
-    for (const auto& [name, plane] : packed.planes) {
-      const Tensor& other = back.plane(name);
-      ASSERT_EQ(other.shape(), plane.shape()) << name;
-      ASSERT_TRUE(plane.byte_count() == 0 ||
-                  std::memcmp(other.bytes(), plane.bytes(), static_cast<size_t>(plane.byte_count())) == 0)
-          << name;
-    }
+    expect_inverts(random_packed(c.n, c.k, c.format, c.seed, c.group_index));
+    const Codebook codebook(random_table(size_t{1} << c.format.bits, i), c.format.group_size,
+                            c.format.scale_dtype);
+    expect_inverts(random_packed(c.n, c.k, codebook, c.seed, c.group_index));
   }
 }
 

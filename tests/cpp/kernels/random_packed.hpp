@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "quantloom/formats/bit_packing.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/random.hpp"
 
@@ -31,19 +32,22 @@ inline float scale_at(const Tensor& scales, int64_t i) {
 }
 
 // Codes, zero points and (if asked) the groups of columns at random; scales in [0.01, 0.02).
-inline PackedTensor random_packed(int64_t n, int64_t k, const Uniform& format, uint64_t seed,
-                                  bool group_index) {
+inline PackedTensor random_packed(int64_t n, int64_t k, const std::shared_ptr<const GroupedFormat>& shared,
+                                  uint64_t seed, bool group_index) {
+  const GroupedFormat& format = *shared;
+  const auto* codebook = dynamic_cast<const Codebook*>(&format);
+  const uint64_t code_count = codebook != nullptr ? codebook->table.size() : uint64_t{1} << format.bits;
   const CounterRandom random(seed);
   uint64_t at = 0;
   PackedTensor packed;
-  packed.format = std::make_shared<Uniform>(format);
+  packed.format = shared;
   packed.n = n;
   packed.k = k;
   const auto fill_rows = [&](Tensor& plane, int64_t rows, int64_t count) {
     const int64_t words = packed_words(count, format.bits);
     std::vector<uint8_t> codes(static_cast<size_t>(count));
     for (int64_t r = 0; r < rows; ++r) {
-      for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(at++, uint64_t{1} << format.bits));
+      for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(at++, code_count));
       pack_bits(codes, format.bits,
                 plane.values<uint32_t>().subspan(static_cast<size_t>(r * words), static_cast<size_t>(words)));
     }
@@ -57,6 +61,9 @@ inline PackedTensor random_packed(int64_t n, int64_t k, const Uniform& format, u
       for (int64_t i = 0; i < plane.element_count(); ++i) {
         store_scale(plane, i, static_cast<float>(0.01 + 0.01 * random.uniform(at++)));
       }
+    } else if (spec.name == "codebook") {
+      const auto table = plane.values<uint16_t>();
+      std::transform(codebook->table.begin(), codebook->table.end(), table.begin(), f16_from_float);
     } else if (spec.name == "zeros") {
       fill_rows(plane, spec.shape[0], format.group_size == Uniform::kPerTensor ? 1 : n);
     } else if (spec.name == "group_index") {
@@ -73,7 +80,17 @@ inline PackedTensor random_packed(int64_t n, int64_t k, const Uniform& format, u
   return packed;
 }
 
-// What the planes say, element by element: the slow way.
+inline PackedTensor random_packed(int64_t n, int64_t k, const Uniform& format, uint64_t seed,
+                                  bool group_index) {
+  return random_packed(n, k, std::make_shared<const Uniform>(format), seed, group_index);
+}
+
+inline PackedTensor random_packed(int64_t n, int64_t k, const Codebook& format, uint64_t seed,
+                                  bool group_index) {
+  return random_packed(n, k, std::make_shared<const Codebook>(format), seed, group_index);
+}
+
+// What the planes of a uniform tensor say, element by element: the slow way.
 struct Unpacked {
   std::vector<uint8_t> codes;   // [n, k]
   std::vector<float> scales;    // [n, G]

@@ -1,5 +1,5 @@
-// Kernel order of the uniform format: what matmul's loops read, and the pure functions that bring the
-// canonical planes into it and back.
+// Kernel order of the formats with scalar codes: what matmul's loops read, and the pure functions that bring
+// the canonical planes into it and back.
 //
 // Rows are taken in strips of kStripRows = 16, one strip after the other; missing rows of the last strip
 // have scale 0. A strip is one linear stream:
@@ -21,6 +21,7 @@
 #include <memory>
 #include <vector>
 
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/matmul.hpp"
 
@@ -51,8 +52,7 @@ class AlignedBytes {
   int64_t size_ = 0;
 };
 
-struct PreparedUniform final : PreparedTensor {
-  explicit PreparedUniform(const Uniform& uniform) : format(uniform) {}
+struct PreparedStrips final : PreparedTensor {
   int64_t n() const override { return rows; }
   int64_t k() const override { return columns; }
   int64_t byte_count() const override { return stream.size(); }
@@ -61,7 +61,7 @@ struct PreparedUniform final : PreparedTensor {
   // Blocks of all groups.
   int64_t block_count() const;
 
-  Uniform format;
+  std::shared_ptr<const GroupedFormat> format;
   int64_t rows = 0;
   int64_t columns = 0;
   int container_bits = 0;    // 2, 3, 4 or 8
@@ -72,6 +72,9 @@ struct PreparedUniform final : PreparedTensor {
   // The input column of each prepared column, -1 for padding; empty if prepared column c is column c.
   std::vector<int32_t> source;
   bool has_group_index = false;
+  bool has_zeros = false;  // asymmetric grids
+  // Codebooks: the value of each code of the container, 0 beyond the table. Empty for grids.
+  std::vector<float> table;
   // What one code unit of the container is worth: value = code_unit * scale * (code - center) for
   // symmetric grids. 0.5 for symmetric 1-bit grids, whose codes are stored doubled (0 and 2), else 1.
   float code_unit = 1.0F;
@@ -86,8 +89,9 @@ struct PreparedUniform final : PreparedTensor {
 // The container that codes of `bits` bits are stored in: 1 -> 2, 5 ... 7 -> 8, others as they are.
 int container_bits_for(int bits);
 
-std::shared_ptr<const PreparedUniform> prepare_uniform(const PackedTensor& packed, int threads);
+// `packed` is valid and uniform or a codebook.
+std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads);
 // The inverse: the canonical planes, bit for bit.
-PackedTensor unprepare_uniform(const PreparedUniform& prepared, int threads);
+PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads);
 
 }  // namespace quantloom::kernels

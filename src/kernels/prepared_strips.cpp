@@ -1,4 +1,4 @@
-#include "kernels/prepared_uniform.hpp"
+#include "kernels/prepared_strips.hpp"
 
 #include <algorithm>
 #include <cstdlib>
@@ -67,17 +67,17 @@ struct GroupPlace {
   int64_t codes_offset = 0;
 };
 
-int64_t header_bytes(const Uniform& format) {
-  return kStripRows * (size_of(format.scale_dtype) + (format.symmetric ? 0 : 1));
+int64_t header_bytes(const PreparedStrips& p) {
+  return kStripRows * (size_of(p.format->scale_dtype) + (p.has_zeros ? 1 : 0));
 }
 
-std::vector<GroupPlace> places_of(const PreparedUniform& p, std::span<const int64_t> sizes) {
+std::vector<GroupPlace> places_of(const PreparedStrips& p, std::span<const int64_t> sizes) {
   std::vector<GroupPlace> places;
   places.reserve(sizes.size());
   int64_t column = 0;
   int64_t offset = 0;
   for (const int64_t size : sizes) {
-    GroupPlace place{column, size, offset, checked_add(offset, header_bytes(p.format))};
+    GroupPlace place{column, size, offset, checked_add(offset, header_bytes(p))};
     const int64_t padded = checked_pad(size, p.step_columns);
     column = checked_add(column, padded);
     offset = checked_add(place.codes_offset, checked_mul(padded, 2 * p.container_bits));
@@ -87,7 +87,7 @@ std::vector<GroupPlace> places_of(const PreparedUniform& p, std::span<const int6
 }
 
 // Columns in each group, from the plan and the source columns.
-std::vector<int64_t> group_sizes(const PreparedUniform& p) {
+std::vector<int64_t> group_sizes(const PreparedStrips& p) {
   std::vector<int64_t> sizes;
   sizes.reserve(p.groups.size());
   int64_t column = 0;
@@ -104,13 +104,13 @@ std::vector<int64_t> group_sizes(const PreparedUniform& p) {
   return sizes;
 }
 
-int64_t source_column(const PreparedUniform& p, int64_t prepared_column) {
+int64_t source_column(const PreparedStrips& p, int64_t prepared_column) {
   return p.source.empty() ? prepared_column : p.source[static_cast<size_t>(prepared_column)];
 }
 
-void write_strip(PreparedUniform& p, const PackedTensor& packed, std::span<const GroupPlace> places,
+void write_strip(PreparedStrips& p, const PackedTensor& packed, std::span<const GroupPlace> places,
                  int64_t strip) {
-  const Uniform& format = p.format;
+  const GroupedFormat& format = *p.format;
   const bool per_tensor = format.group_size == Uniform::kPerTensor;
   const auto group_count = static_cast<int64_t>(places.size());
   const int64_t scale_size = size_of(format.scale_dtype);
@@ -141,7 +141,7 @@ void write_strip(PreparedUniform& p, const PackedTensor& packed, std::span<const
       }
     }
   }
-  if (format.symmetric) return;
+  if (!p.has_zeros) return;
   const auto zero_words = packed.plane("zeros").values<uint32_t>();
   const int64_t zero_row_words = packed_words(p.rows, format.bits);
   std::vector<uint8_t> zeros(static_cast<size_t>(row_count));
@@ -158,9 +158,9 @@ void write_strip(PreparedUniform& p, const PackedTensor& packed, std::span<const
   }
 }
 
-void read_strip(const PreparedUniform& p, std::span<const GroupPlace> places, int64_t strip,
+void read_strip(const PreparedStrips& p, std::span<const GroupPlace> places, int64_t strip,
                 PackedTensor& packed) {
-  const Uniform& format = p.format;
+  const GroupedFormat& format = *p.format;
   const auto group_count = static_cast<int64_t>(places.size());
   const int64_t scale_size = size_of(format.scale_dtype);
   const int64_t row_words = packed_words(p.columns, format.bits);
@@ -218,24 +218,29 @@ int container_bits_for(int bits) {
   return bits >= 5 ? 8 : bits;
 }
 
-int64_t PreparedUniform::block_count() const {
+int64_t PreparedStrips::block_count() const {
   int64_t count = 0;
   for (const GroupPlan& plan : groups) count += plan.full_blocks + (plan.tail_steps > 0 ? 1 : 0);
   return count;
 }
 
-std::shared_ptr<const PreparedUniform> prepare_uniform(const PackedTensor& packed, int threads) {
-  const auto& format = dynamic_cast<const Uniform&>(*packed.format);
-  auto p = std::make_shared<PreparedUniform>(format);
+std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads) {
+  auto p = std::make_shared<PreparedStrips>();
+  p->format = std::dynamic_pointer_cast<const GroupedFormat>(packed.format);
+  const GroupedFormat& format = *p->format;
   p->rows = packed.n;
   p->columns = packed.k;
   p->container_bits = container_bits_for(format.bits);
   p->step_columns = p->container_bits == 3 ? 32 : 16;
-  if (format.bits == 1 && format.symmetric) {
-    p->code_unit = 0.5F;
-    p->center = 1.0F;
+  if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
+    p->table = codebook->table;
+    p->table.resize(size_t{1} << p->container_bits, 0.0F);
   } else {
-    p->center = format.symmetric_zero_point();
+    const auto& uniform = dynamic_cast<const Uniform&>(format);
+    p->has_zeros = !uniform.symmetric;
+    const bool halves = uniform.bits == 1 && uniform.symmetric;
+    p->code_unit = halves ? 0.5F : 1.0F;
+    p->center = halves ? 1.0F : uniform.symmetric_zero_point();
   }
 
   const int64_t group_count = format.group_count(packed.k);
@@ -279,7 +284,7 @@ std::shared_ptr<const PreparedUniform> prepare_uniform(const PackedTensor& packe
   if (format.group_size == Uniform::kPerTensor) {
     const Tensor& scales = packed.plane("scales");
     std::memcpy(&p->tensor_scale_bits, scales.bytes(), static_cast<size_t>(scales.byte_count()));
-    if (!format.symmetric) {
+    if (p->has_zeros) {
       unpack_bits(packed.plane("zeros").values<uint32_t>(), format.bits, 0, {&p->tensor_zero, 1});
     }
   }
@@ -290,10 +295,10 @@ std::shared_ptr<const PreparedUniform> prepare_uniform(const PackedTensor& packe
   return p;
 }
 
-PackedTensor unprepare_uniform(const PreparedUniform& prepared, int threads) {
-  const Uniform& format = prepared.format;
+PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads) {
+  const GroupedFormat& format = *prepared.format;
   PackedTensor packed;
-  packed.format = std::make_shared<Uniform>(format);
+  packed.format = prepared.format;
   packed.n = prepared.rows;
   packed.k = prepared.columns;
   for (const PlaneSpec& spec : format.planes(packed.n, packed.k)) {
@@ -310,7 +315,11 @@ PackedTensor unprepare_uniform(const PreparedUniform& prepared, int threads) {
     Tensor& scales = packed.planes.at("scales");
     std::memcpy(scales.bytes(), &prepared.tensor_scale_bits, static_cast<size_t>(scales.byte_count()));
   }
-  if (!format.symmetric) {
+  if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
+    const auto table = packed.planes.at("codebook").values<uint16_t>();
+    std::transform(codebook->table.begin(), codebook->table.end(), table.begin(), f16_from_float);
+  }
+  if (prepared.has_zeros) {
     const auto words = packed.planes.at("zeros").values<uint32_t>();
     if (per_tensor) {
       pack_bits({&prepared.tensor_zero, 1}, format.bits, words);
