@@ -23,7 +23,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 CONFIGURE = cmake -S . -G Ninja $(CMAKE_ARGS)
 RELEASE := build/release
-PREFIX := $(CURDIR)/$(RELEASE)/prefix
+INSTALLED := $(CURDIR)/$(RELEASE)/prefix
 
 extension_sources := $(shell find CMakeLists.txt cmake cuda include src python -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null)
@@ -56,12 +56,12 @@ demo: $(VENV)/.package ## quantize the embedded model at many settings; results 
 
 .PHONY: test
 test: $(VENV)/.package ## all tests that need no GPU: C++, installed package, Python
-	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_TESTS=ON -DCMAKE_INSTALL_PREFIX=$(PREFIX)
+	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_TESTS=ON -DCMAKE_INSTALL_PREFIX=$(INSTALLED)
 	@cmake --build $(RELEASE) -j $(JOBS)
 	@ctest --test-dir $(RELEASE) --output-on-failure --label-exclude gpu -j $(JOBS)
-	@rm -rf $(PREFIX) $(RELEASE)/consumer
+	@rm -rf $(INSTALLED) $(RELEASE)/consumer
 	@cmake --install $(RELEASE) > $(RELEASE)/install.log
-	@cmake -S examples/cmake_consumer -B $(RELEASE)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(PREFIX) \
+	@cmake -S examples/cmake_consumer -B $(RELEASE)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(INSTALLED) \
 	  > $(RELEASE)/consumer.log
 	@cmake --build $(RELEASE)/consumer
 	@$(RELEASE)/consumer/consumer
@@ -74,11 +74,52 @@ bench: packages ## build the CPU benchmarks and run them
 	@for program in $(RELEASE)/bench/cpu/bench_*; do \
 	  if [[ -f $$program && -x $$program ]]; then echo "== $${program##*/}"; $$program; fi; done
 
-.PHONY: gpu-test
-gpu-test: packages ## the tests that need a CUDA GPU
-	@$(CONFIGURE) -B $(RELEASE) -DQUANTLOOM_BUILD_TESTS=ON -DQUANTLOOM_CUDA=ON
-	@cmake --build $(RELEASE) -j $(JOBS) --target quantloom_gpu_tests
-	@ctest --test-dir $(RELEASE) --output-on-failure --label-regex gpu
+# With PREFIX, a folder that scripts/vendor-deps filled, the GPU targets need no network and install nothing:
+# they take libraries from there and PYTHON as it is. Without it they use Debian's packages and .venv.
+PREFIX :=
+GPU := build/gpu
+test-gpu bench-gpu: export CUDACXX ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+GPU_CONFIGURE = cmake -S . -B $(GPU) -G Ninja -DQUANTLOOM_CUDA=ON
+ifeq ($(PREFIX),)
+test_gpu_needs := $(VENV)/.dependencies
+bench_gpu_needs := packages
+GPU_PYTHON := $(CURDIR)/$(VENV_PYTHON)
+GPU_PYTHONPATH := $(CURDIR)/python
+else
+test_gpu_needs :=
+bench_gpu_needs :=
+GPU_PYTHON := $(shell command -v $(PYTHON))
+GPU_PYTHONPATH := $(CURDIR)/python:$(abspath $(PREFIX))/python
+GPU_CONFIGURE += -DCMAKE_PREFIX_PATH=$(abspath $(PREFIX)) -DFETCHCONTENT_FULLY_DISCONNECTED=ON
+endif
+GPU_CONFIGURE += $(CMAKE_ARGS)
+
+.PHONY: gpu
+gpu:
+	@test -z '$(PREFIX)' || test -d '$(PREFIX)/include' || \
+	  { echo 'make: PREFIX=$(PREFIX) holds no headers; scripts/vendor-deps fills such a folder' >&2; exit 2; }
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || \
+	  { echo 'make: this target needs an NVIDIA GPU, but nvidia-smi lists none' >&2; exit 3; }
+
+.PHONY: test-gpu
+test-gpu: gpu | $(test_gpu_needs) ## all tests that need a GPU: C++, compute-sanitizer, Python; PREFIX=DIR: offline
+	@$(GPU_CONFIGURE) -DQUANTLOOM_BUILD_TESTS=ON -DQUANTLOOM_BUILD_PYTHON=ON \
+	  -DPython_EXECUTABLE=$(GPU_PYTHON)
+	@cmake --build $(GPU) -j $(JOBS) --target quantloom_gpu_tests _core
+	@$(GPU)/tests/gpu/quantloom_gpu_tests
+	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -c 'import torch, quantloom; \
+	  torch.cuda.is_available() or exit("make: this PyTorch sees no GPU"); print("PyTorch", torch.__version__)'
+	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m pytest $(wildcard tests/python/*cuda*.py)
+	@scripts/sanitize-gpu $(GPU)/tests/gpu/quantloom_gpu_tests
+
+.PHONY: bench-gpu
+bench-gpu: gpu | $(bench_gpu_needs) ## the GPU benchmarks, with JSON to build/bench-gpu/; PREFIX=DIR: offline
+	@$(GPU_CONFIGURE) -DQUANTLOOM_BUILD_BENCHMARKS=GPU -DQUANTLOOM_BUILD_TESTS=OFF \
+	  -DQUANTLOOM_BUILD_PYTHON=OFF
+	@cmake --build $(GPU) -j $(JOBS) --target gpu_benchmarks
+	@mkdir -p build/bench-gpu
+	@for program in $(GPU)/bench/gpu/bench_*; do name=$${program##*/}; echo "== $$name"; \
+	  $$program --json build/bench-gpu/$$name.json; done
 
 .PHONY: sanitize
 sanitize: packages ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
