@@ -44,6 +44,10 @@ inline constexpr int kLayoutOrder = 1;        // int32_t
 inline constexpr int kOrderColumn = 0;
 inline constexpr int kOrderRow = 1;
 inline constexpr int kPreferenceMaxWorkspaceBytes = 1;  // uint64_t
+inline constexpr int kPreferenceMinAlignmentA = 5;      // uint32_t, bytes
+inline constexpr int kPreferenceMinAlignmentB = 6;
+inline constexpr int kPreferenceMinAlignmentC = 7;
+inline constexpr int kPreferenceMinAlignmentD = 8;
 inline constexpr uint32_t kEpilogueDefault = 1;
 inline constexpr uint32_t kEpilogueBias = 4;
 

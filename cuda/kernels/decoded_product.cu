@@ -1,0 +1,265 @@
+// The product of a decoded matrix, by cuBLASLt.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "common/check.cuh"
+#include "common/libraries.hpp"
+#include "kernels/overlap.cuh"
+#include "kernels/products.cuh"
+#include "kernels/tile_support.cuh"
+#include "quantloom/checked_math.hpp"
+
+namespace quantloom::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kLibraryBytes = int64_t{32} << 20;  // of workspace for cuBLASLt
+constexpr int kGatheredTokens = 8192;                 // tokens whose columns are put in order at a time
+constexpr size_t kCachedAlgorithms = 512;
+
+// Columns of `tokens` rows from `first` on in the order of the matrix; 16 bytes to a thread.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gather_columns(const __grid_constant__ ProductArguments p, T* out, int first, int tokens) {
+  constexpr int kColumns = 16 / sizeof(T);
+  wait_for_previous();
+  const int64_t pieces = static_cast<int64_t>(p.w.column_blocks) * (64 / kColumns);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t token = i / pieces;
+  const int64_t column = i % pieces * kColumns;
+  if (token >= tokens) return;
+  const T* row = static_cast<const T*>(p.x) + (first + token) * p.x_stride;
+  alignas(16) T values[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int64_t source = p.w.source[column + c];
+    values[c] = source >= 0 && source < p.w.k ? row[source] : T(0.0F);
+  }
+  *reinterpret_cast<uint4*>(out + i * kColumns) = *reinterpret_cast<const uint4*>(values);
+}
+
+template <class T>
+void launch_gather(const ProductLaunch& launch, void* out, int first, int tokens) {
+  const int64_t threads =
+      int64_t{launch.arguments.w.column_blocks} * 4 * static_cast<int64_t>(sizeof(T)) * tokens;
+  const int64_t blocks = ceil_div(threads, kThreads);
+  if (blocks > 2147483647)
+    throw Unsupported(text_of("matmul_cuda: no kernel to gather ", threads, " pieces"));
+  LaunchSettings settings(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), launch.stream, false, 1);
+  check_cuda(cudaLaunchKernelEx(&settings.config, gather_columns<T>, launch.arguments, static_cast<T*>(out),
+                                first, tokens),
+             "matmul_cuda: launch of gather_columns");
+}
+
+int64_t size_of_value(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
+cudaDataType_t library_type(DType dtype) {
+  return dtype == DType::f16 ? CUDA_R_16F : dtype == DType::bf16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+// The largest power of two up to 256 that divides an address and the bytes between rows.
+uint32_t alignment_of(const void* pointer, int64_t row_bytes) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(pointer) | static_cast<uint64_t>(row_bytes) | 256U;
+  return static_cast<uint32_t>(bits & (~bits + 1));
+}
+
+// y [m, n] = x [m, k] W[n, k]^T + bias; rows follow each other at the strides.
+struct DenseProduct {
+  int64_t n;
+  int64_t k;
+  int64_t m;
+  const void* w;
+  int64_t w_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* bias;
+  void* y;
+  int64_t y_stride;
+  DType dtype;
+};
+
+// Objects of cuBLASLt, destroyed with their owner.
+class Descriptions {
+ public:
+  explicit Descriptions(const CublasLt& library) : library_(library) {}
+  Descriptions(const Descriptions&) = delete;
+  Descriptions& operator=(const Descriptions&) = delete;
+  ~Descriptions() {
+    if (preference != nullptr) library_.preference_destroy(preference);
+    for (MatrixLayout layout : {w, x, y}) {
+      if (layout != nullptr) library_.layout_destroy(layout);
+    }
+    if (product != nullptr) library_.matmul_desc_destroy(product);
+  }
+
+  MatmulDesc product = nullptr;
+  MatrixLayout w = nullptr;
+  MatrixLayout x = nullptr;
+  MatrixLayout y = nullptr;
+  MatmulPreference preference = nullptr;
+
+ private:
+  const CublasLt& library_;
+};
+
+std::mutex cache_mutex;  // guards handles and algorithms
+
+// The handle of the current device; kept until the process ends, as kernels may run until then.
+CublasLtHandle handle_of(const CublasLt& library, int device) {
+  static std::map<int, CublasLtHandle> handles;
+  const std::scoped_lock lock(cache_mutex);
+  CublasLtHandle& handle = handles[device];
+  if (handle == nullptr) check_cublas(library.create(&handle), "matmul_cuda: cublasLtCreate");
+  return handle;
+}
+
+using AlgorithmKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, DType, bool,
+                                uint32_t, uint32_t, uint32_t>;
+
+std::map<AlgorithmKey, MatmulAlgorithm>& algorithms() {
+  static std::map<AlgorithmKey, MatmulAlgorithm> cache;
+  return cache;
+}
+
+MatmulAlgorithm algorithm_for(const CublasLt& library, CublasLtHandle handle, int device,
+                              const DenseProduct& product, Descriptions& descriptions) {
+  const int64_t size = size_of_value(product.dtype);
+  const uint32_t w_alignment = alignment_of(product.w, product.w_stride * size);
+  const uint32_t x_alignment = alignment_of(product.x, product.x_stride * size);
+  const uint32_t y_alignment = alignment_of(product.y, product.y_stride * size);
+  const AlgorithmKey key{device,           product.n,        product.k,
+                         product.m,        product.w_stride, product.x_stride,
+                         product.y_stride, product.dtype,    product.bias != nullptr,
+                         w_alignment,      x_alignment,      y_alignment};
+  {
+    const std::scoped_lock lock(cache_mutex);
+    const auto found = algorithms().find(key);
+    if (found != algorithms().end()) return found->second;
+  }
+  const uint64_t workspace = kLibraryBytes;
+  check_cublas(library.preference_create(&descriptions.preference), "matmul_cuda: cublasLt preference");
+  const auto prefer = [&](int attribute, const auto& value) {
+    check_cublas(library.preference_set(descriptions.preference, attribute, &value, sizeof(value)),
+                 "matmul_cuda: cublasLt preference");
+  };
+  prefer(kPreferenceMaxWorkspaceBytes, workspace);
+  prefer(kPreferenceMinAlignmentA, w_alignment);
+  prefer(kPreferenceMinAlignmentB, x_alignment);
+  prefer(kPreferenceMinAlignmentC, y_alignment);
+  prefer(kPreferenceMinAlignmentD, y_alignment);
+  MatmulHeuristic result{};
+  int found = 0;
+  check_cublas(library.heuristic(handle, descriptions.product, descriptions.w, descriptions.x, descriptions.y,
+                                 descriptions.y, descriptions.preference, 1, &result, &found),
+               "matmul_cuda: cublasLtMatmulAlgoGetHeuristic");
+  if (found == 0 || result.state != kLibrarySuccess) {
+    throw Unsupported(text_of("matmul_cuda: cuBLASLt has no algorithm for m = ", product.m,
+                              ", n = ", product.n, ", k = ", product.k));
+  }
+  const std::scoped_lock lock(cache_mutex);
+  if (algorithms().size() >= kCachedAlgorithms) algorithms().clear();
+  algorithms().insert_or_assign(key, result.algorithm);
+  return result.algorithm;
+}
+
+// cuBLASLt sees the transposes, column by column: y^T [n, m] = W [n, k] x^T [k, m].
+void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream) {
+  const CublasLt& library = cublas_lt();
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const CublasLtHandle handle = handle_of(library, device);
+  const cudaDataType_t type = library_type(product.dtype);
+  constexpr const char* kWhat = "matmul_cuda: cublasLt descriptions";
+
+  Descriptions descriptions(library);
+  check_cublas(library.matmul_desc_create(&descriptions.product, kCompute32F, CUDA_R_32F), kWhat);
+  const auto set = [&](int attribute, const auto& value) {
+    check_cublas(library.matmul_desc_set(descriptions.product, attribute, &value, sizeof(value)), kWhat);
+  };
+  set(kMatmulTransA, int32_t{kOpT});
+  set(kMatmulTransB, int32_t{kOpN});
+  if (product.bias != nullptr) {
+    set(kMatmulEpilogue, kEpilogueBias);
+    set(kMatmulBiasPointer, product.bias);
+  }
+  const auto describe = [&](MatrixLayout& layout, int64_t rows, int64_t columns, int64_t stride) {
+    check_cublas(library.layout_create(&layout, type, static_cast<uint64_t>(rows),
+                                       static_cast<uint64_t>(columns), stride),
+                 kWhat);
+  };
+  describe(descriptions.w, product.k, product.n, product.w_stride);
+  describe(descriptions.x, product.k, product.m, product.x_stride);
+  describe(descriptions.y, product.n, product.m, product.y_stride);
+
+  const MatmulAlgorithm algorithm = algorithm_for(library, handle, device, product, descriptions);
+  const float one = 1.0F;
+  const float zero = 0.0F;
+  check_cublas(library.matmul(handle, descriptions.product, &one, product.w, descriptions.w, product.x,
+                              descriptions.x, &zero, product.y, descriptions.y, product.y, descriptions.y,
+                              &algorithm, workspace, static_cast<size_t>(kLibraryBytes), stream),
+               "matmul_cuda: cublasLtMatmul");
+}
+
+// Where things lie in the workspace: the decoded matrix, gathered activations, what cuBLASLt asks for.
+struct DecodedWorkspace {
+  int64_t gathered = 0;
+  int64_t library = 0;
+  int64_t bytes = 0;
+
+  DecodedWorkspace(const FragmentMatrix& w, int m, DType dtype) {
+    const int64_t row = checked_mul(int64_t{64} * w.column_blocks, size_of_value(dtype));
+    gathered = aligned_bytes(checked_mul(w.n, row));
+    library = gathered;
+    if (w.source != nullptr) library += aligned_bytes(row * std::min(m, kGatheredTokens));
+    bytes = library + kLibraryBytes;
+  }
+};
+
+}  // namespace
+
+int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype) {
+  if (m == 0 || w.n == 0 || w.column_blocks == 0) return 0;
+  return DecodedWorkspace(w, m, dtype).bytes;
+}
+
+void multiply_decoded(const ProductLaunch& launch, void* workspace) {
+  const ProductArguments& p = launch.arguments;
+  const DecodedWorkspace places(p.w, p.m, launch.dtype);
+  auto* const bytes = static_cast<unsigned char*>(workspace);
+  const int64_t columns = int64_t{64} * p.w.column_blocks;
+  DenseProduct product{p.w.n,
+                       p.w.k,
+                       p.m,
+                       workspace,
+                       columns,
+                       p.x,
+                       std::max(p.x_stride, p.w.k),
+                       p.bias,
+                       p.y,
+                       std::max(p.y_stride, p.w.n),
+                       launch.dtype};
+  if (p.w.source == nullptr) return multiply(product, bytes + places.library, launch.stream);
+
+  product.k = columns;
+  product.x = bytes + places.gathered;
+  product.x_stride = columns;
+  for (int first = 0; first < p.m; first += kGatheredTokens) {
+    const int tokens = std::min(p.m - first, kGatheredTokens);
+    if (launch.dtype == DType::f32) {
+      launch_gather<float>(launch, bytes + places.gathered, first, tokens);
+    } else if (launch.dtype == DType::f16) {
+      launch_gather<__half>(launch, bytes + places.gathered, first, tokens);
+    } else {
+      launch_gather<__nv_bfloat16>(launch, bytes + places.gathered, first, tokens);
+    }
+    product.m = tokens;
+    product.y = static_cast<unsigned char*>(p.y) + int64_t{first} * p.y_stride * size_of_value(launch.dtype);
+    multiply(product, bytes + places.library, launch.stream);
+  }
+}
+
+}  // namespace quantloom::cuda

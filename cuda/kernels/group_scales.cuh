@@ -1,0 +1,120 @@
+// Scales and zero points of the eight rows of a lane while it walks along the columns, in the type in which
+// the tensor core multiplies.
+//
+// A fragment becomes scale * (fragment + offset); the sum is exact, the product rounds. Scales of the same
+// type are used as they are. Scales with the range of float32 may not fit float16: then each row's are
+// divided by a power of two that brings the largest into [0.25, 0.5), and factor() gives it back.
+#pragma once
+
+#include <type_traits>
+
+#include "common/half_pairs.cuh"
+#include "kernels/fragment_parameters.cuh"
+
+namespace quantloom::cuda {
+
+template <class Decoder, class T>
+class GroupScales {
+ public:
+  // For blocks of columns [begin, end) of a block of rows.
+  __device__ __forceinline__ void begin(const FragmentMatrix& w, int row_block, int begin, int end,
+                                        int lane) {
+    at_ = static_cast<int64_t>(row_block) * w.group_count * 64 + lane / 4 * 8;
+    const int step = 4 * begin;
+    group_ = step / w.group_steps;
+    left_ = w.group_steps - step % w.group_steps;
+    if constexpr (kIsHalf) {
+      exponents_[0] = exponents_[1] = 0x7F7F7F7FU;
+      if (w.scale_dtype != DType::f16) find_exponents(w, (4 * end - 1) / w.group_steps);
+    }
+    next_.load(w, place(w, group_));
+    take_next(w);
+  }
+
+  // Scales fragment a of unit `unit`, a constant after unrolling.
+  __device__ __forceinline__ void apply(const FragmentMatrix& w, int unit, uint32_t (&a)[4]) const {
+    using Pair = HalfPair<T>;
+    if (w.zeros != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = Pair::add(a[i], offset_[2 * unit + i % 2]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = Pair::multiply(a[i], scale_[2 * unit + i % 2]);
+  }
+
+  // After each step of 16 columns.
+  __device__ __forceinline__ void advance(const FragmentMatrix& w) {
+    if (--left_ > 0) return;
+    left_ = w.group_steps;
+    ++group_;
+    take_next(w);
+  }
+
+  // What a sum of row `i` of the eight is to be multiplied by.
+  __device__ __forceinline__ float factor(int i) const {
+    if constexpr (kIsHalf) return __uint_as_float(exponent(i) << 23);
+    return 1.0F;
+  }
+
+ private:
+  static constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  static constexpr DType kDType = kIsHalf ? DType::f16 : DType::bf16;
+
+  // Columns past the last group are padding: activations are 0 there.
+  __device__ __forceinline__ int64_t place(const FragmentMatrix& w, int group) const {
+    return at_ + static_cast<int64_t>(min(group, w.group_count - 1)) * 64;
+  }
+
+  __device__ __forceinline__ uint32_t exponent(int i) const {
+    return (exponents_[i / 4] >> (i % 4 * 8)) & 0xFFU;
+  }
+
+  // Turns the parameters loaded last into those in use, and loads those of the group after.
+  __device__ __forceinline__ void take_next(const FragmentMatrix& w) {
+    using Pair = HalfPair<T>;
+    if (w.scale_dtype == kDType && Decoder::kUnit == 1.0F) {
+      const uint32_t words[4] = {next_.scales[0].x, next_.scales[0].y, next_.scales[0].z, next_.scales[0].w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scale_[i] = __byte_perm(words[i / 2], 0, i % 2 == 0 ? 0x1010 : 0x3232);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float scale = next_.scale(w.scale_dtype, i) * Decoder::kUnit;
+        if constexpr (kIsHalf) scale *= __uint_as_float((254 - exponent(i)) << 23);
+        scale_[i] = Pair::both(scale);
+      }
+    }
+    if (w.zeros != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        offset_[i] = Pair::both((Decoder::kCenter - next_.zero(i)) * (1.0F / Decoder::kUnit));
+      }
+    }
+    next_.load(w, place(w, group_ + 1));
+  }
+
+  __device__ __forceinline__ void find_exponents(const FragmentMatrix& w, int last) {
+    uint32_t largest[8] = {};
+    for (int group = group_; group <= min(last, w.group_count - 1); ++group) {
+      RawParameters raw;
+      raw.load(w, place(w, group));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        largest[i] = max(largest[i], (__float_as_uint(raw.scale(w.scale_dtype, i)) >> 23) & 0xFFU);
+      }
+    }
+    exponents_[0] = exponents_[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) exponents_[i / 4] |= min(largest[i] + 2, 253U) << (i % 4 * 8);
+  }
+
+  int64_t at_;
+  int group_;
+  int left_;
+  RawParameters next_;
+  uint32_t scale_[8];
+  uint32_t offset_[8];
+  uint32_t exponents_[2];  // of the factors, a byte each, as in float32
+};
+
+}  // namespace quantloom::cuda

@@ -1,0 +1,32 @@
+// The products of matrices in fragment order, by the names they have in the kernel table. Templates over a
+// decoder are compiled in translation units of their own, one for each decoder.
+#pragma once
+
+#include "kernels/product_arguments.cuh"
+
+namespace quantloom::cuda {
+
+// "tiles": weights and activations pass through shared memory; tensor cores (mma.sync), sm_80 and later.
+// float16 and bfloat16, any m. Weights are scaled in the activations' type: a weight is rounded once where
+// its scale is of that type, else twice. `workspace`: 256-byte aligned, of tiles_workspace() bytes.
+// launch.splits: parts that each tile's columns are cut into, 0 to fill the device evenly.
+int64_t tiles_workspace(const FragmentMatrix& w, int m, int splits);
+template <class Decoder>
+void launch_tiles(const ProductLaunch& launch, void* workspace);
+
+// "decode": the matrix is decoded to launch.dtype (float16, bfloat16, float32) in the workspace, and
+// multiplied by cuBLASLt with float32 sums. `workspace`: 256-byte aligned, of decoded_workspace() bytes.
+int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype);
+template <class Decoder>
+void launch_decoded(const ProductLaunch& launch, void* workspace);
+// The second half: the matrix lies decoded at the beginning of the workspace. Throws Unsupported if cuBLASLt
+// cannot be opened.
+void multiply_decoded(const ProductLaunch& launch, void* workspace);
+
+// Row-major values [n, stride] of `dtype`, stride >= 64 * w.column_blocks and a multiple of 8, in fragment
+// order's columns: those of padding are undefined. Each value is rounded once to float32, then to `dtype`.
+template <class Decoder>
+void launch_decode_fragments(const FragmentMatrix& w, void* out, int64_t stride, DType dtype, bool overlap,
+                             cudaStream_t stream);
+
+}  // namespace quantloom::cuda
