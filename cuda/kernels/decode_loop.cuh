@@ -14,7 +14,7 @@
 
 namespace quantloom::cuda {
 
-constexpr int kDecodeThreads = 256;
+constexpr int kDecodeThreads = 128;
 
 __device__ __forceinline__ void store_eight(const float (&values)[8], float* out) {
   auto* const pieces = reinterpret_cast<float4*>(out);
@@ -75,7 +75,7 @@ __device__ __forceinline__ void decode_half(const FragmentMatrix& w, const Decod
 }
 
 template <class Decoder, class Out>
-__global__ void __launch_bounds__(kDecodeThreads, Decoder::kBits <= 4 ? 3 : 2)
+__global__ void __launch_bounds__(kDecodeThreads)
     decode_fragments(const __grid_constant__ FragmentMatrix w, Out* out, int64_t stride) {
   constexpr int kBits = Decoder::kBits;
   extern __shared__ __align__(16) unsigned char decoder_memory[];
@@ -123,7 +123,7 @@ void launch_decode_to(const FragmentMatrix& w, void* out, int64_t stride, bool o
         "matmul_cuda: shared memory of decode_fragments");
   }
   constexpr int64_t kWarps = kDecodeThreads / 32;
-  const int64_t most = int64_t{32} * device_facts().multiprocessors;
+  const int64_t most = int64_t{64} * device_facts().multiprocessors;
   LaunchSettings settings(dim3(static_cast<unsigned>(std::min((blocks + kWarps - 1) / kWarps, most))),
                           dim3(kDecodeThreads), stream, overlap, 1);
   settings.config.dynamicSmemBytes = Decoder::kSharedBytes;
