@@ -91,6 +91,9 @@ if(QUANTLOOM_HAS_CUDA)
     CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(quantloom_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--Werror=cross-execution-space-call>")
+  # Codes are chosen by the same sequence of roundings as on the CPU.
+  file(GLOB rounding_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/rounding/*.cu)
+  set_source_files_properties(${rounding_sources} PROPERTIES COMPILE_OPTIONS -fmad=false)
   set_source_files_properties(${PROJECT_SOURCE_DIR}/cuda/common/build_facts.cpp PROPERTIES
     COMPILE_DEFINITIONS "QUANTLOOM_CUDA_TOOLKIT=\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\";QUANTLOOM_CUDA_ARCHITECTURES=\"${architectures_text}\"")
   target_link_libraries(quantloom PRIVATE CUDA::cudart_static)

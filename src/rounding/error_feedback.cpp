@@ -13,6 +13,7 @@
 #include "quantloom/rounding/nearest.hpp"
 #include "rounding/inverse_factor.hpp"
 #include "rounding/scale_search.hpp"
+#include "rounding/walk.hpp"
 
 namespace quantloom {
 
@@ -35,26 +36,6 @@ struct Plan {
   bool fit_on_the_walk = false;
   MatrixView<const float> upper;
 };
-
-// Positions of the walk, falling by diag(H) (by its sum over each step); ties in natural order.
-std::vector<int64_t> walk_order(const std::vector<double>& diagonal, int64_t step, bool act_order) {
-  const auto k = static_cast<int64_t>(diagonal.size());
-  std::vector<int64_t> steps(static_cast<size_t>(k / step));
-  std::iota(steps.begin(), steps.end(), int64_t{0});
-  if (act_order) {
-    std::vector<double> energy(steps.size(), 0.0);
-    for (int64_t j = 0; j < k; ++j) energy[static_cast<size_t>(j / step)] += diagonal[static_cast<size_t>(j)];
-    std::stable_sort(steps.begin(), steps.end(), [&](int64_t a, int64_t b) {
-      return energy[static_cast<size_t>(a)] > energy[static_cast<size_t>(b)];
-    });
-  }
-  std::vector<int64_t> order;
-  order.reserve(static_cast<size_t>(k));
-  for (const int64_t s : steps) {
-    for (int64_t c = 0; c < step; ++c) order.push_back(s * step + c);
-  }
-  return order;
-}
 
 // out [columns.size(), rows]: the given columns of weight rows from first_row; dead ones are zero.
 void load_columns(const Plan& plan, int64_t first_row, std::span<const int64_t> columns,
@@ -217,20 +198,6 @@ class Slab {
   MatrixView<float> decoded_;  // [step, rows]
 };
 
-void require_valid_options(const ErrorFeedbackOptions& options) {
-  static_cast<void>(resolve_threads(options.threads));
-  if (!(options.damping >= 0) || !std::isfinite(options.damping)) {
-    throw InvalidArgument("damping", text_of(options.damping), "a finite number of 0 or more");
-  }
-  for (const double value : options.damping_ladder) {
-    if (!(value >= 0) || !std::isfinite(value)) {
-      throw InvalidArgument("damping_ladder", text_of(value), "finite numbers of 0 or more");
-    }
-  }
-  if (options.block < 1) throw InvalidArgument("block", text_of(options.block), "1 or more");
-  if (options.scale_search) require_valid(*options.scale_search);
-}
-
 // Chooses all codes; returns with the factor's memory released.
 void round_columns(const FloatMatrix& w, ColumnEncoder& encoder, const ErrorFeedbackOptions& options,
                    const Hessian& hessian, bool fit_on_the_walk, std::vector<int64_t> order,
@@ -298,7 +265,7 @@ void measure(const FloatMatrix& w, const std::shared_ptr<const Format>& format, 
 Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format> format,
                              const Hessian& hessian, const ErrorFeedbackOptions& options) {
   if (format == nullptr) throw InvalidArgument("format", "null", "a format");
-  require_valid_options(options);
+  require_valid(options);
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   std::unique_ptr<ColumnEncoder> encoder = format->column_encoder(format, n, k, {});

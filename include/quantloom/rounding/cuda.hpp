@@ -1,0 +1,63 @@
+// Rounding on a CUDA device, for the format "uniform": weights, Hessian and planes stay on the current
+// device.
+//
+// `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
+// empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a
+// cudaStream_t; each function returns after the stream's work is done, because the report needs it.
+//
+// Errors are those of round_nearest() and round_error_feedback(); besides, Unsupported for any other format,
+// for a missing cuBLAS or cuSOLVER, and in a CPU-only build.
+#pragma once
+
+#include "quantloom/calibration/cuda_hessian.hpp"
+#include "quantloom/cuda_matrix.hpp"
+#include "quantloom/rounding/error_feedback.hpp"
+#include "quantloom/rounding/rounding.hpp"
+
+namespace quantloom {
+
+struct CudaNearestOptions {
+  std::optional<ScaleSearch> scale_search = std::nullopt;
+  const CudaHessian* hessian = nullptr;
+  const CudaHessian* held_out = nullptr;
+};
+
+// The same codes, scales and zero points as round_nearest(), bit for bit: each value is computed by the same
+// sequence of IEEE operations. Exception: a scale search with a norm other than 2 takes the device's pow(),
+// so that factors whose errors agree to about 1e-15 may change places.
+RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
+                                  const CudaNearestOptions& options, void* stream);
+
+// As ErrorFeedbackOptions; blocks of more than 128 columns are taken as 128.
+struct CudaErrorFeedbackOptions {
+  double damping = 0.01;
+  std::vector<double> damping_ladder = {0.03, 0.1, 0.3, 1.0};
+  bool act_order = true;
+  bool static_groups = true;
+  int64_t block = 128;
+  std::optional<ScaleSearch> scale_search = std::nullopt;
+  const CudaHessian* held_out = nullptr;
+  bool measure_losses = true;
+};
+
+// The walk of round_error_feedback(), with the factor of H in float64 by cuSOLVER and cuBLAS and the updates
+// in float32: sums are taken in another order than on the CPU, so that a weight near the middle between two
+// codes may take the other one. With static groups scales and zero points are the CPU's bit for bit.
+//
+// With act_order and groups fitted on the walk (neither static_groups nor one group), `packed` must come with
+// the plane group_index; it is removed again if the groups turn out to be of consecutive columns.
+//
+// Memory on the device beyond inputs and result: 8 k^2 + 4 k^2 bytes for the factor, 5 n k bytes for the
+// walk, then, for the losses, 4 n k + 16 * 1024 * k bytes.
+RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
+                                         const CudaHessian& hessian, const CudaErrorFeedbackOptions& options,
+                                         void* stream);
+
+// Whether round_error_feedback_cuda() needs the plane group_index for a matrix of k columns.
+bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups);
+
+// Planes for a matrix [n, k] in new memory of the current device, not initialized.
+PackedTensor empty_packed_cuda(std::shared_ptr<const Format> format, int64_t n, int64_t k,
+                               bool with_group_index = false);
+
+}  // namespace quantloom
