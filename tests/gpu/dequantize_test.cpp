@@ -131,6 +131,20 @@ TEST_P(DequantizeCudaWidths, TakesStridesUnalignedOutputsAndGroupIndices) {
 
 INSTANTIATE_TEST_SUITE_P(Bits, DequantizeCudaWidths, ::testing::Range(1, 9));
 
+// Few launches: this suite also runs under compute-sanitizer.
+class DequantizeCudaSmall : public DequantizeCuda {};
+
+TEST_F(DequantizeCudaSmall, EqualsTheCpuBitForBit) {
+  uint64_t seed = 2000;
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const bool symmetric : {true, false}) {
+      const Uniform uniform(bits, 32, symmetric);
+      expect_equal_to_cpu(random_packed(uniform, 17, 203, ++seed), DType::f16, 1, 3);
+      expect_equal_to_cpu(random_packed(uniform, 9, 256, ++seed, true), DType::f32);
+    }
+  }
+}
+
 TEST_F(DequantizeCuda, TakesEmptyMatrices) {
   for (const auto& [n, k] : {std::array<int64_t, 2>{0, 0}, {0, 7}, {7, 0}}) {
     for (const bool symmetric : {true, false}) {
