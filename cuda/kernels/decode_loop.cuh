@@ -1,75 +1,66 @@
 // From fragment order to rows of values, for products with so many tokens that decoding is a small part.
 //
-// A warp decodes blocks of 64 x 64. A lane's fragments of two steps are eight consecutive columns of a row:
-// it stores them at once. Bound by the memory it writes.
+// A warp decodes blocks of 64 x 64. A lane's fragment of a step is four consecutive columns of two rows: it
+// stores them at once. Bound by the memory it writes.
 #pragma once
 
 #include "common/check.cuh"
 #include "common/half_pairs.cuh"
 #include "kernels/fragment_order.hpp"
-#include "kernels/fragment_parameters.cuh"
+#include "kernels/group_scales.cuh"
 #include "kernels/overlap.cuh"
-#include "kernels/products.cuh"
+#include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 
 namespace quantloom::cuda {
 
 constexpr int kDecodeThreads = 128;
 
-__device__ __forceinline__ void store_eight(const float (&values)[8], float* out) {
-  auto* const pieces = reinterpret_cast<float4*>(out);
-  pieces[0] = make_float4(values[0], values[1], values[2], values[3]);
-  pieces[1] = make_float4(values[4], values[5], values[6], values[7]);
+// Four consecutive columns of a row.
+__device__ __forceinline__ void store_four(const float (&values)[4], float* out) {
+  *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
 }
 template <class T>
-__device__ __forceinline__ void store_eight(const float (&values)[8], T* out) {
-  alignas(16) T rounded[8];
+__device__ __forceinline__ void store_four(const float (&values)[4], T* out) {
+  alignas(8) T rounded[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) rounded[i] = HalfPair<T>::from_float(values[i]);
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(rounded);
+  for (int i = 0; i < 4; ++i) rounded[i] = HalfPair<T>::from_float(values[i]);
+  *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(rounded);
 }
 
 __device__ __forceinline__ float2 floats_of(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// Steps 2 * kHalf and 2 * kHalf + 1 of a block. `out`: the lane's first row and column of the block.
-template <class Decoder, class Out, int kHalf>
-__device__ __forceinline__ void decode_half(const FragmentMatrix& w, const Decoder& decoder,
+// Step kStep of a block. `at`: the place of the lane's parameters; `rows`: from the lane's first row to the
+// last of the matrix; `out`: the lane's first row in the block's first column.
+template <class Decoder, class Out, int kStep>
+__device__ __forceinline__ void decode_step(const FragmentMatrix& w, const Decoder& decoder,
                                             const uint4 (&pieces)[Decoder::kBits],
-                                            const RawParameters (&parameters)[2], int64_t rows, Out* out,
-                                            int64_t stride) {
-  constexpr int kBits = Decoder::kBits;
+                                            const RawParameters& parameters, int64_t at, int64_t rows,
+                                            Out* out, int64_t stride) {
+  Out* const place = out + fragments::column_of(static_cast<int>(threadIdx.x) % 32, 4 * kStep, 0);
 #pragma unroll
   for (int unit = 0; unit < fragments::kUnits; ++unit) {
-    uint32_t words[kBits];
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) {
-      const int at = unit * kBits + i;
-      const uint4& piece = pieces[at / 4];
-      words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
-    }
-    uint32_t a[2][4];
-    decoder.template fragment<__half, 2 * kHalf>(words, a[0]);
-    decoder.template fragment<__half, 2 * kHalf + 1>(words, a[1]);
+    uint32_t words[Decoder::kBits];
+    words_of_unit<Decoder::kBits>(pieces, unit, words);
+    uint32_t a[4];
+    decoder.template fragment<__half, kStep>(words, a);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 16 * unit + 8 * r;
       if (row >= rows) continue;
-      float values[8];
+      const int i = 2 * unit + r;
+      const float scale = scale_of(parameters, w, at, i);
+      const float offset = w.zeros == nullptr ? 0.0F : Decoder::kCenter - parameters.zero(i);
+      float values[4];
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const int i = 2 * unit + r;
-        const float scale = parameters[step].scale(w.scale_dtype, i);
-        const float offset = w.zeros == nullptr ? 0.0F : Decoder::kCenter - parameters[step].zero(i);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float2 pair = floats_of(a[step][r + 2 * j]);
-          values[4 * step + 2 * j] = __fmul_rn(scale, fmaf(pair.x, Decoder::kUnit, offset));
-          values[4 * step + 2 * j + 1] = __fmul_rn(scale, fmaf(pair.y, Decoder::kUnit, offset));
-        }
+      for (int j = 0; j < 2; ++j) {
+        const float2 pair = floats_of(a[r + 2 * j]);
+        values[2 * j] = __fmul_rn(scale, fmaf(pair.x, Decoder::kUnit, offset));
+        values[2 * j + 1] = __fmul_rn(scale, fmaf(pair.y, Decoder::kUnit, offset));
       }
-      store_eight(values, out + row * stride + 32 * kHalf);
+      store_four(values, place + row * stride);
     }
   }
 }
@@ -83,7 +74,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   let_next_begin();
   Decoder decoder;
-  decoder.prepare(w.table, w.table_entries, decoder_memory);
+  prepare_decoder<__half>(decoder, w, decoder_memory);
   if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
   // Kernels before may still read what is written here.
   wait_for_previous();
@@ -97,18 +88,21 @@ __global__ void __launch_bounds__(kDecodeThreads)
 #pragma unroll
     for (int c = 0; c < kBits; ++c) pieces[c] = __ldcs(w.codes + (i * kBits + c) * 32 + lane);
     const int64_t first = static_cast<int64_t>(row_block) * w.group_count * 64 + lane / 4 * 8;
-    RawParameters parameters[2][2];
+    RawParameters parameters[4];
+    int64_t at[4];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       // Columns past the last group are padding.
       const int group = min((4 * block + step) / w.group_steps, w.group_count - 1);
-      parameters[step / 2][step % 2].load(w, first + static_cast<int64_t>(group) * 64);
+      at[step] = first + static_cast<int64_t>(group) * 64;
+      parameters[step].load(w, at[step]);
     }
     const int64_t row = static_cast<int64_t>(row_block) * fragments::kBlockRows + lane / 4;
-    Out* const place =
-        out + row * stride + static_cast<int64_t>(block) * fragments::kBlockColumns + lane % 4 * 8;
-    decode_half<Decoder, Out, 0>(w, decoder, pieces, parameters[0], w.n - row, place, stride);
-    decode_half<Decoder, Out, 1>(w, decoder, pieces, parameters[1], w.n - row, place, stride);
+    Out* const place = out + row * stride + static_cast<int64_t>(block) * fragments::kBlockColumns;
+    decode_step<Decoder, Out, 0>(w, decoder, pieces, parameters[0], at[0], w.n - row, place, stride);
+    decode_step<Decoder, Out, 1>(w, decoder, pieces, parameters[1], at[1], w.n - row, place, stride);
+    decode_step<Decoder, Out, 2>(w, decoder, pieces, parameters[2], at[2], w.n - row, place, stride);
+    decode_step<Decoder, Out, 3>(w, decoder, pieces, parameters[3], at[3], w.n - row, place, stride);
   }
 }
 

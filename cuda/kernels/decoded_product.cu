@@ -7,7 +7,7 @@
 #include "common/check.cuh"
 #include "common/libraries.hpp"
 #include "kernels/overlap.cuh"
-#include "kernels/products.cuh"
+#include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "quantloom/checked_math.hpp"
 

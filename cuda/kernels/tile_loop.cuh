@@ -10,7 +10,7 @@
 #include "common/half_pairs.cuh"
 #include "kernels/group_scales.cuh"
 #include "kernels/overlap.cuh"
-#include "kernels/products.cuh"
+#include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/token_order.hpp"
 
@@ -89,18 +89,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
                : "r"(shared)
                : "memory");
   return value;
-}
-
-// The words of unit `unit`, from a lane's pieces of a block.
-template <int kBits>
-__device__ __forceinline__ void words_of_unit(const uint4 (&pieces)[kBits], int unit,
-                                              uint32_t (&words)[kBits]) {
-#pragma unroll
-  for (int i = 0; i < kBits; ++i) {
-    const int at = unit * kBits + i;
-    const uint4& piece = pieces[at / 4];
-    words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
-  }
 }
 
 // The copies of one warp into the ring.
@@ -254,7 +242,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
   }
   Decoder decoder;
-  decoder.prepare(p.w.table, p.w.table_entries, tile_memory + Ring::kBytes);
+  prepare_decoder<T>(decoder, p.w, tile_memory + Ring::kBytes);
   wait_for_previous();
 #pragma unroll
   for (int s = 0; s < Ring::kStages - 1; ++s) {

@@ -1,6 +1,6 @@
 #include "common/check.cuh"
 #include "kernels/overlap.cuh"
-#include "kernels/products.cuh"
+#include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/token_order.hpp"
 #include "quantloom/checked_math.hpp"
@@ -18,7 +18,7 @@ unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>(blocks);
 }
 
-// A thread takes 32 columns of a token: four pieces of 16 bytes, whose words it transposes. 16-bit values
+// A thread takes 32 columns of a token: four pieces of 16 bytes, whose words change places. 16-bit values
 // of either type.
 __global__ void __launch_bounds__(kThreads)
     arrange_tokens(const __grid_constant__ ProductArguments p, uint4* tokens, int padded_tokens) {
@@ -58,8 +58,14 @@ __global__ void __launch_bounds__(kThreads)
   uint4* const out = tokens + row * fragments::kTokenPieces;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    out[fragments::place_of_piece(token, 4 * half + w)] =
-        make_uint4(words[0][w], words[1][w], words[2][w], words[3][w]);
+    // Constants: columns change places within 32 only, alike in both halves of a block.
+    uint32_t piece[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column_of_word = fragments::column_at(8 * w + 2 * i);
+      piece[i] = words[column_of_word / 8][column_of_word % 8 / 2];
+    }
+    out[fragments::place_of_piece(token, 4 * half + w)] = make_uint4(piece[0], piece[1], piece[2], piece[3]);
   }
 }
 
@@ -120,10 +126,10 @@ void launch_add(const ProductLaunch& launch, const TileWork& work) {
 
 }  // namespace
 
-DeviceFacts device_facts() {
+TileDevice device_facts() {
   int device = 0;
   int major = 0;
-  DeviceFacts facts;
+  TileDevice facts;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device),
              "cudaDeviceGetAttribute");

@@ -12,11 +12,11 @@ using fragments::TilePlan;
 constexpr int kTileThreads = 32 * TilePlan::kWarps;
 
 // Facts of the current device that plans and launches depend on.
-struct DeviceFacts {
+struct TileDevice {
   int multiprocessors = 0;
   bool overlaps = false;  // kernels may begin before the previous one has ended
 };
-DeviceFacts device_facts();
+TileDevice device_facts();
 
 inline int64_t aligned_bytes(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -37,6 +37,18 @@ void launch_arrange(const ProductLaunch& launch, const TileWork& work);
 void launch_add_parts(const ProductLaunch& launch, const TileWork& work);
 // y = bias, or 0: the product of a matrix without columns.
 void launch_bias_alone(const ProductLaunch& launch);
+
+// The words of unit `unit`, from a lane's pieces of a block.
+template <int kBits>
+__device__ __forceinline__ void words_of_unit(const uint4 (&pieces)[kBits], int unit,
+                                              uint32_t (&words)[kBits]) {
+#pragma unroll
+  for (int i = 0; i < kBits; ++i) {
+    const int at = unit * kBits + i;
+    const uint4& piece = pieces[at / 4];
+    words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
+  }
+}
 
 // Where a lane's sums of unit `unit` and tokens 8 * tile... lie in a slot.
 __device__ __forceinline__ int64_t partial_place(int64_t slot, int warp, int unit, int tile, int tiles,

@@ -7,7 +7,7 @@
 
 #include "device_memory.hpp"
 #include "kernels/fragment_layout.hpp"
-#include "kernels/products.cuh"
+#include "kernels/tile_products.cuh"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
