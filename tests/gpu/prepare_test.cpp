@@ -1,0 +1,178 @@
+// Bringing planes into fragment order on the device, against the scalar reference on the CPU.
+#include "product_case.hpp"
+
+namespace quantloom {
+namespace {
+
+class PrepareCuda : public ::testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    if (!has_cuda_device()) GTEST_SKIP() << "no CUDA device in this machine";
+  }
+};
+
+void expect_same_bytes(const Tensor& device, const Tensor& expected, const std::string& name) {
+  ASSERT_EQ(device.dtype(), expected.dtype()) << name;
+  ASSERT_EQ(device.shape(), expected.shape()) << name;
+  const auto bytes = download(device.bytes(), device.byte_count());
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    ASSERT_EQ(bytes[i], expected.bytes()[i]) << name << ", byte " << i << " of " << bytes.size();
+  }
+}
+
+// Memory for the planes of the format, full of ones, on the device.
+PackedTensor empty_packed(const PackedTensor& like) {
+  PackedTensor packed{like.format, like.n, like.k, {}};
+  for (const auto& [name, plane] : like.planes) {
+    Tensor full(plane.dtype(), plane.shape());
+    std::memset(full.bytes(), 0xFF, static_cast<size_t>(full.byte_count()));
+    packed.planes.emplace(name, to_device(full));
+  }
+  return packed;
+}
+
+void check_round_trip(const ProductCase& c) {
+  SCOPED_TRACE(c.text());
+  Draws draws(c.seed);
+  const PackedTensor packed = random_planes(c, draws);
+  const PreparedPlanes expected = prepare_fragments(packed);
+  const PreparedPlanes prepared = prepared_on_device(packed, false);
+  ASSERT_EQ(prepared.planes.size(), expected.planes.size());
+  for (const auto& [name, plane] : expected.planes) {
+    ASSERT_TRUE(prepared.has(name)) << name;
+    expect_same_bytes(prepared.plane(name), plane, name);
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+  PackedTensor back = empty_packed(packed);
+  unprepare_cuda(prepared, back, nullptr);
+  check_cuda(cudaDeviceSynchronize(), "unprepare_cuda");
+  for (const auto& [name, plane] : packed.planes) {
+    expect_same_bytes(back.plane(name), plane, "unprepared " + name);
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST_P(PrepareCuda, EqualsTheCpuByteForByte) {
+  const int bits = GetParam();
+  Draws draws(static_cast<uint64_t>(bits));
+  const std::vector<int64_t> sizes = {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 200, 333};
+  const std::vector<int64_t> groups = {
+      1, 3, 16, 24, 32, 64, 100, 128, 256, 400, Uniform::kPerChannel, Uniform::kPerTensor};
+  const std::vector<DType> dtypes = {DType::f16, DType::bf16, DType::f32};
+  for (uint64_t seed = 0; seed < 60; ++seed) {
+    const int64_t group = draws.pick(groups);
+    ProductCase c;
+    c.format = std::make_shared<const Uniform>(bits, group, seed % 2 == 0, draws.pick(dtypes));
+    c.n = draws.pick(sizes);
+    c.k = draws.pick(sizes);
+    c.group_index = group > 0 && seed % 3 == 0;
+    c.seed = seed;
+    check_round_trip(c);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(PrepareCuda, Small) {
+  for (const int64_t group : {int64_t{24}, int64_t{32}, Uniform::kPerTensor}) {
+    ProductCase c;
+    c.format = std::make_shared<const Uniform>(GetParam(), group, false);
+    c.n = 67;
+    c.k = 130;
+    c.group_index = group == 32;
+    check_round_trip(c);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bits, PrepareCuda, ::testing::Range(1, 9));
+
+class PrepareCudaArguments : public PrepareCuda {};
+
+TEST_F(PrepareCudaArguments, RunsOnAStreamAndInAGraph) {
+  ProductCase c{.format = std::make_shared<const Uniform>(3, 32, false), .n = 130, .k = 300};
+  Draws draws(9);
+  const PackedTensor packed = random_planes(c, draws);
+  const PackedTensor device = to_device(packed);
+  PreparedPlanes prepared = empty_planes(packed);
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  prepare_cuda(device, prepared, stream);
+  cudaGraph_t graph = nullptr;
+  check_cuda(cudaStreamEndCapture(stream, &graph), "end capture");
+  cudaGraphExec_t executable = nullptr;
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+  check_cuda(cudaGraphLaunch(executable, stream), "launch");
+  check_cuda(cudaStreamSynchronize(stream), "synchronize");
+  for (const auto& [name, plane] : prepare_fragments(packed).planes) {
+    expect_same_bytes(prepared.plane(name), plane, name);
+  }
+  check_cuda(cudaGraphExecDestroy(executable), "destroy");
+  check_cuda(cudaGraphDestroy(graph), "destroy");
+  check_cuda(cudaStreamDestroy(stream), "destroy");
+}
+
+TEST_F(PrepareCudaArguments, RefusesBadPlanes) {
+  ProductCase c{.format = std::make_shared<const Uniform>(4, 32, false), .n = 10, .k = 64};
+  Draws draws(9);
+  const PackedTensor host = random_planes(c, draws);
+  const PackedTensor device = to_device(host);
+  const PreparedPlanes good = empty_planes(host);
+
+  const auto refuses = [&](const PackedTensor& packed, PreparedPlanes prepared, const std::string& name) {
+    try {
+      prepare_cuda(packed, prepared, nullptr);
+      ADD_FAILURE() << "no error about " << name;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
+    PackedTensor to = packed;
+    try {
+      unprepare_cuda(prepared, to, nullptr);
+      ADD_FAILURE() << "no error about " << name << " on the way back";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
+  };
+  for (const auto& [name, plane] : host.planes) {
+    SCOPED_TRACE(name);
+    PackedTensor lacking = device;
+    lacking.planes.erase(name);
+    refuses(lacking, good, name);
+    PackedTensor on_cpu = device;
+    on_cpu.planes.at(name) = host.plane(name);
+    refuses(on_cpu, good, name);
+    PackedTensor longer = device;
+    std::vector<int64_t> shape = plane.shape();
+    shape.push_back(1);
+    longer.planes.at(name) = to_device(Tensor(plane.dtype(), shape));
+    refuses(longer, good, name);
+  }
+  for (const auto& [name, plane] : good.planes) {
+    SCOPED_TRACE("prepared " + name);
+    PreparedPlanes lacking = good;
+    lacking.planes.erase(name);
+    refuses(device, lacking, name);
+    PreparedPlanes on_cpu = good;
+    on_cpu.planes.at(name) = Tensor(plane.dtype(), plane.shape());
+    refuses(device, on_cpu, name);
+    PreparedPlanes mistyped = good;
+    mistyped.planes.at(name) = to_device(Tensor(DType::f64, plane.shape()));
+    refuses(device, mistyped, name);
+  }
+  // Says cuda, lies in the host's memory.
+  const Tensor& codes = host.plane("codes");
+  PackedTensor disguised = device;
+  disguised.planes.at("codes") =
+      Tensor(codes.dtype(), codes.shape(), const_cast<std::byte*>(codes.bytes()), nullptr, Device::cuda);
+  refuses(disguised, good, "codes");
+  // Of another matrix.
+  PreparedPlanes other = good;
+  other.n = 200;
+  PackedTensor unchanged = device;
+  EXPECT_THROW(prepare_cuda(device, other, nullptr), Error);
+  EXPECT_THROW(unprepare_cuda(other, unchanged, nullptr), Error);
+  check_cuda(cudaDeviceSynchronize(), "nothing was launched");
+}
+
+}  // namespace
+}  // namespace quantloom

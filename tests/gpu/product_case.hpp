@@ -1,0 +1,429 @@
+// One product on the device with everything around it: random planes and activations, memory with guard
+// zones, and the slow products that the result is compared with.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device_memory.hpp"
+#include "kernels/fragment_layout.hpp"
+#include "product_reference.hpp"
+#include "quantloom/kernels/matmul_cuda.hpp"
+
+namespace quantloom {
+
+struct ProductCase {
+  std::shared_ptr<const Format> format;
+  int64_t n = 1;
+  int64_t k = 1;
+  int64_t m = 1;
+  DType dtype = DType::f16;
+  bool group_index = false;
+  bool bias = false;
+  bool exact = false;  // small integers and powers of two: the float32 sums are exact
+  bool prepare_on_cpu = true;
+  bool tight = false;    // no guard zones: memory ends with the last element, for a memory checker
+  int64_t x_offset = 0;  // elements from an address of 256 bytes to the first row
+  int64_t x_gap = 0;     // elements between rows, filled with NaN
+  int64_t y_offset = 0;
+  int64_t y_gap = 0;
+  uint64_t seed = 0;
+
+  std::string text() const {
+    return text_of(format->spec(), " n=", n, " k=", k, " m=", m, " ", name_of(dtype),
+                   group_index ? " group_index" : "", bias ? " bias" : "", exact ? " exact" : "",
+                   prepare_on_cpu ? "" : " prepare_cuda", " x_offset=", x_offset, " x_gap=", x_gap,
+                   " y_offset=", y_offset, " y_gap=", y_gap, " seed=", seed);
+  }
+};
+
+inline std::string text_of_options(const CudaMatmulOptions& options) {
+  return text_of("kernel '", options.kernel, "' splits ", options.splits,
+                 options.overlap ? " overlapped" : "");
+}
+
+// Draws that are the same on every machine; fast, for millions of codes.
+class Draws {
+ public:
+  explicit Draws(uint64_t seed) : engine_(seed * 0x9E3779B97F4A7C15ULL + 1) {}
+  uint64_t word() { return engine_(); }
+  int64_t below(int64_t bound) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(bound)); }
+  float uniform() { return static_cast<float>(engine_() >> 40) * 0x1p-24F; }
+  // Near enough to normal: the sum of four uniforms, of variance 1.
+  float normal() { return (uniform() + uniform() + uniform() + uniform() - 2.0F) * 1.7320508F; }
+  template <class Values>
+  auto pick(const Values& values) {
+    return values[static_cast<size_t>(below(static_cast<int64_t>(std::size(values))))];
+  }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+inline uint16_t half_from(float value, DType dtype) {
+  return dtype == DType::f16 ? f16_from_float(value) : bf16_from_float(value);
+}
+inline float float_from_half(uint16_t bits, DType dtype) {
+  return dtype == DType::f16 ? float_from_f16(bits) : float_from_bf16(bits);
+}
+
+// Rows of random codes of `bits` bits, below `limit`, the padding of each row zero.
+inline void draw_codes(Draws& draws, Tensor& plane, int64_t count, int bits, int64_t limit) {
+  if (plane.element_count() == 0) return;
+  const auto words = static_cast<size_t>(plane.shape()[1]);
+  const auto all = plane.values<uint32_t>();
+  const int64_t used = count * bits % 32;
+  std::vector<uint8_t> codes(static_cast<size_t>(limit < int64_t{1} << bits ? count : 0));
+  for (size_t at = 0; at < all.size(); at += words) {
+    if (!codes.empty()) {
+      for (uint8_t& code : codes) code = static_cast<uint8_t>(draws.below(limit));
+      pack_bits(codes, bits, all.subspan(at, words));
+      continue;
+    }
+    for (size_t i = 0; i < words; ++i) all[at + i] = static_cast<uint32_t>(draws.word() >> 32);
+    if (used != 0) all[at + words - 1] &= (1U << used) - 1U;
+  }
+}
+
+// The exponent of the smallest scale of an exact case. Decoded weights, down to half of it, and the bias are
+// numbers of float16 too.
+inline int lowest_exponent(const ProductCase& c) {
+  constexpr int kExponents[] = {-20, -14, -6, -2, 0};
+  return kExponents[c.seed / 2 % 5];
+}
+
+// The table of a codebook; other planes are not known here.
+inline void fill_codebook(const Format& format, Tensor& /*plane*/) {
+  throw Unsupported("no random planes for format " + format.spec());
+}
+
+inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
+  const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
+  PackedTensor packed{c.format, c.n, c.k, {}};
+  const int lowest = lowest_exponent(c);
+  for (const PlaneSpec& spec : c.format->planes(c.n, c.k)) {
+    if (spec.optional && !c.group_index) continue;
+    Tensor plane(spec.dtype, spec.shape);
+    if (spec.name == "codes") {
+      const int64_t all = int64_t{1} << layout.bits;
+      draw_codes(draws, plane, c.k, layout.bits, layout.table_entries > 0 ? layout.table_entries : all);
+    } else if (spec.name == "zeros") {
+      draw_codes(draws, plane, layout.per_tensor ? 1 : c.n, layout.bits, int64_t{1} << layout.bits);
+    } else if (spec.name == "scales") {
+      for (int64_t i = 0; i < plane.element_count(); ++i) {
+        float scale = c.exact ? std::ldexp(1.0F, lowest + static_cast<int>(draws.below(4)))
+                              : 0.01F + 0.01F * draws.uniform();
+        if (draws.below(4) == 0) scale = -scale;
+        if (spec.dtype == DType::f32) {
+          plane.values<float>()[static_cast<size_t>(i)] = scale;
+        } else {
+          plane.values<uint16_t>()[static_cast<size_t>(i)] = half_from(scale, spec.dtype);
+        }
+      }
+    } else if (spec.name == "group_index") {
+      std::vector<int32_t> order(static_cast<size_t>(c.k));
+      for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+      for (size_t i = order.size(); i > 1; --i) {
+        std::swap(order[i - 1], order[static_cast<size_t>(draws.below(static_cast<int64_t>(i)))]);
+      }
+      for (int64_t i = 0; i < c.k; ++i) {
+        plane.values<int32_t>()[static_cast<size_t>(order[static_cast<size_t>(i)])] =
+            static_cast<int32_t>(i / layout.format_columns);
+      }
+    } else {
+      fill_codebook(*c.format, plane);
+    }
+    packed.planes.emplace(spec.name, std::move(plane));
+  }
+  return packed;
+}
+
+// Memory of prepared_planes(), full of NaN; "source" is filled in, as prepare_cuda() wants it.
+inline PreparedPlanes empty_planes(const PackedTensor& packed) {
+  const bool indexed = packed.planes.contains("group_index");
+  PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
+  for (const PlaneSpec& spec : prepared_planes(*packed.format, packed.n, packed.k, indexed)) {
+    Tensor plane(spec.dtype, spec.shape);
+    std::memset(plane.bytes(), 0xFF, static_cast<size_t>(plane.byte_count()));
+    if (spec.name == "source") {
+      const auto source = fragment_source(
+          *packed.format, packed.k,
+          indexed ? packed.plane("group_index").values<int32_t>() : std::span<const int32_t>{});
+      std::ranges::copy(source, plane.values<int32_t>().begin());
+    }
+    prepared.planes.emplace(spec.name, to_device(plane));
+  }
+  return prepared;
+}
+
+inline PreparedPlanes to_device(const PreparedPlanes& prepared) {
+  PreparedPlanes copy{prepared.format, prepared.n, prepared.k, {}};
+  for (const auto& [name, plane] : prepared.planes) copy.planes.emplace(name, to_device(plane));
+  return copy;
+}
+
+// Planes on the CPU, brought into fragment order on the CPU or on the device.
+inline PreparedPlanes prepared_on_device(const PackedTensor& packed, bool on_cpu) {
+  if (on_cpu) return to_device(prepare_fragments(packed));
+  PreparedPlanes prepared = empty_planes(packed);
+  prepare_cuda(to_device(packed), prepared, nullptr);
+  check_cuda(cudaDeviceSynchronize(), "prepare_cuda");
+  return prepared;
+}
+
+// Device memory between guard zones, full of NaN: of float16, bfloat16 and float32 alike.
+class GuardedMemory {
+ public:
+  GuardedMemory(int64_t bytes, int64_t offset, int64_t guard, bool filled = true)
+      : bytes_(bytes), begin_(guard + offset), total_(guard + offset + bytes + guard) {
+    memory_ = device_bytes(total_);
+    if (filled) poison();
+  }
+  std::byte* data() const { return memory_.get() + begin_; }
+  int64_t bytes() const { return bytes_; }
+  void poison() const {
+    check_cuda(
+        cudaMemset(memory_.get(), static_cast<int>(kFill), static_cast<size_t>(std::max<int64_t>(total_, 1))),
+        "poison");
+  }
+  // The bytes within; sets `damaged` if a guard zone has changed.
+  std::vector<std::byte> read(bool& damaged) const {
+    const std::vector<std::byte> all = download(memory_.get(), total_);
+    const auto whole = [&](int64_t from, int64_t to) {
+      return std::all_of(all.begin() + from, all.begin() + to, [](std::byte b) { return b == kFill; });
+    };
+    damaged = !whole(0, begin_) || !whole(begin_ + bytes_, total_);
+    return {all.begin() + begin_, all.begin() + begin_ + bytes_};
+  }
+
+ private:
+  static constexpr std::byte kFill{0xFF};
+
+  int64_t bytes_;
+  int64_t begin_;
+  int64_t total_;
+  std::shared_ptr<std::byte> memory_;
+};
+
+// The memory of a product, and the result that it should have.
+class Product {
+ public:
+  explicit Product(const ProductCase& c) : case_(c) {
+    Draws draws(c.seed);
+    packed_ = random_planes(c, draws);
+    prepared_ = prepared_on_device(packed_, c.prepare_on_cpu);
+    const auto size = [](int64_t rows, int64_t columns, int64_t stride) {
+      return rows == 0 ? 0 : (rows - 1) * stride + columns;
+    };
+    x_stride_ = c.k + c.x_gap;
+    y_stride_ = c.n + c.y_gap;
+    x_.assign(static_cast<size_t>(size(c.m, c.k, x_stride_)), 0xFFFF);
+    for (int64_t t = 0; t < c.m; ++t) {
+      for (int64_t i = 0; i < c.k; ++i) {
+        const float value = c.exact ? static_cast<float>(draws.below(5) - 2) : draws.normal();
+        x_[static_cast<size_t>(t * x_stride_ + i)] = half_from(value, c.dtype);
+      }
+    }
+    x_memory_.emplace(static_cast<int64_t>(x_.size()) * 2, c.x_offset * 2, guard());
+    upload_x(x_);
+    y_memory_.emplace(size(c.m, c.n, y_stride_) * 2, c.y_offset * 2, guard());
+    if (c.bias) {
+      std::vector<uint16_t> bias(static_cast<size_t>(c.n));
+      for (uint16_t& value : bias) {
+        const auto whole = static_cast<float>(draws.below(17) - 8);
+        value = half_from(c.exact ? std::ldexp(whole, lowest_exponent(c)) : draws.normal(), c.dtype);
+      }
+      bias_memory_.emplace(c.n * 2, 0, guard());
+      if (c.n > 0) upload(bias.data(), bias_memory_->data(), c.n * 2);
+    }
+  }
+
+  const ProductCase& the_case() const { return case_; }
+  const PackedTensor& packed() const { return packed_; }
+  const PreparedPlanes& prepared() const { return prepared_; }
+  int64_t guard() const { return case_.tight ? 0 : 512; }
+  const std::vector<uint16_t>& x() const { return x_; }
+  int64_t x_stride() const { return x_stride_; }
+  void upload_x(const std::vector<uint16_t>& x) const {
+    if (!x.empty()) upload(x.data(), x_memory_->data(), static_cast<int64_t>(x.size()) * 2);
+  }
+
+  // A workspace of just the bytes that are asked for. In a tight case a checker of memory watches it, so that
+  // it stays uninitialized.
+  GuardedMemory workspace(const CudaMatmulOptions& options) const {
+    return {matmul_cuda_workspace(prepared_, case_.m, case_.dtype, options), 0, guard(), !case_.tight};
+  }
+
+  CudaMatmulArguments arguments(const GuardedMemory& workspace, void* stream = nullptr) const {
+    CudaMatmulArguments a;
+    a.x = x_memory_->data();
+    a.x_stride = x_stride_;
+    a.bias = bias_memory_ ? bias_memory_->data() : nullptr;
+    a.y = y_memory_->data();
+    a.y_stride = y_stride_;
+    a.m = case_.m;
+    a.dtype = case_.dtype;
+    a.workspace = workspace.bytes() > 0 ? workspace.data() : nullptr;
+    a.workspace_bytes = workspace.bytes();
+    a.stream = stream;
+    return a;
+  }
+
+  // The elements of `memory`, laid out as y is, without the gaps; nullopt if anything beside them changed.
+  std::optional<std::vector<uint16_t>> read(const GuardedMemory& memory) const {
+    bool damaged = false;
+    const std::vector<std::byte> bytes = memory.read(damaged);
+    std::vector<uint16_t> values(static_cast<size_t>(case_.m * case_.n));
+    for (int64_t t = 0; t < case_.m; ++t) {
+      const std::byte* row = bytes.data() + t * y_stride_ * 2;
+      if (case_.n > 0) std::memcpy(values.data() + t * case_.n, row, static_cast<size_t>(case_.n) * 2);
+      const int64_t gap = t + 1 < case_.m ? case_.y_gap * 2 : 0;
+      damaged = damaged || !std::all_of(row + case_.n * 2, row + case_.n * 2 + gap,
+                                        [](std::byte b) { return b == std::byte{0xFF}; });
+    }
+    if (damaged) return std::nullopt;
+    return values;
+  }
+  GuardedMemory fresh_output() const { return {y_memory_->bytes(), case_.y_offset * 2, guard()}; }
+  std::optional<std::vector<uint16_t>> read() const { return read(*y_memory_); }
+
+  // Runs the product; nullopt, after a failed expectation, if it wrote outside y or the workspace.
+  std::optional<std::vector<uint16_t>> run(const CudaMatmulOptions& options) const {
+    y_memory_->poison();
+    const GuardedMemory memory = workspace(options);
+    matmul_cuda(prepared_, arguments(memory), options);
+    check_cuda(cudaDeviceSynchronize(), "matmul_cuda: run");
+    bool damaged = false;
+    if (!case_.tight && memory.bytes() > 0) static_cast<void>(memory.read(damaged));
+    EXPECT_FALSE(damaged) << "written outside the workspace";
+    auto y = read();
+    EXPECT_TRUE(y.has_value()) << "written outside y";
+    return damaged ? std::nullopt : y;
+  }
+
+  // Empty if `y` is right, else what is wrong.
+  std::string compare(const std::vector<uint16_t>& y) {
+    if (reference_.empty() && !y.empty()) compute_reference();
+    return case_.exact ? compare_exactly(y) : compare_errors(y);
+  }
+
+  // The weights as the library decodes them on the CPU, [n, k].
+  std::vector<float> weights() const {
+    std::vector<float> w(static_cast<size_t>(case_.n * case_.k));
+    dequantize(packed_, MatrixView<float>(w.data(), case_.n, case_.k));
+    return w;
+  }
+
+ private:
+  void compute_reference() {
+    const std::vector<float> w = weights();
+    const auto bytes = static_cast<int64_t>(w.size()) * 4;
+    const auto w_memory = device_bytes(bytes);
+    if (bytes > 0) upload(w.data(), w_memory.get(), bytes);
+    const int64_t count = case_.m * case_.n;
+    const auto y64 = device_bytes(count * 8);
+    const auto halves = device_bytes(count * 2);
+    const SlowProduct slow{x_memory_->data(),
+                           x_stride_,
+                           reinterpret_cast<const float*>(w_memory.get()),
+                           bias_memory_ ? bias_memory_->data() : nullptr,
+                           case_.dtype,
+                           case_.m,
+                           case_.n,
+                           case_.k};
+    slow.in_float64(reinterpret_cast<double*>(y64.get()));
+    if (!case_.exact) slow.in_halves(halves.get());
+    check_cuda(cudaDeviceSynchronize(), "slow products");
+    reference_.resize(static_cast<size_t>(count));
+    std::memcpy(reference_.data(), download(y64.get(), count * 8).data(), static_cast<size_t>(count) * 8);
+    if (case_.exact) return;
+    plain_.resize(static_cast<size_t>(count));
+    std::memcpy(plain_.data(), download(halves.get(), count * 2).data(), static_cast<size_t>(count) * 2);
+  }
+
+  std::string place(size_t i) const {
+    return text_of("token ", static_cast<int64_t>(i) / case_.n, ", row ", static_cast<int64_t>(i) % case_.n);
+  }
+
+  // The sums are exact in float32, so the result is the sum rounded once.
+  std::string compare_exactly(const std::vector<uint16_t>& y) const {
+    int64_t wrong = 0;
+    std::string first;
+    for (size_t i = 0; i < y.size(); ++i) {
+      const float expected =
+          float_from_half(half_from(static_cast<float>(reference_[i]), case_.dtype), case_.dtype);
+      const float got = float_from_half(y[i], case_.dtype);
+      if (got == expected) continue;
+      if (wrong++ == 0)
+        first = text_of(" wrong, the first at ", place(i), ": ", got, ", expected ", expected);
+    }
+    return wrong == 0 ? "" : text_of(wrong, " of ", y.size(), first);
+  }
+
+  struct Deviation {
+    double largest = 0;
+    double squares = 0;
+    size_t at = 0;
+  };
+  Deviation error_of(const std::vector<uint16_t>& y) const {
+    Deviation error;
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double difference =
+          std::fabs(static_cast<double>(float_from_half(y[i], case_.dtype)) - reference_[i]);
+      error.squares += difference * difference;
+      // Not written as a comparison that NaN would pass.
+      if (!(difference <= error.largest)) {
+        error.largest = difference;
+        error.at = i;
+        if (std::isnan(difference)) return {difference, difference, i};
+      }
+    }
+    return error;
+  }
+
+  // Within twice the error of a plain product of halves. Few results may be rounded with luck there: then one
+  // rounding of the result is allowed as well.
+  std::string compare_errors(const std::vector<uint16_t>& y) const {
+    const Deviation error = error_of(y);
+    const Deviation plain = error_of(plain_);
+    const double unit = case_.dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+    double largest = 0;
+    double squares = 0;
+    for (const double value : reference_) {
+      largest = std::max(largest, std::fabs(value));
+      squares += value * value;
+    }
+    const double smallest = case_.dtype == DType::f16 ? 0x1p-24 : 0.0;
+    const bool few = y.size() < 64;
+    const double largest_allowed = 2 * plain.largest + (few ? unit * largest : 0.0) + smallest;
+    const double rms_allowed =
+        2 * std::sqrt(plain.squares) + (few ? unit * std::sqrt(squares) : 0.0) + smallest;
+    if (error.largest <= largest_allowed && std::sqrt(error.squares) <= rms_allowed) return "";
+    return text_of("largest error ", error.largest, " at ", place(error.at), ", allowed ", largest_allowed,
+                   "; norm of the error ", std::sqrt(error.squares), ", allowed ", rms_allowed);
+  }
+
+  ProductCase case_;
+  PackedTensor packed_;
+  PreparedPlanes prepared_;
+  int64_t x_stride_ = 0;
+  int64_t y_stride_ = 0;
+  std::vector<uint16_t> x_;
+  std::optional<GuardedMemory> x_memory_;
+  std::optional<GuardedMemory> y_memory_;
+  std::optional<GuardedMemory> bias_memory_;
+  std::vector<double> reference_;  // [m, n]
+  std::vector<uint16_t> plain_;    // [m, n]
+};
+
+}  // namespace quantloom
