@@ -14,8 +14,6 @@ class MatmulCudaBehaviour : public ::testing::TestWithParam<int> {
   }
 };
 
-using Halves = std::vector<uint16_t>;
-
 // The ways to run a case: the table's choice, each kernel that claims it, and k cut into parts.
 std::vector<CudaMatmulOptions> ways(const ProductCase& c) {
   std::vector<CudaMatmulOptions> all = {{}};
@@ -85,7 +83,7 @@ TEST_P(MatmulCudaBehaviour, RunsInAGraphAsItDoesWithout) {
   const auto m = GetParam();
   const Product product(case_of(m, 4, static_cast<uint64_t>(m) + 1));
   const Stream stream;
-  Halves other_x = product.x();
+  Elements other_x = product.x();
   std::ranges::reverse(other_x);
   for (const CudaMatmulOptions& options : ways(product.the_case())) {
     SCOPED_TRACE(product.the_case().text() + ", " + text_of_options(options));
@@ -118,11 +116,11 @@ TEST_P(MatmulCudaBehaviour, TwoStreamsShareTheMatrix) {
   const auto m = GetParam();
   const Product product(case_of(m, 3, static_cast<uint64_t>(m) + 2));
   const Stream streams[2];
-  Halves x[2] = {product.x(), product.x()};
+  Elements x[2] = {product.x(), product.x()};
   std::ranges::reverse(x[1]);
   for (const CudaMatmulOptions& options : ways(product.the_case())) {
     SCOPED_TRACE(product.the_case().text() + ", " + text_of_options(options));
-    Halves expected[2];
+    Elements expected[2];
     std::vector<GuardedMemory> inputs;
     std::vector<GuardedMemory> outputs;
     std::vector<GuardedMemory> workspaces;
@@ -132,8 +130,9 @@ TEST_P(MatmulCudaBehaviour, TwoStreamsShareTheMatrix) {
       const auto y = product.run(options);
       ASSERT_TRUE(y);
       expected[i] = *y;
-      inputs.emplace_back(static_cast<int64_t>(x[i].size()) * 2, 0, product.guard());
-      upload(x[i].data(), inputs[static_cast<size_t>(i)].data(), inputs[static_cast<size_t>(i)].bytes());
+      inputs.emplace_back(static_cast<int64_t>(x[i].size()) * size_of(product.the_case().dtype), 0,
+                          product.guard());
+      upload_elements(x[i], product.the_case().dtype, inputs.back().data());
       outputs.push_back(product.fresh_output());
       workspaces.push_back(product.workspace(options));
       arguments.push_back(product.arguments(workspaces.back(), streams[i]));
@@ -179,10 +178,10 @@ TEST_P(MatmulCudaBehaviour, OverlappingLaunchesWaitForTheirInput) {
       stream.synchronize();
       const auto last = product.read(values.back());
       EXPECT_TRUE(last) << "written outside y";
-      return last.value_or(Halves());
+      return last.value_or(Elements());
     };
     SCOPED_TRACE(c.text() + ", " + text_of_options(options));
-    const Halves expected = chain(false);
+    const Elements expected = chain(false);
     for (int repetition = 0; repetition < 5; ++repetition) {
       ASSERT_TRUE(chain(true) == expected) << "repetition " << repetition;
     }
@@ -202,10 +201,10 @@ TEST_P(MatmulCudaBehaviour, ATokenThatIsNotFiniteSpoilsNoOther) {
       ASSERT_TRUE(clean);
       const float inf = std::numeric_limits<float>::infinity();
       const float nan = std::numeric_limits<float>::quiet_NaN();
-      Halves x = product.x();
+      Elements x = product.x();
       const int64_t bad[2] = {m / 2, m - 1};
-      x[static_cast<size_t>(bad[0] * product.x_stride() + 77)] = half_from(nan, c.dtype);
-      x[static_cast<size_t>(bad[1] * product.x_stride() + c.k - 1)] = half_from(inf, c.dtype);
+      x[static_cast<size_t>(bad[0] * product.x_stride() + 77)] = bits_from(nan, c.dtype);
+      x[static_cast<size_t>(bad[1] * product.x_stride() + c.k - 1)] = bits_from(inf, c.dtype);
       product.upload_x(x);
       const auto spoilt = product.run(options);
       ASSERT_TRUE(spoilt);
@@ -213,7 +212,7 @@ TEST_P(MatmulCudaBehaviour, ATokenThatIsNotFiniteSpoilsNoOther) {
         for (int64_t r = 0; r < c.n; ++r) {
           const auto i = static_cast<size_t>(t * c.n + r);
           if (t == bad[0] || t == bad[1]) {
-            ASSERT_FALSE(std::isfinite(float_from_half((*spoilt)[i], c.dtype))) << t << " " << r;
+            ASSERT_FALSE(std::isfinite(float_from((*spoilt)[i], c.dtype))) << t << " " << r;
           } else {
             ASSERT_EQ((*spoilt)[i], (*clean)[i]) << t << " " << r;
           }

@@ -37,7 +37,18 @@ std::shared_ptr<const Format> random_format(const std::string& name, int bits, i
   throw Unsupported("no random format " + name);
 }
 
-ProductCase random_case(const std::string& name, int bits, uint64_t seed) {
+// The dtypes that the table has for this width, float32 seldom.
+std::vector<DType> dtypes_of(const std::vector<KernelCell>& cells, const std::string& name, int bits) {
+  std::set<DType> found;
+  for (const KernelCell& cell : cells) {
+    if (cell.format == name && cell.bits == bits) found.insert(cell.dtype);
+  }
+  std::vector<DType> dtypes;
+  for (const DType dtype : found) dtypes.insert(dtypes.end(), dtype == DType::f32 ? 1 : 4, dtype);
+  return dtypes;
+}
+
+ProductCase random_case(const std::string& name, int bits, const std::vector<DType>& dtypes, uint64_t seed) {
   static const std::vector<int64_t> kTokens = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10,  11,  12,  13,  14,
                                                15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 1024};
   static const std::vector<int64_t> kGroups = {
@@ -49,7 +60,7 @@ ProductCase random_case(const std::string& name, int bits, uint64_t seed) {
   c.m = draws.pick(kTokens);
   const int64_t group = draws.pick(kGroups);
   c.format = random_format(name, bits, group == 0 ? c.k : group, draws);
-  c.dtype = draws.below(2) == 0 ? DType::f16 : DType::bf16;
+  c.dtype = draws.pick(dtypes);
   c.group_index = group >= 0 && draws.below(4) == 0;
   c.bias = draws.below(2) == 0;
   c.exact = seed % 2 == 0;
@@ -64,29 +75,31 @@ ProductCase random_case(const std::string& name, int bits, uint64_t seed) {
 }
 
 // Runs the case with the kernel that the table picks and with each that claims it. Ticks the cells off.
-void check_case(const ProductCase& c, const std::vector<KernelCell>& cells, std::set<KernelCell>& hit) {
+// True if nothing was wrong.
+bool check_case(const ProductCase& c, const std::vector<KernelCell>& cells, std::set<KernelCell>& hit) {
   SCOPED_TRACE(c.text());
   Product product(c);
   Draws draws(c.seed + 77);
+  bool all_right = true;
   const auto check = [&](const CudaMatmulOptions& options) {
+    if (why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) return false;
     SCOPED_TRACE(text_of_options(options));
     const auto y = product.run(options);
-    if (!y) return false;
-    const std::string wrong = product.compare(*y);
+    const std::string wrong = y ? product.compare(*y) : "memory damaged";
     EXPECT_EQ(wrong, "");
+    all_right = all_right && wrong.empty();
     return wrong.empty();
   };
-  EXPECT_EQ(why_not_matmul_cuda(*c.format, c.m, c.dtype), std::nullopt);
   check({});
   for (const KernelCell& cell : cells) {
     if (cell.format != c.format->name() || cell.dtype != c.dtype || !cell.takes(c.m)) continue;
     if (fragment_layout(*c.format, c.n, c.k, c.group_index).bits != cell.bits) continue;
     CudaMatmulOptions options{.kernel = cell.kernel};
-    if (why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) continue;
     if (check(options)) hit.insert(cell);
     options.splits = static_cast<int>(1 + draws.below(8));
-    if (!why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) check(options);
+    check(options);
   }
+  return all_right;
 }
 
 struct Width {
@@ -99,24 +112,25 @@ class MatmulCudaWidths : public MatmulCuda, public ::testing::WithParamInterface
 TEST_P(MatmulCudaWidths, RandomConfigurationsAgreeWithFloat64) {
   const auto [format, bits] = GetParam();
   const std::vector<KernelCell> cells = matmul_cells();
+  const std::vector<DType> dtypes = dtypes_of(cells, format, bits);
+  ASSERT_FALSE(dtypes.empty()) << "no kernel in the table";
   std::set<KernelCell> hit;
-  int failed = 0;
-  for (uint64_t seed = 0; seed < kCasesPerWidth && failed < 5; ++seed) {
+  // After many failures more tell little, and each costs time.
+  int failures = 0;
+  for (uint64_t seed = 0; seed < kCasesPerWidth && failures < 20; ++seed) {
+    const ProductCase c = random_case(format, bits, dtypes, seed);
     try {
-      check_case(random_case(format, bits, seed), cells, hit);
+      failures += check_case(c, cells, hit) ? 0 : 1;
     } catch (const Error& error) {
-      ADD_FAILURE() << random_case(format, bits, seed).text() << ": " << error.what();
+      ADD_FAILURE() << c.text() << ": " << error.what();
+      ++failures;
     }
-    // Later failures tell little, and each costs time.
-    failed = HasFailure() ? failed + 1 : 0;
   }
   // Cells that no configuration has met by chance get one of their own.
-  int of_this_width = 0;
   for (const KernelCell& cell : cells) {
     if (cell.format != format || cell.bits != bits) continue;
-    ++of_this_width;
     if (!hit.contains(cell)) {
-      ProductCase c = random_case(format, bits, 1000);
+      ProductCase c = random_case(format, bits, dtypes, 1000);
       Draws draws(5);
       c.format = random_format(format, bits, 128, draws);
       c.n = 320;
@@ -127,7 +141,6 @@ TEST_P(MatmulCudaWidths, RandomConfigurationsAgreeWithFloat64) {
     }
     EXPECT_TRUE(hit.contains(cell)) << "not run: " << cell.text();
   }
-  EXPECT_GT(of_this_width, 0) << "no kernel in the table";
 }
 
 INSTANTIATE_TEST_SUITE_P(Uniform, MatmulCudaWidths,
@@ -165,7 +178,7 @@ TEST_F(MatmulCuda, TheTableLeavesNoGaps) {
 
 // The slow products of the tests, against sums on the CPU.
 TEST_F(MatmulCuda, SlowProductsAgreeWithTheCpu) {
-  for (const DType dtype : {DType::f16, DType::bf16}) {
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
     for (const auto& [m, n, k] :
          {std::array<int64_t, 3>{1, 1, 1}, {3, 17, 33}, {18, 40, 100}, {16, 16, 16}}) {
       ProductCase c{.format = std::make_shared<const Uniform>(4, 32, false), .n = n, .k = k, .m = m};
@@ -181,11 +194,12 @@ TEST_F(MatmulCuda, SlowProductsAgreeWithTheCpu) {
       const SlowProduct slow{
           a.x, a.x_stride, reinterpret_cast<const float*>(w_memory.get()), nullptr, dtype, m, n, k};
       const auto y64 = device_bytes(m * n * 8);
-      const auto halves = device_bytes(m * n * 2);
+      const int64_t size = size_of(dtype);
+      const auto plain = device_bytes(m * n * size);
       slow.in_float64(reinterpret_cast<double*>(y64.get()));
-      slow.in_halves(halves.get());
+      slow.in_dtype(plain.get());
       const auto y64_bytes = download(y64.get(), m * n * 8);
-      const auto half_bytes = download(halves.get(), m * n * 2);
+      const auto plain_bytes = download(plain.get(), m * n * size);
       for (int64_t t = 0; t < m; ++t) {
         for (int64_t r = 0; r < n; ++r) {
           double sum = 0;
@@ -193,20 +207,18 @@ TEST_F(MatmulCuda, SlowProductsAgreeWithTheCpu) {
           double magnitude = 0;
           for (int64_t i = 0; i < k; ++i) {
             const auto value = static_cast<double>(
-                float_from_half(product.x()[static_cast<size_t>(t * product.x_stride() + i)], dtype));
+                float_from(product.x()[static_cast<size_t>(t * product.x_stride() + i)], dtype));
             const float weight = w[static_cast<size_t>(r * k + i)];
             sum += value * static_cast<double>(weight);
-            rounded_sum += value * static_cast<double>(float_from_half(half_from(weight, dtype), dtype));
+            rounded_sum += value * static_cast<double>(float_from(bits_from(weight, dtype), dtype));
             magnitude += std::fabs(value * static_cast<double>(weight));
           }
           double got = 0;
           std::memcpy(&got, y64_bytes.data() + (t * n + r) * 8, 8);
           ASSERT_NEAR(got, sum, 1e-13 * magnitude) << t << " " << r;
-          uint16_t half = 0;
-          std::memcpy(&half, half_bytes.data() + (t * n + r) * 2, 2);
-          const double unit = dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-          ASSERT_NEAR(static_cast<double>(float_from_half(half, dtype)), rounded_sum,
-                      1.01 * unit * std::fabs(rounded_sum) + 1e-5 * magnitude)
+          ASSERT_NEAR(
+              static_cast<double>(float_from(element_at(plain_bytes.data(), t * n + r, dtype), dtype)),
+              rounded_sum, 1.01 * unit_of(dtype) * std::fabs(rounded_sum) + 1e-5 * magnitude)
               << t << " " << r;
         }
       }
@@ -221,7 +233,7 @@ TEST_F(MatmulCuda, AgreesWithTheProductsOfTheCpu) {
   c.seed = 4;
   Product product(c);
   std::vector<float> x;
-  for (const uint16_t value : product.x()) x.push_back(float_from_half(value, c.dtype));
+  for (const uint32_t value : product.x()) x.push_back(float_from(value, c.dtype));
   std::vector<float> expected(static_cast<size_t>(c.m * c.n));
   matmul_reference(MatrixView<const float>(x.data(), c.m, c.k), product.packed(),
                    {expected.data(), c.m, c.n});
@@ -229,8 +241,7 @@ TEST_F(MatmulCuda, AgreesWithTheProductsOfTheCpu) {
   ASSERT_TRUE(y);
   EXPECT_EQ(product.compare(*y), "");
   for (size_t i = 0; i < expected.size(); ++i) {
-    EXPECT_EQ(float_from_half((*y)[i], c.dtype), float_from_half(half_from(expected[i], c.dtype), c.dtype))
-        << i;
+    EXPECT_EQ(float_from((*y)[i], c.dtype), float_from(bits_from(expected[i], c.dtype), c.dtype)) << i;
   }
 }
 

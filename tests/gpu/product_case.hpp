@@ -70,11 +70,40 @@ class Draws {
   std::mt19937_64 engine_;
 };
 
-inline uint16_t half_from(float value, DType dtype) {
+// Elements of any of the three dtypes, each by its bits.
+using Elements = std::vector<uint32_t>;
+
+inline uint32_t bits_from(float value, DType dtype) {
+  if (dtype == DType::f32) return std::bit_cast<uint32_t>(value);
   return dtype == DType::f16 ? f16_from_float(value) : bf16_from_float(value);
 }
-inline float float_from_half(uint16_t bits, DType dtype) {
-  return dtype == DType::f16 ? float_from_f16(bits) : float_from_bf16(bits);
+inline float float_from(uint32_t bits, DType dtype) {
+  if (dtype == DType::f32) return std::bit_cast<float>(bits);
+  const auto half = static_cast<uint16_t>(bits);
+  return dtype == DType::f16 ? float_from_f16(half) : float_from_bf16(half);
+}
+// Rounded to dtype, the relative error is at most this.
+inline double unit_of(DType dtype) {
+  if (dtype == DType::f32) return 0x1p-24;
+  return dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+}
+// What memory full of ones reads as.
+inline uint32_t poison_of(DType dtype) {
+  return dtype == DType::f32 ? 0xFFFFFFFFU : 0xFFFFU;
+}
+
+inline void upload_elements(const Elements& elements, DType dtype, void* to) {
+  const auto size = static_cast<size_t>(size_of(dtype));
+  std::vector<std::byte> bytes(elements.size() * size);
+  for (size_t i = 0; i < elements.size(); ++i) std::memcpy(bytes.data() + i * size, &elements[i], size);
+  if (!bytes.empty()) upload(bytes.data(), to, static_cast<int64_t>(bytes.size()));
+}
+
+inline uint32_t element_at(const std::byte* bytes, int64_t i, DType dtype) {
+  uint32_t bits = 0;
+  const auto size = static_cast<size_t>(size_of(dtype));
+  std::memcpy(&bits, bytes + static_cast<size_t>(i) * size, size);
+  return bits;
 }
 
 // Rows of random codes of `bits` bits, below `limit`, the padding of each row zero.
@@ -124,11 +153,9 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
         float scale = c.exact ? std::ldexp(1.0F, lowest + static_cast<int>(draws.below(4)))
                               : 0.01F + 0.01F * draws.uniform();
         if (draws.below(4) == 0) scale = -scale;
-        if (spec.dtype == DType::f32) {
-          plane.values<float>()[static_cast<size_t>(i)] = scale;
-        } else {
-          plane.values<uint16_t>()[static_cast<size_t>(i)] = half_from(scale, spec.dtype);
-        }
+        const uint32_t bits = bits_from(scale, spec.dtype);
+        const int64_t size = size_of(spec.dtype);
+        std::memcpy(plane.bytes() + i * size, &bits, static_cast<size_t>(size));
       }
     } else if (spec.name == "group_index") {
       std::vector<int32_t> order(static_cast<size_t>(c.k));
@@ -227,24 +254,25 @@ class Product {
     };
     x_stride_ = c.k + c.x_gap;
     y_stride_ = c.n + c.y_gap;
-    x_.assign(static_cast<size_t>(size(c.m, c.k, x_stride_)), 0xFFFF);
+    x_.assign(static_cast<size_t>(size(c.m, c.k, x_stride_)), poison_of(c.dtype));
     for (int64_t t = 0; t < c.m; ++t) {
       for (int64_t i = 0; i < c.k; ++i) {
         const float value = c.exact ? static_cast<float>(draws.below(5) - 2) : draws.normal();
-        x_[static_cast<size_t>(t * x_stride_ + i)] = half_from(value, c.dtype);
+        x_[static_cast<size_t>(t * x_stride_ + i)] = bits_from(value, c.dtype);
       }
     }
-    x_memory_.emplace(static_cast<int64_t>(x_.size()) * 2, c.x_offset * 2, guard());
+    const int64_t bytes = size_of(c.dtype);
+    x_memory_.emplace(static_cast<int64_t>(x_.size()) * bytes, c.x_offset * bytes, guard());
     upload_x(x_);
-    y_memory_.emplace(size(c.m, c.n, y_stride_) * 2, c.y_offset * 2, guard());
+    y_memory_.emplace(size(c.m, c.n, y_stride_) * bytes, c.y_offset * bytes, guard());
     if (c.bias) {
-      std::vector<uint16_t> bias(static_cast<size_t>(c.n));
-      for (uint16_t& value : bias) {
+      Elements bias(static_cast<size_t>(c.n));
+      for (uint32_t& value : bias) {
         const auto whole = static_cast<float>(draws.below(17) - 8);
-        value = half_from(c.exact ? std::ldexp(whole, lowest_exponent(c)) : draws.normal(), c.dtype);
+        value = bits_from(c.exact ? std::ldexp(whole, lowest_exponent(c)) : draws.normal(), c.dtype);
       }
-      bias_memory_.emplace(c.n * 2, 0, guard());
-      if (c.n > 0) upload(bias.data(), bias_memory_->data(), c.n * 2);
+      bias_memory_.emplace(c.n * bytes, 0, guard());
+      upload_elements(bias, c.dtype, bias_memory_->data());
     }
   }
 
@@ -252,11 +280,9 @@ class Product {
   const PackedTensor& packed() const { return packed_; }
   const PreparedPlanes& prepared() const { return prepared_; }
   int64_t guard() const { return case_.tight ? 0 : 512; }
-  const std::vector<uint16_t>& x() const { return x_; }
+  const Elements& x() const { return x_; }
   int64_t x_stride() const { return x_stride_; }
-  void upload_x(const std::vector<uint16_t>& x) const {
-    if (!x.empty()) upload(x.data(), x_memory_->data(), static_cast<int64_t>(x.size()) * 2);
-  }
+  void upload_x(const Elements& x) const { upload_elements(x, case_.dtype, x_memory_->data()); }
 
   // A workspace of just the bytes that are asked for. In a tight case a checker of memory watches it, so that
   // it stays uninitialized.
@@ -280,25 +306,31 @@ class Product {
   }
 
   // The elements of `memory`, laid out as y is, without the gaps; nullopt if anything beside them changed.
-  std::optional<std::vector<uint16_t>> read(const GuardedMemory& memory) const {
+  std::optional<Elements> read(const GuardedMemory& memory) const {
     bool damaged = false;
     const std::vector<std::byte> bytes = memory.read(damaged);
-    std::vector<uint16_t> values(static_cast<size_t>(case_.m * case_.n));
+    Elements values;
+    values.reserve(static_cast<size_t>(case_.m * case_.n));
     for (int64_t t = 0; t < case_.m; ++t) {
-      const std::byte* row = bytes.data() + t * y_stride_ * 2;
-      if (case_.n > 0) std::memcpy(values.data() + t * case_.n, row, static_cast<size_t>(case_.n) * 2);
-      const int64_t gap = t + 1 < case_.m ? case_.y_gap * 2 : 0;
-      damaged = damaged || !std::all_of(row + case_.n * 2, row + case_.n * 2 + gap,
-                                        [](std::byte b) { return b == std::byte{0xFF}; });
+      for (int64_t r = 0; r < (t + 1 < case_.m ? y_stride_ : case_.n); ++r) {
+        const uint32_t element = element_at(bytes.data(), t * y_stride_ + r, case_.dtype);
+        if (r < case_.n) {
+          values.push_back(element);
+        } else {
+          damaged = damaged || element != poison_of(case_.dtype);
+        }
+      }
     }
     if (damaged) return std::nullopt;
     return values;
   }
-  GuardedMemory fresh_output() const { return {y_memory_->bytes(), case_.y_offset * 2, guard()}; }
-  std::optional<std::vector<uint16_t>> read() const { return read(*y_memory_); }
+  GuardedMemory fresh_output() const {
+    return {y_memory_->bytes(), case_.y_offset * size_of(case_.dtype), guard()};
+  }
+  std::optional<Elements> read() const { return read(*y_memory_); }
 
   // Runs the product; nullopt, after a failed expectation, if it wrote outside y or the workspace.
-  std::optional<std::vector<uint16_t>> run(const CudaMatmulOptions& options) const {
+  std::optional<Elements> run(const CudaMatmulOptions& options) const {
     y_memory_->poison();
     const GuardedMemory memory = workspace(options);
     matmul_cuda(prepared_, arguments(memory), options);
@@ -312,7 +344,7 @@ class Product {
   }
 
   // Empty if `y` is right, else what is wrong.
-  std::string compare(const std::vector<uint16_t>& y) {
+  std::string compare(const Elements& y) {
     if (reference_.empty() && !y.empty()) compute_reference();
     return case_.exact ? compare_exactly(y) : compare_errors(y);
   }
@@ -332,7 +364,8 @@ class Product {
     if (bytes > 0) upload(w.data(), w_memory.get(), bytes);
     const int64_t count = case_.m * case_.n;
     const auto y64 = device_bytes(count * 8);
-    const auto halves = device_bytes(count * 2);
+    const int64_t size = size_of(case_.dtype);
+    const auto plain = device_bytes(count * size);
     const SlowProduct slow{x_memory_->data(),
                            x_stride_,
                            reinterpret_cast<const float*>(w_memory.get()),
@@ -342,13 +375,13 @@ class Product {
                            case_.n,
                            case_.k};
     slow.in_float64(reinterpret_cast<double*>(y64.get()));
-    if (!case_.exact) slow.in_halves(halves.get());
+    if (!case_.exact) slow.in_dtype(plain.get());
     check_cuda(cudaDeviceSynchronize(), "slow products");
     reference_.resize(static_cast<size_t>(count));
     std::memcpy(reference_.data(), download(y64.get(), count * 8).data(), static_cast<size_t>(count) * 8);
     if (case_.exact) return;
-    plain_.resize(static_cast<size_t>(count));
-    std::memcpy(plain_.data(), download(halves.get(), count * 2).data(), static_cast<size_t>(count) * 2);
+    const std::vector<std::byte> plain_bytes = download(plain.get(), count * size);
+    for (int64_t i = 0; i < count; ++i) plain_.push_back(element_at(plain_bytes.data(), i, case_.dtype));
   }
 
   std::string place(size_t i) const {
@@ -356,13 +389,13 @@ class Product {
   }
 
   // The sums are exact in float32, so the result is the sum rounded once.
-  std::string compare_exactly(const std::vector<uint16_t>& y) const {
+  std::string compare_exactly(const Elements& y) const {
     int64_t wrong = 0;
     std::string first;
     for (size_t i = 0; i < y.size(); ++i) {
       const float expected =
-          float_from_half(half_from(static_cast<float>(reference_[i]), case_.dtype), case_.dtype);
-      const float got = float_from_half(y[i], case_.dtype);
+          float_from(bits_from(static_cast<float>(reference_[i]), case_.dtype), case_.dtype);
+      const float got = float_from(y[i], case_.dtype);
       if (got == expected) continue;
       if (wrong++ == 0)
         first = text_of(" wrong, the first at ", place(i), ": ", got, ", expected ", expected);
@@ -375,11 +408,10 @@ class Product {
     double squares = 0;
     size_t at = 0;
   };
-  Deviation error_of(const std::vector<uint16_t>& y) const {
+  Deviation error_of(const Elements& y) const {
     Deviation error;
     for (size_t i = 0; i < y.size(); ++i) {
-      const double difference =
-          std::fabs(static_cast<double>(float_from_half(y[i], case_.dtype)) - reference_[i]);
+      const double difference = std::fabs(static_cast<double>(float_from(y[i], case_.dtype)) - reference_[i]);
       error.squares += difference * difference;
       // Not written as a comparison that NaN would pass.
       if (!(difference <= error.largest)) {
@@ -391,12 +423,12 @@ class Product {
     return error;
   }
 
-  // Within twice the error of a plain product of halves. Few results may be rounded with luck there: then one
+  // Within twice the error of a plain product in dtype. Few results may be rounded with luck there: then one
   // rounding of the result is allowed as well.
-  std::string compare_errors(const std::vector<uint16_t>& y) const {
+  std::string compare_errors(const Elements& y) const {
     const Deviation error = error_of(y);
     const Deviation plain = error_of(plain_);
-    const double unit = case_.dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+    const double unit = unit_of(case_.dtype);
     double largest = 0;
     double squares = 0;
     for (const double value : reference_) {
@@ -418,12 +450,12 @@ class Product {
   PreparedPlanes prepared_;
   int64_t x_stride_ = 0;
   int64_t y_stride_ = 0;
-  std::vector<uint16_t> x_;
+  Elements x_;
   std::optional<GuardedMemory> x_memory_;
   std::optional<GuardedMemory> y_memory_;
   std::optional<GuardedMemory> bias_memory_;
   std::vector<double> reference_;  // [m, n]
-  std::vector<uint16_t> plain_;    // [m, n]
+  Elements plain_;                 // [m, n]
 };
 
 }  // namespace quantloom

@@ -15,15 +15,20 @@ __device__ float to_float(__half value) {
 __device__ float to_float(__nv_bfloat16 value) {
   return __bfloat162float(value);
 }
+__device__ float to_float(float value) {
+  return value;
+}
+__device__ void round_to(float value, float& out) {
+  out = value;
+}
 __device__ void round_to(float value, __half& out) {
   out = __float2half_rn(value);
 }
 __device__ void round_to(float value, __nv_bfloat16& out) {
   out = __float2bfloat16_rn(value);
 }
-template <class T>
-__device__ void round_to(double value, T& out) {
-  out = static_cast<T>(value);
+__device__ void round_to(double value, double& out) {
+  out = value;
 }
 
 // A thread computes one element; a block stages 16 columns of 16 tokens and 16 rows at a time.
@@ -90,14 +95,18 @@ __global__ void stir(uint32_t* words, int64_t count, int passes) {
 void SlowProduct::in_float64(double* y) const {
   if (dtype == DType::f16) {
     launch<__half, double, double, false>(*this, y);
+  } else if (dtype == DType::f32) {
+    launch<float, double, double, false>(*this, y);
   } else {
     launch<__nv_bfloat16, double, double, false>(*this, y);
   }
 }
 
-void SlowProduct::in_halves(void* y) const {
+void SlowProduct::in_dtype(void* y) const {
   if (dtype == DType::f16) {
     launch<__half, float, __half, true>(*this, static_cast<__half*>(y));
+  } else if (dtype == DType::f32) {
+    launch<float, float, float, true>(*this, static_cast<float*>(y));
   } else {
     launch<__nv_bfloat16, float, __nv_bfloat16, true>(*this, static_cast<__nv_bfloat16*>(y));
   }

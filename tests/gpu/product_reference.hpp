@@ -13,8 +13,9 @@
 
 namespace quantloom {
 
-// Activations and bias of dtype float16 or bfloat16, weights float32 [n, k]; all on the device, rows of x
-// `x_stride` elements apart, the results next to each other. bias may be null. They do not synchronize.
+// Activations and bias of dtype (float16, bfloat16 or float32), weights float32 [n, k]; all on the device,
+// rows of x `x_stride` elements apart, the results next to each other. bias may be null. They do not
+// synchronize.
 struct SlowProduct {
   const void* x = nullptr;
   int64_t x_stride = 0;
@@ -28,7 +29,7 @@ struct SlowProduct {
   // y [m, n]: sums in float64, one term after the other.
   void in_float64(double* y) const;
   // y [m, n] of dtype: weights rounded to dtype first, sums in float32, the result rounded to dtype.
-  void in_halves(void* y) const;
+  void in_dtype(void* y) const;
 };
 
 // A word that looks random: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).

@@ -75,6 +75,7 @@ inline std::set<DType> dtypes_from(const std::string& text) {
     }
     if (word == "float16" || word == "f16" || word == "half" || word == "any") found.insert(DType::f16);
     if (word == "bfloat16" || word == "bf16" || word == "any") found.insert(DType::bf16);
+    if (word == "float32" || word == "f32") found.insert(DType::f32);
     word.clear();
   }
   if (found.empty()) throw std::invalid_argument("not understood in the kernel table: " + text);
