@@ -21,10 +21,9 @@ void expect_decodes_to(const PackedTensor& packed, const Tensor& expected) {
   EXPECT_EQ(std::memcmp(values.data(), expected.bytes(), values.size() * sizeof(float)), 0);
 }
 
-TEST(Golden, UniformVersion01) {
-  const std::string path = kFolder + "uniform-0.1.safetensors";
+void expect_golden(const std::string& path, size_t count) {
   const PackedFile file = load_packed(path);
-  EXPECT_EQ(file.packed.size(), 18U);
+  EXPECT_EQ(file.packed.size(), count);
   for (const auto& [name, packed] : file.packed) {
     SCOPED_TRACE(name);
     expect_decodes_to(packed, file.plain.at("decoded " + name));
@@ -33,6 +32,14 @@ TEST(Golden, UniformVersion01) {
   const test::TemporaryFolder folder;
   save_packed(folder.file("again"), file);
   EXPECT_EQ(test::read_file(folder.file("again")), test::read_file(path));
+}
+
+TEST(Golden, UniformVersion01) {
+  expect_golden(kFolder + "uniform-0.1.safetensors", 18);
+}
+
+TEST(Golden, CodebookVersion01) {
+  expect_golden(kFolder + "codebook-0.1.safetensors", 14);
 }
 
 // A file of layers in another layout: "<settings> <tensor>", and "<settings> decoded".

@@ -128,7 +128,38 @@ TEST(PackedFile, SaveRefusesBadInput) {
   EXPECT_EQ(folder.entry_count(), 0);
 }
 
-// The example of FORMATS.md.
+// The examples of FORMATS.md.
+TEST(PackedFile, WorkedExampleOfACodebook) {
+  const std::vector<float> table = {-1, -0.25F, 0.5F};
+  PackedTensor packed{std::make_shared<const Codebook>(table, 8), 2, 12, {}};
+  Tensor codes(DType::i32, {2, 1});
+  pack_bits(std::array<uint8_t, 12>{0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2}, 2,
+            codes.values<uint32_t>().first(1));
+  pack_bits(std::vector<uint8_t>(12, 1), 2, codes.values<uint32_t>().last(1));
+  Tensor entries(DType::f16, {3});
+  std::ranges::transform(table, entries.values<uint16_t>().begin(), f16_from_float);
+  Tensor scales(DType::f16, {2, 2});
+  for (size_t i = 0; i < 4; ++i) scales.values<uint16_t>()[i] = i % 2 == 0 ? 0x3800 : 0x4000;
+  packed.planes = {{"codebook", entries}, {"codes", codes}, {"scales", scales}};
+  const TemporaryFolder folder;
+  save_packed(folder.file("f"), {{{"w", packed}}, {}, {}});
+  const std::string bytes = test::read_file(folder.file("f"));
+  EXPECT_EQ(bytes.substr(bytes.size() - 22), std::string("\x24\x49\x92\0\x55\x55\x55\0"
+                                                         "\0\xbc\0\xb4\0\x38"
+                                                         "\0\x38\0\x40\0\x38\0\x40",
+                                                         22));
+  const auto description = SafetensorsFile::open(folder.file("f")).metadata().at("quantloom");
+  EXPECT_NE(description.find(R"({"bits":2,"format":"codebook","group_size":8,"scale_dtype":"float16",)"
+                             R"("table":[-1.0,-0.25,0.5],"version":1})"),
+            std::string::npos)
+      << description;
+  std::vector<float> values(24);
+  dequantize(load_packed(folder.file("f")).packed.at("w"), {values.data(), 2, 12}, 1);
+  EXPECT_EQ(values[2], 0.25F);
+  EXPECT_EQ(values[9], -2.0F);
+  EXPECT_EQ(values[12], -0.125F);
+}
+
 TEST(PackedFile, WorkedExample) {
   PackedTensor packed{std::make_shared<const Uniform>(3, 4, false), 2, 12, {}};
   Tensor codes(DType::i32, {2, 2});
