@@ -45,7 +45,7 @@ def settings_of(names: list[str]):
                 for group in GROUPS
                 for rounding in ROUNDINGS
             ]
-        elif name.startswith("uniform:") and "=" in name:
+        elif "=" in name:
             format, _, rounding = name.partition("=")
             found.append(Setting(format, rounding))
         else:

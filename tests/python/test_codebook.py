@@ -6,12 +6,16 @@ import copy
 import json
 import pickle
 
+import model_factory
 import numpy as np
 import numpy_reference as reference
 import pytest
 import quantloom as ql
 import torch
+from quantloom import models
+from quantloom.cli import app
 from quantloom.nn import QuantLinear
+from typer.testing import CliRunner
 
 TABLE = [-1.0, -0.4, -0.125, 0.0, 0.2, 0.55, 1.0]  # -0.4, 0.2 and 0.55 round in float16
 FORMATS = [
@@ -154,3 +158,47 @@ def test_products(rng):
         np.testing.assert_array_equal(module(torch.from_numpy(x)).numpy(), ql.matmul(x, q))
         with pytest.raises(RuntimeError, match=r"int8.*codebook:"):
             ql.matmul(x, q, activations="int8")
+
+
+def test_a_model_end_to_end(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    own = ql.Codebook(TABLE, group_size=16)
+    recipe = ql.Recipe("codebook:nf4:g32", ql.GPTQ(), overrides={"re:.*down_proj": own})
+    ids = model_factory.token_ids(6 * 32)
+    output = tmp_path / "quantized"
+    report = models.quantize(
+        folder, recipe, calibration=ids, output=output, windows=4, window=32, held_out_windows=2
+    )
+    assert {module.format for module in report.modules} == {"codebook:nf4:g32", own.spec}
+    model = models.load(output, dtype=torch.float32)
+    reference = models.load_reference(folder)
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            assert module.packed.format == (own if name.endswith("down_proj") else ql.Codebook(group_size=32))
+            reference.get_submodule(name).weight.data = module.dequantize().to(torch.float32)
+            count += 1
+    assert count == len(report.modules)
+    tokens = torch.from_numpy(ids[:32][None])
+    torch.testing.assert_close(model(tokens).logits, reference(tokens).logits.float(), rtol=1e-3, atol=1e-3)
+    stored = [entry for entry in ql.inspect(output).tensors if entry.quantized]
+    assert {entry.format for entry in stored} == {"codebook:nf4:g32", own.spec}
+    with pytest.raises((ValueError, RuntimeError), match="uniform"):
+        models.export(output, tmp_path / "exported", layout="gptq")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_command_line(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    result = CliRunner().invoke(
+        app, ["quantize", str(folder), "-o", str(tmp_path / "out"), "-f", "codebook:nf4", "-r", "nearest"]
+    )
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert "codebook:nf4:g64" in result.stdout
+    result = CliRunner().invoke(
+        app, ["quantize", str(folder), "-o", str(tmp_path / "other"), "-f", "codebook:nf9", "-r", "nearest"]
+    )
+    assert result.exit_code != 0
+    assert "nf4" in result.output
+    assert "nf9" in result.output
