@@ -10,6 +10,7 @@
 #include "common/half_pairs.cuh"
 #include "kernels/group_scales.cuh"
 #include "kernels/overlap.cuh"
+#include "kernels/tile_pipeline.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/token_order.hpp"
@@ -17,64 +18,19 @@
 namespace quantloom::cuda {
 
 // Sizes of the ring. A stage holds activations [tokens][128 bytes], then codes [warp][bits][lane][16 bytes].
-template <int kBits, int kTokens>
+template <class Decoder, int kTokens>
 struct TileRing {
-  static constexpr int kStages = kBits <= 6 ? 4 : 3;
   static constexpr int kTokenBytes = kTokens * fragments::kTokenBytes;
-  static constexpr int kWarpBytes = kBits * 512;
+  static constexpr int kWarpBytes = Decoder::kBits * 512;
   static constexpr int kStageBytes = kTokenBytes + TilePlan::kWarps * kWarpBytes;
+  // With the decoder's table, a block of threads gets by with the 99 KB that every GPU has.
+  static constexpr int kRoom = (98304 - Decoder::kSharedBytes) / kStageBytes;
+  static constexpr int kMost = Decoder::kBits <= 6 ? 4 : 3;
+  static constexpr int kStages = kRoom < kMost ? kRoom : kMost;
   static constexpr int kBytes = kStages * kStageBytes;
+  static_assert(kStages >= 2);
 };
 
-// A place in the sequence of units.
-struct TileCursor {
-  int row_group;
-  int token_tile;
-  int block;
-
-  __device__ __forceinline__ TileCursor(const TilePlan& plan, int64_t unit) {
-    const int64_t tile = unit / plan.column_blocks;
-    block = static_cast<int>(unit % plan.column_blocks);
-    row_group = static_cast<int>(tile / plan.token_tiles);
-    token_tile = static_cast<int>(tile % plan.token_tiles);
-  }
-  __device__ __forceinline__ void advance(const TilePlan& plan) {
-    if (++block < plan.column_blocks) return;
-    block = 0;
-    if (++token_tile < plan.token_tiles) return;
-    token_tile = 0;
-    ++row_group;
-  }
-};
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-__device__ __forceinline__ void copy_piece(uint32_t shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ void copy_piece(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ void close_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kOpen>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
-}
-// Codes that are read once leave the L2 cache first; those that other tiles of tokens read too, do not.
-__device__ __forceinline__ uint64_t codes_policy(bool read_once) {
-  uint64_t policy;
-  if (read_once) {
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  }
-  return policy;
-}
 // Two B fragments of 8 tokens each.
 __device__ __forceinline__ void load_matrices(uint32_t shared, uint32_t (&b)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -82,63 +38,14 @@ __device__ __forceinline__ void load_matrices(uint32_t shared, uint32_t (&b)[4])
                : "r"(shared)
                : "memory");
 }
-__device__ __forceinline__ uint4 load_shared(uint32_t shared) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(shared)
-               : "memory");
-  return value;
-}
 
-// The copies of one warp into the ring.
-template <int kBits, int kTokens>
-class TileLoader {
- public:
-  using Ring = TileRing<kBits, kTokens>;
-
-  __device__ __forceinline__ TileLoader(const ProductArguments& p, const TileWork& work, uint32_t ring)
-      : p_(p), work_(work), ring_(ring), policy_(codes_policy(work.plan.token_tiles == 1)) {}
-
-  __device__ __forceinline__ void load_codes(const TileCursor& at, int stage) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int row_block = at.row_group * TilePlan::kWarps + warp;
-    if (row_block >= p_.w.row_blocks) return;
-    const uint4* from =
-        p_.w.codes + (static_cast<int64_t>(row_block) * p_.w.column_blocks + at.block) * (kBits * 32) + lane;
-    const uint32_t to =
-        ring_ + stage * Ring::kStageBytes + Ring::kTokenBytes + warp * Ring::kWarpBytes + lane * 16;
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) copy_piece(to + i * 512, from + i * 32, policy_);
-  }
-
-  __device__ __forceinline__ void load_tokens(const TileCursor& at, int stage) const {
-    const uint4* from = work_.tokens +
-                        (static_cast<int64_t>(at.block) * work_.plan.padded_tokens() +
-                         static_cast<int64_t>(at.token_tile) * kTokens) *
-                            fragments::kTokenPieces +
-                        threadIdx.x;
-    const uint32_t to = ring_ + stage * Ring::kStageBytes + threadIdx.x * 16;
-#pragma unroll
-    for (int i = 0; i < Ring::kTokenBytes / (16 * kTileThreads); ++i) {
-      copy_piece(to + i * 16 * kTileThreads, from + i * kTileThreads);
-    }
-  }
-
- private:
-  const ProductArguments& p_;
-  const TileWork& work_;
-  uint32_t ring_;
-  uint64_t policy_;
-};
-
+// The part of a tile that one warp adds up: 64 rows.
 template <class Decoder, class T, int kTokens>
 class TileProduct {
  public:
   static constexpr int kBits = Decoder::kBits;
   static constexpr int kTiles = kTokens / 8;
-  using Ring = TileRing<kBits, kTokens>;
+  using Ring = TileRing<Decoder, kTokens>;
 
   __device__ __forceinline__ TileProduct(const ProductArguments& p, const Decoder& decoder)
       : p_(p), decoder_(decoder), lane_(static_cast<int>(threadIdx.x) % 32) {
@@ -221,7 +128,7 @@ class TileProduct {
 template <class Decoder, class T, int kTokens>
 __global__ void __launch_bounds__(kTileThreads, 2)
     multiply_tiles(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
-  using Ring = TileRing<Decoder::kBits, kTokens>;
+  using Ring = TileRing<Decoder, kTokens>;
   extern __shared__ __align__(1024) unsigned char tile_memory[];
   const uint32_t ring = shared_address(tile_memory);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -230,7 +137,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t end = work.plan.begin(static_cast<int64_t>(blockIdx.x) + 1);
 
   let_next_begin();
-  const TileLoader<Decoder::kBits, kTokens> loader(p, work, ring);
+  const TileLoader<Ring> loader(p, work, ring);
   TileCursor ahead(work.plan, begin);
   {
     TileCursor codes = ahead;
@@ -288,7 +195,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 template <class Decoder, class T, int kTokens>
 void launch_multiply_tiles(const ProductLaunch& launch, const TileWork& work) {
-  constexpr int kShared = TileRing<Decoder::kBits, kTokens>::kBytes + Decoder::kSharedBytes;
+  constexpr int kShared = TileRing<Decoder, kTokens>::kBytes + Decoder::kSharedBytes;
   const auto kernel = multiply_tiles<Decoder, T, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "matmul_cuda: shared memory of multiply_tiles");

@@ -14,6 +14,12 @@ int64_t tiles_workspace(const FragmentMatrix& w, int m, int splits);
 template <class Decoder>
 void launch_tiles(const ProductLaunch& launch, void* workspace);
 
+// "tiles_wgmma": the same on warpgroup products (wgmma), where runs_wgmma(). Same arguments and workspace.
+// True if the current device is of compute capability 9.0 and this build has code for its own instructions.
+bool runs_wgmma();
+template <class Decoder>
+void launch_tiles_wgmma(const ProductLaunch& launch, void* workspace);
+
 // "decode": the matrix is decoded to launch.dtype (float16, bfloat16, float32) in the workspace, and
 // multiplied by cuBLASLt with float32 sums. `workspace`: 256-byte aligned, of decoded_workspace() bytes.
 int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype);

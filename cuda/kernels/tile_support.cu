@@ -4,6 +4,7 @@
 #include "kernels/tile_support.cuh"
 #include "kernels/token_order.hpp"
 #include "quantloom/checked_math.hpp"
+#include "quantloom/kernels/dequantize.hpp"
 
 namespace quantloom::cuda {
 namespace {
@@ -137,6 +138,18 @@ TileDevice device_facts() {
              "cudaDeviceGetAttribute");
   facts.overlaps = major >= 9;
   return facts;
+}
+
+bool runs_wgmma() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0 && cuda_architectures().find("90a") != std::string::npos;
 }
 
 TilePlan tile_plan_of(const FragmentMatrix& w, int m, int splits) {

@@ -18,10 +18,10 @@ class UniformFragments;
 
 namespace {
 
-enum class Kernel { tiles, decode };
+enum class Kernel { tiles, wgmma, decode };
 
 const char* name_of(Kernel kernel) {
-  return kernel == Kernel::tiles ? "tiles" : "decode";
+  return kernel == Kernel::tiles ? "tiles" : kernel == Kernel::wgmma ? "tiles_wgmma" : "decode";
 }
 
 template <template <class> class Call, class... Arguments>
@@ -50,6 +50,12 @@ template <class Decoder>
 struct CallTiles {
   void operator()(const ProductLaunch& launch, void* workspace) const {
     launch_tiles<Decoder>(launch, workspace);
+  }
+};
+template <class Decoder>
+struct CallWgmma {
+  void operator()(const ProductLaunch& launch, void* workspace) const {
+    launch_tiles_wgmma<Decoder>(launch, workspace);
   }
 };
 template <class Decoder>
@@ -214,12 +220,14 @@ Product run(const Case& c, Kernel kernel, const Matrix& matrix, const std::funct
   launch.arguments.x_in_pieces = c.in_pieces && c.k % 8 == 0 && matrix.w.source == nullptr;
   launch.dtype = c.dtype;
   launch.splits = c.splits;
-  const int64_t workspace_bytes = kernel == Kernel::tiles ? tiles_workspace(matrix.w, c.m, c.splits)
-                                                          : decoded_workspace(matrix.w, c.m, c.dtype);
+  const int64_t workspace_bytes = kernel == Kernel::decode ? decoded_workspace(matrix.w, c.m, c.dtype)
+                                                           : tiles_workspace(matrix.w, c.m, c.splits);
   const auto workspace = device_bytes(workspace_bytes + 256);
   check_cuda(cudaMemset(workspace.get(), garbage, static_cast<size_t>(workspace_bytes + 256)), "garbage");
   if (kernel == Kernel::tiles) {
     for_bits<CallTiles>(c.bits, launch, static_cast<void*>(workspace.get()));
+  } else if (kernel == Kernel::wgmma) {
+    for_bits<CallWgmma>(c.bits, launch, static_cast<void*>(workspace.get()));
   } else {
     for_bits<CallDecoded>(c.bits, launch, static_cast<void*>(workspace.get()));
   }
@@ -288,6 +296,7 @@ class TileProducts : public ::testing::TestWithParam<Kernel> {
  protected:
   void SetUp() override {
     if (!has_cuda_device()) GTEST_SKIP() << "no CUDA device in this machine";
+    if (GetParam() == Kernel::wgmma && !runs_wgmma()) GTEST_SKIP() << "no wgmma on this device";
   }
 
   // Small integers times powers of two: all sums are exact.
@@ -430,7 +439,8 @@ TEST_P(TileProducts, GiveTheBiasWhereThereAreNoColumns) {
   expect_exact({.n = 70, .k = 0, .m = 40, .bias = false}, 6001);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, TileProducts, ::testing::Values(Kernel::tiles, Kernel::decode),
+INSTANTIATE_TEST_SUITE_P(Kernels, TileProducts,
+                         ::testing::Values(Kernel::tiles, Kernel::wgmma, Kernel::decode),
                          [](const auto& info) { return std::string(name_of(info.param)); });
 
 TEST(DecodedProduct, TakesFloat32Activations) {

@@ -1,0 +1,217 @@
+// The product loop for many tokens on sm_90a, whose tensor cores read activations from shared memory by
+// themselves.
+//
+// As tile_loop.cuh, but the four warps multiply as one: in each step of 16 columns, unit u of each warp's 64
+// rows is a quarter of the 64 rows of a product. While the products of a step run, the warps decode the
+// fragments of the next.
+#pragma once
+
+#include "common/check.cuh"
+#include "common/warpgroup.cuh"
+#include "kernels/group_scales.cuh"
+#include "kernels/overlap.cuh"
+#include "kernels/tile_pipeline.cuh"
+#include "kernels/tile_products.cuh"
+#include "kernels/tile_support.cuh"
+#include "kernels/token_order.hpp"
+
+namespace quantloom::cuda {
+
+// Sizes of the ring. A stage holds activations [tokens][128 bytes], then codes [warp][bits][lane][16 bytes];
+// each begins at a multiple of 1024 bytes.
+template <class Decoder, int kTokens>
+struct WarpgroupRing {
+  static constexpr int kTokenBytes = kTokens * fragments::kTokenBytes;
+  static constexpr int kWarpBytes = Decoder::kBits * 512;
+  static constexpr int kStageBytes = kTokenBytes + TilePlan::kWarps * kWarpBytes;
+  // Two blocks of threads share the 227 KB of a multiprocessor.
+  static constexpr int kRoom = (115712 - Decoder::kSharedBytes) / kStageBytes;
+  static constexpr int kStages = kRoom < 5 ? kRoom : 5;
+  static constexpr int kBytes = kStages * kStageBytes;
+  static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
+};
+
+template <class Decoder, class T, int kTokens>
+class WarpgroupProduct {
+ public:
+  static constexpr int kBits = Decoder::kBits;
+  static constexpr int kTiles = kTokens / 8;
+
+  __device__ __forceinline__ WarpgroupProduct(const ProductArguments& p, const Decoder& decoder)
+      : p_(p), decoder_(decoder) {}
+
+  __device__ __forceinline__ void begin(int row_block, int begin, int end) {
+    scales_.begin(p_.w, row_block, begin, end, static_cast<int>(threadIdx.x) % 32);
+    add_ = 0;
+  }
+
+  // `stage`: where a stage lies in shared memory; `codes`: this lane's codes in it. The products of the last
+  // step still run when this returns; they read the stage until the first step of the next call is over.
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t codes) {
+    uint4 pieces[kBits];
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) pieces[i] = load_shared(codes + i * 512);
+    const uint64_t tokens = token_descriptor(stage);
+    multiply_step<0>(tokens, pieces);
+    multiply_step<1>(tokens, pieces);
+    multiply_step<2>(tokens, pieces);
+    multiply_step<3>(tokens, pieces);
+  }
+
+  // Waits for all products.
+  __device__ __forceinline__ void finish() {
+    wait_for_products<0>();
+#pragma unroll
+    for (int unit = 0; unit < fragments::kUnits; ++unit) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          hold(sums_[unit][tile][c]);
+          sums_[unit][tile][c] *= scales_.factor(2 * unit + c / 2);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ const float (&sums() const)[fragments::kUnits][kTiles][4] {
+    return sums_;
+  }
+
+ private:
+  template <int kStep>
+  __device__ __forceinline__ void multiply_step(uint64_t tokens, const uint4 (&pieces)[kBits]) {
+    // Two sets of fragments: one is decoded while products read the other.
+    uint32_t(&a)[fragments::kUnits][4] = a_[kStep % 2];
+#pragma unroll
+    for (int unit = 0; unit < fragments::kUnits; ++unit) {
+      uint32_t words[kBits];
+      words_of_unit<kBits>(pieces, unit, words);
+      decoder_.template fragment<T, kStep>(words, a[unit]);
+      scales_.apply(p_.w, unit, a[unit]);
+    }
+    open_products();
+#pragma unroll
+    for (int unit = 0; unit < fragments::kUnits; ++unit) {
+      multiply_warpgroup<T, kTiles>(sums_[unit], a[unit], tokens + kStep * (32 >> 4), kStep == 0 ? add_ : 1);
+    }
+    close_products();
+    if (kStep == 0) add_ = 1;
+    scales_.advance(p_.w);
+    wait_for_products<1>();
+  }
+
+  const ProductArguments& p_;
+  const Decoder& decoder_;
+  GroupScales<Decoder, T> scales_;
+  uint32_t a_[2][fragments::kUnits][4];
+  int add_ = 0;  // 0: the first products of a tile, which replace the sums of the last one
+  float sums_[fragments::kUnits][kTiles][4] = {};
+};
+
+template <class Decoder, class T, int kTokens>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    multiply_tiles_wgmma(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  using Ring = WarpgroupRing<Decoder, kTokens>;
+  // Stages that are filled while one is multiplied, and one is still read by products of the step before.
+  constexpr int kAhead = Ring::kStages - 2;
+  extern __shared__ __align__(1024) unsigned char tile_memory[];
+  const uint32_t ring = shared_address(tile_memory);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t begin = work.plan.begin(blockIdx.x);
+  const int64_t end = work.plan.begin(static_cast<int64_t>(blockIdx.x) + 1);
+
+  let_next_begin();
+  const TileLoader<Ring> loader(p, work, ring);
+  TileCursor ahead(work.plan, begin);
+  {
+    TileCursor codes = ahead;
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (begin + s >= end) break;
+      loader.load_codes(codes, s);
+      codes.advance(work.plan);
+    }
+  }
+  Decoder decoder;
+  prepare_decoder<T>(decoder, p.w, tile_memory + Ring::kBytes);
+  wait_for_previous();
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    if (begin + s < end) {
+      loader.load_tokens(ahead, s);
+      ahead.advance(work.plan);
+    }
+    close_copies();
+  }
+
+  WarpgroupProduct<Decoder, T, kTokens> product(p, decoder);
+  int stage = 0;
+  int filled = kAhead;  // the stage to fill next
+  for (int64_t unit = begin; unit < end;) {
+    const TileCursor at(work.plan, unit);
+    const int stop =
+        static_cast<int>(min(static_cast<int64_t>(work.plan.column_blocks), at.block + end - unit));
+    // Warps without rows multiply those of the last block again: the products need all four.
+    const int row_block = min(at.row_group * TilePlan::kWarps + warp, p.w.row_blocks - 1);
+    product.begin(row_block, at.block, stop);
+    for (int block = at.block; block < stop; ++block, ++unit) {
+      wait_for_copies<kAhead - 1>();
+      publish_to_products();
+      __syncthreads();
+      // All warps have begun the unit before this one, so the products of the unit before that have ended:
+      // its stage is filled anew.
+      if (unit + kAhead < end) {
+        loader.load_codes(ahead, filled);
+        loader.load_tokens(ahead, filled);
+        ahead.advance(work.plan);
+      }
+      close_copies();
+      filled = filled + 1 == Ring::kStages ? 0 : filled + 1;
+      const uint32_t place = ring + stage * Ring::kStageBytes;
+      product.multiply(place, place + Ring::kTokenBytes + warp * Ring::kWarpBytes + lane * 16);
+      stage = stage + 1 == Ring::kStages ? 0 : stage + 1;
+    }
+    product.finish();
+    const int64_t tile = static_cast<int64_t>(at.row_group) * work.plan.token_tiles + at.token_tile;
+    const bool complete = at.block == 0 && stop == work.plan.column_blocks;
+    finish_tile<T, kTokens / 8>(p, work, blockIdx.x, tile, complete, warp, lane, product.sums());
+  }
+#else
+  __trap();  // runs_wgmma() keeps launches away
+#endif
+}
+
+template <class Decoder, class T, int kTokens>
+void launch_multiply_wgmma(const ProductLaunch& launch, const TileWork& work) {
+  constexpr int kShared = WarpgroupRing<Decoder, kTokens>::kBytes + Decoder::kSharedBytes;
+  const auto kernel = multiply_tiles_wgmma<Decoder, T, kTokens>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+             "matmul_cuda: shared memory of multiply_tiles_wgmma");
+  LaunchSettings settings(dim3(static_cast<unsigned>(work.plan.grid)), dim3(kTileThreads), launch.stream,
+                          true, 1);
+  settings.config.dynamicSmemBytes = kShared;
+  check_cuda(cudaLaunchKernelEx(&settings.config, kernel, launch.arguments, work),
+             "matmul_cuda: launch of multiply_tiles_wgmma");
+}
+
+template <class Decoder>
+void launch_tiles_wgmma(const ProductLaunch& launch, void* workspace) {
+  if (launch.arguments.m == 0 || launch.arguments.w.n == 0) return;
+  if (launch.arguments.w.column_blocks == 0) return launch_bias_alone(launch);
+  const TileWork work = tile_work(launch, workspace);
+  launch_arrange(launch, work);
+  const bool small = work.plan.tokens == 32;
+  if (launch.dtype == DType::f16) {
+    small ? launch_multiply_wgmma<Decoder, __half, 32>(launch, work)
+          : launch_multiply_wgmma<Decoder, __half, 64>(launch, work);
+  } else {
+    small ? launch_multiply_wgmma<Decoder, __nv_bfloat16, 32>(launch, work)
+          : launch_multiply_wgmma<Decoder, __nv_bfloat16, 64>(launch, work);
+  }
+  if (work.plan.has_partials()) launch_add_parts(launch, work);
+}
+
+}  // namespace quantloom::cuda
