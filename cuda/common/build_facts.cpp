@@ -1,5 +1,7 @@
 // What this build knows of CUDA; the values come from cmake/cuda.cmake.
 #include "kernels/cuda_kernels.hpp"
+#include "kernels/cuda_products.hpp"
+#include "quantloom/error.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 
 namespace quantloom {
@@ -16,15 +18,46 @@ std::string cuda_architectures() {
   return QUANTLOOM_CUDA_ARCHITECTURES;
 }
 
+namespace {
+
+std::string token_range(const CudaProduct& product) {
+  if (product.max_tokens > 0) return text_of(product.min_tokens, "-", product.max_tokens);
+  return product.min_tokens > 1 ? text_of(product.min_tokens, "-") : "any";
+}
+
+}  // namespace
+
 std::vector<KernelEntry> cuda_kernel_table() {
-  return {{.operation = "dequantize",
-           .format = "uniform",
-           .bits = "1-8",
-           .device = "cuda",
-           .activations = "",
-           .tokens = "any",
-           .kernel = "dequantize_uniform",
-           .target = "sm " + cuda_architectures()}};
+  std::vector<KernelEntry> table;
+  for (const char* format : {"uniform", "codebook"}) {
+    for (int bits = 1; bits <= 8; ++bits) {
+      for (const CudaProduct& product : cuda_products()) {
+        for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+          if (dtype == DType::f32 && !product.float32) continue;
+          const int least = product.min_architecture;
+          table.push_back({.operation = "matmul",
+                           .format = format,
+                           .bits = std::to_string(bits),
+                           .groups = "any",
+                           .device = "cuda",
+                           .activations = std::string(name_of(dtype)),
+                           .tokens = token_range(product),
+                           .kernel = std::string(product.name),
+                           .target = text_of("sm_", least, " and later, built for ", cuda_architectures())});
+        }
+      }
+    }
+  }
+  table.push_back({.operation = "dequantize",
+                   .format = "uniform",
+                   .bits = "1-8",
+                   .groups = "any",
+                   .device = "cuda",
+                   .activations = "",
+                   .tokens = "any",
+                   .kernel = "dequantize_uniform",
+                   .target = "built for " + cuda_architectures()});
+  return table;
 }
 
 }  // namespace quantloom

@@ -8,6 +8,13 @@
 
 namespace quantloom::cuda {
 
+// (a & b) | c as one operation: of two constants the compiler would make two.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 // Where a pair's codes are once its word is shifted right by `shift`: at bit `position` of each half.
 struct FieldPlace {
   int shift;
@@ -18,7 +25,7 @@ struct FieldPlace {
 // need a shift share it, so that it is computed once.
 template <int kBits, int kRoom>
 __host__ __device__ constexpr FieldPlace field_place(int pair) {
-  const int position = pair % fragments::Packing<kBits>::kWhole * kBits;
+  const int position = pair % fragments::Halves<kBits>::kWhole * kBits;
   int shift = 0;
   while (position - shift + kBits > kRoom) {
     // The first field that does not fit yet moves to bit 0.
@@ -35,7 +42,7 @@ __device__ __forceinline__ uint32_t gathered_pair(const uint32_t (&words)[kBits]
   uint32_t codes = 0;
 #pragma unroll
   for (int index = 0; index < kBits; ++index) {
-    const fragments::BitRun run = fragments::bit_run(kBits, kPair, index);
+    const fragments::BitRun run = fragments::bit_run(fragments::CodeOrder::halves, kBits, kPair, 0, index);
     if (run.count > 0) {
       const uint32_t half = ((1U << run.count) - 1U) << run.from;
       const uint32_t word = words[run.word];

@@ -21,6 +21,7 @@ class UniformFragments {
   static constexpr float kCenter = kBits == 1 ? 0.5F : static_cast<float>(1 << (kBits - 1));
   static constexpr int kSharedBytes = 0;
 
+  template <class T>
   __device__ __forceinline__ void prepare(const void* /*table*/, int /*entries*/, void* /*shared*/) {}
 
   // Registers a[0..3] of step kStep, exact in T: fragment = (code - kCenter) / kUnit.
@@ -50,13 +51,13 @@ class UniformFragments {
       const uint32_t low = (word & 0x007F007FU) | 0x43004300U;
       const uint32_t minus = (word & 0x00800080U) ^ 0xC380C380U;
       return Pair::add(low, minus);
-    } else if constexpr (kPair < fragments::Packing<kBits>::kWholePairs) {
+    } else if constexpr (kPair < fragments::Halves<kBits>::kWholePairs) {
       // The code in the mantissa of 2^kMantissa, `position` bits up: 2^kMantissa + code * 2^position.
-      constexpr int kWhole = fragments::Packing<kBits>::kWhole;
+      constexpr int kWhole = fragments::Halves<kBits>::kWhole;
       constexpr FieldPlace kPlace = field_place<kBits, kMantissa>(kPair);
       const uint32_t word = words[kPair / kWhole] >> kPlace.shift;
       constexpr uint32_t kField = kMask << kPlace.position;
-      return centered<T, kPlace.position>((word & (kField | kField << 16)) | Pair::kInteger);
+      return centered<T, kPlace.position>(and_or(word, kField | kField << 16, Pair::kInteger));
     } else {
       return centered<T, 0>(gathered_pair<kBits, kPair>(words) | Pair::kInteger);
     }

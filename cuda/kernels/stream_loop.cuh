@@ -15,75 +15,101 @@
 #include "kernels/fragment_order.hpp"
 #include "kernels/fragment_parameters.cuh"
 #include "kernels/overlap.cuh"
-#include "kernels/product_arguments.cuh"
+#include "kernels/products.cuh"
 
 namespace quantloom::cuda {
 
 constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = 32 * kStreamWarps;
 
-// Codes are read once: they should not push anything else out of the caches.
-__device__ __forceinline__ uint4 load_streaming(const uint4* address) {
-  uint4 value;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
+// Copies 16 bytes to shared memory in the background, past the first-level cache.
+__device__ __forceinline__ void copy_piece(void* to, const void* from) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all but the last kPending groups of this thread's copies are there.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Eight activations of one token from column `column` on, in the order of the fragments.
+// One block of activations for a warp, by single elements: rows that are not aligned, columns that change
+// places, and the end of a row.
 template <class T>
-__device__ __noinline__ uint4 gather_activations(const ProductArguments& p, const T* row, int64_t column) {
-  alignas(16) T values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    int64_t from = column + i;
-    if (p.w.source != nullptr) from = __ldg(p.w.source + from);
-    values[i] = from >= 0 && from < p.w.k ? row[from] : HalfPair<T>::from_float(0.0F);
+__device__ __noinline__ void gather_activations(const ProductArguments& p, int block, unsigned char* to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int token = 0; token < p.m; ++token) {
+    const T* row = static_cast<const T*>(p.x) + token * p.x_stride;
+    for (int i = lane; i < fragments::kBlockColumns; i += 32) {
+      int64_t from = static_cast<int64_t>(block) * fragments::kBlockColumns + i;
+      if (p.w.source != nullptr) from = __ldg(p.w.source + from);
+      const bool inside = from >= 0 && from < p.w.k;
+      const int chunk = i / 8 ^ (token & 3) << 1;
+      reinterpret_cast<T*>(to + token * 128 + chunk * 16)[i % 8] =
+          inside ? row[from] : HalfPair<T>::from_float(0.0F);
+    }
   }
-  return *reinterpret_cast<const uint4*>(values);
 }
+
+// What a warp copies ahead of its use, for each block of columns.
+template <int kBits, int kTiles>
+struct StreamStage {
+  static constexpr int kCodes = kBits * 512;
+  // [8 * kTiles tokens][8 chunks of 8 columns]; chunk c of token t lies at place c ^ (2 * (t % 4)), so that
+  // no two lanes that read at the same time meet in a bank.
+  static constexpr int kActivations = kTiles * 1024;
+  static constexpr int kScales = 256;               // of one group: 64 of up to 4 bytes
+  static constexpr int kParameters = kScales + 64;  // and zero points
+  // Groups that end in one block: one, or up to four where they are finer than a block.
+  static __host__ __device__ constexpr int bytes(bool fine) {
+    return kCodes + kActivations + (fine ? 4 : 1) * kParameters;
+  }
+};
 
 // The part of a product that one warp adds up: 64 rows, 8 * kTiles tokens, columns of blocks [begin, end).
 template <class Decoder, class T, int kTiles, int kStages>
 class WarpProduct {
  public:
   static constexpr int kBits = Decoder::kBits;
+  using Stage = StreamStage<kBits, kTiles>;
 
-  __device__ __forceinline__ WarpProduct(const ProductArguments& p, const Decoder& decoder, int row_block,
-                                         int begin, int end)
-      : p_(p), decoder_(decoder), lane_(static_cast<int>(threadIdx.x) % 32), begin_(begin), end_(end) {
-    codes_ = p.w.codes + (static_cast<int64_t>(row_block) * p.w.column_blocks * kBits) * 32 + lane_;
-    parameters_ = static_cast<int64_t>(row_block) * p.w.group_count * 64 + lane_ / 4 * 8;
-    const int step = begin * 4;
-    group_ = step / p.w.group_steps;
-    group_left_ = p.w.group_steps - step % p.w.group_steps;
-#pragma unroll
+  // `ring`: kStages stages of the warp's own.
+  __device__ __forceinline__ WarpProduct(const ProductArguments& p, const Decoder& decoder,
+                                         unsigned char* ring, int row_block, int begin, int end)
+      : p_(p),
+        decoder_(decoder),
+        ring_(ring),
+        fine_(p.w.group_steps % 4 != 0),
+        stage_bytes_(Stage::bytes(fine_)),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        begin_(begin),
+        end_(end) {
+    codes_ = p.w.codes + (static_cast<int64_t>(row_block) * p.w.column_blocks + begin) * (kBits * 32) + lane_;
+    parameters_ = static_cast<int64_t>(row_block) * p.w.group_count * 64;
+    // Groups are counted in steps where they are finer than a block, else in blocks.
+    unit_ = fine_ ? p.w.group_steps : p.w.group_steps / 4;
+    const int first = fine_ ? 4 * begin : begin;
+    copy_group_ = first / unit_;
+    copy_left_ = unit_ - first % unit_;
+    left_ = copy_left_;
+#pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
-      if (begin + s < end) load_codes(s, begin + s);
+      if (begin + s < end) copy_weights(s, begin + s);
+      close_copies();
     }
-    if (begin < end) load_parameters();
   }
 
   // After the previous kernel's results can be read.
   __device__ __forceinline__ void run() {
-#pragma unroll
-    for (int s = 0; s < kStages; ++s) {
-      if (begin_ + s < end_) load_activations(s, begin_ + s);
+    load_first_activations();
+    if (fine_) {
+      run_blocks<true>();
+    } else {
+      run_blocks<false>();
     }
-    for (int block = begin_; block < end_; block += kStages) {
-#pragma unroll
-      for (int s = 0; s < kStages; ++s) {
-        if (block + s < end_) {
-          multiply(s);
-          if (block + s + kStages < end_) {
-            load_codes(s, block + s + kStages);
-            load_activations(s, block + s + kStages);
-          }
-        }
-      }
-    }
-    if (begin_ < end_ && group_left_ != p_.w.group_steps) flush();
   }
 
   // Sum of row lane / 4 + 8 * i and token 8 * tile + 2 * (lane % 4) + c.
@@ -92,129 +118,240 @@ class WarpProduct {
   }
 
  private:
-  __device__ __forceinline__ void load_codes(int stage, int block) {
-    const uint4* from = codes_ + static_cast<int64_t>(block) * (kBits * 32);
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) codes_of_[stage][i] = load_streaming(from + i * 32);
+  __device__ __forceinline__ unsigned char* stage(int s) const {
+    return ring_ + s * stage_bytes_;
+  }
+  __device__ __forceinline__ unsigned char* activations(int s) const {
+    return stage(s) + Stage::kCodes;
+  }
+  __device__ __forceinline__ unsigned char* parameters(int s) const {
+    return stage(s) + Stage::kCodes + Stage::kActivations;
   }
 
-  __device__ __forceinline__ void load_activations(int stage, int block) {
+  // Codes and the parameters of groups that end in block `block`; blocks come in order.
+  __device__ __forceinline__ void copy_weights(int s, int block) {
+    unsigned char* to = stage(s) + lane_ * 16;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int token = tile * 8 + lane_ / 4;
-      const T* row = static_cast<const T*>(p_.x) + token * p_.x_stride;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t column = static_cast<int64_t>(block) * 64 + half * 32 + lane_ % 4 * 8;
-        uint4 values = make_uint4(0, 0, 0, 0);
-        if (token < p_.m) {
-          if (!p_.x_in_pieces) {
-            values = gather_activations(p_, row, column);
-          } else if (column < p_.w.k) {
-            values = __ldg(reinterpret_cast<const uint4*>(row + column));
-          }
-        }
-        x_[stage][tile][half] = values;
+    for (int i = 0; i < kBits; ++i) copy_piece(to + i * 512, codes_ + i * 32);
+    codes_ += kBits * 32;
+    if (!fine_) {
+      if (--copy_left_ == 0 || block == end_ - 1) copy_parameters(parameters(s));
+      return;
+    }
+    for (int step = 0; step < 4; ++step) {
+      if (--copy_left_ == 0 || (step == 3 && block == end_ - 1)) {
+        copy_parameters(parameters(s) + step * Stage::kParameters);
       }
     }
   }
 
-  // The parameters of this group and the next.
-  __device__ __forceinline__ void load_parameters() {
-    raw_.load(p_.w, parameters_ + static_cast<int64_t>(group_) * 64);
-    next_raw_.load(p_.w, parameters_ + static_cast<int64_t>(min(group_ + 1, p_.w.group_count - 1)) * 64);
-  }
-
-  __device__ __forceinline__ void multiply(int stage) {
-    multiply_step<0>(stage);
-    multiply_step<1>(stage);
-    multiply_step<2>(stage);
-    multiply_step<3>(stage);
-  }
-
-  template <int kStep>
-  __device__ __forceinline__ void multiply_step(int stage) {
-    uint32_t b[kTiles][2];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4& x = x_[stage][tile][kStep / 2];
-      b[tile][0] = kStep % 2 == 0 ? x.x : x.z;
-      b[tile][1] = kStep % 2 == 0 ? x.y : x.w;
+  __device__ __forceinline__ void copy_parameters(unsigned char* to) {
+    const int64_t at = parameters_ + static_cast<int64_t>(copy_group_) * 64;
+    const int size = p_.w.scale_dtype == DType::f32 ? 4 : 2;
+    if (lane_ < 4 * size) {
+      copy_piece(to + lane_ * 16, static_cast<const unsigned char*>(p_.w.scales) + at * size + lane_ * 16);
+    } else if (lane_ >= 16 && lane_ < 20 && p_.w.zeros != nullptr) {
+      copy_piece(to + Stage::kScales + (lane_ - 16) * 16, p_.w.zeros + at + (lane_ - 16) * 16);
     }
+    ++copy_group_;
+    copy_left_ = unit_;
+  }
+
+  __device__ __forceinline__ bool whole(int block) const {
+    return p_.x_in_pieces && static_cast<int64_t>(block + 1) * fragments::kBlockColumns <= p_.w.k;
+  }
+
+  // Lane's chunk `i` of a block: of token 4 * i + lane / 8.
+  __device__ __forceinline__ const T* chunk_source(int block, int i) const {
+    return static_cast<const T*>(p_.x) + (4 * i + lane_ / 8) * p_.x_stride +
+           static_cast<int64_t>(block) * fragments::kBlockColumns + lane_ % 8 * 8;
+  }
+  __device__ __forceinline__ unsigned char* chunk_place(int s, int i) const {
+    return activations(s) + (4 * i + lane_ / 8) * 128 + (lane_ % 8 ^ lane_ / 8 << 1) * 16;
+  }
+  __device__ __forceinline__ bool has_token(int i) const {
+    return 4 * i + lane_ / 8 < p_.m;
+  }
+
+  __device__ __forceinline__ void copy_activations(int s, int block) {
+    if (!whole(block)) {
+      gather_activations<T>(p_, block, activations(s));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if (has_token(i)) copy_piece(chunk_place(s, i), chunk_source(block, i));
+    }
+  }
+
+  // Not in the background, so that they do not queue behind the codes that are on their way already.
+  __device__ __forceinline__ void load_first_activations() {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        uint4 values = make_uint4(0, 0, 0, 0);
+        if (begin_ + s < end_ && whole(begin_ + s) && has_token(i)) {
+          values = __ldg(reinterpret_cast<const uint4*>(chunk_source(begin_ + s, i)));
+        }
+        *reinterpret_cast<uint4*>(chunk_place(s, i)) = values;
+      }
+    }
+    __syncwarp();
+    for (int s = 0; s < kStages && begin_ + s < end_; ++s) {
+      if (!whole(begin_ + s)) gather_activations<T>(p_, begin_ + s, activations(s));
+    }
+  }
+
+  template <bool kFine>
+  __device__ __forceinline__ void run_blocks() {
+    int s = 0;
+    for (int block = begin_; block < end_; ++block) {
+      wait_for_copies<kStages - 1>();
+      __syncwarp();
+      multiply<kFine>(s, block == end_ - 1);
+      __syncwarp();
+      if (block + kStages < end_) {
+        copy_weights(s, block + kStages);
+        copy_activations(s, block + kStages);
+      }
+      close_copies();
+      s = s + 1 == kStages ? 0 : s + 1;
+    }
+  }
+
+  template <bool kFine>
+  __device__ __forceinline__ void multiply(int s, bool last) {
+    uint4 codes[kBits];
+    const unsigned char* from = stage(s) + lane_ * 16;
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) codes[i] = *reinterpret_cast<const uint4*>(from + i * 512);
+    multiply_step<kFine, 0>(s, codes, false);
+    multiply_step<kFine, 1>(s, codes, false);
+    multiply_step<kFine, 2>(s, codes, false);
+    multiply_step<kFine, 3>(s, codes, last);
+    if constexpr (!kFine) {
+      if (--left_ == 0 || last) flush(parameters(s));
+    }
+  }
+
+  template <bool kFine, int kStep>
+  __device__ __forceinline__ void multiply_step(int s, const uint4 (&codes)[kBits], bool last) {
+    uint2 b[kTiles];
+    const int token = lane_ / 4;
+    const unsigned char* from = activations(s) + token * 128 + lane_ % 4 * 8 + (kStep ^ (token & 3)) * 32;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) b[tile] = *reinterpret_cast<const uint2*>(from + tile * 1024);
 #pragma unroll
     for (int unit = 0; unit < fragments::kUnits; ++unit) {
       uint32_t words[kBits];
 #pragma unroll
       for (int i = 0; i < kBits; ++i) {
         const int at = unit * kBits + i;
-        const uint4& piece = codes_of_[stage][at / 4];
+        const uint4& piece = codes[at / 4];
         words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
       }
       uint32_t a[4];
       decoder_.template fragment<T, kStep>(words, a);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        multiply_accumulate<T>(sum_[tile][unit], a, b[tile][0], b[tile][1]);
+        multiply_accumulate<T>(sum_[tile][unit], a, b[tile].x, b[tile].y);
       }
     }
     if (p_.w.zeros != nullptr) {
       const uint32_t ones[4] = {HalfPair<T>::kOne, HalfPair<T>::kOne, HalfPair<T>::kOne, HalfPair<T>::kOne};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        multiply_accumulate<T>(x_sum_[tile], ones, b[tile][0], b[tile][1]);
+        multiply_accumulate<T>(x_sum_[tile], ones, b[tile].x, b[tile].y);
       }
     }
-    if (--group_left_ == 0) {
-      flush();
-      group_left_ = p_.w.group_steps;
-      ++group_;
-      raw_ = next_raw_;
-      next_raw_.load(p_.w, parameters_ + static_cast<int64_t>(min(group_ + 1, p_.w.group_count - 1)) * 64);
+    if constexpr (kFine) {
+      if (--left_ == 0 || last) flush(parameters(s) + kStep * Stage::kParameters);
     }
   }
 
   // Adds the group's sums, scaled, to the totals.
-  __device__ __forceinline__ void flush() {
-    const bool with_zeros = p_.w.zeros != nullptr;
+  __device__ __forceinline__ void flush(const unsigned char* parameters) {
+    left_ = unit_;
+    float scales[8];
+    load_scales(parameters, scales);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float scale = raw_.scale(p_.w.scale_dtype, i);
-      const float unit_scale = scale * Decoder::kUnit;
-      const float offset = with_zeros ? scale * (Decoder::kCenter - raw_.zero(i)) : 0.0F;
+      const float unit_scale = scales[i] * Decoder::kUnit;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& sum = sum_[tile][i / 2][i % 2 * 2 + c];
+          float& total = total_[tile][i / 2][i % 2 * 2 + c];
+          total = fmaf(unit_scale, sum, total);
+          sum = 0.0F;
+        }
+      }
+    }
+    if (p_.w.zeros == nullptr) return;
+    const uint2 zeros = *reinterpret_cast<const uint2*>(parameters + Stage::kScales + lane_ / 4 * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t zero = ((i < 4 ? zeros.x : zeros.y) >> (i % 4 * 8)) & 0xFFU;
+      const float offset = scales[i] * (Decoder::kCenter - static_cast<float>(zero));
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& total = total_[tile][i / 2][i % 2 * 2 + c];
-          float& sum = sum_[tile][i / 2][i % 2 * 2 + c];
-          total = fmaf(unit_scale, sum, total);
-          if (with_zeros) total = fmaf(offset, x_sum_[tile][c], total);
-          sum = 0.0F;
+          total = fmaf(offset, x_sum_[tile][c], total);
         }
       }
     }
-    if (with_zeros) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) x_sum_[tile][c] = 0.0F;
-      }
+      for (int c = 0; c < 4; ++c) x_sum_[tile][c] = 0.0F;
+    }
+  }
+
+  // The scales of the lane's eight rows, lane / 4 + 8 * i.
+  __device__ __forceinline__ void load_scales(const unsigned char* parameters, float (&scales)[8]) const {
+    if (p_.w.scale_dtype == DType::f32) {
+      const auto* from = reinterpret_cast<const float4*>(parameters) + lane_ / 4 * 2;
+      const float4 low = from[0];
+      const float4 high = from[1];
+      scales[0] = low.x;
+      scales[1] = low.y;
+      scales[2] = low.z;
+      scales[3] = low.w;
+      scales[4] = high.x;
+      scales[5] = high.y;
+      scales[6] = high.z;
+      scales[7] = high.w;
+      return;
+    }
+    const uint4 raw = reinterpret_cast<const uint4*>(parameters)[lane_ / 4];
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    const bool brain = p_.w.scale_dtype == DType::bf16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      scales[2 * i] = brain ? __uint_as_float(words[i] << 16) : pair.x;
+      scales[2 * i + 1] = brain ? __uint_as_float(words[i] & 0xFFFF0000U) : pair.y;
     }
   }
 
   const ProductArguments& p_;
   const Decoder& decoder_;
+  unsigned char* ring_;
+  bool fine_;
+  int stage_bytes_;
   const uint4* codes_;
   int64_t parameters_;
   int lane_;
   int begin_;
   int end_;
-  int group_;
-  int group_left_;
-  RawParameters raw_;
-  RawParameters next_raw_;
-  uint4 codes_of_[kStages][kBits];
-  uint4 x_[kStages][kTiles][2];
+  int unit_;
+  int copy_group_;
+  int copy_left_;
+  int left_;
   float sum_[kTiles][fragments::kUnits][4] = {};
   float total_[kTiles][fragments::kUnits][4] = {};
   float x_sum_[kTiles][4] = {};
@@ -222,13 +359,17 @@ class WarpProduct {
 
 // Grid: splits * row_blocks blocks; the splits of a row block are one cluster, unless p.partial is given.
 template <class Decoder, class T, int kTiles, int kStages>
-__global__ void __launch_bounds__(kStreamThreads, 2)
+__global__ void __launch_bounds__(kStreamThreads, Decoder::kBits >= 7 && kTiles > 1 ? 1 : 2)
     multiply_stream(const __grid_constant__ ProductArguments p, int splits) {
   constexpr int kRows = fragments::kBlockRows;
-  __shared__ float parts[kStreamWarps][8 * kTiles][kRows];
-  extern __shared__ __align__(16) unsigned char decoder_memory[];
+  using Product = WarpProduct<Decoder, T, kTiles, kStages>;
+  // The decoder's table, then the rings; the sums of the warps take the place of the rings in the end.
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto* const parts = reinterpret_cast<float(*)[8 * kTiles][kRows]>(memory + Decoder::kSharedBytes);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int ring_bytes = kStages * Product::Stage::bytes(p.w.group_steps % 4 != 0);
+  unsigned char* const ring = memory + Decoder::kSharedBytes + warp * ring_bytes;
   const int row_block = static_cast<int>(blockIdx.x) / splits;
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int64_t warps = static_cast<int64_t>(splits) * kStreamWarps;
@@ -238,12 +379,13 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
 
   let_next_begin();
   Decoder decoder;
-  WarpProduct<Decoder, T, kTiles, kStages> product(p, decoder, row_block, begin, end);
-  decoder.prepare(p.w.table, p.w.table_entries, decoder_memory);
+  Product product(p, decoder, ring, row_block, begin, end);
+  decoder.template prepare<T>(p.w.table, p.w.table_entries, memory);
   if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
   wait_for_previous();
   product.run();
 
+  __syncthreads();
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -315,11 +457,11 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p, int spl
   static_cast<T*>(p.y)[token * p.y_stride + row] = HalfPair<T>::from_float(sum);
 }
 
-// Blocks of codes that a warp keeps in flight: as many as the registers hold.
-constexpr int stream_stages(int bits, int tiles) {
-  if (bits <= 2) return tiles == 1 ? 4 : 2;
-  if (bits <= 4) return 2;
-  return bits <= 6 && tiles == 1 ? 2 : 1;
+// Blocks of columns that a warp holds in its ring: as many as leave room for two blocks of threads.
+template <class Decoder, int kTiles>
+constexpr int stream_stages() {
+  constexpr int kRoom = (104 * 1024 - Decoder::kSharedBytes) / kStreamWarps;
+  return std::clamp(kRoom / StreamStage<Decoder::kBits, kTiles>::bytes(false), 2, 6);
 }
 
 template <class Decoder, class T, int kTiles>
@@ -328,13 +470,15 @@ void launch_stream_tiles(const ProductLaunch& launch) {
   const bool in_memory = p.partial != nullptr;
   LaunchSettings settings(dim3(static_cast<unsigned>(p.w.row_blocks * launch.splits)), dim3(kStreamThreads),
                           launch.stream, launch.overlap, in_memory ? 1 : launch.splits);
-  settings.config.dynamicSmemBytes = Decoder::kSharedBytes;
-  const auto kernel = multiply_stream<Decoder, T, kTiles, stream_stages(Decoder::kBits, kTiles)>;
-  if constexpr (Decoder::kSharedBytes > 0) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Decoder::kSharedBytes),
-        "matmul_cuda: shared memory of multiply_stream");
-  }
+  constexpr int kStages = stream_stages<Decoder, kTiles>();
+  using Stage = StreamStage<Decoder::kBits, kTiles>;
+  const int rings = kStages * Stage::bytes(p.w.group_steps % 4 != 0) * kStreamWarps;
+  constexpr int kParts = sizeof(float) * kStreamWarps * 8 * kTiles * fragments::kBlockRows;
+  const int shared = Decoder::kSharedBytes + std::max(rings, kParts);
+  const auto kernel = multiply_stream<Decoder, T, kTiles, kStages>;
+  settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+             "matmul_cuda: shared memory of multiply_stream");
   check_cuda(cudaLaunchKernelEx(&settings.config, kernel, p, launch.splits),
              "matmul_cuda: launch of multiply_stream");
   if (!in_memory) return;

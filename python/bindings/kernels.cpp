@@ -32,6 +32,7 @@ py::list table() {
     row["operation"] = entry.operation;
     row["format"] = entry.format;
     row["bits"] = entry.bits;
+    row["groups"] = entry.groups;
     row["device"] = entry.device;
     row["activations"] = entry.activations;
     row["tokens"] = entry.tokens;

@@ -3,6 +3,7 @@
 #include "quantloom/error.hpp"
 #include "quantloom/kernels/cuda_libraries.hpp"
 #include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {
 
@@ -24,10 +25,41 @@ std::vector<KernelEntry> cuda_kernel_table() {
 
 void set_cuda_library_folders(std::vector<std::string> /*folders*/) {}
 
+namespace {
+
+[[noreturn]] void refuse(const char* function) {
+  throw Unsupported(
+      text_of(function, ": this build of quantloom holds no CUDA kernels; build it where nvcc is found"));
+}
+
+}  // namespace
+
 void dequantize_cuda(const PackedTensor& /*packed*/, void* /*out*/, DType /*out_dtype*/, int64_t /*stride*/,
                      void* /*stream*/) {
-  throw Unsupported(
-      "dequantize_cuda: this build of quantloom holds no CUDA kernels; build it where nvcc is found");
+  refuse("dequantize_cuda");
+}
+
+void prepare_cuda(const PackedTensor& /*packed*/, PreparedPlanes& /*prepared*/, void* /*stream*/) {
+  refuse("prepare_cuda");
+}
+
+void unprepare_cuda(const PreparedPlanes& /*prepared*/, PackedTensor& /*packed*/, void* /*stream*/) {
+  refuse("unprepare_cuda");
+}
+
+std::optional<std::string> why_not_matmul_cuda(const Format& /*format*/, int64_t /*m*/, DType /*dtype*/,
+                                               const CudaMatmulOptions& /*options*/) {
+  return "this build of quantloom holds no CUDA kernels";
+}
+
+int64_t matmul_cuda_workspace(const PreparedPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
+                              const CudaMatmulOptions& /*options*/) {
+  refuse("matmul_cuda_workspace");
+}
+
+void matmul_cuda(const PreparedPlanes& /*w*/, const CudaMatmulArguments& /*arguments*/,
+                 const CudaMatmulOptions& /*options*/) {
+  refuse("matmul_cuda");
 }
 
 }  // namespace quantloom

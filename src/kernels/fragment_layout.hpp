@@ -1,12 +1,14 @@
 // Sizes and facts of a matrix in fragment order, from its format.
 #pragma once
 
+#include "kernels/fragment_order.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {
 
 struct FragmentLayout {
   int bits = 0;
+  fragments::CodeOrder code_order = fragments::CodeOrder::halves;
   DType scale_dtype = DType::f16;
   bool asymmetric = false;  // has a plane of zero points
   bool per_tensor = false;

@@ -192,7 +192,7 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
                   layout.bits, column, {values + i, 1});
     }
     uint32_t unit_words[8];
-    fragments::pack_unit(layout.bits, values, unit_words);
+    fragments::pack_unit(layout.code_order, layout.bits, values, unit_words);
     for (int w = 0; w < layout.bits; ++w) {
       words[static_cast<size_t>(block_word(layout, rb, cb) +
                                 fragments::word_in_block(layout.bits, unit, w, lane))] = unit_words[w];
@@ -244,7 +244,7 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
                                                 fragments::word_in_block(layout.bits, unit, w, lane))];
     }
     uint8_t values[kUnitCodes];
-    fragments::unpack_unit(layout.bits, unit_words, values);
+    fragments::unpack_unit(layout.code_order, layout.bits, unit_words, values);
     for (int i = 0; i < kUnitCodes; ++i) {
       const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
       int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);

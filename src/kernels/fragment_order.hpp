@@ -3,11 +3,11 @@
 //
 // A block is 64 rows x 64 columns: four units of 16 rows x 64 columns. A lane of a warp holds 32 codes of
 // each unit, in `bits` words: 16 pairs, pair j = 4*step + reg, where step counts the four products of
-// 16 columns and reg the registers of the tensor core's A fragment (m16n8k16). The codes of a pair lie in
-// the two halves of a word, at the same place of each, so that one operation decodes both.
+// 16 columns and reg the registers of the tensor core's A fragment (m16n8k16). CodeOrder says how the pairs
+// lie in the words.
 //
-// Columns change places within a block: a lane's columns of two steps are eight consecutive ones, so that it
-// loads its activations 16 bytes at a time.
+// Columns change places within a step: the four that a lane holds follow each other, so that it reads its
+// activations 8 bytes at a time. A group of 16 columns is a whole step.
 #pragma once
 
 #include <cstdint>
@@ -32,20 +32,26 @@ QUANTLOOM_HOST_DEVICE constexpr int row_of(int lane, int pair) {
   return lane / 4 + 8 * (pair & 1);
 }
 QUANTLOOM_HOST_DEVICE constexpr int column_of(int lane, int pair, int half) {
-  const int step = pair / 4;
-  return step / 2 * 32 + lane % 4 * 8 + step % 2 * 4 + (pair & 2) + half;
+  return pair / 4 * kStepColumns + lane % 4 * 4 + (pair & 2) + half;
 }
 
-// Whole codes in 16 bits, and the bits left over. Left-over bits of all words hold the last codes.
-template <int kBits>
-struct Packing {
-  static constexpr int kWhole = 16 / kBits;
-  static constexpr int kLeft = 16 - kWhole * kBits;
-  static constexpr int kWholePairs = kWhole * kBits;  // of the 16 pairs of a unit
+// How the codes of a unit lie in its words.
+enum class CodeOrder : uint8_t {
+  // The codes of a pair in the two halves of a word, at the same place of each: one operation takes both
+  // out. 16 / bits pairs in a word; the bits left over in all words hold the last pairs.
+  halves,
+  // A dense stream, lowest bits first: the codes of a pair side by side, as one index into a table of pairs.
+  dense,
 };
 
-// A run of bits of a code: bits [from, from + count) of the code lie at bit `position` of each half of
-// word `word`.
+// Order `halves`: whole codes in 16 bits, and pairs in a unit that are not in left-over bits.
+template <int kBits>
+struct Halves {
+  static constexpr int kWhole = 16 / kBits;
+  static constexpr int kWholePairs = kWhole * kBits;
+};
+
+// A run of bits of a code: bits [from, from + count) of the code lie at bit `position` of word `word`.
 struct BitRun {
   int word;
   int position;
@@ -53,12 +59,19 @@ struct BitRun {
   int count;
 };
 
-// Run `index` of the code of `pair`; count = 0 past the last one.
-QUANTLOOM_HOST_DEVICE constexpr BitRun bit_run(int bits, int pair, int index) {
+// Run `index` of code (pair, half); count = 0 past the last one.
+QUANTLOOM_HOST_DEVICE constexpr BitRun bit_run(CodeOrder order, int bits, int pair, int half, int index) {
+  const BitRun none{0, 0, bits, 0};
+  if (order == CodeOrder::dense) {
+    const int bit = (2 * pair + half) * bits;
+    const int first = bits < 32 - bit % 32 ? bits : 32 - bit % 32;
+    if (index == 0) return {bit / 32, bit % 32, 0, first};
+    return index == 1 && first < bits ? BitRun{bit / 32 + 1, 0, first, bits - first} : none;
+  }
   const int whole = 16 / bits;
   const int left = 16 - whole * bits;
   if (pair < whole * bits) {
-    return index == 0 ? BitRun{pair / whole, pair % whole * bits, 0, bits} : BitRun{0, 0, bits, 0};
+    return index == 0 ? BitRun{pair / whole, pair % whole * bits + 16 * half, 0, bits} : none;
   }
   const int first = (pair - whole * bits) * bits;  // place in the string of left-over bits
   int from = 0;
@@ -66,39 +79,35 @@ QUANTLOOM_HOST_DEVICE constexpr BitRun bit_run(int bits, int pair, int index) {
     const int at = first + from;
     const int room = left - at % left;
     const int count = room < bits - from ? room : bits - from;
-    if (i == index) return {at / left, whole * bits + at % left, from, count};
+    if (i == index) return {at / left, whole * bits + at % left + 16 * half, from, count};
     from += count;
   }
-  return {0, 0, bits, 0};
+  return none;
 }
 
-// The words of a unit of one lane, from its codes [pair][half].
-QUANTLOOM_HOST_DEVICE void pack_unit(int bits, const uint8_t* codes, uint32_t* words) {
+// The words of a unit of one lane, from its codes [pair][half], and back.
+QUANTLOOM_HOST_DEVICE void pack_unit(CodeOrder order, int bits, const uint8_t* codes, uint32_t* words) {
   for (int w = 0; w < bits; ++w) words[w] = 0;
-  for (int pair = 0; pair < 16; ++pair) {
+  for (int i = 0; i < kUnitCodes; ++i) {
     for (int index = 0;; ++index) {
-      const BitRun run = bit_run(bits, pair, index);
+      const BitRun run = bit_run(order, bits, i / 2, i % 2, index);
       if (run.count == 0) break;
       const uint32_t mask = (1U << run.count) - 1U;
-      words[run.word] |= ((codes[2 * pair] >> run.from) & mask) << run.position;
-      words[run.word] |= ((codes[2 * pair + 1] >> run.from) & mask) << (run.position + 16);
+      words[run.word] |= ((codes[i] >> run.from) & mask) << run.position;
     }
   }
 }
 
-QUANTLOOM_HOST_DEVICE void unpack_unit(int bits, const uint32_t* words, uint8_t* codes) {
-  for (int pair = 0; pair < 16; ++pair) {
-    uint32_t low = 0;
-    uint32_t high = 0;
+QUANTLOOM_HOST_DEVICE void unpack_unit(CodeOrder order, int bits, const uint32_t* words, uint8_t* codes) {
+  for (int i = 0; i < kUnitCodes; ++i) {
+    uint32_t code = 0;
     for (int index = 0;; ++index) {
-      const BitRun run = bit_run(bits, pair, index);
+      const BitRun run = bit_run(order, bits, i / 2, i % 2, index);
       if (run.count == 0) break;
       const uint32_t mask = (1U << run.count) - 1U;
-      low |= ((words[run.word] >> run.position) & mask) << run.from;
-      high |= ((words[run.word] >> (run.position + 16)) & mask) << run.from;
+      code |= ((words[run.word] >> run.position) & mask) << run.from;
     }
-    codes[2 * pair] = static_cast<uint8_t>(low);
-    codes[2 * pair + 1] = static_cast<uint8_t>(high);
+    codes[i] = static_cast<uint8_t>(code);
   }
 }
 

@@ -17,14 +17,14 @@ std::vector<KernelEntry> kernel_table() {
     const std::string width = std::to_string(container) + "-bit" +
                               (container == bits ? " strips" : " strips (codes widened at load)");
     for (const char* activations : {"float32", "int8"}) {
-      table.push_back({"matmul", "uniform", std::to_string(bits), "cpu", activations, "any",
+      table.push_back({"matmul", "uniform", std::to_string(bits), "any", "cpu", activations, "any",
                        std::string(activations) + " strip loop, " + width, cpu_target()});
     }
-    table.push_back({"matmul", "codebook", std::to_string(bits), "cpu", "float32", "any",
+    table.push_back({"matmul", "codebook", std::to_string(bits), "any", "cpu", "float32", "any",
                      "float32 strip loop with table, " + width, cpu_target()});
   }
   for (const char* format : {"uniform", "codebook"}) {
-    table.push_back({"dequantize", format, "1-8", "cpu", "", "", "row decoder", "portable"});
+    table.push_back({"dequantize", format, "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   }
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
   return table;

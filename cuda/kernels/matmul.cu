@@ -1,0 +1,249 @@
+// matmul_cuda(): checks the arguments, picks a kernel, launches it.
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "common/device.hpp"
+#include "formats/codebook_fragments.cuh"
+#include "formats/uniform_fragments.cuh"
+#include "kernels/cuda_products.hpp"
+#include "kernels/fragment_layout.hpp"
+#include "kernels/products.cuh"
+#include "quantloom/kernels/matmul_cuda.hpp"
+
+namespace quantloom {
+namespace {
+
+using cuda::ProductArguments;
+using cuda::ProductLaunch;
+
+constexpr int kMaxCluster = 8;
+constexpr int kMaxSplits = 64;
+// Blocks of threads of the streaming loop that fit a processor, and warps in each.
+constexpr int kStreamBlocksPerProcessor = 2;
+constexpr int kStreamWarps = 8;
+
+constexpr std::array<CudaProduct, 2> kProducts = {{
+    {.name = "stream",
+     .description = "streaming loop, parts added in a cluster",
+     .max_tokens = cuda::kMaxStreamTokens,
+     .min_architecture = 90,
+     .needs_clusters = true},
+    {.name = "stream_partials",
+     .description = "streaming loop, parts added in memory",
+     .max_tokens = cuda::kMaxStreamTokens,
+     .workspace = true},
+}};
+
+// Why `product` cannot run, or nothing.
+std::optional<std::string> why_not(const CudaProduct& product, int64_t m, DType dtype,
+                                   const DeviceFacts& device, const CudaMatmulOptions& options) {
+  const std::string name(product.name);
+  if (dtype != DType::f16 && dtype != DType::bf16 && !(product.float32 && dtype == DType::f32)) {
+    return text_of("kernel ", name, " takes no ", name_of(dtype), " activations");
+  }
+  if (m < product.min_tokens || (product.max_tokens > 0 && m > product.max_tokens)) {
+    return text_of("kernel ", name, " takes ", product.min_tokens, " to ", product.max_tokens,
+                   " tokens, not ", m);
+  }
+  if (device.architecture < product.min_architecture || (product.needs_clusters && !device.clusters)) {
+    return text_of("kernel ", name, " needs compute capability ", product.min_architecture / 10, ".",
+                   product.min_architecture % 10, ", this device has ", device.architecture / 10, ".",
+                   device.architecture % 10);
+  }
+  if (product.needs_clusters && options.splits > kMaxCluster) {
+    return text_of("kernel ", name, " cuts k into ", kMaxCluster, " parts at most, not ", options.splits);
+  }
+  return std::nullopt;
+}
+
+struct Choice {
+  const CudaProduct* product = nullptr;
+  std::string reason;  // why none
+};
+
+Choice choose(int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
+  if (options.splits < 0 || options.splits > kMaxSplits) {
+    throw InvalidArgument("splits", text_of(options.splits), text_of("0 to ", kMaxSplits));
+  }
+  Choice choice;
+  bool known = options.kernel.empty();
+  for (const CudaProduct& product : kProducts) {
+    if (!options.kernel.empty() && product.name != options.kernel) continue;
+    known = true;
+    const auto reason = why_not(product, std::max<int64_t>(m, 1), dtype, device, options);
+    if (!reason) {
+      choice.product = &product;
+      return choice;
+    }
+    choice.reason += (choice.reason.empty() ? "" : "; ") + *reason;
+  }
+  if (!known) throw InvalidArgument("kernel", options.kernel, "a name of the kernel table");
+  return choice;
+}
+
+// Parts of k for the streaming loop: enough that every processor has work, none without a block of columns
+// for each of its warps.
+int stream_splits(const FragmentLayout& layout, const DeviceFacts& device, int most) {
+  const int64_t slots = int64_t{kStreamBlocksPerProcessor} * device.processors;
+  const int64_t wanted = slots / layout.row_blocks;
+  const int64_t useful = layout.column_blocks / kStreamWarps;
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), 1, most));
+}
+
+int splits_of(const CudaProduct& product, const FragmentLayout& layout, const DeviceFacts& device,
+              const CudaMatmulOptions& options) {
+  if (options.splits > 0) return options.splits;
+  return stream_splits(layout, device, product.needs_clusters ? kMaxCluster : 16);
+}
+
+int64_t workspace_of(const CudaProduct& product, const FragmentLayout& layout, int64_t m, int splits) {
+  if (product.name == "stream_partials" && splits > 1) {
+    return checked_mul(checked_mul(checked_mul(splits, m), checked_mul(layout.row_blocks, 64)), 4);
+  }
+  return 0;
+}
+
+using Launcher = void (*)(const ProductLaunch&);
+
+template <template <int> class Fragments>
+constexpr std::array<Launcher, 8> launchers() {
+  return {&cuda::launch_stream<Fragments<1>>, &cuda::launch_stream<Fragments<2>>,
+          &cuda::launch_stream<Fragments<3>>, &cuda::launch_stream<Fragments<4>>,
+          &cuda::launch_stream<Fragments<5>>, &cuda::launch_stream<Fragments<6>>,
+          &cuda::launch_stream<Fragments<7>>, &cuda::launch_stream<Fragments<8>>};
+}
+
+Launcher stream_launcher(const FragmentLayout& layout) {
+  static constexpr auto kUniform = launchers<cuda::UniformFragments>();
+  static constexpr auto kCodebook = launchers<cuda::CodebookFragments>();
+  return (layout.table_entries > 0 ? kCodebook : kUniform)[static_cast<size_t>(layout.bits - 1)];
+}
+
+bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+void require_aligned(const void* pointer, const char* argument, int64_t bytes) {
+  if (!aligned(pointer, bytes)) {
+    throw InvalidArgument(argument, text_of("an address that is not a multiple of ", bytes),
+                          "an aligned address");
+  }
+}
+
+void require_arguments(const PreparedPlanes& w, const CudaMatmulArguments& a) {
+  if (a.m < 0) throw InvalidArgument("m", text_of(a.m), "0 or more tokens");
+  if (a.m > std::numeric_limits<int32_t>::max()) {
+    throw Unsupported(text_of("matmul_cuda: no kernel for ", a.m, " tokens"));
+  }
+  if (a.m > 1 && a.x_stride < w.k)
+    throw InvalidArgument("x_stride", text_of(a.x_stride), text_of("at least k = ", w.k));
+  if (a.m > 1 && a.y_stride < w.n)
+    throw InvalidArgument("y_stride", text_of(a.y_stride), text_of("at least n = ", w.n));
+  static_cast<void>(checked_mul(checked_mul(a.m, std::max(a.x_stride, w.k)), 4));
+  static_cast<void>(checked_mul(checked_mul(a.m, std::max(a.y_stride, w.n)), 4));
+}
+
+void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64_t workspace, int device) {
+  for (const auto& [name, plane] : w.planes) {
+    static_cast<void>(device_plane(plane, "w." + name, device));
+    require_aligned(plane.bytes(), ("w." + name).c_str(), name == "group_index" ? 4 : 16);
+  }
+  const auto require = [&](const void* pointer, const char* argument, int64_t alignment) {
+    if (pointer == nullptr)
+      throw InvalidArgument(argument, "a null pointer", "memory of the current CUDA device");
+    require_aligned(pointer, argument, alignment);
+    require_on_device(pointer, argument, device);
+  };
+  if (w.k > 0) require(a.x, "x", size_of(a.dtype));
+  require(a.y, "y", size_of(a.dtype));
+  if (a.bias != nullptr) require(a.bias, "bias", size_of(a.dtype));
+  if (a.workspace_bytes < workspace) {
+    throw InvalidArgument("workspace", text_of(a.workspace_bytes, " bytes"), text_of("at least ", workspace));
+  }
+  if (workspace > 0) require(a.workspace, "workspace", 256);
+}
+
+const uint8_t* plane_or_null(const PreparedPlanes& w, const char* name) {
+  return w.has(name) ? reinterpret_cast<const uint8_t*>(w.plane(name).bytes()) : nullptr;
+}
+
+ProductArguments product_arguments(const PreparedPlanes& w, const FragmentLayout& layout,
+                                   const CudaMatmulArguments& a) {
+  ProductArguments p;
+  p.w.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
+  p.w.scales = w.plane("scales").bytes();
+  p.w.zeros = plane_or_null(w, "zeros");
+  p.w.table = plane_or_null(w, "codebook");
+  p.w.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
+  p.w.n = layout.n;
+  p.w.k = layout.k;
+  p.w.row_blocks = static_cast<int>(layout.row_blocks);
+  p.w.column_blocks = static_cast<int>(layout.column_blocks);
+  p.w.group_count = static_cast<int>(layout.group_count);
+  p.w.group_steps = static_cast<int>(layout.group_columns / 16);
+  p.w.table_entries = static_cast<int>(layout.table_entries);
+  p.w.scale_dtype = layout.scale_dtype;
+  p.x = a.x;
+  p.x_stride = a.x_stride;
+  p.bias = a.bias;
+  p.y = a.y;
+  p.y_stride = a.y_stride;
+  p.m = static_cast<int>(a.m);
+  p.x_in_pieces = !layout.gathered && aligned(a.x, 16) && (a.m == 1 || a.x_stride % 8 == 0);
+  return p;
+}
+
+}  // namespace
+
+std::span<const CudaProduct> cuda_products() {
+  return kProducts;
+}
+
+std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, DType dtype,
+                                               const CudaMatmulOptions& options) {
+  try {
+    static_cast<void>(fragment_layout(format, 1, 1, false));
+    Choice choice = choose(m, dtype, current_device(), options);
+    if (choice.product == nullptr) return std::move(choice.reason);
+    return std::nullopt;
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
+                              const CudaMatmulOptions& options) {
+  if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const DeviceFacts device = current_device();
+  const Choice choice = choose(m, dtype, device, options);
+  if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
+  return workspace_of(*choice.product, layout, m, splits_of(*choice.product, layout, device, options));
+}
+
+void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+                 const CudaMatmulOptions& options) {
+  validate(w);
+  require_arguments(w, arguments);
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const DeviceFacts device = current_device();
+  const Choice choice = choose(arguments.m, arguments.dtype, device, options);
+  if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
+  const CudaProduct& product = *choice.product;
+  const int splits = splits_of(product, layout, device, options);
+  const int64_t workspace = workspace_of(product, layout, arguments.m, splits);
+  if (arguments.m == 0 || w.n == 0) return;
+  require_memory(w, arguments, workspace, device.index);
+
+  ProductLaunch launch;
+  launch.arguments = product_arguments(w, layout, arguments);
+  if (workspace > 0) launch.arguments.partial = static_cast<float*>(arguments.workspace);
+  launch.dtype = arguments.dtype;
+  launch.splits = splits;
+  launch.overlap = options.overlap && device.architecture >= 90;
+  launch.stream = static_cast<cudaStream_t>(arguments.stream);
+  stream_launcher(layout)(launch);
+}
+
+}  // namespace quantloom

@@ -1,0 +1,276 @@
+// Brings packed planes on the device into fragment order, and back. Done once for each matrix, so written to
+// be plain: a thread moves the 32 codes of one lane and unit.
+#include <algorithm>
+
+#include "common/check.cuh"
+#include "common/device.hpp"
+#include "kernels/fragment_layout.hpp"
+#include "kernels/fragment_order.hpp"
+#include "quantloom/formats/bit_packing.hpp"
+
+namespace quantloom {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Both orders of one matrix.
+struct Orders {
+  fragments::CodeOrder code_order = fragments::CodeOrder::halves;
+  int bits = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t column_blocks = 0;
+  int64_t row_words = 0;   // of the packed codes
+  int64_t zero_words = 0;  // of a packed row of zero points
+  int64_t group_count = 0;
+  int64_t parameter_rows = 0;  // n, or 1 per tensor
+  const int32_t* source = nullptr;
+};
+
+__device__ uint32_t read_code(const uint32_t* words, int bits, int64_t index) {
+  const int64_t bit = index * bits;
+  const auto shift = static_cast<int>(bit % 32);
+  uint64_t window = words[bit / 32];
+  if (shift + bits > 32) window |= static_cast<uint64_t>(words[bit / 32 + 1]) << 32;
+  return static_cast<uint32_t>(window >> shift) & ((1U << bits) - 1U);
+}
+
+// Where code `i` of a thread's unit lies in the matrix; row or column out of range: padding.
+__device__ void locate(const Orders& orders, int64_t unit_index, int i, int64_t& row, int64_t& column) {
+  const int lane = static_cast<int>(unit_index % 32);
+  const int unit = static_cast<int>(unit_index / 32 % 4);
+  const int64_t block = unit_index / 128;
+  row = block / orders.column_blocks * 64 + unit * 16 + fragments::row_of(lane, i / 2);
+  column = block % orders.column_blocks * 64 + fragments::column_of(lane, i / 2, i % 2);
+  if (orders.source != nullptr) column = orders.source[column];
+}
+
+__device__ uint32_t* unit_words(const Orders& orders, uint32_t* codes, int64_t unit_index, int word) {
+  const int lane = static_cast<int>(unit_index % 32);
+  const int unit = static_cast<int>(unit_index / 32 % 4);
+  return codes + unit_index / 128 * 128 * orders.bits +
+         fragments::word_in_block(orders.bits, unit, word, lane);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prepare_codes(Orders orders, int64_t units, const uint32_t* __restrict__ packed,
+                  uint32_t* __restrict__ prepared) {
+  const int64_t unit_index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit_index >= units) return;
+  uint8_t codes[32];
+  for (int i = 0; i < 32; ++i) {
+    int64_t row = 0;
+    int64_t column = 0;
+    locate(orders, unit_index, i, row, column);
+    const bool inside = row < orders.n && column >= 0 && column < orders.k;
+    codes[i] =
+        static_cast<uint8_t>(inside ? read_code(packed + row * orders.row_words, orders.bits, column) : 0U);
+  }
+  uint32_t words[8];
+  fragments::pack_unit(orders.code_order, orders.bits, codes, words);
+  for (int w = 0; w < orders.bits; ++w) *unit_words(orders, prepared, unit_index, w) = words[w];
+}
+
+// `packed` is zeroed before; several units write bits of one word.
+__global__ void __launch_bounds__(kThreads)
+    unprepare_codes(Orders orders, int64_t units, uint32_t* __restrict__ prepared,
+                    uint32_t* __restrict__ packed) {
+  const int64_t unit_index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit_index >= units) return;
+  uint32_t words[8];
+  for (int w = 0; w < orders.bits; ++w) words[w] = *unit_words(orders, prepared, unit_index, w);
+  uint8_t codes[32];
+  fragments::unpack_unit(orders.code_order, orders.bits, words, codes);
+  for (int i = 0; i < 32; ++i) {
+    int64_t row = 0;
+    int64_t column = 0;
+    locate(orders, unit_index, i, row, column);
+    if (row >= orders.n || column < 0 || column >= orders.k) continue;
+    const int64_t bit = column * orders.bits;
+    const uint64_t field = static_cast<uint64_t>(codes[i]) << (bit % 32);
+    uint32_t* at = packed + row * orders.row_words + bit / 32;
+    atomicOr(at, static_cast<uint32_t>(field));
+    if ((field >> 32) != 0) atomicOr(at + 1, static_cast<uint32_t>(field >> 32));
+  }
+}
+
+__device__ int64_t parameter_at(const Orders& orders, int64_t row, int64_t group) {
+  return (row / 64 * orders.group_count + group) * 64 +
+         fragments::parameter_in_block(static_cast<int>(row % 64));
+}
+
+// T: the bytes of a scale. `prepared` is zeroed before.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    prepare_parameters(Orders orders, int64_t rows, const T* __restrict__ scales,
+                       const uint32_t* __restrict__ zeros, T* __restrict__ prepared_scales,
+                       uint8_t* __restrict__ prepared_zeros) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t group = i / rows;
+  const int64_t row = i % rows;
+  if (group >= orders.group_count) return;
+  const int64_t from = orders.parameter_rows == 1 ? 0 : row;
+  const int64_t to = parameter_at(orders, row, group);
+  prepared_scales[to] = scales[from * orders.group_count + group];
+  if (zeros != nullptr) {
+    prepared_zeros[to] =
+        static_cast<uint8_t>(read_code(zeros + group * orders.zero_words, orders.bits, from));
+  }
+}
+
+// Packed zero points are zeroed before.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    unprepare_parameters(Orders orders, const T* __restrict__ prepared_scales,
+                         const uint8_t* __restrict__ prepared_zeros, T* __restrict__ scales,
+                         uint32_t* __restrict__ zeros) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t group = i / orders.parameter_rows;
+  const int64_t row = i % orders.parameter_rows;
+  if (group >= orders.group_count) return;
+  const int64_t from = parameter_at(orders, row, group);
+  scales[row * orders.group_count + group] = prepared_scales[from];
+  if (zeros != nullptr) {
+    const int64_t bit = row * orders.bits;
+    const uint64_t field = static_cast<uint64_t>(prepared_zeros[from]) << (bit % 32);
+    uint32_t* at = zeros + group * orders.zero_words + bit / 32;
+    atomicOr(at, static_cast<uint32_t>(field));
+    if ((field >> 32) != 0) atomicOr(at + 1, static_cast<uint32_t>(field >> 32));
+  }
+}
+
+dim3 grid_for(int64_t threads) {
+  const int64_t blocks = ceil_div(threads, kThreads);
+  if (blocks > 2147483647)
+    throw Unsupported(text_of("prepare_cuda: no kernel for ", threads, " pieces of work"));
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+Orders orders_of(const FragmentLayout& layout, const int32_t* source) {
+  Orders orders;
+  orders.code_order = layout.code_order;
+  orders.bits = layout.bits;
+  orders.n = layout.n;
+  orders.k = layout.k;
+  orders.column_blocks = layout.column_blocks;
+  orders.row_words = packed_words(layout.k, layout.bits);
+  orders.parameter_rows = layout.per_tensor ? 1 : layout.n;
+  orders.zero_words = layout.asymmetric ? packed_words(orders.parameter_rows, layout.bits) : 0;
+  orders.group_count = layout.group_count;
+  orders.source = source;
+  return orders;
+}
+
+void zero(const Tensor& plane, cudaStream_t stream) {
+  if (plane.byte_count() == 0) return;
+  check_cuda(cudaMemsetAsync(const_cast<std::byte*>(plane.bytes()), 0,
+                             static_cast<size_t>(plane.byte_count()), stream),
+             "prepare_cuda: zeroing a plane");
+}
+
+void copy(const Tensor& from, Tensor& to, cudaStream_t stream) {
+  if (from.byte_count() == 0) return;
+  check_cuda(cudaMemcpyAsync(to.bytes(), from.bytes(), static_cast<size_t>(from.byte_count()),
+                             cudaMemcpyDeviceToDevice, stream),
+             "prepare_cuda: copying a plane");
+}
+
+void require_on_device(const std::map<std::string, Tensor>& planes, const std::string& argument) {
+  const int device = current_device().index;
+  for (const auto& [name, plane] : planes)
+    static_cast<void>(device_plane(plane, argument + "." + name, device));
+}
+
+void require_same_matrix(const PackedTensor& packed, const PreparedPlanes& prepared) {
+  validate(packed);
+  validate(prepared);
+  if (packed.n != prepared.n || packed.k != prepared.k ||
+      packed.format->to_json() != prepared.format->to_json()) {
+    throw InvalidArgument("prepared",
+                          text_of(prepared.format->spec(), " [", prepared.n, ", ", prepared.k, "]"),
+                          text_of(packed.format->spec(), " [", packed.n, ", ", packed.k, "]"));
+  }
+  if (packed.planes.contains("group_index") != prepared.has("group_index")) {
+    throw InvalidArgument("prepared", "planes with group_index in one order only", "it in both");
+  }
+  require_on_device(packed.planes, "packed");
+  require_on_device(prepared.planes, "prepared");
+}
+
+const int32_t* source_of(const PreparedPlanes& prepared) {
+  return prepared.has("source") ? reinterpret_cast<const int32_t*>(prepared.plane("source").bytes())
+                                : nullptr;
+}
+
+// Calls run(T{}) with an unsigned integer as wide as a scale.
+template <class Run>
+void with_scale_type(DType dtype, const Run& run) {
+  if (size_of(dtype) == 4) return run(uint32_t{});
+  return run(uint16_t{});
+}
+
+}  // namespace
+
+void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream) {
+  require_same_matrix(packed, prepared);
+  const FragmentLayout layout =
+      fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
+  const Orders orders = orders_of(layout, source_of(prepared));
+  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (prepared.has("group_index"))
+    copy(packed.plane("group_index"), prepared.planes.at("group_index"), cuda_stream);
+  if (prepared.has("codebook")) copy(packed.plane("codebook"), prepared.planes.at("codebook"), cuda_stream);
+  zero(prepared.plane("scales"), cuda_stream);
+  if (layout.asymmetric) zero(prepared.plane("zeros"), cuda_stream);
+  if (layout.k == 0) return;
+
+  const int64_t units = layout.row_blocks * layout.column_blocks * 128;
+  prepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
+      orders, units, reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes()),
+      reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()));
+  check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_codes");
+  const int64_t rows = layout.per_tensor ? std::max<int64_t>(layout.n, 1) : layout.n;
+  if (rows == 0) return;
+  with_scale_type(layout.scale_dtype, [&]<class T>(T) {
+    prepare_parameters<T><<<grid_for(rows * layout.group_count), kThreads, 0, cuda_stream>>>(
+        orders, rows, reinterpret_cast<const T*>(packed.plane("scales").bytes()),
+        layout.asymmetric ? reinterpret_cast<const uint32_t*>(packed.plane("zeros").bytes()) : nullptr,
+        reinterpret_cast<T*>(prepared.planes.at("scales").bytes()),
+        layout.asymmetric ? reinterpret_cast<uint8_t*>(prepared.planes.at("zeros").bytes()) : nullptr);
+  });
+  check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_parameters");
+}
+
+void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream) {
+  require_same_matrix(packed, prepared);
+  const FragmentLayout layout =
+      fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
+  const Orders orders = orders_of(layout, source_of(prepared));
+  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (prepared.has("group_index"))
+    copy(prepared.plane("group_index"), packed.planes.at("group_index"), cuda_stream);
+  if (prepared.has("codebook")) copy(prepared.plane("codebook"), packed.planes.at("codebook"), cuda_stream);
+  zero(packed.plane("codes"), cuda_stream);
+  if (layout.asymmetric) zero(packed.plane("zeros"), cuda_stream);
+  if (layout.k == 0) return;
+
+  if (layout.n > 0) {
+    const int64_t units = layout.row_blocks * layout.column_blocks * 128;
+    unprepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
+        orders, units, reinterpret_cast<uint32_t*>(const_cast<std::byte*>(prepared.plane("codes").bytes())),
+        reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()));
+    check_cuda(cudaGetLastError(), "unprepare_cuda: launch of unprepare_codes");
+  }
+  if (orders.parameter_rows == 0) return;
+  with_scale_type(layout.scale_dtype, [&]<class T>(T) {
+    unprepare_parameters<T>
+        <<<grid_for(orders.parameter_rows * layout.group_count), kThreads, 0, cuda_stream>>>(
+            orders, reinterpret_cast<const T*>(prepared.plane("scales").bytes()),
+            layout.asymmetric ? reinterpret_cast<const uint8_t*>(prepared.plane("zeros").bytes()) : nullptr,
+            reinterpret_cast<T*>(packed.planes.at("scales").bytes()),
+            layout.asymmetric ? reinterpret_cast<uint32_t*>(packed.planes.at("zeros").bytes()) : nullptr);
+  });
+  check_cuda(cudaGetLastError(), "unprepare_cuda: launch of unprepare_parameters");
+}
+
+}  // namespace quantloom
