@@ -7,6 +7,7 @@
 
 #include "kernels/fragment_layout.hpp"
 #include "quantloom/formats/bit_packing.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 
 namespace quantloom {
@@ -81,17 +82,21 @@ int64_t FragmentLayout::code_words() const {
 
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
+  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
   if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
-    layout.bits = uniform->bits;
-    layout.scale_dtype = uniform->scale_dtype;
     layout.asymmetric = !uniform->symmetric;
-    layout.per_tensor = uniform->group_size == Uniform::kPerTensor;
-    layout.group_count = std::max<int64_t>(uniform->group_count(k), 1);
-    layout.format_columns = uniform->columns_per_group(k);
+  } else if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
+    layout.code_order = fragments::CodeOrder::dense;
+    layout.table_entries = static_cast<int64_t>(codebook->table.size());
   } else {
     throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
                               "; kernel_table() lists what the kernels take"));
   }
+  layout.bits = grouped->bits;
+  layout.scale_dtype = grouped->scale_dtype;
+  layout.per_tensor = grouped->group_size == Uniform::kPerTensor;
+  layout.group_count = std::max<int64_t>(grouped->group_count(k), 1);
+  layout.format_columns = grouped->columns_per_group(k);
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");
   if (k > std::numeric_limits<int32_t>::max() / 64 || n > std::numeric_limits<int32_t>::max()) {
     throw Unsupported(
