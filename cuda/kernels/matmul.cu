@@ -19,11 +19,14 @@ using cuda::ProductLaunch;
 
 constexpr int kMaxCluster = 8;
 constexpr int kMaxSplits = 64;
+// From so many tokens on, decoding the matrix once and multiplying with cuBLASLt is faster than the tile
+// loop: measured, see bench/RESULTS.md.
+constexpr int64_t kDecodeFromTokens = 256;
 // Blocks of threads of the streaming loop that fit a processor, and warps in each.
 constexpr int kStreamBlocksPerProcessor = 2;
 constexpr int kStreamWarps = 8;
 
-constexpr std::array<CudaProduct, 2> kProducts = {{
+constexpr std::array<CudaProduct, 4> kProducts = {{
     {.name = "stream",
      .description = "streaming loop, parts added in a cluster",
      .max_tokens = cuda::kMaxStreamTokens,
@@ -32,6 +35,11 @@ constexpr std::array<CudaProduct, 2> kProducts = {{
     {.name = "stream_partials",
      .description = "streaming loop, parts added in memory",
      .max_tokens = cuda::kMaxStreamTokens,
+     .workspace = true},
+    {.name = "tiles", .description = "tiles through shared memory, mma.sync", .workspace = true},
+    {.name = "decode",
+     .description = "decoded once, multiplied by cuBLASLt",
+     .float32 = true,
      .workspace = true},
 }};
 
@@ -71,6 +79,7 @@ Choice choose(int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmu
   for (const CudaProduct& product : kProducts) {
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
+    if (options.kernel.empty() && m >= kDecodeFromTokens && !product.float32) continue;
     const auto reason = why_not(product, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
@@ -91,32 +100,52 @@ int stream_splits(const FragmentLayout& layout, const DeviceFacts& device, int m
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), 1, most));
 }
 
-int splits_of(const CudaProduct& product, const FragmentLayout& layout, const DeviceFacts& device,
-              const CudaMatmulOptions& options) {
-  if (options.splits > 0) return options.splits;
-  return stream_splits(layout, device, product.needs_clusters ? kMaxCluster : 16);
-}
+// What a product is launched with, beyond its arguments.
+struct Plan {
+  int splits = 0;
+  int64_t workspace = 0;
+};
 
-int64_t workspace_of(const CudaProduct& product, const FragmentLayout& layout, int64_t m, int splits) {
-  if (product.name == "stream_partials" && splits > 1) {
-    return checked_mul(checked_mul(checked_mul(splits, m), checked_mul(layout.row_blocks, 64)), 4);
+Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
+             int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
+  Plan plan;
+  plan.splits = options.splits;
+  if (product.name == "tiles") {
+    plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
+  } else if (product.name == "decode") {
+    plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
+  } else {
+    if (plan.splits == 0)
+      plan.splits = stream_splits(layout, device, product.needs_clusters ? kMaxCluster : 16);
+    if (!product.needs_clusters && plan.splits > 1) {
+      plan.workspace = checked_mul(checked_mul(checked_mul(plan.splits, m), layout.row_blocks * 64), 4);
+    }
   }
-  return 0;
+  return plan;
 }
 
-using Launcher = void (*)(const ProductLaunch&);
+// The products of one decoder.
+struct Launchers {
+  void (*stream)(const ProductLaunch&);
+  void (*tiles)(const ProductLaunch&, void*);
+  void (*decoded)(const ProductLaunch&, void*);
+};
+
+template <class Decoder>
+constexpr Launchers launchers() {
+  return {&cuda::launch_stream<Decoder>, &cuda::launch_tiles<Decoder>, &cuda::launch_decoded<Decoder>};
+}
 
 template <template <int> class Fragments>
-constexpr std::array<Launcher, 8> launchers() {
-  return {&cuda::launch_stream<Fragments<1>>, &cuda::launch_stream<Fragments<2>>,
-          &cuda::launch_stream<Fragments<3>>, &cuda::launch_stream<Fragments<4>>,
-          &cuda::launch_stream<Fragments<5>>, &cuda::launch_stream<Fragments<6>>,
-          &cuda::launch_stream<Fragments<7>>, &cuda::launch_stream<Fragments<8>>};
+constexpr std::array<Launchers, 8> all_launchers() {
+  return {launchers<Fragments<1>>(), launchers<Fragments<2>>(), launchers<Fragments<3>>(),
+          launchers<Fragments<4>>(), launchers<Fragments<5>>(), launchers<Fragments<6>>(),
+          launchers<Fragments<7>>(), launchers<Fragments<8>>()};
 }
 
-Launcher stream_launcher(const FragmentLayout& layout) {
-  static constexpr auto kUniform = launchers<cuda::UniformFragments>();
-  static constexpr auto kCodebook = launchers<cuda::CodebookFragments>();
+const Launchers& launchers_of(const FragmentLayout& layout) {
+  static constexpr auto kUniform = all_launchers<cuda::UniformFragments>();
+  static constexpr auto kCodebook = all_launchers<cuda::CodebookFragments>();
   return (layout.table_entries > 0 ? kCodebook : kUniform)[static_cast<size_t>(layout.bits - 1)];
 }
 
@@ -168,30 +197,26 @@ const uint8_t* plane_or_null(const PreparedPlanes& w, const char* name) {
   return w.has(name) ? reinterpret_cast<const uint8_t*>(w.plane(name).bytes()) : nullptr;
 }
 
-ProductArguments product_arguments(const PreparedPlanes& w, const FragmentLayout& layout,
-                                   const CudaMatmulArguments& a) {
-  ProductArguments p;
-  p.w.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
-  p.w.scales = w.plane("scales").bytes();
-  p.w.zeros = plane_or_null(w, "zeros");
-  p.w.table = plane_or_null(w, "codebook");
-  p.w.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
-  p.w.n = layout.n;
-  p.w.k = layout.k;
-  p.w.row_blocks = static_cast<int>(layout.row_blocks);
-  p.w.column_blocks = static_cast<int>(layout.column_blocks);
-  p.w.group_count = static_cast<int>(layout.group_count);
-  p.w.group_steps = static_cast<int>(layout.group_columns / 16);
-  p.w.table_entries = static_cast<int>(layout.table_entries);
-  p.w.scale_dtype = layout.scale_dtype;
-  p.x = a.x;
-  p.x_stride = a.x_stride;
-  p.bias = a.bias;
-  p.y = a.y;
-  p.y_stride = a.y_stride;
-  p.m = static_cast<int>(a.m);
-  p.x_in_pieces = !layout.gathered && aligned(a.x, 16) && (a.m == 1 || a.x_stride % 8 == 0);
-  return p;
+// The sizes, without the planes.
+cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
+  cuda::FragmentMatrix w;
+  w.n = layout.n;
+  w.k = layout.k;
+  w.row_blocks = static_cast<int>(layout.row_blocks);
+  w.column_blocks = static_cast<int>(layout.column_blocks);
+  w.group_count = static_cast<int>(layout.group_count);
+  w.group_steps = static_cast<int>(layout.group_columns / 16);
+  w.table_entries = static_cast<int>(layout.table_entries);
+  w.scale_dtype = layout.scale_dtype;
+  return w;
+}
+
+void set_planes(cuda::FragmentMatrix& matrix, const PreparedPlanes& w) {
+  matrix.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
+  matrix.scales = w.plane("scales").bytes();
+  matrix.zeros = plane_or_null(w, "zeros");
+  matrix.table = plane_or_null(w, "codebook");
+  matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
 }
 
 }  // namespace
@@ -219,7 +244,9 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   const DeviceFacts device = current_device();
   const Choice choice = choose(m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
-  return workspace_of(*choice.product, layout, m, splits_of(*choice.product, layout, device, options));
+  cuda::FragmentMatrix matrix = matrix_of(layout);
+  matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
+  return plan_of(*choice.product, layout, matrix, m, dtype, device, options).workspace;
 }
 
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
@@ -230,20 +257,36 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   const DeviceFacts device = current_device();
   const Choice choice = choose(arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
-  const CudaProduct& product = *choice.product;
-  const int splits = splits_of(product, layout, device, options);
-  const int64_t workspace = workspace_of(product, layout, arguments.m, splits);
   if (arguments.m == 0 || w.n == 0) return;
-  require_memory(w, arguments, workspace, device.index);
+  cuda::FragmentMatrix matrix = matrix_of(layout);
+  set_planes(matrix, w);
+  const CudaProduct& product = *choice.product;
+  const Plan plan = plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options);
+  require_memory(w, arguments, plan.workspace, device.index);
 
   ProductLaunch launch;
-  launch.arguments = product_arguments(w, layout, arguments);
-  if (workspace > 0) launch.arguments.partial = static_cast<float*>(arguments.workspace);
+  ProductArguments& p = launch.arguments;
+  p.w = matrix;
+  p.x = arguments.x;
+  p.x_stride = arguments.x_stride;
+  p.bias = arguments.bias;
+  p.y = arguments.y;
+  p.y_stride = arguments.y_stride;
+  p.m = static_cast<int>(arguments.m);
+  p.x_in_pieces = !layout.gathered && aligned(p.x, 16) && p.w.k % 8 == 0 && (p.m == 1 || p.x_stride % 8 == 0);
   launch.dtype = arguments.dtype;
-  launch.splits = splits;
+  launch.splits = plan.splits;
   launch.overlap = options.overlap && device.architecture >= 90;
   launch.stream = static_cast<cudaStream_t>(arguments.stream);
-  stream_launcher(layout)(launch);
+  const Launchers& launchers = launchers_of(layout);
+  if (product.name == "tiles") {
+    launchers.tiles(launch, arguments.workspace);
+  } else if (product.name == "decode") {
+    launchers.decoded(launch, arguments.workspace);
+  } else {
+    if (plan.workspace > 0) p.partial = static_cast<float*>(arguments.workspace);
+    launchers.stream(launch);
+  }
 }
 
 }  // namespace quantloom

@@ -13,7 +13,6 @@
 #include "common/check.cuh"
 #include "common/half_pairs.cuh"
 #include "kernels/fragment_order.hpp"
-#include "kernels/fragment_parameters.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 
@@ -146,7 +145,8 @@ class WarpProduct {
   }
 
   __device__ __forceinline__ void copy_parameters(unsigned char* to) {
-    const int64_t at = parameters_ + static_cast<int64_t>(copy_group_) * 64;
+    // Columns past the last group are padding: activations are 0 there.
+    const int64_t at = parameters_ + static_cast<int64_t>(min(copy_group_, p_.w.group_count - 1)) * 64;
     const int size = p_.w.scale_dtype == DType::f32 ? 4 : 2;
     if (lane_ < 4 * size) {
       copy_piece(to + lane_ * 16, static_cast<const unsigned char*>(p_.w.scales) + at * size + lane_ * 16);

@@ -6,14 +6,6 @@
 
 namespace quantloom::cuda {
 
-// Tokens that the streaming loop takes.
-constexpr int kMaxStreamTokens = 16;
-
-// "stream", "stream_partials": weights pass from memory to the tensor cores once; few tokens. Parts of k are
-// added in a cluster, or in memory where launch.arguments.partial is given.
-template <class Decoder>
-void launch_stream(const ProductLaunch& launch);
-
 // "tiles": weights and activations pass through shared memory; tensor cores (mma.sync), sm_80 and later.
 // float16 and bfloat16, any m. Weights are scaled in the activations' type: a weight is rounded once where
 // its scale is of that type, else twice. `workspace`: 256-byte aligned, of tiles_workspace() bytes.
