@@ -26,7 +26,7 @@ constexpr int64_t kDecodeFromTokens = 256;
 constexpr int kStreamBlocksPerProcessor = 2;
 constexpr int kStreamWarps = 8;
 
-constexpr std::array<CudaProduct, 4> kProducts = {{
+constexpr std::array<CudaProduct, 5> kProducts = {{
     {.name = "stream",
      .description = "streaming loop, parts added in a cluster",
      .max_tokens = cuda::kMaxStreamTokens,
@@ -58,6 +58,9 @@ std::optional<std::string> why_not(const CudaProduct& product, int64_t m, DType 
     return text_of("kernel ", name, " needs compute capability ", product.min_architecture / 10, ".",
                    product.min_architecture % 10, ", this device has ", device.architecture / 10, ".",
                    device.architecture % 10);
+  }
+  if (product.needs_wgmma && !cuda::runs_wgmma()) {
+    return text_of("kernel ", name, " needs a device of compute capability 9.0 and a build for sm_90a");
   }
   if (product.needs_clusters && options.splits > kMaxCluster) {
     return text_of("kernel ", name, " cuts k into ", kMaxCluster, " parts at most, not ", options.splits);
@@ -110,7 +113,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
              int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
   Plan plan;
   plan.splits = options.splits;
-  if (product.name == "tiles") {
+  if (product.name == "tiles" || product.name == "tiles_wgmma") {
     plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
@@ -128,12 +131,14 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
 struct Launchers {
   void (*stream)(const ProductLaunch&);
   void (*tiles)(const ProductLaunch&, void*);
+  void (*tiles_wgmma)(const ProductLaunch&, void*);
   void (*decoded)(const ProductLaunch&, void*);
 };
 
 template <class Decoder>
 constexpr Launchers launchers() {
-  return {&cuda::launch_stream<Decoder>, &cuda::launch_tiles<Decoder>, &cuda::launch_decoded<Decoder>};
+  return {&cuda::launch_stream<Decoder>, &cuda::launch_tiles<Decoder>, &cuda::launch_tiles_wgmma<Decoder>,
+          &cuda::launch_decoded<Decoder>};
 }
 
 template <template <int> class Fragments>
@@ -281,6 +286,8 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   const Launchers& launchers = launchers_of(layout);
   if (product.name == "tiles") {
     launchers.tiles(launch, arguments.workspace);
+  } else if (product.name == "tiles_wgmma") {
+    launchers.tiles_wgmma(launch, arguments.workspace);
   } else if (product.name == "decode") {
     launchers.decoded(launch, arguments.workspace);
   } else {

@@ -17,6 +17,7 @@ struct CudaProduct {
   bool needs_clusters = false;
   bool float32 = false;  // takes float32 activations besides float16 and bfloat16
   bool workspace = false;
+  bool needs_wgmma = false;  // compute capability 9.0 only
 };
 
 // In the order of preference where more than one could run.
