@@ -10,9 +10,13 @@ namespace quantloom::cuda {
 
 // (a & b) | c as one operation: of two constants the compiler would make two.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDA_ARCH__
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
+#else
+  return (a & b) | c;
+#endif
 }
 
 // Where a pair's codes are once its word is shifted right by `shift`: at bit `position` of each half.

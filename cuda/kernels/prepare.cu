@@ -222,13 +222,16 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
   if (prepared.has("codebook")) copy(packed.plane("codebook"), prepared.planes.at("codebook"), cuda_stream);
   zero(prepared.plane("scales"), cuda_stream);
   if (layout.asymmetric) zero(prepared.plane("zeros"), cuda_stream);
-  if (layout.k == 0) return;
+  // Without columns there are no groups, but a scale of the whole tensor stays.
+  if (layout.k == 0 && !layout.per_tensor) return;
 
   const int64_t units = layout.row_blocks * layout.column_blocks * 128;
-  prepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
-      orders, units, reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes()),
-      reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()));
-  check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_codes");
+  if (units > 0) {
+    prepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
+        orders, units, reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes()),
+        reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()));
+    check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_codes");
+  }
   const int64_t rows = layout.per_tensor ? std::max<int64_t>(layout.n, 1) : layout.n;
   if (rows == 0) return;
   with_scale_type(layout.scale_dtype, [&]<class T>(T) {
@@ -252,9 +255,9 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
   if (prepared.has("codebook")) copy(prepared.plane("codebook"), packed.planes.at("codebook"), cuda_stream);
   zero(packed.plane("codes"), cuda_stream);
   if (layout.asymmetric) zero(packed.plane("zeros"), cuda_stream);
-  if (layout.k == 0) return;
+  if (layout.k == 0 && !layout.per_tensor) return;
 
-  if (layout.n > 0) {
+  if (layout.n > 0 && layout.k > 0) {
     const int64_t units = layout.row_blocks * layout.column_blocks * 128;
     unprepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
         orders, units, reinterpret_cast<uint32_t*>(const_cast<std::byte*>(prepared.plane("codes").bytes())),

@@ -122,12 +122,11 @@ TEST_P(MatmulCudaHuge, EveryRowIsRight) {
       arguments.workspace_bytes = workspace.bytes();
       matmul_cuda(prepared, arguments, options);
       check_cuda(cudaDeviceSynchronize(), "matmul_cuda");
-      bool damaged = false;
-      const auto bytes = y.read(damaged);
-      EXPECT_FALSE(damaged) << "written outside y";
+      const auto bytes = y.read();
+      ASSERT_TRUE(bytes) << "written outside y";
       const auto at = [&](int64_t token, int64_t row) {
         uint16_t half = 0;
-        std::memcpy(&half, bytes.data() + (token * kRows + row) * 2, 2);
+        std::memcpy(&half, bytes->data() + (token * kRows + row) * 2, 2);
         return float_from_f16(half);
       };
       int64_t unwritten = 0;

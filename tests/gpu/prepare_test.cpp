@@ -62,7 +62,12 @@ TEST_P(PrepareCuda, EqualsTheCpuByteForByte) {
   for (uint64_t seed = 0; seed < 60; ++seed) {
     const int64_t group = draws.pick(groups);
     ProductCase c;
-    c.format = std::make_shared<const Uniform>(bits, group, seed % 2 == 0, draws.pick(dtypes));
+    const DType scales = draws.pick(dtypes);
+    if (seed % 5 == 4) {
+      c.format = random_codebook(bits, group, scales, false, draws);
+    } else {
+      c.format = std::make_shared<const Uniform>(bits, group, seed % 2 == 0, scales);
+    }
     c.n = draws.pick(sizes);
     c.k = draws.pick(sizes);
     c.group_index = group > 0 && seed % 3 == 0;
@@ -72,10 +77,14 @@ TEST_P(PrepareCuda, EqualsTheCpuByteForByte) {
   }
 }
 
-TEST_P(PrepareCuda, Small) {
-  for (const int64_t group : {int64_t{24}, int64_t{32}, Uniform::kPerTensor}) {
+class PrepareCudaSmall : public PrepareCuda {};
+
+TEST_P(PrepareCudaSmall, EqualsTheCpuByteForByte) {
+  Draws draws(1);
+  for (const int64_t group : {int64_t{24}, int64_t{32}, int64_t{64}, Uniform::kPerTensor}) {
     ProductCase c;
     c.format = std::make_shared<const Uniform>(GetParam(), group, false);
+    if (group == 64) c.format = random_codebook(GetParam(), group, DType::f16, false, draws);
     c.n = 67;
     c.k = 130;
     c.group_index = group == 32;
@@ -84,6 +93,7 @@ TEST_P(PrepareCuda, Small) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Bits, PrepareCuda, ::testing::Range(1, 9));
+INSTANTIATE_TEST_SUITE_P(Bits, PrepareCudaSmall, ::testing::Range(1, 9));
 
 class PrepareCudaArguments : public PrepareCuda {};
 

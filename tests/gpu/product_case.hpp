@@ -18,6 +18,7 @@
 #include "device_memory.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "product_reference.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {
@@ -131,9 +132,22 @@ inline int lowest_exponent(const ProductCase& c) {
   return kExponents[c.seed / 2 % 5];
 }
 
-// The table of a codebook; other planes are not known here.
-inline void fill_codebook(const Format& format, Tensor& /*plane*/) {
-  throw Unsupported("no random planes for format " + format.spec());
+inline void fill_codebook(const Format& format, Tensor& plane) {
+  const auto& table = dynamic_cast<const Codebook&>(format).table;
+  std::ranges::transform(table, plane.values<uint16_t>().begin(), f16_from_float);
+}
+
+// A codebook of 2 to 2^bits entries: small whole numbers if `exact`, else anything.
+inline std::shared_ptr<const Format> random_codebook(int bits, int64_t group, DType scale_dtype, bool exact,
+                                                     Draws& draws) {
+  const int64_t most = int64_t{1} << bits;
+  const int64_t entries = draws.below(4) == 0 && most > 2 ? 2 + draws.below(most - 2) : most;
+  std::vector<float> table;
+  for (int64_t i = 0; i < entries; ++i) {
+    const auto whole = static_cast<float>(i - entries / 2);
+    table.push_back(exact ? whole : (whole + 0.9F * draws.uniform()) * 4.0F / static_cast<float>(entries));
+  }
+  return std::make_shared<const Codebook>(std::span<const float>(table), group, scale_dtype, bits);
 }
 
 inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
@@ -167,8 +181,10 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
         plane.values<int32_t>()[static_cast<size_t>(order[static_cast<size_t>(i)])] =
             static_cast<int32_t>(i / layout.format_columns);
       }
-    } else {
+    } else if (spec.name == "codebook") {
       fill_codebook(*c.format, plane);
+    } else {
+      throw Unsupported("no random values for plane " + spec.name);
     }
     packed.planes.emplace(spec.name, std::move(plane));
   }
@@ -223,14 +239,19 @@ class GuardedMemory {
         cudaMemset(memory_.get(), static_cast<int>(kFill), static_cast<size_t>(std::max<int64_t>(total_, 1))),
         "poison");
   }
-  // The bytes within; sets `damaged` if a guard zone has changed.
-  std::vector<std::byte> read(bool& damaged) const {
-    const std::vector<std::byte> all = download(memory_.get(), total_);
+  // Empty if a guard zone has changed.
+  std::optional<std::vector<std::byte>> read() const {
+    if (damaged()) return std::nullopt;
+    return download(data(), bytes_);
+  }
+  // True if a guard zone has changed.
+  bool damaged() const {
     const auto whole = [&](int64_t from, int64_t to) {
-      return std::all_of(all.begin() + from, all.begin() + to, [](std::byte b) { return b == kFill; });
+      if (from == to) return true;
+      const std::vector<std::byte> zone = download(memory_.get() + from, to - from);
+      return std::all_of(zone.begin(), zone.end(), [](std::byte b) { return b == kFill; });
     };
-    damaged = !whole(0, begin_) || !whole(begin_ + bytes_, total_);
-    return {all.begin() + begin_, all.begin() + begin_ + bytes_};
+    return !whole(0, begin_) || !whole(begin_ + bytes_, total_);
   }
 
  private:
@@ -307,21 +328,20 @@ class Product {
 
   // The elements of `memory`, laid out as y is, without the gaps; nullopt if anything beside them changed.
   std::optional<Elements> read(const GuardedMemory& memory) const {
-    bool damaged = false;
-    const std::vector<std::byte> bytes = memory.read(damaged);
+    const auto bytes = memory.read();
+    if (!bytes) return std::nullopt;
     Elements values;
     values.reserve(static_cast<size_t>(case_.m * case_.n));
     for (int64_t t = 0; t < case_.m; ++t) {
       for (int64_t r = 0; r < (t + 1 < case_.m ? y_stride_ : case_.n); ++r) {
-        const uint32_t element = element_at(bytes.data(), t * y_stride_ + r, case_.dtype);
+        const uint32_t element = element_at(bytes->data(), t * y_stride_ + r, case_.dtype);
         if (r < case_.n) {
           values.push_back(element);
-        } else {
-          damaged = damaged || element != poison_of(case_.dtype);
+        } else if (element != poison_of(case_.dtype)) {
+          return std::nullopt;
         }
       }
     }
-    if (damaged) return std::nullopt;
     return values;
   }
   GuardedMemory fresh_output() const {
@@ -335,8 +355,7 @@ class Product {
     const GuardedMemory memory = workspace(options);
     matmul_cuda(prepared_, arguments(memory), options);
     check_cuda(cudaDeviceSynchronize(), "matmul_cuda: run");
-    bool damaged = false;
-    if (!case_.tight && memory.bytes() > 0) static_cast<void>(memory.read(damaged));
+    const bool damaged = !case_.tight && memory.damaged();
     EXPECT_FALSE(damaged) << "written outside the workspace";
     auto y = read();
     EXPECT_TRUE(y.has_value()) << "written outside y";
@@ -379,9 +398,16 @@ class Product {
     check_cuda(cudaDeviceSynchronize(), "slow products");
     reference_.resize(static_cast<size_t>(count));
     std::memcpy(reference_.data(), download(y64.get(), count * 8).data(), static_cast<size_t>(count) * 8);
-    if (case_.exact) return;
+    if (case_.exact) {
+      for (const double value : reference_) {
+        expected_.push_back(bits_from(static_cast<float>(value), case_.dtype));
+      }
+      return;
+    }
     const std::vector<std::byte> plain_bytes = download(plain.get(), count * size);
-    for (int64_t i = 0; i < count; ++i) plain_.push_back(element_at(plain_bytes.data(), i, case_.dtype));
+    Elements plain_y;
+    for (int64_t i = 0; i < count; ++i) plain_y.push_back(element_at(plain_bytes.data(), i, case_.dtype));
+    plain_ = deviation_of(plain_y);
   }
 
   std::string place(size_t i) const {
@@ -393,10 +419,10 @@ class Product {
     int64_t wrong = 0;
     std::string first;
     for (size_t i = 0; i < y.size(); ++i) {
-      const float expected =
-          float_from(bits_from(static_cast<float>(reference_[i]), case_.dtype), case_.dtype);
+      if (y[i] == expected_[i]) continue;
+      const float expected = float_from(expected_[i], case_.dtype);
       const float got = float_from(y[i], case_.dtype);
-      if (got == expected) continue;
+      if (got == expected) continue;  // zeros of both signs
       if (wrong++ == 0)
         first = text_of(" wrong, the first at ", place(i), ": ", got, ", expected ", expected);
     }
@@ -408,7 +434,7 @@ class Product {
     double squares = 0;
     size_t at = 0;
   };
-  Deviation error_of(const Elements& y) const {
+  Deviation deviation_of(const Elements& y) const {
     Deviation error;
     for (size_t i = 0; i < y.size(); ++i) {
       const double difference = std::fabs(static_cast<double>(float_from(y[i], case_.dtype)) - reference_[i]);
@@ -426,8 +452,7 @@ class Product {
   // Within twice the error of a plain product in dtype. Few results may be rounded with luck there: then one
   // rounding of the result is allowed as well.
   std::string compare_errors(const Elements& y) const {
-    const Deviation error = error_of(y);
-    const Deviation plain = error_of(plain_);
+    const Deviation error = deviation_of(y);
     const double unit = unit_of(case_.dtype);
     double largest = 0;
     double squares = 0;
@@ -437,9 +462,9 @@ class Product {
     }
     const double smallest = case_.dtype == DType::f16 ? 0x1p-24 : 0.0;
     const bool few = y.size() < 64;
-    const double largest_allowed = 2 * plain.largest + (few ? unit * largest : 0.0) + smallest;
+    const double largest_allowed = 2 * plain_.largest + (few ? unit * largest : 0.0) + smallest;
     const double rms_allowed =
-        2 * std::sqrt(plain.squares) + (few ? unit * std::sqrt(squares) : 0.0) + smallest;
+        2 * std::sqrt(plain_.squares) + (few ? unit * std::sqrt(squares) : 0.0) + smallest;
     if (error.largest <= largest_allowed && std::sqrt(error.squares) <= rms_allowed) return "";
     return text_of("largest error ", error.largest, " at ", place(error.at), ", allowed ", largest_allowed,
                    "; norm of the error ", std::sqrt(error.squares), ", allowed ", rms_allowed);
@@ -455,7 +480,8 @@ class Product {
   std::optional<GuardedMemory> y_memory_;
   std::optional<GuardedMemory> bias_memory_;
   std::vector<double> reference_;  // [m, n]
-  Elements plain_;                 // [m, n]
+  Elements expected_;              // [m, n], of an exact case
+  Deviation plain_;                // of a plain product
 };
 
 }  // namespace quantloom

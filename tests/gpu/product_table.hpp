@@ -38,7 +38,7 @@ struct Range {
   int64_t last = std::numeric_limits<int64_t>::max();
 };
 
-// "1-16", "8", "any", "17+", ">= 17", "from 17", "> 16", "above 16". Throws where it cannot tell.
+// "1-16", "8", "any", "17-", ">= 17", "from 17", "> 16", "above 16". Throws where it cannot tell.
 inline Range range_from(const std::string& text) {
   std::vector<int64_t> numbers;
   for (size_t i = 0; i < text.size();) {
@@ -54,8 +54,8 @@ inline Range range_from(const std::string& text) {
   if (numbers.empty() && says("any")) return {};
   if (numbers.size() == 2) return {numbers[0], numbers[1]};
   if (numbers.size() == 1) {
-    if (says(">=") || says("from") || says("+") || says("or more")) return {.first = numbers[0]};
-    if (says(">") || says("above") || says("more than")) return {.first = numbers[0] + 1};
+    if (says(">=") || says("from") || says("+") || text.back() == '-') return {.first = numbers[0]};
+    if (says(">") || says("above")) return {.first = numbers[0] + 1};
     if (says("<=") || says("up to")) return {1, numbers[0]};
     if (std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c) != 0; })) {
       return {numbers[0], numbers[0]};

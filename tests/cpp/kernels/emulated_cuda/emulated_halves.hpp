@@ -11,6 +11,27 @@
 #define __device__
 #define __forceinline__ inline
 
+struct ThreadPlace {
+  unsigned x;
+};
+inline ThreadPlace threadIdx{0};
+inline ThreadPlace blockDim{1};
+
+// Bytes of the eight of a (0 to 3) and b (4 to 7), by the digits of `selector`.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 7U;
+    result |= static_cast<uint32_t>(bytes >> (8 * digit) & 0xFFU) << (8 * i);
+  }
+  return result;
+}
+
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31U));
+}
+
 namespace emulated {
 
 inline int rounded_operations = 0;
