@@ -1,7 +1,7 @@
 // From fragment order to rows of values, for products with so many tokens that decoding is a small part.
 //
-// A warp decodes blocks of 64 x 64. A lane's fragment of a step is four consecutive columns of two rows: it
-// stores them at once. Bound by the memory it writes.
+// A warp decodes blocks of 64 x 64. A lane's fragment of a step is four consecutive columns of two rows;
+// stores are of 16 bytes. Bound by the memory it writes.
 #pragma once
 
 #include "common/check.cuh"
@@ -16,54 +16,81 @@ namespace quantloom::cuda {
 
 constexpr int kDecodeThreads = 128;
 
-// Four consecutive columns of a row.
-__device__ __forceinline__ void store_four(const float (&values)[4], float* out) {
-  *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
-}
-template <class T>
-__device__ __forceinline__ void store_four(const float (&values)[4], T* out) {
-  alignas(8) T rounded[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) rounded[i] = HalfPair<T>::from_float(values[i]);
-  *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(rounded);
-}
-
 __device__ __forceinline__ float2 floats_of(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// Step kStep of a block. `at`: the place of the lane's parameters; `rows`: from the lane's first row to the
-// last of the matrix; `out`: the lane's first row in the block's first column.
-template <class Decoder, class Out, int kStep>
-__device__ __forceinline__ void decode_step(const FragmentMatrix& w, const Decoder& decoder,
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  const T values[2] = {HalfPair<T>::from_float(low), HalfPair<T>::from_float(high)};
+  return static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&values[0])) |
+         static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&values[1])) << 16;
+}
+
+// Stores a lane's four columns of two steps; `row`: the row, from the first column of the first step on.
+// Called by all lanes of a warp; `stored` is the same for the four lanes of a row.
+__device__ __forceinline__ void store_steps(const float (&values)[2][4], float* row, int lane, bool stored) {
+  if (!stored) return;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    *reinterpret_cast<float4*>(row + 16 * step + lane % 4 * 4) =
+        make_float4(values[step][0], values[step][1], values[step][2], values[step][3]);
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_steps(const float (&values)[2][4], T* row, int lane, bool stored) {
+  // Of two neighbouring lanes, one takes the eight columns of the first step, the other of the second.
+  uint32_t pairs[2][2];
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    pairs[step][0] = rounded_pair<T>(values[step][0], values[step][1]);
+    pairs[step][1] = rounded_pair<T>(values[step][2], values[step][3]);
+  }
+  const bool second = lane % 2 == 1;
+  const uint32_t x = __shfl_xor_sync(0xFFFFFFFFU, second ? pairs[0][0] : pairs[1][0], 1);
+  const uint32_t y = __shfl_xor_sync(0xFFFFFFFFU, second ? pairs[0][1] : pairs[1][1], 1);
+  if (!stored) return;
+  *reinterpret_cast<uint4*>(row + lane % 2 * 16 + lane % 4 / 2 * 8) =
+      second ? make_uint4(x, y, pairs[1][0], pairs[1][1]) : make_uint4(pairs[0][0], pairs[0][1], x, y);
+}
+
+// Steps 2 * kHalf and 2 * kHalf + 1 of a block. `rows`: from the lane's first row to the last of the matrix;
+// `out`: the lane's first row in the block's first column.
+template <class Decoder, class Out, int kHalf>
+__device__ __forceinline__ void decode_half(const FragmentMatrix& w, const Decoder& decoder,
                                             const uint4 (&pieces)[Decoder::kBits],
-                                            const RawParameters& parameters, int64_t at, int64_t rows,
+                                            const RawParameters (&parameters)[2], int lane, int64_t rows,
                                             Out* out, int64_t stride) {
-  Out* const place = out + fragments::column_of(static_cast<int>(threadIdx.x) % 32, 4 * kStep, 0);
 #pragma unroll
   for (int unit = 0; unit < fragments::kUnits; ++unit) {
     uint32_t words[Decoder::kBits];
     words_of_unit<Decoder::kBits>(pieces, unit, words);
-    uint32_t a[4];
-    decoder.template fragment<__half, kStep>(words, a);
+    uint32_t a[2][4];
+    decoder.template fragment<__half, 2 * kHalf>(words, a[0]);
+    decoder.template fragment<__half, 2 * kHalf + 1>(words, a[1]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = 16 * unit + 8 * r;
-      if (row >= rows) continue;
       const int i = 2 * unit + r;
-      const float scale = scale_of(parameters, w, at, i);
-      const float offset = w.zeros == nullptr ? 0.0F : Decoder::kCenter - parameters.zero(i);
-      float values[4];
+      float values[2][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 pair = floats_of(a[r + 2 * j]);
-        values[2 * j] = __fmul_rn(scale, fmaf(pair.x, Decoder::kUnit, offset));
-        values[2 * j + 1] = __fmul_rn(scale, fmaf(pair.y, Decoder::kUnit, offset));
+      for (int step = 0; step < 2; ++step) {
+        const float scale = parameters[step].scale(w.scale_dtype, i);
+        const float offset = w.zeros == nullptr ? 0.0F : Decoder::kCenter - parameters[step].zero(i);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 pair = floats_of(a[step][r + 2 * j]);
+          values[step][2 * j] = __fmul_rn(scale, fmaf(pair.x, Decoder::kUnit, offset));
+          values[step][2 * j + 1] = __fmul_rn(scale, fmaf(pair.y, Decoder::kUnit, offset));
+        }
       }
-      store_four(values, place + row * stride);
+      store_steps(values, out + (8 * i) * stride + 32 * kHalf, lane, 8 * i < rows);
     }
   }
 }
+
+// What store_steps() relies on.
+static_assert(fragments::column_of(3, 4 * 2, 0) == 32 + 12 &&
+              fragments::column_of(1, 4 * 3 + 2, 1) == 48 + 7);
 
 template <class Decoder, class Out>
 __global__ void __launch_bounds__(kDecodeThreads)
@@ -74,7 +101,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   let_next_begin();
   Decoder decoder;
-  prepare_decoder<__half>(decoder, w, decoder_memory);
+  decoder.template prepare<__half>(w.table, w.table_entries, decoder_memory);
   if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
   // Kernels before may still read what is written here.
   wait_for_previous();
@@ -88,21 +115,17 @@ __global__ void __launch_bounds__(kDecodeThreads)
 #pragma unroll
     for (int c = 0; c < kBits; ++c) pieces[c] = __ldcs(w.codes + (i * kBits + c) * 32 + lane);
     const int64_t first = static_cast<int64_t>(row_block) * w.group_count * 64 + lane / 4 * 8;
-    RawParameters parameters[4];
-    int64_t at[4];
+    RawParameters parameters[2][2];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       // Columns past the last group are padding.
       const int group = min((4 * block + step) / w.group_steps, w.group_count - 1);
-      at[step] = first + static_cast<int64_t>(group) * 64;
-      parameters[step].load(w, at[step]);
+      parameters[step / 2][step % 2].load(w, first + static_cast<int64_t>(group) * 64);
     }
     const int64_t row = static_cast<int64_t>(row_block) * fragments::kBlockRows + lane / 4;
     Out* const place = out + row * stride + static_cast<int64_t>(block) * fragments::kBlockColumns;
-    decode_step<Decoder, Out, 0>(w, decoder, pieces, parameters[0], at[0], w.n - row, place, stride);
-    decode_step<Decoder, Out, 1>(w, decoder, pieces, parameters[1], at[1], w.n - row, place, stride);
-    decode_step<Decoder, Out, 2>(w, decoder, pieces, parameters[2], at[2], w.n - row, place, stride);
-    decode_step<Decoder, Out, 3>(w, decoder, pieces, parameters[3], at[3], w.n - row, place, stride);
+    decode_half<Decoder, Out, 0>(w, decoder, pieces, parameters[0], lane, w.n - row, place, stride);
+    decode_half<Decoder, Out, 1>(w, decoder, pieces, parameters[1], lane, w.n - row, place, stride);
   }
 }
 

@@ -13,32 +13,6 @@
 
 namespace quantloom::cuda {
 
-template <class Parameters>
-__device__ __forceinline__ float scale_of(const Parameters& parameters, const FragmentMatrix& w, int64_t at,
-                                          int i) {
-  if constexpr (requires { parameters.scale(w, at, i); }) {
-    return parameters.scale(w, at, i);
-  } else {
-    return parameters.scale(w.scale_dtype, i);
-  }
-}
-template <class Parameters>
-__device__ __forceinline__ uint4 packed_scales(const Parameters& parameters) {
-  if constexpr (requires { parameters.scales.x; }) {
-    return parameters.scales;
-  } else {
-    return parameters.scales[0];
-  }
-}
-template <class T, class Decoder>
-__device__ __forceinline__ void prepare_decoder(Decoder& decoder, const FragmentMatrix& w, void* shared) {
-  if constexpr (requires { decoder.prepare(w.table, w.table_entries, shared); }) {
-    decoder.prepare(w.table, w.table_entries, shared);
-  } else {
-    decoder.template prepare<T>(w.table, w.table_entries, shared);
-  }
-}
-
 template <class Decoder, class T>
 class GroupScales {
  public:
@@ -99,14 +73,14 @@ class GroupScales {
   __device__ __forceinline__ void take_next(const FragmentMatrix& w) {
     using Pair = HalfPair<T>;
     if (w.scale_dtype == kDType && Decoder::kUnit == 1.0F) {
-      const uint4 packed = packed_scales(next_);
+      const uint4& packed = next_.scales[0];
       const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
       for (int i = 0; i < 8; ++i) scale_[i] = __byte_perm(words[i / 2], 0, i % 2 == 0 ? 0x1010 : 0x3232);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        float scale = scale_of(next_, w, place(w, group_), i) * Decoder::kUnit;
+        float scale = next_.scale(w.scale_dtype, i) * Decoder::kUnit;
         if constexpr (kIsHalf) scale *= __uint_as_float((254 - exponent(i)) << 23);
         scale_[i] = Pair::both(scale);
       }
@@ -127,7 +101,7 @@ class GroupScales {
       raw.load(w, place(w, group));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        largest[i] = max(largest[i], (__float_as_uint(scale_of(raw, w, place(w, group), i)) >> 23) & 0xFFU);
+        largest[i] = max(largest[i], (__float_as_uint(raw.scale(w.scale_dtype, i)) >> 23) & 0xFFU);
       }
     }
     exponents_[0] = exponents_[1] = 0;

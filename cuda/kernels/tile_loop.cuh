@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
   }
   Decoder decoder;
-  prepare_decoder<T>(decoder, p.w, tile_memory + Ring::kBytes);
+  decoder.template prepare<T>(p.w.table, p.w.table_entries, tile_memory + Ring::kBytes);
   wait_for_previous();
 #pragma unroll
   for (int s = 0; s < Ring::kStages - 1; ++s) {
