@@ -70,6 +70,7 @@ void bind_formats(py::module_& module);
 void bind_calibration(py::module_& module);
 void bind_rounding(py::module_& module);
 void bind_kernels(py::module_& module);
+void bind_cuda(py::module_& module);
 void bind_io(py::module_& module);
 
 // An int of Python (checked there to fit 64 bits) as int; throws InvalidArgument out of range.

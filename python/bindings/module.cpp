@@ -34,5 +34,6 @@ PYBIND11_MODULE(_core, module) {
   bind_calibration(module);
   bind_rounding(module);
   bind_kernels(module);
+  bind_cuda(module);
   bind_io(module);
 }

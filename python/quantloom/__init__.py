@@ -23,7 +23,7 @@ from quantloom._core import __version__
 from quantloom.calibration import Hessian, proxy_loss
 from quantloom.formats import Codebook, Format, Uniform, format_from_json, format_table, parse_format
 from quantloom.info import build_info
-from quantloom.kernels import PreparedTensor, kernel_table, matmul, prepare
+from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
 from quantloom.recipes import Recipe
 from quantloom.rounding import (
     GPTQ,
@@ -52,6 +52,7 @@ __all__ = [
     "Uniform",
     "__version__",
     "build_info",
+    "can_matmul",
     "format_from_json",
     "format_table",
     "kernel_table",

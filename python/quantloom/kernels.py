@@ -2,55 +2,116 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from quantloom import _arrays, _checks, _core
+from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.tensors import PackedTensor
 
-__all__ = ["PreparedTensor", "kernel_table", "matmul", "prepare"]
+__all__ = ["Possible", "PreparedTensor", "can_matmul", "kernel_table", "matmul", "prepare"]
 
 ACTIVATIONS = ("exact", "int8")
 
 
 class PreparedTensor:
-    """A packed tensor in the order that the CPU kernels read; made by ``prepare``.
+    """A packed tensor in the order that the kernels of its device read; made by ``prepare``.
 
     Immutable, may be used by many threads at once. Takes ``byte_count`` bytes beside the packed tensor, which
     it does not keep alive.
     """
 
-    __slots__ = ("_core",)
+    __slots__ = ("_core", "_format", "_planes", "_shape")
 
-    def __init__(self, core: _core.Prepared) -> None:
-        if not isinstance(core, _core.Prepared):
+    def __init__(
+        self,
+        core: _core.Prepared | _core.PreparedPlanes,
+        format: Format | None = None,
+        shape: tuple[int, int] = (0, 0),
+        planes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        if format is None or not isinstance(core, (_core.Prepared, _core.PreparedPlanes)):
             raise TypeError(f"PreparedTensor: got {_checks.type_name(core)}, expected a call of prepare()")
         self._core = core
+        self._format = format
+        self._shape = shape
+        self._planes = dict(planes)
+
+    @classmethod
+    def _from_planes(
+        cls, format_json: str, shape: tuple[int, int], planes: Mapping[str, Any]
+    ) -> PreparedTensor:
+        """Over planes in the order of a CUDA device, which are checked."""
+        from quantloom import _cuda
+
+        core = _cuda.descriptor(planes, format_json, *shape)
+        return cls(core, format_from_json(format_json), shape, planes)
+
+    @property
+    def format(self) -> Format:
+        """What is stored, and how it decodes."""
+        return self._format
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(n, k)``."""
-        return self._core.n, self._core.k
+        return self._shape
+
+    @property
+    def planes(self) -> Mapping[str, Any]:
+        """On a CUDA device the torch tensors that the kernels read, by name; empty on the CPU, whose order
+        is private to the library."""
+        return MappingProxyType(self._planes)
+
+    @property
+    def device(self) -> str:
+        """``"cpu"``, ``"cuda:0"``, ..."""
+        return next((str(plane.device) for plane in self._planes.values()), "cpu")
 
     @property
     def byte_count(self) -> int:
         """Memory in bytes."""
-        return self._core.byte_count
+        if isinstance(self._core, _core.Prepared):
+            return self._core.byte_count
+        return sum(plane.nbytes for plane in self._planes.values())
+
+    def unprepare(self) -> PackedTensor:
+        """The packed tensor that this was made of, bit for bit, on the same device.
+
+        Raises RuntimeError on the CPU, where there is no way back.
+        """
+        if isinstance(self._core, _core.Prepared):
+            raise RuntimeError("unprepare: got a tensor prepared for the CPU, expected one for a CUDA device")
+        from quantloom import _cuda
+
+        return _cuda.unprepare(self._planes, self._core, self._format, *self._shape)
 
     def __repr__(self) -> str:
         return f"PreparedTensor(shape={self.shape}, {self.byte_count} bytes)"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self._core, _core.Prepared):
+            raise TypeError("cannot pickle a tensor prepared for the CPU: pickle the packed tensor")
+        return PreparedTensor._from_planes, (self._format.to_json(), self._shape, self._planes)
+
 
 def prepare(q: PackedTensor, threads: int = 0) -> PreparedTensor:
-    """Brings a packed tensor on the CPU into the order that the kernels read.
+    """Brings a packed tensor into the order that the kernels of its device read.
 
-    Raises RuntimeError if no CPU kernel takes its format (``kernel_table`` lists them).
+    On a CUDA device the work is queued on torch's current stream; ``threads`` is for the CPU.
+    Raises RuntimeError if no kernel takes its format (``kernel_table`` lists them).
     """
     if not isinstance(q, PackedTensor):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
-    if q.device != "cpu":
-        raise TypeError(f'q: got planes on {q.device}, expected planes on the CPU (pass q.to("cpu"))')
-    return PreparedTensor(_core.prepare(q._core(), _checks.thread_count(threads)))
+    threads = _checks.thread_count(threads)
+    if q.device == "cpu":
+        return PreparedTensor(_core.prepare(q._core(), threads), q.format, q.shape, {})
+    from quantloom import _cuda
+
+    return PreparedTensor._from_planes(q.format.to_json(), q.shape, _cuda.prepare(q))
 
 
 _prepare_lock = threading.Lock()
@@ -60,51 +121,154 @@ def _prepared_of(q: PackedTensor, threads: int) -> PreparedTensor:
     if q._prepared is None:
         with _prepare_lock:
             if q._prepared is None:
-                q._prepared = prepare(q, threads)
+                q._prepared = prepare_now(q, threads)
     return q._prepared
 
 
-def matmul(x: Any, q: PackedTensor | PreparedTensor, activations: str = "exact", threads: int = 0) -> Any:
-    """``x @ W.T`` straight from the packed codes of W.
+def prepare_now(q: PackedTensor, threads: int = 0) -> PreparedTensor:
+    """``prepare``, and waits for it: the result may be kept and used on any stream."""
+    if q.device == "cpu":
+        return prepare(q, threads)
+    import torch
+
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "q: got a packed tensor that has not been prepared, which cannot be done while a CUDA graph is"
+            " captured (call prepare() before)"
+        )
+    prepared = prepare(q, threads)
+    torch.cuda.current_stream(q.device).synchronize()
+    return prepared
+
+
+def matmul(
+    x: Any,
+    q: PackedTensor | PreparedTensor,
+    activations: str = "exact",
+    threads: int = 0,
+    *,
+    bias: Any = None,
+) -> Any:
+    """``x @ W.T + bias`` straight from the packed codes of W.
 
     Args:
-        x: ``[..., k]``, float32, float16 or bfloat16, NumPy or torch.
+        x: ``[..., k]``, float32, float16 or bfloat16, NumPy or torch, on the device of `q`.
         q: W ``[n, k]``, a ``PackedTensor`` or what ``prepare`` made of one. A packed tensor is prepared in
             the first call and keeps the result, which takes about as much memory again; use ``prepare``
             to own that memory.
-        activations: ``"exact"``: x enters in float32, sums are taken in float32. ``"int8"``: x is rounded to
-            8 bits with one scale for each block of at most 128 inputs, which is faster below 8 bits
-            per weight and adds a relative error of about 0.5%; x must then be finite, and W uniform.
+        activations: ``"exact"``: x enters as it is, sums are taken in float32. ``"int8"`` (on the CPU): x is
+            rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
+            8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
+            and W uniform.
         threads: 0 for OpenMP's default. The result does not depend on it.
+        bias: None or ``[n]``, of the kind and dtype of `x`.
 
     Returns ``[..., n]``, of the kind and dtype of `x`, without a gradient (``quantloom.nn.QuantLinear`` has
-    one). With planes on a CUDA device it decodes W to the
-    dtype of `x`, then multiplies with cuBLAS; activations must be ``"exact"`` there.
+    one). On a CUDA device the work is queued on torch's current stream of that device.
 
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
-    takes the format with these activations.
+    takes the product (``can_matmul`` tells why).
     """
     if not isinstance(q, (PackedTensor, PreparedTensor)):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor or a PreparedTensor")
     _checks.choice("activations", activations, ACTIVATIONS)
     threads = _checks.thread_count(threads)
     n, k = q.shape
-    on_cpu = isinstance(q, PreparedTensor) or q.device == "cpu"
+    on_cpu = q.device == "cpu"
     tokens = _arrays.tokens("x", x, k, cpu=on_cpu)
     shape = (*_arrays.describe("x", x).shape[:-1], n)
-    if not on_cpu:
-        if tokens.device != q.device:
-            raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
-        if activations != "exact":
-            raise RuntimeError(
-                f"activations: got {activations!r}, but on a CUDA device there is only 'exact'"
-            )
-        weight = q.dequantize(tokens.dtype)
-        return (tokens.value @ weight.T).reshape(shape)
+    added = None if bias is None else _bias(bias, tokens, n)
+    if not on_cpu and tokens.device != q.device:
+        raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
+    if not on_cpu and activations != "exact":
+        raise RuntimeError(f"activations: got {activations!r}, but on a CUDA device there is only 'exact'")
     prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
+    if not on_cpu:
+        from quantloom import _cuda
+
+        y = _cuda.product(tokens.value, prepared._core, n, k, tokens.value.device, added)
+        return y.reshape(shape)
     y = _arrays.empty(tokens.kind, (tokens.shape[0], n), "float32")
     _core.matmul(tokens.core, prepared._core, _arrays.describe("y", y).core, activations, threads)
+    if added is not None:
+        y += _arrays.cast(added, "float32")
     return _arrays.cast(y, tokens.dtype).reshape(shape)
+
+
+def _bias(value: Any, x: _arrays.Array, n: int) -> Any:
+    array = _arrays.describe("bias", value)
+    if array.shape != (n,):
+        raise ValueError(f"bias: got shape {_arrays.shape_text(array.shape)}, expected [{n}]")
+    got, expected = [f"{a.dtype} ({a.kind}, {a.device})" for a in (array, x)]
+    if got != expected:
+        raise TypeError(f"bias: got {got}, expected {expected}, as x")
+    return array.value if array.core.contiguous or x.device == "cpu" else array.value.contiguous()
+
+
+class Possible(NamedTuple):
+    """An answer that is true or false, with the reason."""
+
+    yes: bool
+    reason: str
+    """Why not, in words; empty if it is possible."""
+
+    def __bool__(self) -> bool:
+        return self.yes
+
+
+def can_matmul(
+    q: PackedTensor | PreparedTensor | Format | str,
+    tokens: int = 1,
+    dtype: Any = None,
+    device: Any = None,
+    activations: str = "exact",
+) -> Possible:
+    """Whether ``matmul`` has a kernel, asked before any work.
+
+    Args:
+        q: a tensor, or a format or its short form.
+        tokens: rows of x.
+        dtype: of x; float16 if None.
+        device: where; None: the device of the tensor, the CPU for a format.
+    """
+    _checks.choice("activations", activations, ACTIVATIONS)
+    tokens = _checks.integer("tokens", tokens, 0)
+    name = "float16" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+    if isinstance(q, (PackedTensor, PreparedTensor)):
+        format, place = q.format, q.device
+    else:
+        format, place = parse_format(q), "cpu"
+    place = place if device is None else str(device)
+    if place == "cpu":
+        return _can_matmul_on_cpu(format, activations)
+    import torch
+
+    try:
+        target = torch.device(place)
+    except RuntimeError:
+        raise ValueError(f"device: got {place!r}, expected the CPU or a CUDA device") from None
+    if target.type != "cuda":
+        raise ValueError(f"device: got {place!r}, expected the CPU or a CUDA device")
+    if activations != "exact":
+        return Possible(False, f"on a CUDA device activations can only be 'exact', got {activations!r}")
+    from quantloom import _cuda
+
+    reason = _cuda.why_not(format.to_json(), tokens, name, target)
+    return Possible(reason is None, reason or "")
+
+
+def _can_matmul_on_cpu(format: Format, activations: str) -> Possible:
+    fields = json.loads(format.to_json())
+    stands_for = "float32" if activations == "exact" else activations
+    for row in kernel_table():
+        first, _, last = row["bits"].partition("-")
+        if (
+            (row["operation"], row["device"], row["activations"]) == ("matmul", "cpu", stands_for)
+            and row["format"] == fields["format"]
+            and int(first) <= fields["bits"] <= int(last or first)
+        ):
+            return Possible(True, "")
+    return Possible(False, f"no CPU kernel multiplies {format.spec} with {activations} activations")
 
 
 def kernel_table() -> list[dict[str, str]]:

@@ -1,144 +1,61 @@
-"""Modules for PyTorch, and the operators behind them.
+"""Modules for PyTorch.
 
-Importing this module imports torch and registers two operators, which have shape functions for tracing and
-a gradient with respect to activations, so that modules work under ``torch.compile`` and ``torch.export``:
-
-``quantloom::matmul(x, planes, names, format, n, k, activations)``
-    ``x @ W.T``; on the CPU straight from the packed codes, on a CUDA device it decodes, then multiplies with
-    cuBLAS.
-``quantloom::dequantize(planes, names, format, n, k, dtype)``
-    W as a matrix ``[n, k]``.
-
-``planes`` are the arrays of a ``PackedTensor``, ``names`` their names joined by commas, ``format`` its JSON.
+Importing this module imports torch and registers the operators behind the modules, ``quantloom::linear``,
+``matmul``, ``dequantize`` and ``dequantize_prepared``, so that modules work under ``torch.compile``,
+``torch.export`` and in CUDA graphs.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from quantloom import _arrays, _checks, kernels
-from quantloom.formats import Format, format_from_json
+import quantloom._operators  # noqa: F401 - registers the operators
+from quantloom import _arrays, _checks, _cuda, kernels
+from quantloom.formats import Format
 from quantloom.rounding import Rounding, quantize
 from quantloom.tensors import PackedTensor
 
 __all__ = ["QuantLinear"]
 
-
-def _packed(planes: list[torch.Tensor], names: str, format: str, n: int, k: int) -> PackedTensor:
-    return PackedTensor(format_from_json(format), (n, k), dict(zip(names.split(","), planes, strict=True)))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # Tensors made under torch.inference_mode have no counter of changes.
-    return -1 if tensor.is_inference() else tensor._version
+_PREFIX = "prepared_"
+# What autocast casts; it leaves other dtypes, such as float64, alone.
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class _PreparedCache:
-    """Prepared tensors of planes on the CPU, each dropped with its first plane or when a plane changes."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], tuple[Any, ...], Any]] = {}
-        self._lock = threading.RLock()  # a weak reference may end while the lock is held
-
-    def get(
-        self, planes: list[torch.Tensor], names: str, format: str, n: int, k: int
-    ) -> kernels.PreparedTensor:
-        key = id(planes[0])
-        signature = (names, format, n, k, *((plane.data_ptr(), _version(plane)) for plane in planes))
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None and entry[0]() is planes[0] and entry[1] == signature:
-                return entry[2]
-            prepared = kernels.prepare(_packed(planes, names, format, n, k), torch.get_num_threads())
-            self._entries[key] = (weakref.ref(planes[0], self._dropper(key)), signature, prepared)
-            return prepared
-
-    def _dropper(self, key: int) -> Callable[[Any], None]:
-        def drop(reference: Any) -> None:
-            with self._lock:
-                entry = self._entries.get(key)
-                if entry is not None and entry[0] is reference:
-                    del self._entries[key]
-
-        return drop
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-_prepared_cache = _PreparedCache()
-
-
-@torch.library.custom_op(
-    "quantloom::dequantize",
-    mutates_args=(),
-    schema="(Tensor[] planes, str names, str format, int n, int k, ScalarType dtype) -> Tensor",
-)
-def _dequantize(planes, names, format, n, k, dtype):
-    return _packed(planes, names, format, n, k).dequantize(dtype, torch.get_num_threads())
-
-
-@_dequantize.register_fake
-def _(planes, names, format, n, k, dtype):
-    return planes[0].new_empty((n, k), dtype=dtype)
-
-
-@torch.library.custom_op(
-    "quantloom::matmul",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] planes, str names, str format, int n, int k, str activations) -> Tensor",
-)
-def _matmul(x, planes, names, format, n, k, activations):
-    x = x.contiguous()
-    if planes[0].device.type == "cpu":
-        q = _prepared_cache.get(planes, names, format, n, k)
-    else:
-        q = _packed(planes, names, format, n, k)
-    return kernels.matmul(x, q, activations, torch.get_num_threads())
-
-
-@_matmul.register_fake
-def _(x, planes, names, format, n, k, activations):
-    torch._check(x.shape[-1] == k, lambda: f"x: got shape {tuple(x.shape)}, expected [..., {k}]")
-    return x.new_empty((*x.shape[:-1], n))
-
-
-def _remember(ctx, inputs, output):
-    _, planes, *ctx.description, _ = inputs
-    ctx.save_for_backward(*planes)
-
-
-def _backward(ctx, gradient):
-    weight = torch.ops.quantloom.dequantize(list(ctx.saved_tensors), *ctx.description, gradient.dtype)
-    return gradient @ weight, [None] * len(ctx.saved_tensors), None, None, None, None, None
-
-
-_matmul.register_autograd(_backward, setup_context=_remember)
+def _keeps_prepared(device: torch.device) -> bool:
+    """Whether modules on this device keep the planes in the order of its kernels only."""
+    return device.type == "cuda"
 
 
 class QuantLinear(torch.nn.Module):
     """A linear layer, ``y = x W^T + bias``, that keeps W packed.
 
     Takes the place of ``torch.nn.Linear`` in inference and as a frozen layer in training: gradients flow to
-    `x` and to the bias, not to W. The planes are buffers named after the planes of the format (``codes``,
-    ``scales``, ...); they move between devices with the module and never change dtype: ``.half()`` or
-    ``.to(torch.bfloat16)`` act on the bias alone. ``state_dict`` holds the planes, the bias and a
-    description of the format; loading the state of another format, shape or dtype is refused.
+    `x` and to the bias, not to W. ``.half()`` or ``.to(torch.bfloat16)`` act on the bias alone: planes never
+    change dtype. ``state_dict`` holds the canonical planes, the bias and a description of the format,
+    whatever the device; loading the state of another format, shape or dtype is refused.
 
-    On the CPU the first call brings W into the order that the kernels read, which takes about as much memory
-    again and is kept until the planes change or go.
+    On the CPU the planes are buffers named after the planes of the format (``codes``, ``scales``, ...). The
+    first call brings W into the order that the kernels read, which takes about as much memory again and is
+    kept until the planes change or go.
+
+    On a CUDA device the module holds W once, in the order that the kernels read: moving it there prepares
+    it, moving it away brings the same canonical bytes back, and ``packed`` and ``state_dict`` make a
+    canonical copy when they are called. The buffers are then ``prepared_codes``, ``prepared_scales`` and so
+    on. Calls queue kernels on torch's current stream and can be captured in CUDA graphs; ``load_state_dict``
+    writes to the same memory, so that a captured graph sees the new weights.
 
     Args:
         packed: W ``[out_features, in_features]``, a ``PackedTensor``; NumPy planes are copied.
         bias: None or ``[out_features]``, floating point; a ``torch.nn.Parameter`` is used as it is.
-        activations: ``"exact"`` or ``"int8"``, see ``quantloom.matmul``.
+        activations: ``"exact"`` or ``"int8"`` (on the CPU), see ``quantloom.matmul``.
 
-    Raises TypeError or ValueError naming the argument.
+    Raises TypeError or ValueError naming the argument, RuntimeError if no kernel of a CUDA device takes the
+    format.
     """
 
     def __init__(
@@ -151,10 +68,12 @@ class QuantLinear(torch.nn.Module):
         packed = packed if packed.kind == "torch" else packed.to("torch")
         self.out_features, self.in_features = packed.shape
         self._format = packed.format
-        self._names = tuple(packed.planes)
-        for name, plane in packed.planes.items():
-            self.register_buffer(name, plane)
-        self.register_parameter("bias", self._check_bias(bias, packed.device))
+        self._names = tuple(packed.planes)  # of the canonical planes
+        self._stored: tuple[str, ...] = ()  # names of the buffers
+        bias = self._check_bias(bias, packed.device)
+        self._store(packed.planes, prepared=False)
+        self._settle()
+        self.register_parameter("bias", bias)
 
     def _check_bias(self, bias: Any, device: str) -> torch.nn.Parameter | None:
         if bias is None:
@@ -191,34 +110,79 @@ class QuantLinear(torch.nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """W as a ``PackedTensor`` over the module's buffers."""
-        return PackedTensor(
-            self._format, (self.out_features, self.in_features), dict(zip(self._names, self._planes()))
-        )
+        """W as a ``PackedTensor``: over the module's buffers on the CPU, a copy on a CUDA device."""
+        prepared = self.prepared
+        if prepared is not None:
+            return prepared.unprepare()
+        return PackedTensor(self._format, self._shape, dict(zip(self._stored, self._planes())))
+
+    @property
+    def prepared(self) -> kernels.PreparedTensor | None:
+        """W as a ``PreparedTensor`` over the module's buffers on a CUDA device; None on the CPU."""
+        if not self._is_prepared:
+            return None
+        planes = dict(zip(self._description[0].split(","), self._planes()))
+        return kernels.PreparedTensor._from_planes(self._format.to_json(), self._shape, planes)
 
     @property
     def format(self) -> Format:
         """What is stored, and how it decodes."""
         return self._format
 
-    def _planes(self) -> list[torch.Tensor]:
-        return [self._buffers[name] for name in self._names]
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
-    def _description(self) -> tuple[str, str, int, int]:
-        return ",".join(self._names), self._format.to_json(), self.out_features, self.in_features
+    def _planes(self) -> list[torch.Tensor]:
+        return [self._buffers[name] for name in self._stored]
+
+    def _store(self, planes: Mapping[str, torch.Tensor], prepared: bool) -> None:
+        """Makes these planes the module's buffers, in place of those it has."""
+        for name in self._stored:
+            delattr(self, name)
+        # Prepared planes are no part of the state: it holds the canonical ones.
+        for name, plane in planes.items():
+            self.register_buffer(_PREFIX + name if prepared else name, plane, persistent=not prepared)
+        self._stored = tuple(_PREFIX + name if prepared else name for name in planes)
+        self._is_prepared = prepared
+        self._description = (",".join(planes), self._format.to_json(), *self._shape)
+
+    def _settle(self) -> None:
+        """Prepares canonical planes that have come to a device where modules keep prepared ones."""
+        if not self._is_prepared and _keeps_prepared(self._planes()[0].device):
+            self._store(_cuda.prepare(self.packed), prepared=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[..., in_features]``, float32, float16 or bfloat16; returns ``[..., out_features]`` in its
-        dtype. Raises TypeError or ValueError for other dtypes, shapes and devices."""
-        y = torch.ops.quantloom.matmul(x, self._planes(), *self._description(), self.activations)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        dtype, or in autocast's. Raises TypeError or ValueError for other dtypes, shapes and devices,
+        RuntimeError if no kernel takes the product."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not self._is_prepared:
+            y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self.activations)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.activations != "exact":
+            raise RuntimeError(
+                f"activations: got {self.activations!r}, but on a CUDA device there is only 'exact'"
+            )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.ops.quantloom.linear(x, self._planes(), bias, *self._description)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W as a matrix ``[out_features, in_features]``."""
-        return torch.ops.quantloom.dequantize(self._planes(), *self._description(), dtype)
+        name = "dequantize_prepared" if self._is_prepared else "dequantize"
+        return getattr(torch.ops.quantloom, name)(self._planes(), *self._description, dtype)
+
+    def _canonical_specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the canonical planes."""
+        return {
+            plane["name"]: (getattr(torch, plane["dtype"]), tuple(plane["shape"]))
+            for plane in self._format.planes(*self._shape)
+            if plane["name"] in self._names
+        }
 
     def extra_repr(self) -> str:
-        bits = sum(8 * plane.nbytes for plane in self._planes())
+        bits = sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in self._canonical_specs().values())
         count = self.out_features * self.in_features
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
@@ -227,17 +191,39 @@ class QuantLinear(torch.nn.Module):
         return text if self.activations == "exact" else f"{text}, activations={self.activations}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        # Module.half() and .to(dtype) cast every floating-point buffer; the codes were chosen against the
-        # scales as they are stored.
+        source = self._planes()[0]
+        target = fn(source.new_empty(0)).device
+        if self._is_prepared and not _keeps_prepared(target):
+            # Unprepared where the planes are: fast, and with memory for one module more.
+            self._store(self._empty_planes("meta") if target.type == "meta" else self.packed.planes, False)
+        elif not self._is_prepared and source.device.type == "meta" and _keeps_prepared(target):
+            # to_empty(): there is nothing to prepare.
+            names = _cuda.empty_planes(
+                self._format.to_json(), *self._shape, "group_index" in self._names, "meta"
+            )
+            self._store(names, prepared=True)
         planes = self._planes()
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype and any(tensor is plane for plane in planes):
-                return tensor.to(result.device)
-            return result
+            if not any(tensor is plane for plane in planes):
+                return fn(tensor)
+            # Module.half() and .to(dtype) cast every floating-point buffer, but the codes were chosen against
+            # the scales as they are stored; .to(memory_format=...) would permute planes of 4 dimensions.
+            flat = tensor.view(-1)
+            result = fn(flat)
+            if result is flat:
+                return tensor
+            return (tensor.to(result.device) if result.dtype != flat.dtype else result).view(tensor.shape)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        self._settle()
+        return self
+
+    def _empty_planes(self, device: str) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (dtype, shape) in self._canonical_specs().items()
+        }
 
     def get_extra_state(self) -> torch.Tensor:
         # A tensor of text, because many writers of state dicts take tensors only.
@@ -250,15 +236,27 @@ class QuantLinear(torch.nn.Module):
             got = bytes(state.cpu().tolist()).decode() if isinstance(state, torch.Tensor) else repr(state)
             raise ValueError(f"state: got a description {got}, expected {bytes(own.tolist()).decode()}")
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_prepared:
+            destination.update({prefix + name: plane for name, plane in self.packed.planes.items()})
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        # The description is checked before any plane is copied; a copy would cast silently.
+        # Everything is checked before any plane is copied; a copy would cast silently.
+        specs = self._canonical_specs()
+        given = {name: state_dict[prefix + name] for name in self._names if prefix + name in state_dict}
         errors = []
-        for name in self._names:
-            given, own = state_dict.get(prefix + name), self._buffers[name]
-            if isinstance(given, torch.Tensor) and given.dtype != own.dtype:
-                errors.append(f"{prefix}{name}: got {given.dtype}, expected {own.dtype}")
+        for name, value in given.items():
+            dtype, shape = specs[name]
+            if isinstance(value, torch.Tensor) and value.dtype != dtype:
+                errors.append(f"{prefix}{name}: got {value.dtype}, expected {dtype}")
+            elif self._is_prepared and not isinstance(value, torch.Tensor):
+                errors.append(f"{prefix}{name}: got {_checks.type_name(value)}, expected a tensor")
+            elif self._is_prepared and tuple(value.shape) != shape:
+                got, expected = _arrays.shape_text(value.shape), _arrays.shape_text(shape)
+                errors.append(f"{prefix}{name}: got shape {got}, expected {expected}")
         description = state_dict.get(prefix + "_extra_state")
         if description is not None:
             try:
@@ -268,6 +266,45 @@ class QuantLinear(torch.nn.Module):
         if errors:
             error_msgs.extend(errors)
             return
+        unknown = [] if self._is_prepared else None
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys if unknown is None else unknown,
+            error_msgs,
         )
+        if unknown is None:
+            self._settle()  # assign=True may have brought planes on another device
+            return
+        unexpected_keys.extend(key for key in unknown if key.removeprefix(prefix) not in self._names)
+        if strict:
+            missing_keys.extend(prefix + name for name in self._names if name not in given)
+        if given:
+            try:
+                self._load_planes(given, bool(local_metadata.get("assign_to_params_buffers", False)))
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}{error}")
+
+    @torch.no_grad()
+    def _load_planes(self, given: dict[str, torch.Tensor], assign: bool) -> None:
+        """Takes canonical planes over where the module holds prepared ones."""
+        device = next(iter(given.values())).device if assign else self._planes()[0].device
+        planes = dict(self.packed.planes) if len(given) < len(self._names) else {}
+        planes |= given
+        # Made on the CPU or on the device, a PackedTensor checks what it can see there.
+        kinds = {plane.device for plane in planes.values()}
+        if len(kinds) > 1:
+            planes = {name: plane.to(device) for name, plane in planes.items()}
+        packed = PackedTensor(
+            self._format, self._shape, {name: planes[name].contiguous() for name in self._names}
+        )
+        if assign:
+            self._store(packed.planes, prepared=False)
+            self._settle()
+            return
+        fresh = _cuda.prepare(packed.to(device))
+        for name, plane in zip(self._stored, self._planes()):
+            plane.copy_(fresh[name.removeprefix(_PREFIX)])

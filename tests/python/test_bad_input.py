@@ -304,6 +304,13 @@ TABLE = [
     (ql.matmul, (W, Q, 8), {}, TypeError, "activations int exact int8"),
     (ql.matmul, (NOT_FINITE, Q, "int8"), {}, ValueError, "x 7 33"),
     (ql.matmul, (W, Q), {"threads": "2"}, TypeError, "threads str"),
+    (ql.matmul, (W, Q), {"bias": W[0]}, ValueError, "bias [64]"),
+    (ql.matmul, (W, Q), {"bias": [0.0]}, TypeError, "bias list"),
+    (ql.can_matmul, (W,), {}, TypeError, "format ndarray"),
+    (ql.can_matmul, (Q, -1), {}, ValueError, "tokens -1"),
+    (ql.can_matmul, (Q, 1, "float64"), {}, TypeError, "dtype float64 float16"),
+    (ql.can_matmul, (Q, 1, None, "moon"), {}, ValueError, "device moon CUDA"),
+    (ql.can_matmul, (Q, 1, None, None, "fast"), {}, ValueError, "activations fast exact int8"),
     # layouts
     (ql.layouts.to_gptq, (W,), {}, TypeError, "q ndarray PackedTensor"),
     (ql.layouts.to_gptq, (Q, 1), {}, TypeError, "version int gptq"),

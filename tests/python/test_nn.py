@@ -12,7 +12,8 @@ import pytest
 import quantloom as ql
 import torch
 from quantloom import kernels
-from quantloom.nn import QuantLinear, _prepared_cache
+from quantloom._operators import prepared_cache
+from quantloom.nn import QuantLinear
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SPECS = ["uniform:4:g32", "uniform:3:g20:asym:bf16", "uniform:8:channel:f32", "uniform:2:tensor:asym"]
@@ -208,7 +209,7 @@ def test_fake_tensors_give_shapes_without_work():
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 def test_operators_pass_torchs_own_checks(activations):
     module = layer("uniform:4:g32:asym")
-    planes, description = module._planes(), module._description()
+    planes, description = module._planes(), module._description
     x = torch.randn(3, 64, requires_grad=activations == "exact")
     torch.library.opcheck(torch.ops.quantloom.matmul.default, (x, planes, *description, activations))
     torch.library.opcheck(torch.ops.quantloom.dequantize.default, (planes, *description, torch.float16))
@@ -219,7 +220,7 @@ def test_planes_are_prepared_once_and_released(monkeypatch):
     prepare = kernels.prepare
     monkeypatch.setattr(kernels, "prepare", lambda *arguments: calls.append(1) or prepare(*arguments))
     gc.collect()
-    entries = len(_prepared_cache)
+    entries = len(prepared_cache)
     module = layer()
     x = torch.randn(2, 64)
     expected = module(x)
@@ -230,16 +231,16 @@ def test_planes_are_prepared_once_and_released(monkeypatch):
     with torch.no_grad():
         compiled(x)
     assert len(calls) == 1
-    assert len(_prepared_cache) == entries + 1
+    assert len(prepared_cache) == entries + 1
     with torch.no_grad():
         module.scales.mul_(2)
     torch.testing.assert_close(module(x) - module.bias, 2 * (expected - module.bias))
     assert len(calls) == 2
-    assert len(_prepared_cache) == entries + 1
+    assert len(prepared_cache) == entries + 1
     del module, compiled
     torch.compiler.reset()
     gc.collect()
-    assert len(_prepared_cache) == entries
+    assert len(prepared_cache) == entries
     with torch.inference_mode():
         module = layer()
         module(x)

@@ -1,0 +1,189 @@
+"""Operators for PyTorch, with shape functions for tracing and a gradient with respect to activations.
+
+Of canonical planes, the arrays of a ``PackedTensor``:
+
+``quantloom::matmul(x, planes, names, format, n, k, activations)``
+    ``x @ W.T``. The first call prepares W and keeps the result until the planes change or go.
+``quantloom::dequantize(planes, names, format, n, k, dtype)``
+    W as a matrix ``[n, k]``.
+
+Of prepared planes on a CUDA device, those of a ``PreparedTensor``:
+
+``quantloom::linear(x, planes, bias, names, format, n, k)``
+    ``x @ W.T + bias``. Allocates its result and its workspace, and does nothing else but launch kernels on
+    the current stream: it can be captured in a CUDA graph.
+``quantloom::dequantize_prepared(planes, names, format, n, k, dtype)``
+    W as a matrix ``[n, k]``.
+
+``names`` are the names of the planes joined by commas, ``format`` is the format's JSON.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quantloom import _cuda, kernels
+from quantloom.formats import format_from_json
+from quantloom.tensors import PackedTensor
+
+__all__ = ["prepared_cache"]
+
+
+def _packed(planes: list[torch.Tensor], names: str, format: str, n: int, k: int) -> PackedTensor:
+    return PackedTensor(format_from_json(format), (n, k), dict(zip(names.split(","), planes, strict=True)))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Tensors made under torch.inference_mode have no counter of changes.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _PreparedCache:
+    """Prepared tensors of canonical planes, each dropped with its first plane or when a plane changes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], tuple[Any, ...], Any]] = {}
+        self._lock = threading.RLock()  # a weak reference may end while the lock is held
+
+    def get(
+        self, planes: list[torch.Tensor], names: str, format: str, n: int, k: int
+    ) -> kernels.PreparedTensor:
+        key = id(planes[0])
+        signature = (names, format, n, k, *((plane.data_ptr(), _version(plane)) for plane in planes))
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry[0]() is planes[0] and entry[1] == signature:
+                return entry[2]
+            prepared = kernels.prepare_now(_packed(planes, names, format, n, k), torch.get_num_threads())
+            self._entries[key] = (weakref.ref(planes[0], self._dropper(key)), signature, prepared)
+            return prepared
+
+    def _dropper(self, key: int) -> Callable[[Any], None]:
+        def drop(reference: Any) -> None:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is not None and entry[0] is reference:
+                    del self._entries[key]
+
+        return drop
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+prepared_cache = _PreparedCache()
+
+
+def _check_inner(x: torch.Tensor, k: int) -> None:
+    torch._check(x.shape[-1] == k, lambda: f"x: got shape {tuple(x.shape)}, expected [..., {k}]")
+
+
+@torch.library.custom_op(
+    "quantloom::dequantize",
+    mutates_args=(),
+    schema="(Tensor[] planes, str names, str format, int n, int k, ScalarType dtype) -> Tensor",
+)
+def _dequantize(planes, names, format, n, k, dtype):
+    return _packed(planes, names, format, n, k).dequantize(dtype, torch.get_num_threads())
+
+
+@_dequantize.register_fake
+def _(planes, names, format, n, k, dtype):
+    return planes[0].new_empty((n, k), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "quantloom::matmul",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] planes, str names, str format, int n, int k, str activations) -> Tensor",
+)
+def _matmul(x, planes, names, format, n, k, activations):
+    q = prepared_cache.get(planes, names, format, n, k)
+    return kernels.matmul(x.contiguous(), q, activations, torch.get_num_threads())
+
+
+@_matmul.register_fake
+def _(x, planes, names, format, n, k, activations):
+    _check_inner(x, k)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _remember(ctx, inputs, output):
+    _, planes, *ctx.description, _ = inputs
+    ctx.save_for_backward(*planes)
+
+
+def _backward(ctx, gradient):
+    weight = torch.ops.quantloom.dequantize(list(ctx.saved_tensors), *ctx.description, gradient.dtype)
+    return gradient @ weight, [None] * len(ctx.saved_tensors), None, None, None, None, None
+
+
+_matmul.register_autograd(_backward, setup_context=_remember)
+
+
+# Registered without the wrapper of torch.library.custom_op, which takes longer than a small product.
+_library = torch.library.Library("quantloom", "FRAGMENT")
+_library.define(
+    "linear(Tensor x, Tensor[] planes, Tensor? bias, str names, str format, int n, int k) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "dequantize_prepared(Tensor[] planes, str names, str format, int n, int k, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _linear_cuda(x, planes, bias, names, format, n, k):
+    prepared = _cuda.cached_descriptor(planes, names, format, n, k)
+    return _cuda.product(x, prepared, n, k, planes[0].device, bias)
+
+
+def _linear_fake(x, planes, bias, names, format, n, k):
+    _check_inner(x, k)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantize_prepared(planes, names, format, n, k, dtype):
+    named = dict(zip(names.split(","), planes, strict=True))
+    return kernels.PreparedTensor._from_planes(format, (n, k), named).unprepare().dequantize(dtype)
+
+
+def _dequantize_prepared_fake(planes, names, format, n, k, dtype):
+    return planes[0].new_empty((n, k), dtype=dtype)
+
+
+_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("dequantize_prepared", _dequantize_prepared, "CUDA")
+torch.library.register_fake("quantloom::linear", _linear_fake, lib=_library)
+torch.library.register_fake("quantloom::dequantize_prepared", _dequantize_prepared_fake, lib=_library)
+
+
+def _linear_remember(ctx, inputs, output):
+    _, planes, bias, *ctx.description = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*planes)
+
+
+def _linear_backward(ctx, gradient):
+    planes = list(ctx.saved_tensors)
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = gradient @ torch.ops.quantloom.dequantize_prepared(planes, *ctx.description, gradient.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        rows = (
+            gradient.reshape(-1, gradient.shape[-1])
+            if gradient.numel()
+            else gradient.new_zeros((1, gradient.shape[-1]))
+        )
+        to_bias = rows.sum(0, dtype=torch.float32).to(gradient.dtype)
+    return to_x, [None] * len(planes), to_bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "quantloom::linear", _linear_backward, setup_context=_linear_remember, lib=_library
+)
