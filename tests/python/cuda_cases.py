@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import quantloom as ql
 import torch
@@ -67,9 +69,11 @@ def assert_product(
     twice the error of torch's own product in that dtype.
     """
     w = q.to("cpu").dequantize().to(y.device)
-    rows = x.detach().reshape(-1, q.shape[1])
-    y = y.detach().reshape(-1, q.shape[0])
+    n, k = q.shape
+    tokens = math.prod(x.shape[:-1])
+    assert y.shape == (*x.shape[:-1], n)
     assert y.dtype == x.dtype
+    rows, y = x.detach().reshape(tokens, k), y.detach().reshape(tokens, n)
     assert bool(y.isfinite().all())
     expected = rows.double() @ w.double().T
     terms = rows.double().abs() @ w.double().abs().T
@@ -90,8 +94,7 @@ def assert_product(
 
 def runs(q: ql.PackedTensor | ql.PreparedTensor, x: torch.Tensor) -> bool:
     """Whether a kernel takes the product; if none does, that calling it raises the reason."""
-    tokens = x.numel() // max(x.shape[-1], 1)
-    possible, reason = ql.can_matmul(q, tokens, x.dtype, x.device)
+    possible, reason = ql.can_matmul(q, math.prod(x.shape[:-1]), x.dtype, x.device)
     if not possible:
         assert reason
         with pytest.raises(RuntimeError):

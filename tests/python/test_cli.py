@@ -186,6 +186,9 @@ def test_eval(quantized, ids):
     # From packed codes: the same within the rounding of float32.
     packed = json.loads(run(*arguments, "--packed", "--json").stdout)
     assert packed["kl"] == pytest.approx(document["kl"], rel=1e-3)
+    halves = json.loads(run(*arguments, "--packed", "--dtype", "bfloat16", "--json").stdout)
+    assert halves["kl"] != packed["kl"]
+    assert halves["kl"] == pytest.approx(document["kl"], rel=0.2)
     alone = json.loads(
         run("eval", TINY, "--text", ids / "valid.u16", "--window", 64, "--windows", 3, "--json").stdout
     )
@@ -293,6 +296,8 @@ def test_errors(tmp_path, ids, quantized):
     assert "no such folder" in one_line(run("export", missing, "-o", tmp_path / "out", code=1))
     one_line(run("export", TINY, "-o", tmp_path / "out", code=1))
     one_line(run("import", TINY, "-o", tmp_path / "out", code=1))
+    line = one_line(run("eval", TINY, "--device", "moon", "--text", ids / "valid.u16", code=1))
+    assert "device: got 'moon'" in line
     line = one_line(run("eval", TINY, "--packed", "--text", ids / "valid.u16", code=1))
     assert line == f"error: --packed: {TINY} is not quantized"
     assert "no such folder" in one_line(run("demo", "--model", missing, code=1))

@@ -72,6 +72,21 @@ def test_reference_is_what_transformers_loads(model):
     assert models.load_reference(model, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
 
 
+def test_devices(model, quantized):
+    assert torch.equal(logits(models.load(quantized, device="cpu")), logits(models.load(quantized)))
+    assert models.load_reference(model, device=torch.device("cpu")).device.type == "cpu"
+    for load in (
+        lambda device: models.load(quantized, device=device),
+        lambda d: models.load_reference(model, device=d),
+    ):
+        with pytest.raises(ValueError, match=r"device.*'moon'.*cuda"):
+            load("moon")
+        with pytest.raises(ValueError, match=r"device.*'meta'.*cuda"):
+            load("meta")
+        with pytest.raises(RuntimeError, match=r"device.*'cuda:99'.*torch finds"):
+            load("cuda:99")
+
+
 def test_dtypes(quantized):
     stored = models.load(quantized)
     assert stored.model.embed_tokens.weight.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from json import loads as parse
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,12 @@ from typing import Annotated
 import typer
 
 from quantloom.cli import common
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 @common.reports_errors
@@ -36,6 +43,15 @@ def evaluate(
         ),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows fed at once.")] = 4,
+    device: Annotated[str, typer.Option(help='Where the models run: "cpu", "cuda", "cuda:1", ...')] = "cpu",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Dtype of the model's activations; the reference has float32. "
+            "Default: float32, but bfloat16 with --packed on a CUDA device, whose kernels take 16 bits.",
+            show_default=False,
+        ),
+    ] = None,
     json: common.Json = False,
     progress: common.Progress = None,
     traceback: common.Traceback = False,
@@ -49,6 +65,7 @@ def evaluate(
 
         quantloom eval MODEL --text valid.txt
         quantloom eval OUT --reference MODEL --text valid.txt --windows 48 --json
+        quantloom eval OUT --text valid.txt --packed --device cuda
     """
     common.require_folder(model, "model")
     common.require_file(text, "text")
@@ -60,7 +77,7 @@ def evaluate(
     ids = quantloom.evaluate.tokens(model, text)
     with common.progress_bar(progress) as update:
         update("loading", 0, 1)
-        loaded = _load(model, packed)
+        loaded = _load(model, packed, device, dtype)
         settings = {"window": window, "windows": windows, "batch": batch}
         settings["progress"] = lambda done, total: update("evaluating", done, total)
         if reference is None:
@@ -71,7 +88,7 @@ def evaluate(
                 "windows": used,
             }
         else:
-            original = quantloom.models.load_reference(reference)
+            original = quantloom.models.load_reference(reference, device=device)
             result = common.plain(quantloom.evaluate.compare(loaded, original, ids, **settings))
     result = {"model": str(model), "reference": reference and str(reference), "text": str(text)} | result
     result["window"] = window
@@ -89,7 +106,7 @@ def evaluate(
     common.console().print(common.table(str(model), ["measure", "value"], rows))
 
 
-def _load(folder: Path, packed: bool):
+def _load(folder: Path, packed: bool, device: str, dtype: Dtype | None):
     import torch
 
     import quantloom
@@ -98,8 +115,11 @@ def _load(folder: Path, packed: bool):
         config = parse((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if dtype is None:
+        dtype = Dtype.bfloat16 if packed and device != "cpu" else Dtype.float32
+    torch_dtype = getattr(torch, dtype.value)
     if isinstance(config, dict) and config.get("quantization_config"):
-        return quantloom.models.load(folder, torch.float32, dequantized=not packed)
+        return quantloom.models.load(folder, torch_dtype, device=device, dequantized=not packed)
     if packed:
         raise ValueError(f"--packed: {folder} is not quantized")
-    return quantloom.models.load_reference(folder)
+    return quantloom.models.load_reference(folder, torch_dtype, device=device)

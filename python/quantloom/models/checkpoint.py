@@ -249,20 +249,31 @@ class QuantizedFolder:
             )
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, *, dequantized: bool = False) -> torch.nn.Module:
-    """The transformers model of a quantized checkpoint, in evaluation mode, on the CPU.
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dequantized: bool = False,
+) -> torch.nn.Module:
+    """The transformers model of a quantized checkpoint, in evaluation mode.
 
     Args:
         path: a folder that ``quantize`` or ``import_`` wrote.
         dtype: floating-point dtype of everything that is not packed, and so of the activations; None: as
             stored.
+        device: where the model goes, such as ``"cuda"``; None: the CPU. Modules move one after the other, so
+            that the device needs memory for the model and one canonical module more. The kernels of a
+            CUDA device may not take every dtype: ``quantloom.can_matmul`` tells.
         dequantized: False: packed Linears become ``quantloom.nn.QuantLinear``, which multiply from packed
             codes. True: they become plain Linears with decoded weights (in `dtype`, or float32), which
             need more memory and are faster for many tokens at once.
 
-    Raises OSError or ValueError naming the file: not such a folder, damaged files, wrong checksums.
+    Raises OSError or ValueError naming the file: not such a folder, damaged files, wrong checksums;
+    RuntimeError if there is no such device, or no kernel of it takes a format.
     """
     _check_dtype(dtype)
+    target = _device(device)
     folder = QuantizedFolder(path)
     model = build_skeleton(folder.path)
     plain: dict[str, torch.Tensor] = {}
@@ -283,28 +294,57 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, dequantized: boo
         raise ValueError(f"{folder.path}: the model has no place for tensor {unused[0]!r}")
     _cast(model, dtype)
     for name, (place, linear) in linears.items():
+        weight = packed.pop(name).to(target)
+        bias = linear.bias
+        if bias is not None and bias.device != target:
+            bias = torch.nn.Parameter(bias.detach().to(target), requires_grad=False)
         if dequantized:
-            weight = packed[name].dequantize().to(dtype or torch.float32)
-            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = torch.nn.Parameter(linear.bias.to(weight.dtype), requires_grad=False)
+            linear.weight = torch.nn.Parameter(
+                weight.dequantize().to(dtype or torch.float32), requires_grad=False
+            )
+            if bias is not None:
+                linear.bias = torch.nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
         else:
             owner, _, leaf = place.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, ql.nn.QuantLinear(packed[name], bias=linear.bias))
+            setattr(model.get_submodule(owner), leaf, ql.nn.QuantLinear(weight, bias=bias))
     _generation_config(model, folder.path)
-    return model.eval()
+    return _moved(model.eval(), target)
 
 
-def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The original model with all weights in `dtype`, in evaluation mode, on the CPU: what a quantized one
-    is compared to."""
+def load_reference(
+    path: str | Path, dtype: torch.dtype = torch.float32, *, device: str | torch.device | None = None
+) -> torch.nn.Module:
+    """The original model with all weights in `dtype`, in evaluation mode, on `device` (None: the CPU): what
+    a quantized one is compared to."""
     _check_dtype(dtype)
+    target = _device(device)
     folder = ModelFolder(path)
     model = build_skeleton(folder.path)
     attach(model, folder.mapped(), folder.path)
     _cast(model, dtype)
     _generation_config(model, folder.path)
-    return model
+    return _moved(model, target)
+
+
+def _moved(model: torch.nn.Module, target: torch.device) -> torch.nn.Module:
+    return model if target.type == "cpu" else model.to(target)
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        target = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise ValueError(f'device: got {device!r}, expected a device such as "cpu" or "cuda"')
+    if target.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device: got {str(device)!r}, but torch finds no CUDA device")
+    if target.index is not None and target.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RuntimeError(f"device: got {str(device)!r}, but torch finds {count} CUDA device(s)")
+    return torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
 
 
 def _check_dtype(dtype: Any) -> None:
