@@ -138,12 +138,13 @@ struct Launchers {
   void (*tiles)(const ProductLaunch&, void*);
   void (*tiles_wgmma)(const ProductLaunch&, void*);
   void (*decoded)(const ProductLaunch&, void*);
+  void (*decode)(const cuda::FragmentMatrix&, void*, int64_t, DType, bool, cudaStream_t);
 };
 
 template <class Decoder>
 constexpr Launchers launchers() {
   return {&cuda::launch_stream<Decoder>, &cuda::launch_tiles<Decoder>, &cuda::launch_tiles_wgmma<Decoder>,
-          &cuda::launch_decoded<Decoder>};
+          &cuda::launch_decoded<Decoder>, &cuda::launch_decode_fragments<Decoder>};
 }
 
 template <template <int> class Fragments>
@@ -183,11 +184,15 @@ void require_arguments(const PreparedPlanes& w, const CudaMatmulArguments& a) {
   static_cast<void>(checked_mul(checked_mul(a.m, std::max(a.y_stride, w.n)), 4));
 }
 
-void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64_t workspace, int device) {
+void require_planes(const PreparedPlanes& w, int device) {
   for (const auto& [name, plane] : w.planes) {
     static_cast<void>(device_plane(plane, "w." + name, device));
     require_aligned(plane.bytes(), ("w." + name).c_str(), name == "group_index" ? 4 : 16);
   }
+}
+
+void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64_t workspace, int device) {
+  require_planes(w, device);
   const auto require = [&](const void* pointer, const char* argument, int64_t alignment) {
     if (pointer == nullptr)
       throw InvalidArgument(argument, "a null pointer", "memory of the current CUDA device");
@@ -299,6 +304,28 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     if (plan.workspace > 0) p.partial = static_cast<float*>(arguments.workspace);
     launchers.stream(launch);
   }
+}
+
+void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int64_t stride, void* stream) {
+  validate(w);
+  if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
+    throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
+  }
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  if (stride < layout.padded_k() || stride % 8 != 0) {
+    throw InvalidArgument("stride", text_of(stride),
+                          text_of("a multiple of 8, at least ", layout.padded_k()));
+  }
+  static_cast<void>(checked_mul(checked_mul(w.n, stride), 4));
+  if (w.n == 0 || w.k == 0) return;
+  const DeviceFacts device = current_device();
+  require_planes(w, device.index);
+  if (out == nullptr) throw InvalidArgument("out", "a null pointer", "memory of the current CUDA device");
+  require_aligned(out, "out", 16);
+  require_on_device(out, "out", device.index);
+  cuda::FragmentMatrix matrix = matrix_of(layout);
+  set_planes(matrix, w);
+  launchers_of(layout).decode(matrix, out, stride, dtype, false, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace quantloom

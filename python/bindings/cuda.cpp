@@ -84,6 +84,12 @@ void bind_cuda(py::module_& module) {
         matmul_cuda(w, arguments, options);
       });
 
+  module.def("decode_fragments_cuda", [](const PreparedPlanes& w, uintptr_t out, const std::string& dtype,
+                                         int64_t stride, uintptr_t stream) {
+    const DType type = dtype_from_name(dtype);
+    const py::gil_scoped_release release;
+    decode_fragments_cuda(w, pointer(out), type, stride, pointer(stream));
+  });
   module.def("prepared_planes", &planes_of);
   module.def("fragment_source", &source_of, py::arg("format_json"), py::arg("k"),
              py::arg("group_index").none(true));

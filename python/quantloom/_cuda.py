@@ -19,7 +19,7 @@ from quantloom import _arrays, _core
 from quantloom.formats import Format
 from quantloom.tensors import PackedTensor
 
-__all__ = ["descriptor", "find_libraries", "prepare", "product", "unprepare", "why_not"]
+__all__ = ["decode", "descriptor", "find_libraries", "prepare", "product", "unprepare", "why_not"]
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _OPTIONS = _core.CudaMatmulOptions()
@@ -136,6 +136,24 @@ def unprepare(
     with on(device):
         _core.unprepare_cuda(core, q._core(), _stream(device))
     return q
+
+
+def decode(
+    planes: Mapping[str, torch.Tensor], core: _core.PreparedPlanes, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """W ``[n, k]`` of planes in fragment order on a CUDA device; `core` describes them."""
+    require_kernels("dequantize")
+    device = planes["codes"].device
+    stride = 64 * planes["codes"].shape[1]
+    out = torch.empty((n, stride), dtype=dtype, device=device)
+    with on(device):
+        _core.decode_fragments_cuda(core, out.data_ptr(), _DTYPE_NAMES[dtype], stride, _stream(device))
+    source = planes.get("source")
+    if source is None:
+        return out if stride == k else out[:, :k].contiguous()
+    # Columns of padding all go to one column more, so that nothing depends on values of the device.
+    places = torch.where(source < 0, k, source).long()
+    return out.new_empty((n, k + 1)).index_copy_(1, places, out)[:, :k].contiguous()
 
 
 def product(

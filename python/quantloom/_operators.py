@@ -150,7 +150,7 @@ def _linear_fake(x, planes, bias, names, format, n, k):
 
 def _dequantize_prepared(planes, names, format, n, k, dtype):
     named = dict(zip(names.split(","), planes, strict=True))
-    return kernels.PreparedTensor._from_planes(format, (n, k), named).unprepare().dequantize(dtype)
+    return kernels.PreparedTensor._from_planes(format, (n, k), named).dequantize(dtype)
 
 
 def _dequantize_prepared_fake(planes, names, format, n, k, dtype):

@@ -89,6 +89,21 @@ class PreparedTensor:
 
         return _cuda.unprepare(self._planes, self._core, self._format, *self._shape)
 
+    def dequantize(self, dtype: Any = None) -> Any:
+        """Decodes to ``[n, k]`` on the same CUDA device: the values of ``PackedTensor.dequantize``.
+
+        Args:
+            dtype: float32 (the default), float16 or bfloat16.
+
+        Raises RuntimeError on the CPU, where there is no way back.
+        """
+        name = "float32" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+        if isinstance(self._core, _core.Prepared) or self.device == "cpu":
+            return self.unprepare().dequantize(name)
+        from quantloom import _cuda
+
+        return _cuda.decode(self._planes, self._core, *self._shape, _arrays.torch_dtype(name))
+
     def __repr__(self) -> str:
         return f"PreparedTensor(shape={self.shape}, {self.byte_count} bytes)"
 

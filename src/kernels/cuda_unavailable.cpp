@@ -62,4 +62,9 @@ void matmul_cuda(const PreparedPlanes& /*w*/, const CudaMatmulArguments& /*argum
   refuse("matmul_cuda");
 }
 
+void decode_fragments_cuda(const PreparedPlanes& /*w*/, void* /*out*/, DType /*dtype*/, int64_t /*stride*/,
+                           void* /*stream*/) {
+  refuse("decode_fragments_cuda");
+}
+
 }  // namespace quantloom

@@ -53,7 +53,12 @@ def test_forward(spec, dtype, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "make", [lambda: packed("uniform:3:g20:asym", 70, 150), lambda: permuted("uniform:4:g32", 70, 150)]
+    "make",
+    [
+        lambda: packed("uniform:3:g20:asym", 70, 150),
+        lambda: permuted("uniform:4:g32", 70, 150),
+        lambda: packed("codebook:nf4:g32", 70, 150),
+    ],
 )
 def test_decodes_as_on_the_cpu(make, dtype):
     q = make()

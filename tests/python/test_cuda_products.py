@@ -46,6 +46,10 @@ def test_prepares_as_the_reference_does(spec, shape):
     back = prepared.unprepare()
     assert back.device == "cuda:0"
     assert same_planes(back, q)
+    for dtype in (torch.float32, *HALVES):
+        decoded = prepared.dequantize(dtype)
+        assert decoded.is_contiguous()
+        assert torch.equal(decoded.cpu(), q.dequantize(dtype))
 
 
 @pytest.mark.parametrize("spec", ["uniform:4:g32", "uniform:3:g20:asym", "uniform:8:g64:bf16"])
@@ -55,6 +59,7 @@ def test_prepares_permuted_columns(spec):
     for name, plane in _cuda.prepare(q).items():
         assert torch.equal(prepared.planes[name].cpu(), plane), name
     assert same_planes(prepared.unprepare(), q)
+    assert torch.equal(prepared.dequantize().cpu(), q.dequantize())
     x = torch.randn(3, 200, device="cuda", dtype=torch.float16)
     assert_product(ql.matmul(x, prepared), x, q)
 

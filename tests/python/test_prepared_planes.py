@@ -47,7 +47,7 @@ def _seed():
 def _reference_operators():
     def dequantize(planes, names, format, n, k, dtype):
         named = dict(zip(names.split(","), planes, strict=True))
-        return kernels.PreparedTensor._from_planes(format, (n, k), named).unprepare().dequantize(dtype)
+        return kernels.PreparedTensor._from_planes(format, (n, k), named).dequantize(dtype)
 
     def linear(x, planes, bias, names, format, n, k):
         y = x @ dequantize(planes, names, format, n, k, x.dtype).T
@@ -138,8 +138,9 @@ def test_prepared_tensors_are_pickled_with_their_planes():
         assert other.planes["codes"].data_ptr() != prepared.planes["codes"].data_ptr()
     with pytest.raises(TypeError, match="packed tensor"):
         pickle.dumps(ql.prepare(q))
-    with pytest.raises(RuntimeError, match=r"CPU.*CUDA"):
-        ql.prepare(q).unprepare()
+    for call in (lambda p: p.unprepare(), lambda p: p.dequantize()):
+        with pytest.raises(RuntimeError, match=r"CPU.*CUDA"):
+            call(ql.prepare(q))
 
 
 @pytest.mark.parametrize(
