@@ -144,6 +144,9 @@ TEST_P(MatmulCudaWidths, RandomConfigurationsAgreeWithFloat64) {
       c.k = 512;
       c.m = cell.first;
       c.dtype = cell.dtype;
+      const auto why = why_not_matmul_cuda(*c.format, c.m, c.dtype, {.kernel = cell.kernel});
+      // Another GPU than this one.
+      if (why && why->find("compute capability") != std::string::npos) continue;
       check_case(c, cells, hit);
     }
     EXPECT_TRUE(hit.contains(cell)) << "not run: " << cell.text();
