@@ -13,7 +13,8 @@
 
 namespace quantloom::cuda {
 
-template <class Decoder, class T>
+// kZeros: the grid has a plane of zero points.
+template <class Decoder, class T, bool kZeros>
 class GroupScales {
  public:
   // For blocks of columns [begin, end) of a block of rows.
@@ -32,14 +33,13 @@ class GroupScales {
   }
 
   // Scales fragment a of unit `unit`, a constant after unrolling.
-  __device__ __forceinline__ void apply(const FragmentMatrix& w, int unit, uint32_t (&a)[4]) const {
+  __device__ __forceinline__ void apply(int unit, uint32_t (&a)[4]) const {
     using Pair = HalfPair<T>;
-    if (w.zeros != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = Pair::add(a[i], offset_[2 * unit + i % 2]);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kZeros) a[i] = Pair::add(a[i], offset_[2 * unit + i % 2]);
+      a[i] = Pair::multiply(a[i], scale_[2 * unit + i % 2]);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = Pair::multiply(a[i], scale_[2 * unit + i % 2]);
   }
 
   // After each step of 16 columns.
@@ -77,21 +77,29 @@ class GroupScales {
       const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
       for (int i = 0; i < 8; ++i) scale_[i] = __byte_perm(words[i / 2], 0, i % 2 == 0 ? 0x1010 : 0x3232);
+    } else if (w.scale_dtype == DType::f16) {
+      convert_scales(DType::f16);
+    } else if (w.scale_dtype == DType::bf16) {
+      convert_scales(DType::bf16);
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float scale = next_.scale(w.scale_dtype, i) * Decoder::kUnit;
-        if constexpr (kIsHalf) scale *= __uint_as_float((254 - exponent(i)) << 23);
-        scale_[i] = Pair::both(scale);
-      }
+      convert_scales(DType::f32);
     }
-    if (w.zeros != nullptr) {
+    if constexpr (kZeros) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         offset_[i] = Pair::both((Decoder::kCenter - next_.zero(i)) * (1.0F / Decoder::kUnit));
       }
     }
     next_.load(w, place(w, group_ + 1));
+  }
+
+  __device__ __forceinline__ void convert_scales(DType dtype) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float scale = next_.scale(dtype, i) * Decoder::kUnit;
+      if constexpr (kIsHalf) scale *= __uint_as_float((254 - exponent(i)) << 23);
+      scale_[i] = HalfPair<T>::both(scale);
+    }
   }
 
   __device__ __forceinline__ void find_exponents(const FragmentMatrix& w, int last) {

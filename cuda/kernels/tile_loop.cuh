@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_matrices(uint32_t shared, uint32_t (&b)[4])
 }
 
 // The part of a tile that one warp adds up: 64 rows.
-template <class Decoder, class T, int kTokens>
+template <class Decoder, class T, int kTokens, bool kZeros>
 class TileProduct {
  public:
   static constexpr int kBits = Decoder::kBits;
@@ -107,7 +107,7 @@ class TileProduct {
       words_of_unit<kBits>(pieces, unit, words);
       uint32_t a[4];
       decoder_.template fragment<T, kStep>(words, a);
-      scales_.apply(p_.w, unit, a);
+      scales_.apply(unit, a);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         multiply_accumulate<T>(sums_[unit][tile], a, b[tile / 2][tile % 2 * 2],
@@ -121,11 +121,11 @@ class TileProduct {
   const Decoder& decoder_;
   int lane_;
   uint32_t token_place_;
-  GroupScales<Decoder, T> scales_;
+  GroupScales<Decoder, T, kZeros> scales_;
   float sums_[fragments::kUnits][kTiles][4];
 };
 
-template <class Decoder, class T, int kTokens>
+template <class Decoder, class T, int kTokens, bool kZeros>
 __global__ void __launch_bounds__(kTileThreads, 2)
     multiply_tiles(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
   using Ring = TileRing<Decoder, kTokens>;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     close_copies();
   }
 
-  TileProduct<Decoder, T, kTokens> product(p, decoder);
+  TileProduct<Decoder, T, kTokens, kZeros> product(p, decoder);
   int stage = 0;
   for (int64_t unit = begin; unit < end;) {
     const TileCursor at(work.plan, unit);
@@ -196,7 +196,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 template <class Decoder, class T, int kTokens>
 void launch_multiply_tiles(const ProductLaunch& launch, const TileWork& work) {
   constexpr int kShared = TileRing<Decoder, kTokens>::kBytes + Decoder::kSharedBytes;
-  const auto kernel = multiply_tiles<Decoder, T, kTokens>;
+  auto* kernel = multiply_tiles<Decoder, T, kTokens, false>;
+  if constexpr (kHasZeros<Decoder>) {
+    if (launch.arguments.w.zeros != nullptr) kernel = multiply_tiles<Decoder, T, kTokens, true>;
+  }
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "matmul_cuda: shared memory of multiply_tiles");
   LaunchSettings settings(dim3(static_cast<unsigned>(work.plan.grid)), dim3(kTileThreads), launch.stream,

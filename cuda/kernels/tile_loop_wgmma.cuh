@@ -31,7 +31,7 @@ struct WarpgroupRing {
   static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
 };
 
-template <class Decoder, class T, int kTokens>
+template <class Decoder, class T, int kTokens, bool kZeros>
 class WarpgroupProduct {
  public:
   static constexpr int kBits = Decoder::kBits;
@@ -88,7 +88,7 @@ class WarpgroupProduct {
       uint32_t words[kBits];
       words_of_unit<kBits>(pieces, unit, words);
       decoder_.template fragment<T, kStep>(words, a[unit]);
-      scales_.apply(p_.w, unit, a[unit]);
+      scales_.apply(unit, a[unit]);
     }
     open_products();
 #pragma unroll
@@ -103,13 +103,13 @@ class WarpgroupProduct {
 
   const ProductArguments& p_;
   const Decoder& decoder_;
-  GroupScales<Decoder, T> scales_;
+  GroupScales<Decoder, T, kZeros> scales_;
   uint32_t a_[2][fragments::kUnits][4];
   int add_ = 0;  // 0: the first products of a tile, which replace the sums of the last one
   float sums_[fragments::kUnits][kTiles][4] = {};
 };
 
-template <class Decoder, class T, int kTokens>
+template <class Decoder, class T, int kTokens, bool kZeros>
 __global__ void __launch_bounds__(kTileThreads, 2)
     multiply_tiles_wgmma(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     close_copies();
   }
 
-  WarpgroupProduct<Decoder, T, kTokens> product(p, decoder);
+  WarpgroupProduct<Decoder, T, kTokens, kZeros> product(p, decoder);
   int stage = 0;
   int filled = kAhead;  // the stage to fill next
   for (int64_t unit = begin; unit < end;) {
@@ -187,7 +187,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 template <class Decoder, class T, int kTokens>
 void launch_multiply_wgmma(const ProductLaunch& launch, const TileWork& work) {
   constexpr int kShared = WarpgroupRing<Decoder, kTokens>::kBytes + Decoder::kSharedBytes;
-  const auto kernel = multiply_tiles_wgmma<Decoder, T, kTokens>;
+  auto* kernel = multiply_tiles_wgmma<Decoder, T, kTokens, false>;
+  if constexpr (kHasZeros<Decoder>) {
+    if (launch.arguments.w.zeros != nullptr) kernel = multiply_tiles_wgmma<Decoder, T, kTokens, true>;
+  }
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "matmul_cuda: shared memory of multiply_tiles_wgmma");
   LaunchSettings settings(dim3(static_cast<unsigned>(work.plan.grid)), dim3(kTileThreads), launch.stream,

@@ -11,6 +11,10 @@ using fragments::TilePlan;
 
 constexpr int kTileThreads = 32 * TilePlan::kWarps;
 
+// Whether grids of a decoder may have a plane of zero points: the kernels then come in two variants.
+template <class Decoder>
+constexpr bool kHasZeros = Decoder::kCenter != 0.0F;
+
 // Facts of the current device that plans and launches depend on.
 struct TileDevice {
   int multiprocessors = 0;
