@@ -52,6 +52,41 @@ void check_round_trip(const ProductCase& c) {
   }
 }
 
+// Decoded values at their places, bit for bit; nothing written past the padded columns.
+void check_decoding(const ProductCase& c) {
+  Draws draws(c.seed);
+  const PackedTensor packed = random_planes(c, draws);
+  const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
+  const PreparedPlanes host = prepare_fragments(packed);
+  const PreparedPlanes prepared = to_device(host);
+  const int64_t stride = layout.padded_k() + 8 * draws.below(3);
+  std::vector<float> expected(static_cast<size_t>(c.n * c.k));
+  dequantize(packed, MatrixView<float>(expected.data(), c.n, c.k));
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+    SCOPED_TRACE(c.text() + " to " + std::string(name_of(dtype)));
+    const GuardedMemory out(c.n * stride * size_of(dtype), 0, 512);
+    decode_fragments_cuda(prepared, out.data(), dtype, stride, nullptr);
+    check_cuda(cudaDeviceSynchronize(), "decode_fragments_cuda");
+    const auto bytes = out.read();
+    ASSERT_TRUE(bytes) << "written outside the rows";
+    for (int64_t row = 0; row < c.n; ++row) {
+      for (int64_t place = 0; place < stride; ++place) {
+        const uint32_t got = element_at(bytes->data(), row * stride + place, dtype);
+        int64_t column = place;
+        if (host.has("source") && place < layout.padded_k()) {
+          column = host.plane("source").values<int32_t>()[static_cast<size_t>(place)];
+        }
+        if (place >= layout.padded_k()) {
+          ASSERT_EQ(got, poison_of(dtype)) << "row " << row << ", place " << place;
+        } else if (column >= 0 && column < c.k) {
+          ASSERT_EQ(got, bits_from(expected[static_cast<size_t>(row * c.k + column)], dtype))
+              << "row " << row << ", column " << column;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(PrepareCuda, EqualsTheCpuByteForByte) {
   const int bits = GetParam();
   Draws draws(static_cast<uint64_t>(bits));
@@ -73,6 +108,7 @@ TEST_P(PrepareCuda, EqualsTheCpuByteForByte) {
     c.group_index = group > 0 && seed % 3 == 0;
     c.seed = seed;
     check_round_trip(c);
+    check_decoding(c);
     if (HasFailure()) return;
   }
 }
@@ -89,6 +125,7 @@ TEST_P(PrepareCudaSmall, EqualsTheCpuByteForByte) {
     c.k = 130;
     c.group_index = group == 32;
     check_round_trip(c);
+    check_decoding(c);
   }
 }
 
@@ -119,6 +156,32 @@ TEST_F(PrepareCudaArguments, RunsOnAStreamAndInAGraph) {
   check_cuda(cudaGraphExecDestroy(executable), "destroy");
   check_cuda(cudaGraphDestroy(graph), "destroy");
   check_cuda(cudaStreamDestroy(stream), "destroy");
+}
+
+TEST_F(PrepareCudaArguments, DecodingRefusesBadArguments) {
+  ProductCase c{.format = std::make_shared<const Uniform>(4, 32, false), .n = 10, .k = 70};
+  Draws draws(9);
+  const PreparedPlanes host = prepare_fragments(random_planes(c, draws));
+  const PreparedPlanes prepared = to_device(host);
+  const auto out = device_bytes(10 * 136 * 4);
+  std::vector<std::byte> host_out(10 * 136 * 4 + 16);
+  const auto address = reinterpret_cast<uintptr_t>(host_out.data());
+  void* const aligned_host = host_out.data() + (16 - address % 16) % 16;
+  const auto call = [&](const PreparedPlanes& w, void* to, DType dtype, int64_t stride) {
+    decode_fragments_cuda(w, to, dtype, stride, nullptr);
+  };
+  EXPECT_THROW(call(host, out.get(), DType::f16, 128), InvalidArgument);
+  EXPECT_THROW(call(prepared, nullptr, DType::f16, 128), InvalidArgument);
+  EXPECT_THROW(call(prepared, out.get() + 8, DType::f16, 128), InvalidArgument);
+  EXPECT_THROW(call(prepared, aligned_host, DType::f16, 128), InvalidArgument);
+  EXPECT_THROW(call(prepared, out.get(), DType::i8, 128), TypeMismatch);
+  EXPECT_THROW(call(prepared, out.get(), DType::f16, 127), InvalidArgument);
+  EXPECT_THROW(call(prepared, out.get(), DType::f16, 120), InvalidArgument);
+  EXPECT_THROW(call(prepared, out.get(), DType::f16, 129), InvalidArgument);
+  EXPECT_THROW(call(prepared, out.get(), DType::f32, int64_t{1} << 62), InvalidArgument);
+  check_cuda(cudaDeviceSynchronize(), "nothing was launched");
+  EXPECT_NO_THROW(call(prepared, out.get(), DType::f32, 136));
+  check_cuda(cudaDeviceSynchronize(), "decode_fragments_cuda");
 }
 
 TEST_F(PrepareCudaArguments, RefusesBadPlanes) {

@@ -126,10 +126,13 @@ inline void draw_codes(Draws& draws, Tensor& plane, int64_t count, int bits, int
 }
 
 // The exponent of the smallest scale of an exact case. Decoded weights, down to half of it, and the bias are
-// numbers of float16 too.
+// numbers of float16 too, unless neither scales nor results are of that type.
 inline int lowest_exponent(const ProductCase& c) {
   constexpr int kExponents[] = {-20, -14, -6, -2, 0};
-  return kExponents[c.seed / 2 % 5];
+  constexpr int kWideExponents[] = {-60, -20, -6, 0, 40};
+  const bool wide =
+      c.dtype != DType::f16 && dynamic_cast<const GroupedFormat&>(*c.format).scale_dtype != DType::f16;
+  return (wide ? kWideExponents : kExponents)[c.seed / 2 % 5];
 }
 
 inline void fill_codebook(const Format& format, Tensor& plane) {
@@ -166,6 +169,8 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
       for (int64_t i = 0; i < plane.element_count(); ++i) {
         float scale = c.exact ? std::ldexp(1.0F, lowest + static_cast<int>(draws.below(4)))
                               : 0.01F + 0.01F * draws.uniform();
+        // Groups of different weight, so that one mistaken for another shows.
+        if (!c.exact && c.seed % 4 == 1) scale = std::ldexp(scale, -static_cast<int>(draws.below(6)));
         if (draws.below(4) == 0) scale = -scale;
         const uint32_t bits = bits_from(scale, spec.dtype);
         const int64_t size = size_of(spec.dtype);
