@@ -70,14 +70,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block of threads adds one unit (16 rows of each warp) of a tile, in the layout of the tile loop.
+constexpr int kAddTiles = 2;
+
+// A block of threads adds 16 rows of each warp and 8 * kAddTiles tokens of a tile, in the layout of the tile
+// loop.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kTileThreads)
     add_parts(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
   let_next_begin();
   wait_for_previous();
-  const int64_t tile = blockIdx.x / fragments::kUnits;
-  const int unit = static_cast<int>(blockIdx.x % fragments::kUnits);
+  const int64_t tile = blockIdx.x / (fragments::kUnits * kTiles / kAddTiles);
+  const int unit = static_cast<int>(blockIdx.x / (kTiles / kAddTiles) % fragments::kUnits);
+  const int begin = static_cast<int>(blockIdx.x % (kTiles / kAddTiles)) * kAddTiles;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row_block = static_cast<int>(tile / work.plan.token_tiles) * TilePlan::kWarps + warp;
@@ -85,12 +89,13 @@ __global__ void __launch_bounds__(kTileThreads)
   const int last = work.plan.last_part(tile);
   if (first == last || row_block >= p.w.row_blocks) return;
 
-  float sums[kTiles][4] = {};
+  float sums[kAddTiles][4] = {};
+#pragma unroll 4
   for (int part = first; part <= last; ++part) {
     const int64_t slot = work.plan.slot(part, tile);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const float4 sum = work.partials[partial_place(slot, warp, unit, t, kTiles, lane)];
+    for (int t = 0; t < kAddTiles; ++t) {
+      const float4 sum = work.partials[partial_place(slot, warp, unit, begin + t, kTiles, lane)];
       sums[t][0] += sum.x;
       sums[t][1] += sum.y;
       sums[t][2] += sum.z;
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int64_t row = static_cast<int64_t>(row_block) * fragments::kBlockRows + 16 * unit + lane / 4;
   const int token = static_cast<int>(tile % work.plan.token_tiles) * (8 * kTiles) + lane % 4 * 2;
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) store_sums<T>(p, row, token + 8 * t, sums[t]);
+  for (int t = 0; t < kAddTiles; ++t) store_sums<T>(p, row, token + 8 * (begin + t), sums[t]);
 }
 
 template <class T>
@@ -117,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) bias_alone(const __grid_constant__ P
 
 template <class T, int kTiles>
 void launch_add(const ProductLaunch& launch, const TileWork& work) {
-  const int64_t blocks = work.plan.tiles() * fragments::kUnits;
+  const int64_t blocks = work.plan.tiles() * (fragments::kUnits * kTiles / kAddTiles);
   if (blocks > 2147483647) throw Unsupported(text_of("matmul_cuda: no kernel for ", blocks, " tiles"));
   LaunchSettings settings(dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), launch.stream,
                           device_facts().overlaps, 1);
@@ -153,8 +158,7 @@ bool runs_wgmma() {
 }
 
 TilePlan tile_plan_of(const FragmentMatrix& w, int m, int splits) {
-  // Two blocks of threads fill a multiprocessor.
-  return fragments::tile_plan(w.row_blocks, w.column_blocks, m, 2 * device_facts().multiprocessors, splits);
+  return fragments::tile_plan(w.row_blocks, w.column_blocks, m, device_facts().multiprocessors, splits);
 }
 
 int64_t tiles_workspace(const FragmentMatrix& w, int m, int splits) {

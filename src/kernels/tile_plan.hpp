@@ -51,15 +51,23 @@ struct TilePlan {
   int64_t token_bytes() const { return int64_t{128} * column_blocks * padded_tokens(); }
 };
 
-// `places`: blocks of threads that run at once on the device. `splits`: parts that each tile is cut into, 0
-// if chosen here.
-inline TilePlan tile_plan(int row_blocks, int column_blocks, int m, int places, int splits) {
+// Parts that fill a device of `processors` multiprocessors, two blocks of threads to each; fewer where the
+// parts would be so short that adding their sums costs more than it gains.
+inline int64_t balanced_parts(const TilePlan& plan, int processors) {
+  constexpr int64_t kLongEnoughForTwo = 8;
+  constexpr int64_t kShortest = 4;
+  if (plan.units() >= kLongEnoughForTwo * 2 * processors) return int64_t{2} * processors;
+  return std::min<int64_t>(processors, std::max(plan.tiles(), plan.units() / kShortest));
+}
+
+// `splits`: parts that each tile is cut into, 0 if chosen here.
+inline TilePlan tile_plan(int row_blocks, int column_blocks, int m, int processors, int splits) {
   TilePlan plan;
   plan.row_groups = (row_blocks + TilePlan::kWarps - 1) / TilePlan::kWarps;
   plan.tokens = m <= 32 ? 32 : 64;
   plan.token_tiles = (m + plan.tokens - 1) / plan.tokens;
   plan.column_blocks = column_blocks;
-  const int64_t wanted = splits > 0 ? plan.tiles() * splits : places;
+  const int64_t wanted = splits > 0 ? plan.tiles() * splits : balanced_parts(plan, processors);
   plan.grid = static_cast<int>(std::max<int64_t>(std::min({wanted, plan.units(), int64_t{1} << 30}), 1));
   return plan;
 }

@@ -52,11 +52,11 @@ TEST(TilePlan, CoversEveryUnitOnceAndNoSlotTwice) {
   for (const int row_blocks : {1, 3, 4, 5, 16, 45}) {
     for (const int column_blocks : {1, 2, 7, 64, 129}) {
       for (const int m : {1, 32, 33, 64, 65, 300}) {
-        for (const int places : {1, 2, 7, 132, 264}) {
+        for (const int processors : {1, 2, 7, 132}) {
           for (const int splits : {0, 1, 3}) {
-            const TilePlan plan = tile_plan(row_blocks, column_blocks, m, places, splits);
+            const TilePlan plan = tile_plan(row_blocks, column_blocks, m, processors, splits);
             SCOPED_TRACE(testing::Message() << row_blocks << " x " << column_blocks << ", m = " << m << ", "
-                                            << places << " places, " << splits << " splits");
+                                            << processors << " processors, " << splits << " splits");
             ASSERT_GE(plan.padded_tokens(), m);
             ASSERT_EQ(plan.begin(0), 0);
             ASSERT_EQ(plan.begin(plan.grid), plan.units());
