@@ -156,8 +156,9 @@ class QuantLinear(torch.nn.Module):
         """``x`` ``[..., in_features]``, float32, float16 or bfloat16; returns ``[..., out_features]`` in its
         dtype, or in autocast's. Raises TypeError or ValueError for other dtypes, shapes and devices,
         RuntimeError if no kernel takes the product."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        place = x.device.type
+        if place in ("cpu", "cuda") and torch.is_autocast_enabled(place) and x.dtype in _AUTOCAST:
+            x = x.to(torch.get_autocast_dtype(place))
         if not self._is_prepared:
             y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self.activations)
             return y if self.bias is None else y + self.bias.to(y.dtype)

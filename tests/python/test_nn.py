@@ -95,6 +95,7 @@ def test_moves_to_the_meta_device_and_back_empty():
     module = layer("uniform:3:g20:asym:bf16").to("meta")
     assert {b.device.type for b in module.buffers()} == {"meta"}
     assert module.scales.dtype == torch.bfloat16
+    assert module(torch.empty(5, 64, device="meta")).shape == (5, 24)
     empty = module.to_empty(device="cpu")
     source = layer("uniform:3:g20:asym:bf16")
     empty.load_state_dict(source.state_dict())
