@@ -213,7 +213,7 @@ TEST_F(PrepareCudaArguments, RefusesBadPlanes) {
     refuses(lacking, good, name);
     PackedTensor on_cpu = device;
     on_cpu.planes.at(name) = host.plane(name);
-    refuses(on_cpu, good, name);
+    refuses(on_cpu, good, "plane");  // of two devices: either may be named
     PackedTensor longer = device;
     std::vector<int64_t> shape = plane.shape();
     shape.push_back(1);
