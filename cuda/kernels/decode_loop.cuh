@@ -22,9 +22,13 @@ __device__ __forceinline__ float2 floats_of(uint32_t pair) {
 
 template <class T>
 __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
-  const T values[2] = {HalfPair<T>::from_float(low), HalfPair<T>::from_float(high)};
-  return static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&values[0])) |
-         static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&values[1])) << 16;
+  if constexpr (HalfPair<T>::kMantissa == 10) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
 }
 
 // Stores a lane's four columns of two steps; `row`: the row, from the first column of the first step on.
@@ -54,6 +58,12 @@ __device__ __forceinline__ void store_steps(const float (&values)[2][4], T* row,
       second ? make_uint4(x, y, pairs[1][0], pairs[1][1]) : make_uint4(pairs[0][0], pairs[0][1], x, y);
 }
 
+template <DType kDType>
+__device__ __forceinline__ void convert_scales(const RawParameters& parameters, float (&scales)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scales[i] = parameters.scale(kDType, i);
+}
+
 // Steps 2 * kHalf and 2 * kHalf + 1 of a block. `rows`: from the lane's first row to the last of the matrix;
 // `out`: the lane's first row in the block's first column.
 template <class Decoder, class Out, int kHalf>
@@ -61,6 +71,24 @@ __device__ __forceinline__ void decode_half(const FragmentMatrix& w, const Decod
                                             const uint4 (&pieces)[Decoder::kBits],
                                             const RawParameters (&parameters)[2], int lane, int64_t rows,
                                             Out* out, int64_t stride) {
+  float scales[2][8];
+  float offsets[2][8];
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    if (w.scale_dtype == DType::f16) {
+      convert_scales<DType::f16>(parameters[step], scales[step]);
+    } else if (w.scale_dtype == DType::bf16) {
+      convert_scales<DType::bf16>(parameters[step], scales[step]);
+    } else {
+      convert_scales<DType::f32>(parameters[step], scales[step]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) offsets[step][i] = 0.0F;
+    if (w.zeros != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) offsets[step][i] = Decoder::kCenter - parameters[step].zero(i);
+    }
+  }
 #pragma unroll
   for (int unit = 0; unit < fragments::kUnits; ++unit) {
     uint32_t words[Decoder::kBits];
@@ -74,13 +102,12 @@ __device__ __forceinline__ void decode_half(const FragmentMatrix& w, const Decod
       float values[2][4];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const float scale = parameters[step].scale(w.scale_dtype, i);
-        const float offset = w.zeros == nullptr ? 0.0F : Decoder::kCenter - parameters[step].zero(i);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float2 pair = floats_of(a[step][r + 2 * j]);
-          values[step][2 * j] = __fmul_rn(scale, fmaf(pair.x, Decoder::kUnit, offset));
-          values[step][2 * j + 1] = __fmul_rn(scale, fmaf(pair.y, Decoder::kUnit, offset));
+          values[step][2 * j] = __fmul_rn(scales[step][i], fmaf(pair.x, Decoder::kUnit, offsets[step][i]));
+          values[step][2 * j + 1] =
+              __fmul_rn(scales[step][i], fmaf(pair.y, Decoder::kUnit, offsets[step][i]));
         }
       }
       store_steps(values, out + (8 * i) * stride + 32 * kHalf, lane, 8 * i < rows);
@@ -140,7 +167,8 @@ void launch_decode_to(const FragmentMatrix& w, void* out, int64_t stride, bool o
         "matmul_cuda: shared memory of decode_fragments");
   }
   constexpr int64_t kWarps = kDecodeThreads / 32;
-  const int64_t most = int64_t{64} * device_facts().multiprocessors;
+  // A table is filled once by each block of threads: few of them, for many blocks of the matrix.
+  const int64_t most = int64_t{Decoder::kSharedBytes > 0 ? 5 : 64} * device_facts().multiprocessors;
   LaunchSettings settings(dim3(static_cast<unsigned>(std::min((blocks + kWarps - 1) / kWarps, most))),
                           dim3(kDecodeThreads), stream, overlap, 1);
   settings.config.dynamicSmemBytes = Decoder::kSharedBytes;
