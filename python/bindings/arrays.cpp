@@ -80,6 +80,12 @@ FloatMatrix ArrayRef::float_matrix(std::string_view argument) const {
   return {data_, dtype_, shape_[0], shape_[1], row_stride()};
 }
 
+CudaMatrix ArrayRef::cuda_matrix(std::string_view argument) const {
+  require_rank_2(argument);
+  if (device_ != Device::cuda) throw TypeMismatch(argument, "memory of the CPU", "memory of a CUDA device");
+  return {data_, dtype_, shape_[0], shape_[1], row_stride()};
+}
+
 Tensor ArrayRef::tensor(std::string_view argument) const {
   if (!contiguous()) throw InvalidArgument(argument, "an array with gaps", "a contiguous array");
   return {dtype_, shape_, data_, keep_alive(owner_), device_};

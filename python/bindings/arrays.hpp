@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "quantloom/cuda_matrix.hpp"
 #include "quantloom/matrix_view.hpp"
 #include "quantloom/packed_tensor.hpp"
 
@@ -40,6 +41,8 @@ class ArrayRef {
     require_dtype(argument, expected);
     return {static_cast<T*>(data_), shape_[0], shape_[1], row_stride()};
   }
+  // The array is on a CUDA device, which the functions that take the view check further.
+  CudaMatrix cuda_matrix(std::string_view argument) const;
   // Keeps the array alive. Needs the GIL. Throws InvalidArgument unless contiguous.
   Tensor tensor(std::string_view argument) const;
   // The distance between rows, of a size that views accept where there is at most one row.
@@ -69,6 +72,7 @@ void bind_arrays(py::module_& module);
 void bind_formats(py::module_& module);
 void bind_calibration(py::module_& module);
 void bind_rounding(py::module_& module);
+void bind_cuda_rounding(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
 void bind_io(py::module_& module);

@@ -6,11 +6,9 @@
 #include "calibration.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "reports.hpp"
 
 namespace quantloom::python {
-namespace {
-
-using Search = std::optional<std::tuple<int64_t, double, double>>;  // steps, smallest, norm
 
 std::optional<ScaleSearch> to_search(const Search& search) {
   if (!search) return std::nullopt;
@@ -18,8 +16,7 @@ std::optional<ScaleSearch> to_search(const Search& search) {
   return ScaleSearch{to_int("steps", steps), smallest, norm};
 }
 
-py::tuple to_python(Rounded rounded) {
-  const RoundingReport& report = rounded.report;
+py::dict to_python(const RoundingReport& report) {
   py::dict fields;
   fields["method"] = report.method;
   fields["scale_search"] = report.scale_search;
@@ -34,6 +31,13 @@ py::tuple to_python(Rounded rounded) {
   fields["proxy_loss_nearest"] = report.proxy_loss_nearest;
   fields["held_out_loss"] = report.held_out_loss;
   fields["held_out_loss_nearest"] = report.held_out_loss_nearest;
+  return fields;
+}
+
+namespace {
+
+py::tuple to_pair(Rounded rounded) {
+  const py::dict fields = to_python(rounded.report);
   return py::make_tuple(std::make_shared<PackedTensor>(std::move(rounded.tensor)), fields);
 }
 
@@ -50,7 +54,7 @@ py::tuple nearest(const ArrayRef& w, const std::string& format, const Search& se
                              .held_out = hessians.second(),
                              .threads = to_int("threads", threads)});
   }
-  return to_python(std::move(rounded));
+  return to_pair(std::move(rounded));
 }
 
 py::tuple error_feedback(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
@@ -72,7 +76,7 @@ py::tuple error_feedback(const ArrayRef& w, const std::string& format, const Sha
                                     .held_out = hessians.second(),
                                     .threads = to_int("threads", threads)});
   }
-  return to_python(std::move(rounded));
+  return to_pair(std::move(rounded));
 }
 
 }  // namespace

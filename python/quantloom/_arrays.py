@@ -197,9 +197,14 @@ def require_cpu(argument: str, array: Array) -> None:
 
 
 def matrix(
-    argument: str, value: Any, allowed: tuple[str, ...] = FLOATS, shape: tuple[int, int] | None = None
+    argument: str,
+    value: Any,
+    allowed: tuple[str, ...] = FLOATS,
+    shape: tuple[int, int] | None = None,
+    *,
+    cpu: bool = True,
 ) -> Array:
-    """A matrix on the CPU with contiguous rows, of one of the dtypes `allowed`."""
+    """A matrix with contiguous rows, of one of the dtypes `allowed`; on the CPU unless `cpu` is False."""
     array = describe(argument, value)
     if len(array.shape) != 2:
         expected = "2 dimensions" if shape is None else f"shape {shape_text(shape)}"
@@ -207,7 +212,8 @@ def matrix(
     if shape is not None and array.shape != shape:
         raise ValueError(f"{argument}: got shape {shape_text(array.shape)}, expected {shape_text(shape)}")
     _check_float(argument, array, allowed)
-    require_cpu(argument, array)
+    if cpu:
+        require_cpu(argument, array)
     _check_rows(argument, array)
     return array
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from quantloom import _arrays, _checks, _core
-from quantloom.calibration import Hessian, as_hessian
+from quantloom import _arrays, _checks, _core, _devices
+from quantloom.calibration import Hessian, as_hessian, require_same_device
 from quantloom.formats import Format, parse_format
 from quantloom.tensors import PackedTensor
 
@@ -220,17 +220,23 @@ def quantize(
 
     Args:
         w: ``[out_features, in_features]``, finite float32, float16 or bfloat16: a NumPy array, a torch
-            tensor on the CPU, or anything with ``__dlpack__`` (then the planes are NumPy arrays). Rows may
-            be strided, elements of a row must be next to each other.
+            tensor on the CPU or a CUDA device, or anything with ``__dlpack__`` (then the planes are NumPy
+            arrays). Rows may be strided, elements of a row must be next to each other.
         format: a ``Format`` or its short form.
-        rounding: ``Nearest()`` (the default) or ``GPTQ(hessian)``.
+        rounding: ``Nearest()`` (the default) or ``GPTQ(hessian)``, its Hessians on the device of `w`.
         threads: 0 for OpenMP's default. The result does not depend on it.
 
-    Returns a ``PackedTensor`` whose planes are of the same kind as `w` and whose ``report`` says what was
-    done. Raises TypeError (kind, dtype, device), ValueError (shape, NaN or infinite values by row and
-    column, a Hessian of another size or that cannot be factored) before anything is computed.
+    Returns a ``PackedTensor`` whose planes are of the same kind and on the same device as `w` and whose
+    ``report`` says what was done. Raises TypeError (kind, dtype, device), ValueError (shape, NaN or infinite
+    values by row and column, a Hessian of another size or that cannot be factored) before anything is
+    computed.
+
+    On a CUDA device the work runs on torch's current stream, and the host waits for it. There, nearest
+    rounding gives the CPU's codes and scales bit for bit; GPTQ takes its sums in another order, so that
+    weights close to the middle between two codes may take the other one. Raises RuntimeError for formats
+    other than ``uniform`` and where cuBLAS or cuSOLVER is missing.
     """
-    matrix = _arrays.matrix("w", w)
+    matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
     rounding = Nearest() if rounding is None else rounding
     if not isinstance(rounding, (Nearest, GPTQ)):
@@ -241,6 +247,10 @@ def quantize(
         hessian = getattr(rounding, name)
         if hessian is not None and hessian.k != k:
             raise ValueError(f"{name}: got a Hessian of {hessian.k} inputs, expected {k}, as w has columns")
+        if hessian is not None:
+            require_same_device(name, hessian, matrix.device)
+    if isinstance(rounding, GPTQ) and rounding.hessian is None:
+        raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
     search = rounding.scale_search and (
         rounding.scale_search.steps,
         rounding.scale_search.smallest,
@@ -248,9 +258,9 @@ def quantize(
     )
     hessian = rounding.hessian and rounding.hessian._core
     held_out = rounding.held_out and rounding.held_out._core
+    if matrix.device != "cpu":
+        return _quantize_cuda(matrix, format, rounding, search, hessian, held_out)
     if isinstance(rounding, GPTQ):
-        if hessian is None:
-            raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
         packed, report = _core.round_error_feedback(
             matrix.core,
             format.to_json(),
@@ -270,6 +280,52 @@ def quantize(
         )
     report["damping_tried"] = tuple(report["damping_tried"])
     return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+
+
+def _quantize_cuda(
+    matrix: _arrays.Array, format: Format, rounding: Rounding, search: Any, hessian: Any, held_out: Any
+) -> PackedTensor:
+    import torch
+
+    if not _core.built_with_cuda():
+        raise RuntimeError(
+            f"w: got a tensor on {matrix.device}, but this build of quantloom has no CUDA kernels"
+            " (pass w.cpu())"
+        )
+    if not _core.rounds_on_cuda(format.to_json()):
+        raise RuntimeError(
+            f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
+            " expected uniform (or pass w.cpu())"
+        )
+    indexed = isinstance(rounding, GPTQ) and _core.walk_needs_group_index(
+        format.to_json(), matrix.shape[1], rounding.act_order, rounding.static_groups
+    )
+    planes = {
+        plane["name"]: torch.empty(plane["shape"], dtype=getattr(torch, plane["dtype"]), device=matrix.device)
+        for plane in _core.format_planes(format.to_json(), *matrix.shape)
+        if not plane["optional"] or (indexed and plane["name"] == "group_index")
+    }
+    packed = PackedTensor(format, matrix.shape, planes)._core()
+    with _devices.current(matrix.device) as stream:
+        if isinstance(rounding, GPTQ):
+            report = _core.round_error_feedback_cuda(
+                matrix.core,
+                packed,
+                hessian,
+                rounding.damp,
+                list(rounding.damp_ladder),
+                rounding.act_order,
+                rounding.static_groups,
+                rounding.block,
+                search,
+                held_out,
+                stream,
+            )
+        else:
+            report = _core.round_nearest_cuda(matrix.core, packed, search, hessian, held_out, stream)
+    report["damping_tried"] = tuple(report["damping_tried"])
+    kept = {name: planes[name] for name in _core.packed_plane_names(packed)}
+    return PackedTensor(format, matrix.shape, kept, RoundingReport(**report))
 
 
 def parse_rounding(spec: str | Rounding) -> Rounding:

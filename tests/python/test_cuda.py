@@ -92,7 +92,7 @@ def test_files_hold_what_is_on_the_device(tmp_path):
 def test_wrong_devices_are_named():
     linear = torch.nn.Linear(64, 8, device="cuda")
     with pytest.raises(TypeError, match=r"w.*cuda.*CPU.*w\.cpu\(\)"):
-        ql.quantize(linear.weight, "uniform:4")
+        ql.proxy_loss(linear.weight, linear.weight, np.eye(64))
     assert QuantLinear.from_linear(linear, "uniform:4:g32").packed.device == "cuda:0"
     q = ql.quantize(linear.weight.cpu(), "uniform:4:g32")
     planes = dict(q.planes)

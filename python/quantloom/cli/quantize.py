@@ -135,6 +135,9 @@ def quantize(
     window: Window = 512,
     held_out_windows: HeldOut = 8,
     threads: common.Threads = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to calibrate and round: cpu, cuda or cuda:N.")
+    ] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where an interrupted run stopped.")
     ] = True,
@@ -183,6 +186,7 @@ def quantize(
             progress=common.follow_quantization(update),
             overwrite=overwrite,
             resume=resume,
+            device=device,
         )
     if json:
         common.print_json({"output": str(report.output)} | report.to_json() | {"timings": report.timings()})

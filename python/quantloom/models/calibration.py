@@ -174,7 +174,8 @@ class HiddenStates:
                     raise RuntimeError(
                         f"hidden states: got shape {list(state.shape)}, expected {[1, *self.shape[1:]]}"
                     )
-                file.write(memoryview(state.detach().to(torch.float32).contiguous().numpy()).cast("B"))
+                array = state.detach().to("cpu", torch.float32).contiguous().numpy()
+                file.write(memoryview(array).cast("B"))
 
             yield append
             file.flush()
@@ -193,6 +194,10 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_name: str | None  # None: the first positional argument
+
+    def to(self, device: str) -> BlockCall:
+        """The call with its tensors on a device."""
+        return BlockCall(_moved(self.args, device), _moved(self.kwargs, device), self.hidden_name)
 
     def run(self, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if self.hidden_name is None:
@@ -214,18 +219,34 @@ def run_block(block: Block, call: BlockCall, hidden: torch.Tensor) -> torch.Tens
     return out
 
 
+def _moved(value: Any, device: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
 @contextlib.contextmanager
-def float_block(block: torch.nn.Module) -> Iterator[None]:
-    """Holds the parameters of a module as float32 copies while the context lasts."""
-    kept: list[tuple[dict[str, Any], str, torch.nn.Parameter]] = []
+def float_block(block: torch.nn.Module, device: str = "cpu") -> Iterator[None]:
+    """Holds the parameters of a module as float32 copies on a device, with its buffers, while the context
+    lasts."""
+    kept: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for module in block.modules():
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 kept.append((module._parameters, name, parameter))
-                copy = parameter.detach().to(torch.float32, copy=True)
+                copy = parameter.detach().to(device, torch.float32, copy=True)
                 module._parameters[name] = torch.nn.Parameter(copy, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is None or str(buffer.device) == device:
+                    continue
+                kept.append((module._buffers, name, buffer))
+                module._buffers[name] = buffer.to(device)
         yield
     finally:
         for owner, name, parameter in kept:
@@ -429,14 +450,16 @@ def gather_hessians(
     windows: TokenWindows,
     threads: int,
     tick: Any,
+    device: str = "cpu",
 ) -> tuple[Any, Any]:
     """The Hessians of a stage's input: of the calibration windows, and of those held out (or None).
 
-    Raises ValueError naming the module and the window if its input is not finite.
+    The block and its call are on `device`, the Hessians will be. Raises ValueError naming the module if its
+    input is not finite, and on the CPU the window.
     """
     linear = block.linears[stage[0]]
-    main = ql.Hessian(linear.in_features)
-    held_out = ql.Hessian(linear.in_features) if len(windows.ids) > windows.calibration else None
+    main = ql.Hessian(linear.in_features, device)
+    held_out = ql.Hessian(linear.in_features, device) if len(windows.ids) > windows.calibration else None
     seen: list[torch.Tensor] = []
 
     def hook(_: Any, args: tuple[Any, ...]) -> None:
@@ -447,14 +470,21 @@ def gather_hessians(
     try:
         for index, hidden in enumerate(states.read()):
             with contextlib.suppress(_Stop):
-                run_block(block, call, hidden)
+                run_block(block, call, hidden.to(device))
             x = seen.pop().reshape(-1, linear.in_features).to(torch.float32).contiguous()
             target = main if index < windows.calibration else held_out
             try:
-                target.add(x.numpy(), threads=threads)
+                target.add(x, threads=threads)
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{stage[0]}: its input in calibration window {index}: {error}") from error
             tick()
     finally:
         handle.remove()
+    if device != "cpu":
+        try:  # a device says on use what was wrong with the inputs
+            main.diagonal()
+            if held_out is not None:
+                held_out.diagonal()
+        except ValueError as error:
+            raise ValueError(f"{stage[0]}: its input in the calibration windows: {error}") from error
     return main, held_out

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import quantloom as ql
+from quantloom import _core, _devices
 from quantloom.models.calibration import (
     BlockCall,
     HiddenStates,
@@ -54,6 +55,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
     max_shard_bytes: int = 5_000_000_000,
+    device: Any = "cpu",
 ) -> QuantizationReport:
     """Quantizes the Linears in the decoder blocks of a model and writes a checkpoint to `output`.
 
@@ -77,6 +79,10 @@ def quantize(
         overwrite: replace a checkpoint in `output`. Other files there stay.
         resume: False drops unfinished work in `output` instead of going on with it.
         max_shard_bytes: size that a safetensors file of the checkpoint does not pass, single modules aside.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where blocks run and weights are rounded. Embeddings
+            and the hidden states between blocks stay on the CPU, so that one block at a time, in float32,
+            its Hessians and the working copies of one weight matrix take memory of a GPU. Codes of
+            calibrated roundings differ a little between devices, because sums are taken in other orders.
 
     Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
     copies of one weight matrix; ``plan`` predicts the peak.
@@ -86,6 +92,7 @@ def quantize(
     in `output`.
     """
     started = time.monotonic()
+    device = _devices.device_name("device", device)
     recipe, output = _check_arguments(
         model_path, recipe, calibration, output, windows, window, held_out_windows, threads, max_shard_bytes
     )
@@ -93,6 +100,8 @@ def quantize(
     model = build_skeleton(folder.path)
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, recipe)
+    if device != "cpu":
+        _require_cuda_rounding(targets, device)
     tokens = None
     if calibration is not None:
         tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)
@@ -104,7 +113,17 @@ def quantize(
     try:
         with WorkFolder(output) as work:
             run = _Run(
-                folder, model, blocks, targets, recipe, tokens, work, threads, progress, max_shard_bytes
+                folder,
+                model,
+                blocks,
+                targets,
+                recipe,
+                tokens,
+                work,
+                threads,
+                progress,
+                max_shard_bytes,
+                device,
             )
             return run.execute(resume, overwrite, started)
     finally:
@@ -137,6 +156,15 @@ def _check_arguments(
     return recipe, Path(output)
 
 
+def _require_cuda_rounding(targets: Targets, device: str) -> None:
+    for name, form in targets.formats.items():
+        if not _core.rounds_on_cuda(form.to_json()):
+            raise RuntimeError(
+                f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
+                'expected uniform formats, or device="cpu"'
+            )
+
+
 def rounding_name(rounding: Any) -> str:
     """The word by which reports know a rounding: "nearest", "gptq"."""
     return json.loads(rounding.to_json())["rounding"]
@@ -161,10 +189,11 @@ class _Run:
     def __init__(
         self, folder: ModelFolder, model: torch.nn.Module, blocks: list[Block], targets: Targets, recipe: Any,
         tokens: TokenWindows | None, work: WorkFolder, threads: int, progress: Any, max_shard_bytes: int,
+        device: str,
     ) -> None:  # fmt: skip
         self.folder, self.model, self.blocks, self.targets = folder, model, blocks, targets
         self.recipe, self.tokens, self.work, self.threads = recipe, tokens, work, threads
-        self.max_shard_bytes = max_shard_bytes
+        self.max_shard_bytes, self.device = max_shard_bytes, device
         self.begun = False
         self.reports: dict[str, ModuleReport] = {}
         self.resumed = 0
@@ -217,6 +246,7 @@ class _Run:
             },
             "max_shard_bytes": self.max_shard_bytes,
             "calibration": None,
+            "device": "cpu" if self.device == "cpu" else torch.cuda.get_device_name(self.device),
         }
         if self.tokens is not None:
             import transformers
@@ -285,16 +315,17 @@ class _Run:
         self, block: Block, call: BlockCall, inputs: HiddenStates, outputs: HiddenStates
     ) -> None:
         wanted = {name for name in block.linears if name in self.targets.formats}
-        with float_block(block.module), torch.no_grad():
+        call = call.to(self.device)
+        with float_block(block.module, self.device), torch.no_grad():
             if wanted:
-                probe = next(inputs.read())
+                probe = next(inputs.read()).to(self.device)
                 stages = find_stages(block, lambda: run_block(block, call, probe), wanted)
                 for stage, names in enumerate(stages):
                     self._quantize_stage(block, call, inputs, stage, names)
             if block.index + 1 < len(self.blocks):
                 with outputs.writer() as append:
                     for hidden in inputs.read():
-                        append(run_block(block, call, hidden))
+                        append(run_block(block, call, hidden.to(self.device)))
                         self.meter.report("propagate", block.index)
 
     def _quantize_stage(
@@ -305,7 +336,10 @@ class _Run:
             self._quantize_missing(block, call, inputs, stage, missing)
         for name in names:
             linear = block.linears[name]
-            decoded = self.work.packed(name, self.targets.formats[name]).dequantize(threads=self.threads)
+            packed = self.work.packed(name, self.targets.formats[name])
+            if self.device != "cpu":
+                packed = packed.to(self.device)
+            decoded = packed.dequantize(threads=self.threads)
             linear.weight = torch.nn.Parameter(decoded, requires_grad=False)
 
     def _quantize_missing(
@@ -320,6 +354,7 @@ class _Run:
             self.tokens,
             self.threads,
             lambda: self.meter.window(missing, block.index, stage),
+            self.device,
         )
         rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
         for name in missing:
@@ -333,6 +368,7 @@ class _Run:
     ) -> None:
         begun = time.monotonic()
         try:
+            weight = weight.to(self.device)
             packed = ql.quantize(weight, self.targets.formats[name], rounding=rounding, threads=self.threads)
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError

@@ -1,0 +1,20 @@
+// What roundings on every device tell Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <tuple>
+
+#include "quantloom/rounding/rounding.hpp"
+
+namespace quantloom::python {
+
+namespace py = pybind11;
+
+using Search = std::optional<std::tuple<int64_t, double, double>>;  // steps, smallest, norm
+
+std::optional<ScaleSearch> to_search(const Search& search);
+py::dict to_python(const RoundingReport& report);
+
+}  // namespace quantloom::python
