@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <filesystem>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "quantloom/error.hpp"
+#include "quantloom/kernels/cuda_check.hpp"
 #include "quantloom/kernels/cuda_libraries.hpp"
 
 namespace quantloom::cuda {
@@ -173,6 +175,33 @@ void check_cusolver(int status, std::string_view what) {
 }  // namespace quantloom::cuda
 
 namespace quantloom {
+namespace {
+
+// The file that holds `function`, links resolved: its name tells the version.
+template <class Function>
+std::string file_of(Function* function) {
+  Dl_info info{};
+  if (dladdr(reinterpret_cast<const void*>(function), &info) == 0 || info.dli_fname == nullptr) return "";
+  std::error_code error;
+  const std::filesystem::path path = std::filesystem::canonical(info.dli_fname, error);
+  return error ? info.dli_fname : path.string();
+}
+
+template <class Open>
+CudaLibraryFacts examine(const char* name, const Open& open) {
+  try {
+    return {name, file_of(open().create), ""};
+  } catch (const Error& error) {
+    return {name, "", error.what()};
+  }
+}
+
+}  // namespace
+
+std::vector<CudaLibraryFacts> examine_cuda_libraries() {
+  return {examine("cuBLAS", cuda::cublas), examine("cuBLASLt", cuda::cublas_lt),
+          examine("cuSOLVER", cuda::cusolver)};
+}
 
 void set_cuda_library_folders(std::vector<std::string> folders) {
   const std::scoped_lock lock(cuda::library_mutex);

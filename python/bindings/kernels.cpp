@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
+#include "quantloom/kernels/cuda_check.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
@@ -38,6 +39,18 @@ py::list table() {
     row["tokens"] = entry.tokens;
     row["kernel"] = entry.kernel;
     row["target"] = entry.target;
+    result.append(row);
+  }
+  return result;
+}
+
+py::list cuda_libraries() {
+  py::list result;
+  for (const CudaLibraryFacts& library : examine_cuda_libraries()) {
+    py::dict row;
+    row["name"] = library.name;
+    row["path"] = library.path;
+    row["problem"] = library.problem;
     result.append(row);
   }
   return result;
@@ -97,6 +110,13 @@ void bind_kernels(py::module_& module) {
     const py::gil_scoped_release release;
     dequantize_cuda(packed, out.data(), out.dtype(), out.row_stride(), reinterpret_cast<void*>(stream));
   });
+  module.def("multiply_on_cuda", [](const ArrayRef& x, const PackedTensor& packed, const ArrayRef& y) {
+    const auto in = x.matrix<const float>("x", DType::f32);
+    const auto out = y.matrix<float>("y", DType::f32);
+    const py::gil_scoped_release release;
+    multiply_on_cuda(packed, in, out);
+  });
+  module.def("cuda_libraries", &cuda_libraries);
   module.def("kernel_table", &table);
   module.def("built_with_cuda", &built_with_cuda);
   module.def("build_info", &build_info);

@@ -40,7 +40,8 @@ class Examination:
     processor: dict[str, Any]
     """name, features (instruction sets of interest), cpus (usable by this process), threads (default)."""
     cuda: dict[str, Any]
-    """driver (version or None), devices (name, compute capability, bytes), reason if there is none."""
+    """driver (the CUDA version it supports, or None), driver_version, devices (name, compute capability,
+    bytes), reason if there is none, libraries (name, path, problem) that CUDA kernels would load."""
     formats: list[dict[str, Any]]
     kernels: list[dict[str, str]]
     """Which kernel serves which format: `quantloom.kernel_table()`."""
@@ -67,7 +68,7 @@ def examine() -> Examination:
         cuda=cuda,
         formats=[dict(entry) for entry in quantloom.format_table()],
         kernels=kernels,
-        checks=_checks(kernels),
+        checks=_checks(kernels) + (_cuda_checks(kernels) if cuda["devices"] else []),
     )
 
 
@@ -121,20 +122,26 @@ def _processor() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
+    from quantloom import _core
+
+    return _driver() | {"libraries": [dict(library) for library in _core.cuda_libraries()]}
+
+
+def _driver() -> dict[str, Any]:
     """Asks the driver, without creating a context."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return {"driver": None, "devices": [], "reason": "no CUDA driver (libcuda.so.1)"}
+        return _no_device("no CUDA driver (libcuda.so.1)")
     code = driver.cuInit(0)
     if code != 0:
-        return {"driver": None, "devices": [], "reason": f"cuInit failed with code {code}"}
+        return _no_device(f"cuInit failed with code {code}")
     number, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(number))
     version = f"{number.value // 1000}.{number.value % 1000 // 10}"
     code = driver.cuDeviceGetCount(ctypes.byref(count))
     if code != 0:
-        return {"driver": version, "devices": [], "reason": f"cuDeviceGetCount failed with code {code}"}
+        return _no_device(f"cuDeviceGetCount failed with code {code}", version)
     devices = []
     for index in range(count.value):
         device, text, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
@@ -151,7 +158,27 @@ def _cuda() -> dict[str, Any]:
                 "bytes": memory.value,
             }
         )
-    return {"driver": version, "devices": devices, "reason": "" if devices else "the driver shows no device"}
+    if not devices:
+        return _no_device("the driver shows no device", version)
+    return {"driver": version, "driver_version": _driver_version(), "devices": devices, "reason": ""}
+
+
+def _no_device(reason: str, driver: str | None = None) -> dict[str, Any]:
+    return {"driver": driver, "driver_version": _driver_version(), "devices": [], "reason": reason}
+
+
+def _driver_version() -> str | None:
+    """As NVIDIA counts them: "580.159.04"."""
+    try:
+        management = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if management.nvmlInit_v2() != 0:
+        return None
+    text = ctypes.create_string_buffer(96)
+    code = management.nvmlSystemGetDriverVersion(text, len(text))
+    management.nvmlShutdown()
+    return text.value.decode(errors="replace") if code == 0 else None
 
 
 def _checks(kernels: list[dict[str, str]]) -> list[Check]:
@@ -172,6 +199,34 @@ def _checks(kernels: list[dict[str, str]]) -> list[Check]:
             except Exception as error:
                 passed, detail = False, f"{type(error).__name__}: {error}"
             checks.append(Check(f"quantize, decode, multiply: {spec}", passed, detail))
+    return checks
+
+
+def _cuda_checks(kernels: list[dict[str, str]]) -> list[Check]:
+    """A small product on the device for every example of the formats that have a CUDA kernel."""
+    import quantloom
+    from quantloom import _arrays, _core
+
+    checks = []
+    generator = np.random.default_rng(1)
+    w = generator.standard_normal((64, 256), dtype=np.float32)
+    # Few bits, so that rounding x to float16 changes nothing.
+    x = generator.integers(-8, 9, (3, 256)).astype(np.float32) / 8
+    multiplied = {k["format"] for k in kernels if k["operation"] == "matmul" and k["device"] == "cuda"}
+    for entry in quantloom.format_table():
+        for spec in entry["examples"] if entry["name"] in multiplied else []:
+            try:
+                packed = quantloom.quantize(w, spec)
+                y = np.empty((3, 64), dtype=np.float32)
+                _core.multiply_on_cuda(
+                    _arrays.describe("x", x).core, packed._core(), _arrays.describe("y", y).core
+                )
+                expected = x.astype(np.float64) @ np.asarray(packed.dequantize(), dtype=np.float64).T
+                error = float(np.abs(y - expected).max() / np.abs(expected).max())
+                passed, detail = error < 4e-3, f"float16 products {error:.1g}"
+            except Exception as error:
+                passed, detail = False, f"{type(error).__name__}: {error}"
+            checks.append(Check(f"multiply on CUDA: {spec}", passed, detail))
     return checks
 
 

@@ -1,6 +1,7 @@
 // Stands in for the CUDA kernels in a CPU-only build.
 #include "kernels/cuda_kernels.hpp"
 #include "quantloom/error.hpp"
+#include "quantloom/kernels/cuda_check.hpp"
 #include "quantloom/kernels/cuda_libraries.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
@@ -33,6 +34,15 @@ namespace {
 }
 
 }  // namespace
+
+std::vector<CudaLibraryFacts> examine_cuda_libraries() {
+  return {};
+}
+
+void multiply_on_cuda(const PackedTensor& /*packed*/, MatrixView<const float> /*x*/,
+                      MatrixView<float> /*y*/) {
+  refuse("multiply_on_cuda");
+}
 
 void dequantize_cuda(const PackedTensor& /*packed*/, void* /*out*/, DType /*out_dtype*/, int64_t /*stride*/,
                      void* /*stream*/) {

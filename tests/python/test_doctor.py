@@ -8,12 +8,17 @@ from quantloom import doctor
 from quantloom.cli import common
 
 
+def cpu_checks(result):
+    return [check for check in result.checks if "CUDA" not in check.name]
+
+
 def test_examination():
     result = doctor.examine()
     assert result.healthy
     assert all(check.passed for check in result.checks)
     examples = [spec for entry in ql.format_table() for spec in entry["examples"]]
-    assert len(result.checks) == len(examples) > 0
+    assert len(cpu_checks(result)) == len(examples) > 0
+    assert (len(result.checks) > len(examples)) == bool(result.cuda["devices"] and result.build["cuda"])
     assert result.build["version"] == ql.__version__
     assert result.build["cpu_target"]
     assert result.kernels == ql.kernel_table()
@@ -21,6 +26,9 @@ def test_examination():
     assert result.processor["cpus"] >= 1
     assert result.processor["threads"] >= 1
     assert bool(result.cuda["devices"]) != bool(result.cuda["reason"])
+    assert bool(result.cuda["libraries"]) == result.build["cuda"]
+    assert all(library["name"].startswith("cu") for library in result.cuda["libraries"])
+    assert all(bool(library["path"]) != bool(library["problem"]) for library in result.cuda["libraries"])
     json.dumps(common.plain(result), allow_nan=False)
 
 

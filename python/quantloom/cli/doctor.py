@@ -37,7 +37,8 @@ def _show(result) -> None:
         f"{device['name']} (compute {device['compute_capability']}, {common.size(device['bytes'])})"
         for device in cuda["devices"]
     ]
-    driver = f"driver for CUDA {cuda['driver']}; " if cuda["driver"] else ""
+    version = f" {cuda['driver_version']}" if cuda["driver_version"] else ""
+    driver = f"driver{version} for CUDA {cuda['driver']}; " if cuda["driver"] else ""
     rows = [
         ["quantloom", str(build["version"])],
         ["compiler", str(build.get("compiler", ""))],
@@ -50,9 +51,10 @@ def _show(result) -> None:
         ["threads", f"{processor['threads']} by default, {processor['cpus']} processors usable"],
         ["CUDA kernels", kernels],
         ["CUDA devices", driver + ("; ".join(devices) or cuda["reason"])],
+        *([library["name"], library["path"] or library["problem"]] for library in cuda["libraries"]),
     ]
     out.print(common.table(None, ["", ""], rows, show_header=False))
-    columns = ["format", "bits", "operation", "device", "activations", "tokens", "kernel", "target"]
+    columns = ["format", "bits", "groups", "operation", "device", "activations", "tokens", "kernel", "target"]
     out.print(
         common.table(
             "Kernels", columns, [[str(entry[column]) for column in columns] for entry in result.kernels]
