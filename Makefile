@@ -110,6 +110,7 @@ test-gpu: gpu | $(test_gpu_needs) ## all tests that need a GPU: C++, compute-san
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -c 'import torch, quantloom; \
 	  torch.cuda.is_available() or exit("make: this PyTorch sees no GPU"); print("PyTorch", torch.__version__)'
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m pytest $(wildcard tests/python/*cuda*.py)
+	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m quantloom doctor
 	@scripts/sanitize-gpu $(GPU)/tests/gpu/quantloom_gpu_tests
 
 .PHONY: bench-gpu
