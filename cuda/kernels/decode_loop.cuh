@@ -194,9 +194,13 @@ void launch_decoded(const ProductLaunch& launch, void* workspace) {
   const ProductArguments& p = launch.arguments;
   if (p.m == 0 || p.w.n == 0) return;
   if (p.w.column_blocks == 0) return launch_bias_alone(launch);
-  launch_decode_fragments<Decoder>(p.w, workspace, int64_t{64} * p.w.column_blocks, launch.dtype,
-                                   launch.overlap, launch.stream);
-  multiply_decoded(launch, workspace);
+  const DecodedPlan plan = decoded_plan(p.w, p.m, launch.dtype, launch.splits);
+  for (int64_t first = 0; first < p.w.n; first += plan.rows) {
+    const ProductLaunch part = part_of_rows(launch, first, plan.rows, Decoder::kBits);
+    launch_decode_fragments<Decoder>(part.arguments.w, workspace, int64_t{64} * p.w.column_blocks,
+                                     launch.dtype, launch.overlap && first == 0, launch.stream);
+    multiply_decoded(part, plan, first == 0, workspace);
+  }
 }
 
 }  // namespace quantloom::cuda

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "common/check.cuh"
 #include "common/libraries.hpp"
@@ -15,8 +16,9 @@ namespace quantloom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kLibraryBytes = int64_t{32} << 20;  // of workspace for cuBLASLt
-constexpr int kGatheredTokens = 8192;                 // tokens whose columns are put in order at a time
+constexpr int64_t kLibraryBytes = int64_t{32} << 20;   // of workspace for cuBLASLt
+constexpr int64_t kDecodedBytes = int64_t{256} << 20;  // of decoded rows at a time
+constexpr int kGatheredTokens = 8192;                  // tokens whose columns are put in order at a time
 constexpr size_t kCachedAlgorithms = 512;
 
 // Columns of `tokens` rows from `first` on in the order of the matrix; 16 bytes to a thread.
@@ -204,61 +206,81 @@ void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream)
                "matmul_cuda: cublasLtMatmul");
 }
 
-// Where things lie in the workspace: the decoded matrix, gathered activations, what cuBLASLt asks for.
-struct DecodedWorkspace {
-  int64_t gathered = 0;
-  int64_t library = 0;
-  int64_t bytes = 0;
-
-  DecodedWorkspace(const FragmentMatrix& w, int m, DType dtype) {
-    const int64_t row = checked_mul(int64_t{64} * w.column_blocks, size_of_value(dtype));
-    gathered = aligned_bytes(checked_mul(w.n, row));
-    library = gathered;
-    if (w.source != nullptr) library += aligned_bytes(row * std::min(m, kGatheredTokens));
-    bytes = library + kLibraryBytes;
-  }
-};
-
 }  // namespace
+
+DecodedPlan decoded_plan(const FragmentMatrix& w, int m, DType dtype, int splits) {
+  static_cast<void>(cublas_lt());
+  const int64_t row_bytes = checked_mul(int64_t{64} * w.column_blocks, size_of_value(dtype));
+  const int64_t blocks = std::max<int64_t>(kDecodedBytes / (64 * row_bytes), 1);
+  const int64_t parts = std::max<int64_t>(ceil_div(w.row_blocks, blocks), splits);
+  DecodedPlan plan;
+  plan.rows = 64 * ceil_div(w.row_blocks, parts);
+  plan.bias = aligned_bytes(plan.rows * row_bytes);
+  plan.gathered = plan.bias + aligned_bytes(plan.rows * size_of_value(dtype));
+  plan.library = plan.gathered;
+  if (w.source != nullptr) plan.library += aligned_bytes(row_bytes * std::min(m, kGatheredTokens));
+  plan.bytes = plan.library + kLibraryBytes;
+  return plan;
+}
 
 int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype) {
   if (m == 0 || w.n == 0 || w.column_blocks == 0) return 0;
-  return DecodedWorkspace(w, m, dtype).bytes;
+  return decoded_plan(w, m, dtype, 0).bytes;
 }
 
-void multiply_decoded(const ProductLaunch& launch, void* workspace) {
-  const ProductArguments& p = launch.arguments;
-  const DecodedWorkspace places(p.w, p.m, launch.dtype);
+ProductLaunch part_of_rows(const ProductLaunch& launch, int64_t first, int64_t rows, int bits) {
+  ProductLaunch part = launch;
+  ProductArguments& p = part.arguments;
+  const auto forward = [](const auto*& pointer, int64_t bytes) {
+    if (pointer == nullptr) return;
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
+        reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(bytes));
+  };
+  const int64_t parameters = first * p.w.group_count;
+  forward(p.w.codes, first / 64 * p.w.column_blocks * bits * 512);
+  forward(p.w.scales, parameters * size_of(p.w.scale_dtype));
+  forward(p.w.zeros, parameters);
+  forward(p.bias, first * size_of_value(launch.dtype));
+  p.y = static_cast<unsigned char*>(p.y) + first * size_of_value(launch.dtype);
+  p.y_stride = std::max(p.y_stride, launch.arguments.w.n);
+  p.w.n = std::min(rows, p.w.n - first);
+  p.w.row_blocks = static_cast<int>(ceil_div(p.w.n, 64));
+  return part;
+}
+
+void multiply_decoded(const ProductLaunch& part, const DecodedPlan& plan, bool first_part, void* workspace) {
+  const ProductArguments& p = part.arguments;
   auto* const bytes = static_cast<unsigned char*>(workspace);
   const int64_t columns = int64_t{64} * p.w.column_blocks;
-  DenseProduct product{p.w.n,
-                       p.w.k,
-                       p.m,
-                       workspace,
-                       columns,
-                       p.x,
-                       std::max(p.x_stride, p.w.k),
-                       p.bias,
-                       p.y,
-                       std::max(p.y_stride, p.w.n),
-                       launch.dtype};
-  if (p.w.source == nullptr) return multiply(product, bytes + places.library, launch.stream);
+  DenseProduct product{p.w.n,  p.w.k, p.m,        workspace, columns, p.x, std::max(p.x_stride, p.w.k),
+                       p.bias, p.y,   p.y_stride, part.dtype};
+  if (alignment_of(p.bias, 16) < 16) {
+    // What cuBLASLt asks of this address is not documented.
+    check_cuda(cudaMemcpyAsync(bytes + plan.bias, p.bias, p.w.n * size_of_value(part.dtype),
+                               cudaMemcpyDeviceToDevice, part.stream),
+               "matmul_cuda: copy of the bias");
+    product.bias = bytes + plan.bias;
+  }
+  if (p.w.source == nullptr) return multiply(product, bytes + plan.library, part.stream);
 
   product.k = columns;
-  product.x = bytes + places.gathered;
+  product.x = bytes + plan.gathered;
   product.x_stride = columns;
   for (int first = 0; first < p.m; first += kGatheredTokens) {
     const int tokens = std::min(p.m - first, kGatheredTokens);
-    if (launch.dtype == DType::f32) {
-      launch_gather<float>(launch, bytes + places.gathered, first, tokens);
-    } else if (launch.dtype == DType::f16) {
-      launch_gather<__half>(launch, bytes + places.gathered, first, tokens);
-    } else {
-      launch_gather<__nv_bfloat16>(launch, bytes + places.gathered, first, tokens);
+    // Gathered once if all tokens fit.
+    if (first_part || p.m > kGatheredTokens) {
+      if (part.dtype == DType::f32) {
+        launch_gather<float>(part, bytes + plan.gathered, first, tokens);
+      } else if (part.dtype == DType::f16) {
+        launch_gather<__half>(part, bytes + plan.gathered, first, tokens);
+      } else {
+        launch_gather<__nv_bfloat16>(part, bytes + plan.gathered, first, tokens);
+      }
     }
     product.m = tokens;
-    product.y = static_cast<unsigned char*>(p.y) + int64_t{first} * p.y_stride * size_of_value(launch.dtype);
-    multiply(product, bytes + places.library, launch.stream);
+    product.y = static_cast<unsigned char*>(p.y) + int64_t{first} * p.y_stride * size_of_value(part.dtype);
+    multiply(product, bytes + plan.library, part.stream);
   }
 }
 

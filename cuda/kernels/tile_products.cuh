@@ -21,13 +21,29 @@ template <class Decoder>
 void launch_tiles_wgmma(const ProductLaunch& launch, void* workspace);
 
 // "decode": the matrix is decoded to launch.dtype (float16, bfloat16, float32) in the workspace, and
-// multiplied by cuBLASLt with float32 sums. `workspace`: 256-byte aligned, of decoded_workspace() bytes.
+// multiplied by cuBLASLt with float32 sums; at most 256 MiB of it at a time. `workspace`: 256-byte aligned,
+// of decoded_workspace() bytes. launch.splits: parts that the rows are decoded in, at least; 0 for as few as
+// there may be.
 int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype);
 template <class Decoder>
 void launch_decoded(const ProductLaunch& launch, void* workspace);
-// The second half: the matrix lies decoded at the beginning of the workspace. Throws Unsupported if cuBLASLt
-// cannot be opened.
-void multiply_decoded(const ProductLaunch& launch, void* workspace);
+
+// How launch_decoded() goes about it, and where things lie in its workspace: decoded rows, a copy of their
+// bias, gathered activations, what cuBLASLt asks for.
+struct DecodedPlan {
+  int64_t rows = 0;  // decoded at a time, a multiple of 64
+  int64_t bias = 0;
+  int64_t gathered = 0;
+  int64_t library = 0;
+  int64_t bytes = 0;
+};
+// Throws Unsupported if cuBLASLt cannot be opened.
+DecodedPlan decoded_plan(const FragmentMatrix& w, int m, DType dtype, int splits);
+// The product of rows [first, first + plan.rows) alone.
+ProductLaunch part_of_rows(const ProductLaunch& launch, int64_t first, int64_t rows, int bits);
+// `part`: those of its rows lie decoded at the beginning of the workspace. `first_part`: activations are not
+// gathered yet.
+void multiply_decoded(const ProductLaunch& part, const DecodedPlan& plan, bool first_part, void* workspace);
 
 // Row-major values [n, stride] of `dtype`, stride >= 64 * w.column_blocks and a multiple of 8, in fragment
 // order's columns: those of padding are undefined. Each value is rounded once to float32, then to `dtype`.
