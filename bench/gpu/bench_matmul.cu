@@ -346,6 +346,9 @@ class Benchmark {
     const auto cublas = cublas_seconds_.find(m);
     if (cublas != cublas_seconds_.end()) row.cublas_seconds = cublas->second;
     try {
+      if (options.kernel.empty()) {
+        row.picked = matmul_cuda_kernel(product.copy(0), m, settings_.dtype, options);
+      }
       const int64_t workspace_bytes = matmul_cuda_workspace(product.copy(0), m, settings_.dtype, options);
       if (workspace_bytes > workspace_bytes_) {
         workspace_ = nullptr;

@@ -252,6 +252,15 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
   }
 }
 
+std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
+                               const CudaMatmulOptions& options) {
+  if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
+  static_cast<void>(fragment_layout(*w.format, w.n, w.k, w.has("group_index")));
+  const Choice choice = choose(m, dtype, current_device(), options);
+  if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
+  return std::string(choice.product->name);
+}
+
 int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
                               const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");

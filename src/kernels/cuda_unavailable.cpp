@@ -62,6 +62,11 @@ std::optional<std::string> why_not_matmul_cuda(const Format& /*format*/, int64_t
   return "this build of quantloom holds no CUDA kernels";
 }
 
+std::string matmul_cuda_kernel(const PreparedPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
+                               const CudaMatmulOptions& /*options*/) {
+  refuse("matmul_cuda_kernel");
+}
+
 int64_t matmul_cuda_workspace(const PreparedPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
                               const CudaMatmulOptions& /*options*/) {
   refuse("matmul_cuda_workspace");

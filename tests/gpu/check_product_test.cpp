@@ -1,11 +1,13 @@
 // Products from memory of the CPU, as quantloom doctor makes them.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "device_memory.hpp"
 #include "quantloom/kernels/cuda_check.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
+#include "quantloom/kernels/matmul_cuda.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
 namespace quantloom {
@@ -66,6 +68,23 @@ TEST_F(CheckProductSmall, EqualsTheDecodedProduct) {
     }
   }
   EXPECT_GT(products, 0);
+}
+
+TEST_F(CheckProductSmall, KernelsAreNamedAsInTheTable) {
+  for (const FormatEntry& entry : format_table()) {
+    if (!has_product(entry.name)) continue;
+    const PreparedPlanes w{format_from_spec(entry.examples.front()), 64, 128, {}};
+    for (const int64_t m : {1, 8, 16, 17, 64, 1000, 100'000}) {
+      const std::string name = matmul_cuda_kernel(w, m, DType::f16);
+      const auto table = kernel_table();
+      EXPECT_TRUE(std::ranges::any_of(table, [&](const KernelEntry& row) {
+        return row.device == "cuda" && row.operation == "matmul" && row.kernel == name;
+      })) << name;
+      EXPECT_EQ(matmul_cuda_kernel(w, m, DType::f16, {.kernel = name}), name);
+    }
+    EXPECT_THROW(matmul_cuda_kernel(w, 1, DType::f64), Unsupported);
+    EXPECT_THROW(matmul_cuda_kernel(w, 1, DType::f16, {.kernel = "no such kernel"}), InvalidArgument);
+  }
 }
 
 TEST_F(CheckProductSmall, RefusesWrongShapes) {

@@ -65,6 +65,9 @@ struct CudaMatmulOptions {
 // the current device; does no work.
 std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, DType dtype,
                                                const CudaMatmulOptions& options = {});
+// The name, as in the table, of the kernel that matmul_cuda() would run. Throws Unsupported if none would.
+std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
+                               const CudaMatmulOptions& options = {});
 // Bytes of device memory, 256-byte aligned, that matmul_cuda() needs as workspace; may be 0.
 int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
                               const CudaMatmulOptions& options = {});
@@ -89,8 +92,8 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
 
 // Decodes to `out` [n, stride] of `dtype` (float16, bfloat16, float32) on the current device: column c of the
 // padded columns holds input source[c], or input c where there is no plane "source"; columns of padding are
-// undefined. `stride` >= 64 * column_blocks and a multiple of 8 elements, `out` aligned to 16 bytes. Values are
-// those of dequantize(), rounded to `dtype`. Asynchronous, as matmul_cuda(); throws as it does.
+// undefined. `stride` >= 64 * column_blocks and a multiple of 8 elements, `out` aligned to 16 bytes. Values
+// are those of dequantize(), rounded to `dtype`. Asynchronous, as matmul_cuda(); throws as it does.
 void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int64_t stride, void* stream);
 
 }  // namespace quantloom
