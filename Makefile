@@ -88,7 +88,7 @@ GPU_PYTHONPATH := $(CURDIR)/python
 else
 test_gpu_needs :=
 bench_gpu_needs :=
-GPU_PYTHON := $(shell command -v $(PYTHON))
+GPU_PYTHON := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
 GPU_PYTHONPATH := $(CURDIR)/python:$(abspath $(PREFIX))/python
 GPU_CONFIGURE += -DCMAKE_PREFIX_PATH=$(abspath $(PREFIX)) -DFETCHCONTENT_FULLY_DISCONNECTED=ON
 endif
@@ -109,7 +109,7 @@ test-gpu: gpu | $(test_gpu_needs) ## all tests that need a GPU: C++, compute-san
 	@$(GPU)/tests/gpu/quantloom_gpu_tests
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -c 'import torch, quantloom; \
 	  torch.cuda.is_available() or exit("make: this PyTorch sees no GPU"); print("PyTorch", torch.__version__)'
-	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m pytest $(wildcard tests/python/*cuda*.py)
+	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m pytest $(wildcard tests/python/test_*cuda*.py)
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m quantloom doctor
 	@scripts/sanitize-gpu $(GPU)/tests/gpu/quantloom_gpu_tests
 
