@@ -159,14 +159,16 @@ class QuantLinear(torch.nn.Module):
         place = x.device.type
         if place in ("cpu", "cuda") and torch.is_autocast_enabled(place) and x.dtype in _AUTOCAST:
             x = x.to(torch.get_autocast_dtype(place))
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         if not self._is_prepared:
             y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self.activations)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return y if bias is None else y + bias
         if self.activations != "exact":
             raise RuntimeError(
                 f"activations: got {self.activations!r}, but on a CUDA device there is only 'exact'"
             )
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         return torch.ops.quantloom.linear(x, self._planes(), bias, *self._description)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
