@@ -220,15 +220,10 @@ def _check_bias(bias: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"bias: got elements {bias.stride(0)} apart, expected them next to each other")
 
 
-def why_not(format: str, tokens: int, dtype: str, device: torch.device) -> str | None:
+def why_not(format: str, tokens: int, dtype: str, device: str) -> str | None:
     """None if a kernel of `device` takes the product, else the reason why not."""
     if not _core.built_with_cuda():
         return "this build of quantloom has no CUDA kernels"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    count = torch.cuda.device_count()
-    if device.index is not None and device.index >= count:
-        return f"there is no {device}, only {count} CUDA devices"
     find_libraries()
     with torch.cuda.device(device):
         return _core.why_not_matmul_cuda(format, tokens, dtype, _OPTIONS)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from quantloom import _arrays, _checks, _core
+from quantloom import _arrays, _checks, _core, _devices
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.tensors import PackedTensor
 
@@ -244,7 +244,8 @@ def can_matmul(
         q: a tensor, or a format or its short form.
         tokens: rows of x.
         dtype: of x; float16 if None.
-        device: where; None: the device of the tensor, the CPU for a format.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``; None: the device of the tensor, the
+            CPU for a format.
     """
     _checks.choice("activations", activations, ACTIVATIONS)
     tokens = _checks.integer("tokens", tokens, 0)
@@ -253,22 +254,17 @@ def can_matmul(
         format, place = q.format, q.device
     else:
         format, place = parse_format(q), "cpu"
-    place = place if device is None else str(device)
+    try:
+        place = place if device is None else _devices.device_name("device", device)
+    except RuntimeError as error:  # no such device, or no kernels for it
+        return Possible(False, str(error))
     if place == "cpu":
         return _can_matmul_on_cpu(format, activations)
-    import torch
-
-    try:
-        target = torch.device(place)
-    except RuntimeError:
-        raise ValueError(f"device: got {place!r}, expected the CPU or a CUDA device") from None
-    if target.type != "cuda":
-        raise ValueError(f"device: got {place!r}, expected the CPU or a CUDA device")
     if activations != "exact":
         return Possible(False, f"on a CUDA device activations can only be 'exact', got {activations!r}")
     from quantloom import _cuda
 
-    reason = _cuda.why_not(format.to_json(), tokens, name, target)
+    reason = _cuda.why_not(format.to_json(), tokens, name, place)
     return Possible(reason is None, reason or "")
 
 

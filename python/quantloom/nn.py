@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import quantloom._operators  # noqa: F401 - registers the operators
-from quantloom import _arrays, _checks, _cuda, kernels
-from quantloom.formats import Format
+from quantloom import _arrays, _checks, _core, _cuda, kernels
+from quantloom.formats import Format, parse_format
 from quantloom.rounding import Rounding, quantize
 from quantloom.tensors import PackedTensor
 
@@ -97,15 +97,21 @@ class QuantLinear(torch.nn.Module):
         rounding: Rounding | None = None,
         activations: str = "exact",
     ) -> QuantLinear:
-        """Quantizes the weights of a ``torch.nn.Linear`` (on the CPU) and takes its bias over.
+        """Quantizes the weights of a ``torch.nn.Linear`` and takes its bias over.
 
         Args:
-            format, rounding: see ``quantloom.quantize``.
+            format, rounding: see ``quantloom.quantize``. Weights are rounded on the device of the rounding's
+                Hessians; without any, where they are, or on the CPU if no kernel of a CUDA device rounds
+                to the format.
         """
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear: got {_checks.type_name(linear)}, expected a torch.nn.Linear")
-        weight = linear.weight.detach()
-        packed = quantize(weight.cpu(), format, rounding, threads=torch.get_num_threads())
+        weight, format = linear.weight.detach(), parse_format(format)
+        hessians = [getattr(rounding, name, None) for name in ("hessian", "held_out")]
+        place = next((hessian.device for hessian in hessians if hessian is not None), None)
+        if place is None:
+            place = weight.device if _core.rounds_on_cuda(format.to_json()) else "cpu"
+        packed = quantize(weight.to(place), format, rounding, threads=torch.get_num_threads())
         return cls(packed.to(weight.device), linear.bias, activations)
 
     @property

@@ -96,6 +96,28 @@ def test_wrong_arguments_are_named():
         QuantLinear(module.packed.to("cuda"), torch.zeros(96))
 
 
+def test_quantizes_where_the_weights_or_the_hessians_are():
+    linear = torch.nn.Linear(96, 64, bias=False)
+    x = torch.randn(400, 96) @ torch.randn(96, 96)
+    hessian = ql.Hessian(96)
+    hessian.add(x)
+    expected = QuantLinear.from_linear(linear, "uniform:4:g32")
+    tables = QuantLinear.from_linear(linear, "codebook:nf4:g32")
+    calibrated = QuantLinear.from_linear(linear, "uniform:4:g32", ql.GPTQ(hessian))
+    linear.to("cuda")
+    there = QuantLinear.from_linear(linear, "uniform:4:g32")
+    assert there.prepared.device == "cuda:0"
+    assert same_planes(there.packed, expected.packed)
+    assert same_planes(QuantLinear.from_linear(linear, "codebook:nf4:g32").packed, tables.packed)
+    assert same_planes(
+        QuantLinear.from_linear(linear, "uniform:4:g32", ql.GPTQ(hessian)).packed, calibrated.packed
+    )
+    moved = ql.GPTQ(hessian.to("cuda"))
+    other = QuantLinear.from_linear(linear, "uniform:4:g32", moved)
+    changed = (other.packed.dequantize().cpu() != calibrated.packed.dequantize()).double().mean()
+    assert changed < 0.05
+
+
 # -- memory -------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def test_devices(model, quantized):
             load("moon")
         with pytest.raises(ValueError, match=r"device.*'meta'.*cuda"):
             load("meta")
-        with pytest.raises(RuntimeError, match=r"device.*'cuda:99'.*torch finds"):
+        with pytest.raises(RuntimeError, match=r"device.*'cuda:99'"):
             load("cuda:99")
 
 

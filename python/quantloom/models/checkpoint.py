@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import quantloom as ql
-from quantloom import _checks
+from quantloom import _checks, _devices
 from quantloom.models.records import WorkFolder, sync_folder, write_json
 from quantloom.models.report import REPORT_FILE, TIMINGS_FILE, QuantizationReport
 from quantloom.models.source import ModelFolder, attach, build_skeleton, model_names, read_json, tensor_files
@@ -270,10 +270,11 @@ def load(
             need more memory and are faster for many tokens at once.
 
     Raises OSError or ValueError naming the file: not such a folder, damaged files, wrong checksums;
-    RuntimeError if there is no such device, or no kernel of it takes a format.
+    TypeError, ValueError or RuntimeError if `device` is none that can be used, RuntimeError if no kernel of
+    it takes a format.
     """
     _check_dtype(dtype)
-    target = _device(device)
+    target = torch.device(_devices.device_name("device", "cpu" if device is None else device))
     folder = QuantizedFolder(path)
     model = build_skeleton(folder.path)
     plain: dict[str, torch.Tensor] = {}
@@ -317,7 +318,7 @@ def load_reference(
     """The original model with all weights in `dtype`, in evaluation mode, on `device` (None: the CPU): what
     a quantized one is compared to."""
     _check_dtype(dtype)
-    target = _device(device)
+    target = torch.device(_devices.device_name("device", "cpu" if device is None else device))
     folder = ModelFolder(path)
     model = build_skeleton(folder.path)
     attach(model, folder.mapped(), folder.path)
@@ -328,23 +329,6 @@ def load_reference(
 
 def _moved(model: torch.nn.Module, target: torch.device) -> torch.nn.Module:
     return model if target.type == "cpu" else model.to(target)
-
-
-def _device(device: Any) -> torch.device:
-    try:
-        target = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
-        target = None
-    if target is None or target.type not in ("cpu", "cuda"):
-        raise ValueError(f'device: got {device!r}, expected a device such as "cpu" or "cuda"')
-    if target.type == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RuntimeError(f"device: got {str(device)!r}, but torch finds no CUDA device")
-    if target.index is not None and target.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise RuntimeError(f"device: got {str(device)!r}, but torch finds {count} CUDA device(s)")
-    return torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
 
 
 def _check_dtype(dtype: Any) -> None:
