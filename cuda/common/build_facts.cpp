@@ -1,4 +1,6 @@
 // What this build knows of CUDA; the values come from cmake/cuda.cmake.
+#include <utility>
+
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/cuda_products.hpp"
 #include "quantloom/error.hpp"
@@ -48,15 +50,19 @@ std::vector<KernelEntry> cuda_kernel_table() {
       }
     }
   }
-  table.push_back({.operation = "dequantize",
-                   .format = "uniform",
-                   .bits = "1-8",
-                   .groups = "any",
-                   .device = "cuda",
-                   .activations = "",
-                   .tokens = "any",
-                   .kernel = "dequantize_uniform",
-                   .target = "built for " + cuda_architectures()});
+  // Of canonical planes for uniform grids; of prepared planes for the others.
+  for (const auto& [format, kernel] :
+       {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments")}) {
+    table.push_back({.operation = "dequantize",
+                     .format = format,
+                     .bits = "1-8",
+                     .groups = "any",
+                     .device = "cuda",
+                     .activations = "",
+                     .tokens = "any",
+                     .kernel = kernel,
+                     .target = "built for " + cuda_architectures()});
+  }
   return table;
 }
 

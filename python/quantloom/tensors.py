@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -131,14 +133,15 @@ class PackedTensor:
                 are decoded in float32 and rounded to it.
             threads: 0 for OpenMP's default; CPU only.
 
-        On a CUDA device the work is queued on torch's current stream. Raises RuntimeError there if this
-        build has no CUDA kernels.
+        On a CUDA device the work is queued on torch's current stream; formats other than ``uniform`` are
+        first brought into the order of the product kernels, which takes about as much memory again until
+        then. Raises RuntimeError there if this build has no CUDA kernels.
         """
         name = "float32" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
         threads = _checks.thread_count(threads)
         core = self._core()
         if self.device != "cpu":
-            return _dequantize_cuda(core, self._shape, name, self.device)
+            return _dequantize_cuda(self, core, name)
         out = _arrays.empty(self._kind, self._shape, "float32")
         _core.dequantize(core, _arrays.describe("out", out).core, threads)
         return _arrays.cast(out, name)
@@ -201,15 +204,29 @@ def _torch_to_numpy(value: Any) -> np.ndarray:
     return value.numpy()
 
 
-def _dequantize_cuda(core: _core.Packed, shape: tuple[int, int], name: str, device: str) -> Any:
+@functools.cache
+def _decoded_as_stored() -> frozenset[str]:
+    """The formats whose canonical planes a CUDA kernel decodes."""
+    return frozenset(
+        row["format"]
+        for row in _core.kernel_table()
+        if (row["operation"], row["device"]) == ("dequantize", "cuda") and row["kernel"] != "decode_fragments"
+    )
+
+
+def _dequantize_cuda(q: PackedTensor, core: _core.Packed, name: str) -> Any:
     import torch
 
     if not _core.built_with_cuda():
         raise RuntimeError(
             "dequantize: got planes on a CUDA device, but this build of quantloom has no CUDA kernels"
         )
-    with torch.cuda.device(device):
-        out = torch.empty(shape, dtype=getattr(torch, name), device=device)
+    if json.loads(q.format.to_json())["format"] not in _decoded_as_stored():
+        from quantloom.kernels import prepare
+
+        return prepare(q).dequantize(name)
+    with torch.cuda.device(q.device):
+        out = torch.empty(q.shape, dtype=getattr(torch, name), device=q.device)
         stream = torch.cuda.current_stream().cuda_stream
         _core.dequantize_cuda(core, _arrays.describe("out", out).core, stream)
     return out

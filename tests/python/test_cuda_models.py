@@ -75,6 +75,18 @@ def test_loads_and_computes_as_on_the_cpu(quantized, prompt, dtype):
             assert torch.equal(state[name].cpu(), other[name]), name
 
 
+def test_models_of_tables(prompt, tmp_path):
+    ql.models.quantize(TINY, ql.Recipe.parse("codebook:nf4:g64"), output=tmp_path / "out")
+    reference = ql.models.load(tmp_path / "out", torch.float32)
+    decoded = ql.models.load(tmp_path / "out", torch.float32, device="cuda", dequantized=True)
+    multiplied = ql.models.load(tmp_path / "out", torch.float16, device="cuda")
+    with torch.inference_mode():
+        expected = reference(input_ids=prompt[:, :4].cpu()).logits
+        for model, tolerance in ((decoded, 1e-3), (multiplied, 0.01)):
+            logits = model(input_ids=prompt[:, :4]).logits.float().cpu()
+            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
 def test_the_model_is_on_the_device_once(quantized):
     ql.models.load(quantized, torch.float16, device="cuda")
     gc.collect()
