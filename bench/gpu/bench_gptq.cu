@@ -1,0 +1,233 @@
+// GPTQ on the device: seconds for the layers of a model of 8 billion weights, beside the time that cuBLAS
+// takes for as many floating-point operations in products of large matrices, measured in the same run: 2/3
+// k^3 in float64 (factor and inverse of the Hessian) and n k^2 in float32 (updates of the columns to come).
+//
+// Weights are random, inputs have a few strong features and depend on one another. Times are of the host,
+// around calls that wait for the device, the best of several repeats.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "common/device_buffer.hpp"
+#include "common/math_handles.hpp"
+#include "quantloom/formats/uniform.hpp"
+#include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/rounding/cuda.hpp"
+#include "rounding/upper_factor.hpp"
+#include "rounding/walk.hpp"
+
+namespace quantloom {
+namespace {
+
+using cuda::DeviceBuffer;
+
+struct Settings {
+  int repeats = 5;
+  int64_t tokens = 65536;
+  std::string json_path;
+};
+
+// A number in [0, 1) that depends on (seed, i) alone.
+__device__ __forceinline__ float uniform_at(uint64_t seed, uint64_t i) {
+  uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ULL + seed * 0xD1B54A32D192ED03ULL;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  return static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24F;
+}
+
+__device__ __forceinline__ float normal_at(uint64_t seed, uint64_t i) {
+  const float radius = sqrtf(-2.0F * logf(1.0F - uniform_at(seed, 2 * i)));
+  return radius * cospif(2.0F * uniform_at(seed, 2 * i + 1));
+}
+
+__global__ void fill_normal(__half* out, int64_t count, float scale, uint64_t seed) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    out[i] = __float2half_rn(scale * normal_at(seed, static_cast<uint64_t>(i)));
+  }
+}
+
+// Features share 32 hidden factors, differ in energy, and one in 200 is ten times as strong.
+__global__ void fill_inputs(__half* out, int64_t first_token, int64_t tokens, int64_t k) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < tokens * k; i += step) {
+    const auto token = static_cast<uint64_t>(first_token + i / k);
+    const auto feature = static_cast<uint64_t>(i % k);
+    float value = normal_at(1, token * static_cast<uint64_t>(k) + feature);
+    for (uint64_t f = 0; f < 32; f += 8) {
+      value += 0.5F * normal_at(2, token * 32 + f + feature % 8) * normal_at(3, feature * 32 + f);
+    }
+    const float energy =
+        expf(0.5F * normal_at(4, feature)) * (uniform_at(5, feature) < 0.005F ? 10.0F : 1.0F);
+    out[i] = __float2half_rn(0.1F * energy * value);
+  }
+}
+
+// Seconds of one call, the best of the repeats; the first call warms up.
+template <class Run>
+double seconds_of(int repeats, const Run& run) {
+  using Clock = std::chrono::steady_clock;
+  double best = std::numeric_limits<double>::infinity();
+  for (int repeat = 0; repeat <= repeats; ++repeat) {
+    check_cuda(cudaDeviceSynchronize(), "synchronize");
+    const Clock::time_point begin = Clock::now();
+    run();
+    check_cuda(cudaDeviceSynchronize(), "synchronize");
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    if (repeat > 0) best = std::min(best, seconds);
+  }
+  return best;
+}
+
+// cuBLAS for products of [rows, depth] and [depth, depth]: seconds per floating-point operation.
+template <class T, class Multiply>
+double seconds_per_flop(int64_t rows, int64_t depth, int repeats, const Multiply& multiply) {
+  DeviceBuffer<T> a(rows * depth, nullptr);
+  DeviceBuffer<T> b(depth * depth, nullptr);
+  const DeviceBuffer<T> c(rows * depth, nullptr);
+  a.fill_bytes(0x3c);  // small numbers: 0.0115 in float32, 1e-17 in float64
+  b.fill_bytes(0x3c);
+  const cuda::BlasScope blas(nullptr);
+  const T one = 1;
+  const T zero = 0;
+  const double seconds = seconds_of(repeats, [&] {
+    cuda::check_cublas(
+        multiply(blas.handle(), cuda::kOpN, cuda::kOpN, static_cast<int>(depth), static_cast<int>(rows),
+                 static_cast<int>(depth), &one, b.data(), static_cast<int>(depth), a.data(),
+                 static_cast<int>(depth), &zero, c.data(), static_cast<int>(depth)),
+        "product");
+  });
+  return seconds /
+         (2.0 * static_cast<double>(rows) * static_cast<double>(depth) * static_cast<double>(depth));
+}
+
+nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
+  const auto format = std::make_shared<const Uniform>(4, 128);
+  const DeviceBuffer<__half> weights(n * k, nullptr);
+  fill_normal<<<4096, 256>>>(weights.data(), n * k, 0.02F, 7);
+  check_cuda(cudaGetLastError(), "launch");
+  const CudaMatrix w{weights.data(), DType::f16, n, k, k};
+
+  constexpr int64_t kBatch = 4096;
+  const DeviceBuffer<__half> inputs(kBatch * k, nullptr);
+  CudaHessian hessian(k);
+  double hessian_seconds = 0;
+  for (int64_t token = 0; token < settings.tokens; token += kBatch) {
+    fill_inputs<<<4096, 256>>>(inputs.data(), token, kBatch, k);
+    check_cuda(cudaDeviceSynchronize(), "inputs");
+    const auto begin = std::chrono::steady_clock::now();
+    hessian.add({inputs.data(), DType::f16, kBatch, k, k}, nullptr);
+    check_cuda(cudaDeviceSynchronize(), "Hessian");
+    if (token > 0) {
+      hessian_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    }
+  }
+  const double tokens_per_second =
+      static_cast<double>(settings.tokens - kBatch) / std::max(hessian_seconds, 1e-9);
+
+  PackedTensor packed = empty_packed_cuda(format, n, k);
+  CudaErrorFeedbackOptions options;
+  RoundingReport report;
+  const double with_losses =
+      seconds_of(1, [&] { report = round_error_feedback_cuda(w, packed, hessian, options, nullptr); });
+  options.measure_losses = false;
+  const double seconds =
+      seconds_of(settings.repeats, [&] { round_error_feedback_cuda(w, packed, hessian, options, nullptr); });
+  options.scale_search = ScaleSearch{};
+  const double with_search =
+      seconds_of(settings.repeats, [&] { round_error_feedback_cuda(w, packed, hessian, options, nullptr); });
+
+  const std::vector<double> diagonal = hessian.diagonal(nullptr);
+  const std::vector<int64_t> walk = walk_order(diagonal, 1, true);
+  const std::vector<int32_t> order(walk.begin(), walk.end());
+  DeviceBuffer<int32_t> device_order(k, nullptr);
+  device_order.upload(order.data(), k);
+  const double factor = seconds_of(settings.repeats, [&] {
+    const cuda::UpperFactor upper(hessian, diagonal, device_order.data(), 0.01, options.damping_ladder,
+                                  nullptr);
+  });
+  const double nearest = seconds_of(settings.repeats, [&] { round_nearest_cuda(w, packed, {}, nullptr); });
+
+  const double flops64 = 2.0 / 3.0 * static_cast<double>(k) * static_cast<double>(k) * static_cast<double>(k);
+  const double flops32 = static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(k);
+  const double same_flops = flops64 * seconds_per_flop<double>(std::min<int64_t>(k, 4096), k,
+                                                               settings.repeats, cuda::cublas().dgemm) +
+                            flops32 * seconds_per_flop<float>(n, k, settings.repeats, cuda::cublas().sgemm);
+  std::printf(
+      "%6lld x %-6lld %8.1f ms (factor %.1f ms), %.2f x cuBLAS for the same operations (%.1f ms); "
+      "with scale search %.1f ms, with losses %.1f ms; nearest %.2f ms; Hessian %.2f M tokens/s; "
+      "loss %.3f of nearest\n",
+      static_cast<long long>(n), static_cast<long long>(k), seconds * 1e3, factor * 1e3, seconds / same_flops,
+      same_flops * 1e3, with_search * 1e3, with_losses * 1e3, nearest * 1e3, tokens_per_second * 1e-6,
+      report.proxy_loss / report.proxy_loss_nearest);
+  std::fflush(stdout);
+  return {{"format", format->spec()},
+          {"n", n},
+          {"k", k},
+          {"seconds", seconds},
+          {"factor_seconds", factor},
+          {"search_seconds", with_search},
+          {"losses_seconds", with_losses},
+          {"nearest_seconds", nearest},
+          {"cublas_same_operations_seconds", same_flops},
+          {"ratio_to_cublas", seconds / same_flops},
+          {"hessian_tokens_per_second", tokens_per_second},
+          {"loss_over_nearest", report.proxy_loss / report.proxy_loss_nearest},
+          {"damping", report.damping}};
+}
+
+int run(const Settings& settings, bool quick) {
+  int device = 0;
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDevice(&device), "device");
+  check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
+  std::printf("GPTQ on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
+  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  const std::vector<std::pair<int64_t, int64_t>> shapes =
+      quick ? std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}}
+            : std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}, {14336, 4096}, {4096, 14336}};
+  for (const auto& [n, k] : shapes) report["rows"].push_back(measure(settings, n, k));
+  if (!settings.json_path.empty()) {
+    std::ofstream file(settings.json_path);
+    file << report.dump(2) << '\n';
+    if (!file) {
+      std::cerr << "bench_gptq: cannot write " << settings.json_path << '\n';
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace quantloom
+
+int main(int argc, char** argv) {
+  quantloom::Settings settings;
+  bool quick = false;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--quick") == 0) {
+      quick = true;
+      settings.repeats = 2;
+      settings.tokens = 16384;
+    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
+      settings.json_path = argv[++i];
+    } else {
+      std::cerr << "usage: bench_gptq [--quick] [--json FILE]\n";
+      return 2;
+    }
+  }
+  try {
+    return quantloom::run(settings, quick);
+  } catch (const std::exception& error) {
+    std::cerr << "bench_gptq: " << error.what() << '\n';
+    return 1;
+  }
+}
