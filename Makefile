@@ -93,6 +93,8 @@ GPU_PYTHONPATH := $(CURDIR)/python:$(abspath $(PREFIX))/python
 GPU_CONFIGURE += -DCMAKE_PREFIX_PATH=$(abspath $(PREFIX)) -DFETCHCONTENT_FULLY_DISCONNECTED=ON
 endif
 GPU_CONFIGURE += $(CMAKE_ARGS)
+# The C++ programs open cuBLAS and cuSOLVER by name; pip packages keep them in folders of their own.
+GPU_RUN = LD_LIBRARY_PATH="$$LD_LIBRARY_PATH:$$($(GPU_PYTHON) scripts/cuda-library-folders 2>/dev/null || true)"
 
 .PHONY: gpu
 gpu:
@@ -106,12 +108,12 @@ test-gpu: gpu | $(test_gpu_needs) ## all tests that need a GPU: C++, compute-san
 	@$(GPU_CONFIGURE) -DQUANTLOOM_BUILD_TESTS=ON -DQUANTLOOM_BUILD_PYTHON=ON \
 	  -DPython_EXECUTABLE=$(GPU_PYTHON)
 	@cmake --build $(GPU) -j $(JOBS) --target quantloom_gpu_tests _core
-	@$(GPU)/tests/gpu/quantloom_gpu_tests
+	@$(GPU_RUN) $(GPU)/tests/gpu/quantloom_gpu_tests
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -c 'import torch, quantloom; \
 	  torch.cuda.is_available() or exit("make: this PyTorch sees no GPU"); print("PyTorch", torch.__version__)'
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m pytest $(wildcard tests/python/test_*cuda*.py)
 	@PYTHONPATH=$(GPU_PYTHONPATH) $(GPU_PYTHON) -m quantloom doctor
-	@scripts/sanitize-gpu $(GPU)/tests/gpu/quantloom_gpu_tests
+	@$(GPU_RUN) scripts/sanitize-gpu $(GPU)/tests/gpu/quantloom_gpu_tests
 
 .PHONY: bench-gpu
 bench-gpu: gpu | $(bench_gpu_needs) ## the GPU benchmarks, with JSON to build/bench-gpu/; PREFIX=DIR: offline
@@ -120,7 +122,7 @@ bench-gpu: gpu | $(bench_gpu_needs) ## the GPU benchmarks, with JSON to build/be
 	@cmake --build $(GPU) -j $(JOBS) --target gpu_benchmarks
 	@mkdir -p build/bench-gpu
 	@for program in $(GPU)/bench/gpu/bench_*; do name=$${program##*/}; echo "== $$name"; \
-	  $$program --json build/bench-gpu/$$name.json; done
+	  $(GPU_RUN) $$program --json build/bench-gpu/$$name.json; done
 
 .PHONY: sanitize
 sanitize: packages ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer

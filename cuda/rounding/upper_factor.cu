@@ -162,7 +162,8 @@ UpperFactor::UpperFactor(const CudaHessian& hessian, const std::vector<double>& 
   }
   const double mean = live > 0 ? total / static_cast<double>(live) : 1.0;
   const double* sum = hessian.sum(stream);
-  const DeviceBuffer<double> factor(checked_mul(k_, k_), stream);
+  DeviceBuffer<double> factor(checked_mul(k_, k_), stream);
+  factor.fill_bytes(0);  // the libraries may touch the triangle that they do not use
   damping_tried_.push_back(damping);
   if (factorize(sum, order, mean, damping, factor.data(), stream)) return;
   for (const double value : ladder) {
