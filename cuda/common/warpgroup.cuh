@@ -20,10 +20,6 @@ template <int kOpen>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
-// What this thread has written to shared memory may be read by products of others after the next barrier.
-__device__ __forceinline__ void publish_to_products() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 // Keeps the compiler from reading a sum before the wait above this.
 __device__ __forceinline__ void hold(float& sum) {
   asm volatile("" : "+f"(sum)::"memory");

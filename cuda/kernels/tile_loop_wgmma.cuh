@@ -1,11 +1,12 @@
 // The product loop for many tokens on sm_90a, whose tensor cores read activations from shared memory by
 // themselves.
 //
-// As tile_loop.cuh, but the four warps multiply as one: in each step of 16 columns, unit u of each warp's 64
-// rows is a quarter of the 64 rows of a product. While the products of a step run, the warps decode the
-// fragments of the next.
+// As tile_loop.cuh, but copies are in bulk, and the four warps multiply as one: in each step of 16 columns,
+// unit u of each warp's 64 rows is a quarter of the 64 rows of a product. While the products of a step run,
+// the warps decode the fragments of the next.
 #pragma once
 
+#include "common/bulk_copies.cuh"
 #include "common/check.cuh"
 #include "common/warpgroup.cuh"
 #include "kernels/group_scales.cuh"
@@ -24,11 +25,61 @@ struct WarpgroupRing {
   static constexpr int kTokenBytes = kTokens * fragments::kTokenBytes;
   static constexpr int kWarpBytes = Decoder::kBits * 512;
   static constexpr int kStageBytes = kTokenBytes + TilePlan::kWarps * kWarpBytes;
-  // Two blocks of threads share the 227 KB of a multiprocessor.
-  static constexpr int kRoom = (115712 - Decoder::kSharedBytes) / kStageBytes;
-  static constexpr int kStages = kRoom < 5 ? kRoom : 5;
+  // Two blocks of threads share the 227 KB of a multiprocessor; a barrier for each stage follows the table.
+  static constexpr int kRoom = (115712 - 64 - Decoder::kSharedBytes) / kStageBytes;
+  static constexpr int kStages = kRoom < 6 ? kRoom : 6;
   static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kBarriers = kBytes + Decoder::kSharedBytes;
+  static constexpr int kAllBytes = kBarriers + 8 * kStages;
   static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
+};
+
+// The copies of one warp into the ring: its codes, and a quarter of the activations. Its first lane begins
+// them.
+template <class Ring>
+class BulkLoader {
+ public:
+  __device__ __forceinline__ BulkLoader(const ProductArguments& p, const TileWork& work, uint32_t ring)
+      : p_(p),
+        work_(work),
+        ring_(ring),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        codes_policy_(codes_policy(work.plan.token_tiles == 1)),
+        tokens_policy_(codes_policy(false)) {}
+
+  __device__ __forceinline__ uint32_t barrier(int stage) const { return ring_ + Ring::kBarriers + 8 * stage; }
+
+  // Announces both copies of a stage, begins that of the codes.
+  __device__ __forceinline__ void load_codes(const TileCursor& at, int stage) const {
+    const int row_block = at.row_group * TilePlan::kWarps + warp_;
+    const bool has_rows = row_block < p_.w.row_blocks;
+    announce_bytes(barrier(stage), kTokenPart + (has_rows ? Ring::kWarpBytes : 0));
+    if (!has_rows) return;
+    const uint4* from = p_.w.codes + (static_cast<int64_t>(row_block) * p_.w.column_blocks + at.block) *
+                                         (Ring::kWarpBytes / 16);
+    copy_bulk(ring_ + stage * Ring::kStageBytes + Ring::kTokenBytes + warp_ * Ring::kWarpBytes, from,
+              Ring::kWarpBytes, barrier(stage), codes_policy_);
+  }
+
+  __device__ __forceinline__ void load_tokens(const TileCursor& at, int stage) const {
+    const uint4* from = work_.tokens +
+                        (static_cast<int64_t>(at.block) * work_.plan.padded_tokens() +
+                         static_cast<int64_t>(at.token_tile) * work_.plan.tokens) *
+                            fragments::kTokenPieces +
+                        warp_ * (kTokenPart / 16);
+    copy_bulk(ring_ + stage * Ring::kStageBytes + warp_ * kTokenPart, from, kTokenPart, barrier(stage),
+              tokens_policy_);
+  }
+
+ private:
+  static constexpr int kTokenPart = Ring::kTokenBytes / TilePlan::kWarps;
+
+  const ProductArguments& p_;
+  const TileWork& work_;
+  uint32_t ring_;
+  int warp_;
+  uint64_t codes_policy_;
+  uint64_t tokens_policy_;
 };
 
 template <class Decoder, class T, int kTokens, bool kZeros>
@@ -124,9 +175,15 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t end = work.plan.begin(static_cast<int64_t>(blockIdx.x) + 1);
 
   let_next_begin();
-  const TileLoader<Ring> loader(p, work, ring);
+  const BulkLoader<Ring> loader(p, work, ring);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int s = 0; s < Ring::kStages; ++s) start_barrier(loader.barrier(s), TilePlan::kWarps);
+    publish_barriers();
+  }
+  __syncthreads();
   TileCursor ahead(work.plan, begin);
-  {
+  if (lane == 0) {
     TileCursor codes = ahead;
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
@@ -140,15 +197,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   wait_for_previous();
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
-    if (begin + s < end) {
-      loader.load_tokens(ahead, s);
-      ahead.advance(work.plan);
-    }
-    close_copies();
+    if (begin + s >= end) break;
+    if (lane == 0) loader.load_tokens(ahead, s);
+    ahead.advance(work.plan);
   }
 
   WarpgroupProduct<Decoder, T, kTokens, kZeros> product(p, decoder);
   int stage = 0;
+  int parity = 0;       // of the stage's phase
   int filled = kAhead;  // the stage to fill next
   for (int64_t unit = begin; unit < end;) {
     const TileCursor at(work.plan, unit);
@@ -158,21 +214,25 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int row_block = min(at.row_group * TilePlan::kWarps + warp, p.w.row_blocks - 1);
     product.begin(row_block, at.block, stop);
     for (int block = at.block; block < stop; ++block, ++unit) {
-      wait_for_copies<kAhead - 1>();
-      publish_to_products();
+      wait_for_phase(loader.barrier(stage), parity);
       __syncthreads();
-      // All warps have begun the unit before this one, so the products of the unit before that have ended:
-      // its stage is filled anew.
+      // All warps have multiplied the unit before this one, so the products of the unit before that have
+      // ended: its stage is filled anew.
       if (unit + kAhead < end) {
-        loader.load_codes(ahead, filled);
-        loader.load_tokens(ahead, filled);
+        if (lane == 0) {
+          loader.load_codes(ahead, filled);
+          loader.load_tokens(ahead, filled);
+        }
+        __syncwarp();  // the products take whole warps
         ahead.advance(work.plan);
       }
-      close_copies();
       filled = filled + 1 == Ring::kStages ? 0 : filled + 1;
       const uint32_t place = ring + stage * Ring::kStageBytes;
       product.multiply(place, place + Ring::kTokenBytes + warp * Ring::kWarpBytes + lane * 16);
-      stage = stage + 1 == Ring::kStages ? 0 : stage + 1;
+      if (++stage == Ring::kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
     product.finish();
     const int64_t tile = static_cast<int64_t>(at.row_group) * work.plan.token_tiles + at.token_tile;
@@ -186,7 +246,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 template <class Decoder, class T, int kTokens>
 void launch_multiply_wgmma(const ProductLaunch& launch, const TileWork& work) {
-  constexpr int kShared = WarpgroupRing<Decoder, kTokens>::kBytes + Decoder::kSharedBytes;
+  constexpr int kShared = WarpgroupRing<Decoder, kTokens>::kAllBytes;
   auto* kernel = multiply_tiles_wgmma<Decoder, T, kTokens, false>;
   if constexpr (kHasZeros<Decoder>) {
     if (launch.arguments.w.zeros != nullptr) kernel = multiply_tiles_wgmma<Decoder, T, kTokens, true>;

@@ -22,7 +22,7 @@ unsigned blocks_for(int64_t threads) {
 // A thread takes 32 columns of a token: four pieces of 16 bytes, whose words change places. 16-bit values
 // of either type.
 __global__ void __launch_bounds__(kThreads)
-    arrange_tokens(const __grid_constant__ ProductArguments p, uint4* tokens, int padded_tokens) {
+    arrange_tokens(const __grid_constant__ ProductArguments p, uint4* tokens, int64_t padded_tokens) {
   let_next_begin();
   wait_for_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

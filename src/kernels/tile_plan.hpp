@@ -24,7 +24,7 @@ struct TilePlan {
 
   QUANTLOOM_HOST_DEVICE int64_t tiles() const { return static_cast<int64_t>(row_groups) * token_tiles; }
   QUANTLOOM_HOST_DEVICE int64_t units() const { return tiles() * column_blocks; }
-  QUANTLOOM_HOST_DEVICE int padded_tokens() const { return token_tiles * tokens; }
+  QUANTLOOM_HOST_DEVICE int64_t padded_tokens() const { return int64_t{tokens} * token_tiles; }
   // First unit of part `part`; that of part `grid` is the end.
   QUANTLOOM_HOST_DEVICE int64_t begin(int64_t part) const { return units() * part / grid; }
   // The part that unit `unit` is in.
@@ -65,7 +65,7 @@ inline TilePlan tile_plan(int row_blocks, int column_blocks, int m, int processo
   TilePlan plan;
   plan.row_groups = (row_blocks + TilePlan::kWarps - 1) / TilePlan::kWarps;
   plan.tokens = m <= 32 ? 32 : 64;
-  plan.token_tiles = (m + plan.tokens - 1) / plan.tokens;
+  plan.token_tiles = m / plan.tokens + (m % plan.tokens == 0 ? 0 : 1);
   plan.column_blocks = column_blocks;
   const int64_t wanted = splits > 0 ? plan.tiles() * splits : balanced_parts(plan, processors);
   plan.grid = static_cast<int>(std::max<int64_t>(std::min({wanted, plan.units(), int64_t{1} << 30}), 1));

@@ -1,0 +1,47 @@
+// Bulk copies into shared memory (cp.async.bulk, sm_90 and later), whose arrival a barrier in shared memory
+// counts in bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace quantloom::cuda {
+
+// A barrier whose phase ends when `arrivals` threads have announced bytes and all those have arrived. By one
+// thread; the others use it after publish_barriers() by that thread and a __syncthreads().
+__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Announces bytes of copies that this thread begins before or after.
+__device__ __forceinline__ void announce_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Multiples of 16 bytes, at such addresses.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, int bytes, uint32_t barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// Until the phase of this parity has ended: 0 for the first, then 1, 0, ...
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra ended;\n"
+      "bra again;\n"
+      "ended:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace quantloom::cuda
