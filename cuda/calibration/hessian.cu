@@ -5,9 +5,9 @@
 
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
+#include "common/matrix_checks.hpp"
 #include "quantloom/calibration/cuda_hessian.hpp"
 #include "quantloom/checked_math.hpp"
-#include "rounding/steps.hpp"
 
 namespace quantloom {
 namespace {

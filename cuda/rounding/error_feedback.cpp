@@ -4,7 +4,6 @@
 
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
-#include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/upper_factor.hpp"
@@ -152,9 +151,9 @@ void walk(const CudaMatrix& w, PackedTensor& packed, const WalkPlan& plan, const
     begin = end;
   }
 
-  pack_codes(codes.data(), position.data(), n, k, format.bits,
-             reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()), packed_words(k, format.bits),
-             stream);
+  Tensor& plane = packed.planes.at("codes");
+  pack_codes(codes.data(), position.data(), n, k, format.bits, reinterpret_cast<uint32_t*>(plane.bytes()),
+             plane.shape()[1], stream);
   store_parameters(format, parameters.view(), packed, stream);
   check_cuda(cudaStreamSynchronize(stream), "work of the stream");
 }

@@ -2,9 +2,8 @@
 // throughout, a band of rows at a time.
 #include <limits>
 
-#include "common/load_float.cuh"
+#include "common/block_sum.cuh"
 #include "common/math_handles.hpp"
-#include "quantloom/kernels/dequantize.hpp"
 #include "rounding/rounds.hpp"
 
 namespace quantloom::cuda {
@@ -12,39 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kBandRows = 1024;
-constexpr int64_t kBlocks = 1024;  // partial sums
-
-__device__ double block_sum(double value) {
-  __shared__ double parts[kThreads];
-  parts[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
-    __syncthreads();
-  }
-  const double sum = parts[0];
-  __syncthreads();
-  return sum;
-}
-
-// errors [rows, k] = w - decoded, subtracted in float32, for rows from first_row of w; partial[block] takes
-// the sum of squares.
-__global__ void __launch_bounds__(kThreads)
-    errors_kernel(CudaMatrix w, int64_t first_row, int64_t rows, const float* decoded, double* errors,
-                  double* partial) {
-  const int64_t total = rows * w.cols;
-  double sum = 0;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < total;
-       at += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t row = first_row + at / w.cols;
-    const float value = load_float(w.data, w.dtype, row * w.stride + at % w.cols);
-    const double error = static_cast<double>(__fsub_rn(value, decoded[first_row * w.cols + at]));
-    errors[at] = error;
-    sum += error * error;
-  }
-  const double whole = block_sum(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = whole;
-}
+constexpr int64_t kBlocks = kErrorBlocks;  // partial sums
 
 __global__ void __launch_bounds__(kThreads)
     dot_kernel(const double* a, const double* b, int64_t count, double* partial) {
@@ -53,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
        at += static_cast<int64_t>(gridDim.x) * kThreads) {
     sum += a[at] * b[at];
   }
-  const double whole = block_sum(sum);
+  const double whole = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = whole;
 }
 
@@ -78,9 +45,6 @@ Losses measure_losses(const CudaMatrix& w, const PackedTensor& packed,
   Losses losses;
   losses.proxy_losses.assign(hessians.size(), 0.0);
   const BlasScope blas(stream);
-  const DeviceBuffer<float> decoded(checked_mul(n, k), stream);
-  dequantize_cuda(packed, decoded.data(), DType::f32, k, stream);
-
   const int64_t band = std::min(n, kBandRows);
   const int64_t bands = ceil_div(n, band);
   const DeviceBuffer<double> errors(checked_mul(band, k), stream);
@@ -97,9 +61,7 @@ Losses measure_losses(const CudaMatrix& w, const PackedTensor& packed,
   const double zero = 0.0;
   for (int64_t b = 0; b < bands; ++b) {
     const int64_t rows = std::min(band, n - b * band);
-    errors_kernel<<<kBlocks, kThreads, 0, stream>>>(w, b * band, rows, decoded.data(), errors.data(),
-                                                    partial.data() + b * kBlocks);
-    check_cuda(cudaGetLastError(), "launch of errors");
+    measure_errors(w, packed, b * band, rows, errors.data(), partial.data() + b * kBlocks, stream);
     for (size_t h = 0; h < hessians.size(); ++h) {
       // Column-major, (E H)^T = H E^T.
       check_cublas(

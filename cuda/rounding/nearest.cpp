@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "common/device_pointer.hpp"
-#include "quantloom/formats/bit_packing.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/scale_search.hpp"
 
@@ -147,7 +146,7 @@ double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>
   encode.grid = task.grid;
   encode.parameters = parameters.view();
   encode.words = reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes());
-  encode.words_per_row = packed_words(w.cols, format.bits);
+  encode.words_per_row = packed.planes.at("codes").shape()[1];
   const DeviceBuffer<double> squared_error(1, stream);
   encode_and_pack(encode, squared_error.data(), stream);
   double sum = 0;

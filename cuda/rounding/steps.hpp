@@ -8,28 +8,11 @@
 #include <vector>
 
 #include "common/device_buffer.hpp"
-#include "formats/uniform_rounding.cuh"
-#include "quantloom/cuda_matrix.hpp"
-#include "quantloom/formats/uniform.hpp"
+#include "common/matrix_checks.hpp"
+#include "formats/uniform_planes.hpp"
 #include "quantloom/rounding/rounding.hpp"
 
 namespace quantloom::cuda {
-
-// No element found: the key of finds that take the least one.
-inline constexpr uint64_t kNoneFound = ~uint64_t{0};
-
-inline UniformGrid grid_of(const Uniform& format) {
-  return {format.bits, format.symmetric, format.scale_dtype};
-}
-
-// Parameters of groups in float32, of values that the stored types hold exactly: those of row r and group g
-// lie at r * row_stride + g * group_stride.
-struct GroupParameters {
-  float* scales = nullptr;
-  float* zeros = nullptr;
-  int64_t row_stride = 0;
-  int64_t group_stride = 0;
-};
 
 // The factors of a scale search, on the device; none for no search.
 class SearchFactors {
@@ -66,38 +49,5 @@ struct FitTask {
 void fit_groups(const FitTask& task, const SearchFactors& search, cudaStream_t stream);
 // Fits all columns of all rows as one group; parameters at index 0.
 void fit_whole(const FitTask& task, const SearchFactors& search, cudaStream_t stream);
-
-// Takes the least key, (r * cols + c) * 4 + kind, of values that are not finite; kind: 0 Inf, 1 -Inf, 2 NaN.
-// Keys begin at first_row.
-void find_non_finite(const CudaMatrix& matrix, int64_t first_row, uint64_t* key, cudaStream_t stream);
-// Waits for the stream. Throws NumericError naming `argument`, row and column if a key was found.
-void require_none_found(const uint64_t* key, int64_t cols, const std::string& argument,
-                        const std::string& rows, cudaStream_t stream);
-// Both: throws NumericError unless all values are finite.
-void require_finite_cuda(const CudaMatrix& matrix, const std::string& argument, cudaStream_t stream);
-
-// How groups lie in a matrix, for encoding.
-struct EncodeTask {
-  CudaMatrix w;
-  int64_t group_size = 0;
-  UniformGrid grid;
-  GroupParameters parameters;
-  uint32_t* words = nullptr;  // [rows, words_per_row]
-  int64_t words_per_row = 0;
-};
-
-// Chooses the nearest codes and packs them; squared_error [1] takes the sum of squared errors.
-void encode_and_pack(const EncodeTask& task, double* squared_error, cudaStream_t stream);
-
-// Packs codes [n, k], of which that of column c lies at position[c] of its row (null: at c).
-void pack_codes(const uint8_t* codes, const int32_t* position, int64_t n, int64_t k, int bits,
-                uint32_t* words, int64_t words_per_row, cudaStream_t stream);
-
-// Writes the planes scales and, if asymmetric, zeros of `packed`.
-void store_parameters(const Uniform& format, const GroupParameters& parameters, PackedTensor& packed,
-                      cudaStream_t stream);
-
-// out [1] = the sum of values [count], always in the same order.
-void sum_values(const double* values, int64_t count, double* out, cudaStream_t stream);
 
 }  // namespace quantloom::cuda

@@ -1,10 +1,13 @@
 // Choosing nearest codes, and writing planes: a thread makes one 32-bit word of a plane, so that no two write
 // to the same one. Codes that straddle two words are chosen twice.
-#include <cmath>
+#include <algorithm>
 
+#include "common/block_sum.cuh"
+#include "common/device_buffer.hpp"
 #include "common/load_float.cuh"
+#include "common/matrix_checks.hpp"
+#include "formats/uniform_planes.hpp"
 #include "quantloom/error.hpp"
-#include "rounding/steps.hpp"
 
 namespace quantloom::cuda {
 namespace {
@@ -16,16 +19,45 @@ __device__ __forceinline__ void put_code(uint32_t code, int64_t bit, uint32_t& w
   word |= bit >= 0 ? code << bit : code >> -bit;
 }
 
-// The sum over the block, valid in thread 0; always in the same order.
-__device__ double block_sum(double value) {
-  __shared__ double parts[kThreads];
-  parts[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
-    __syncthreads();
+// The planes of a matrix, as the decoding of single values reads them.
+struct StoredUniform {
+  const uint32_t* codes;
+  const void* scales;
+  const uint32_t* zeros;       // null: zero_point holds everywhere
+  const int32_t* group_index;  // null: groups of consecutive columns
+  int64_t words_per_row;
+  int64_t words_per_group;  // of zeros
+  int64_t groups;
+  int64_t group_size;
+  float zero_point;
+  int bits;
+  DType scale_dtype;
+  bool per_tensor;
+};
+
+__device__ __forceinline__ uint32_t code_at(const uint32_t* words, int64_t word_count, int64_t i, int bits) {
+  const int64_t bit = i * bits;
+  const int64_t word = bit / 32;
+  const auto offset = static_cast<uint32_t>(bit % 32);
+  uint64_t window = words[word];
+  if (word + 1 < word_count) window |= static_cast<uint64_t>(words[word + 1]) << 32;
+  return static_cast<uint32_t>(window >> offset) & ((1U << bits) - 1U);
+}
+
+// scale * (code - zero): the difference is exact, the product rounded once, as on the CPU.
+__device__ __forceinline__ float decoded_value(const StoredUniform& stored, int64_t row, int64_t column) {
+  const int64_t group = stored.group_index != nullptr ? static_cast<int64_t>(stored.group_index[column])
+                                                      : column / stored.group_size;
+  const int64_t parameter_row = stored.per_tensor ? 0 : row;
+  const float scale = load_float(stored.scales, stored.scale_dtype, parameter_row * stored.groups + group);
+  float zero = stored.zero_point;
+  if (stored.zeros != nullptr) {
+    zero = static_cast<float>(code_at(stored.zeros + group * stored.words_per_group, stored.words_per_group,
+                                      parameter_row, stored.bits));
   }
-  return parts[0];
+  const uint32_t code =
+      code_at(stored.codes + row * stored.words_per_row, stored.words_per_row, column, stored.bits);
+  return scale * (static_cast<float>(code) - zero);
 }
 
 __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeTask task, double* partial_errors) {
@@ -63,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeTask task, doubl
     }
     task.words[at] = word;
   }
-  const double sum = block_sum(squared_error);
+  const double sum = block_sum<kThreads>(squared_error);
   if (threadIdx.x == 0) partial_errors[blockIdx.x] = sum;
 }
 
@@ -121,27 +153,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) sum_kernel(const double* values, int64_t count, double* out) {
-  double mine = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) mine += values[i];
-  const double sum = block_sum(mine);
-  if (threadIdx.x == 0) *out = sum;
-}
-
+// errors [rows, k] = w - decoded, subtracted in float32; partial[block] takes the sum of squares.
 __global__ void __launch_bounds__(kThreads)
-    find_non_finite_kernel(CudaMatrix matrix, int64_t first_row, unsigned long long* key) {
-  unsigned long long found = kNoneFound;
-  for (int64_t row = blockIdx.y; row < matrix.rows; row += gridDim.y) {
-    for (int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; column < matrix.cols;
-         column += static_cast<int64_t>(gridDim.x) * kThreads) {
-      const float value = load_float(matrix.data, matrix.dtype, row * matrix.stride + column);
-      if (fabsf(value) <= 0x1.fffffep127F) continue;
-      const unsigned long long kind = value != value ? 2 : (value < 0 ? 1 : 0);
-      const auto index = static_cast<unsigned long long>((first_row + row) * matrix.cols + column);
-      found = min(found, index * 4 + kind);
-    }
+    errors_kernel(CudaMatrix w, int64_t first_row, int64_t rows, StoredUniform stored, double* errors,
+                  double* partial) {
+  const int64_t total = rows * w.cols;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  double sum = 0;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < total; at += step) {
+    const int64_t row = first_row + at / w.cols;
+    const int64_t column = at % w.cols;
+    const float value = load_float(w.data, w.dtype, row * w.stride + column);
+    const double error = static_cast<double>(value - decoded_value(stored, row, column));
+    errors[at] = error;
+    sum += error * error;
   }
-  if (found != kNoneFound) atomicMin(key, found);
+  const double whole = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = whole;
 }
 
 unsigned blocks_for(int64_t threads) {
@@ -181,37 +209,28 @@ void store_parameters(const Uniform& format, const GroupParameters& parameters, 
   check_cuda(cudaGetLastError(), "launch of pack_zeros");
 }
 
-void sum_values(const double* values, int64_t count, double* out, cudaStream_t stream) {
-  sum_kernel<<<1, kThreads, 0, stream>>>(values, count, out);
-  check_cuda(cudaGetLastError(), "launch of sum");
-}
-
-void find_non_finite(const CudaMatrix& matrix, int64_t first_row, uint64_t* key, cudaStream_t stream) {
-  if (matrix.rows == 0 || matrix.cols == 0) return;
-  const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(ceil_div(matrix.cols, kThreads * 4), 64)),
-                    static_cast<unsigned>(std::min<int64_t>(matrix.rows, 4096)));
-  find_non_finite_kernel<<<blocks, kThreads, 0, stream>>>(matrix, first_row,
-                                                          reinterpret_cast<unsigned long long*>(key));
-  check_cuda(cudaGetLastError(), "launch of find_non_finite");
-}
-
-void require_none_found(const uint64_t* key, int64_t cols, const std::string& argument,
-                        const std::string& rows, cudaStream_t stream) {
-  uint64_t found = 0;
-  download(key, &found, 1, stream);
-  if (found == kNoneFound) return;
-  const float values[] = {INFINITY, -INFINITY, NAN, NAN};
-  const auto index = static_cast<int64_t>(found / 4);
-  throw NumericError(text_of(argument, ": got ", values[found % 4], " at row ", index / cols, rows,
-                             ", column ", index % cols, ", expected finite values"));
-}
-
-void require_finite_cuda(const CudaMatrix& matrix, const std::string& argument, cudaStream_t stream) {
-  if (matrix.rows == 0 || matrix.cols == 0) return;
-  DeviceBuffer<uint64_t> key(1, stream);
-  key.fill_bytes(0xff);
-  find_non_finite(matrix, 0, key.data(), stream);
-  require_none_found(key.data(), matrix.cols, argument, "", stream);
+void measure_errors(const CudaMatrix& w, const PackedTensor& packed, int64_t first_row, int64_t rows,
+                    double* errors, double* partial_squares, cudaStream_t stream) {
+  const auto& format = static_cast<const Uniform&>(*packed.format);
+  StoredUniform stored{};
+  stored.codes = reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes());
+  stored.words_per_row = packed.plane("codes").shape()[1];
+  stored.scales = packed.plane("scales").bytes();
+  stored.groups = packed.plane("scales").shape()[1];
+  stored.scale_dtype = format.scale_dtype;
+  if (!format.symmetric) {
+    stored.zeros = reinterpret_cast<const uint32_t*>(packed.plane("zeros").bytes());
+    stored.words_per_group = packed.plane("zeros").shape()[1];
+  }
+  if (packed.planes.contains("group_index")) {
+    stored.group_index = reinterpret_cast<const int32_t*>(packed.plane("group_index").bytes());
+  }
+  stored.group_size = format.columns_per_group(packed.k);
+  stored.zero_point = format.symmetric_zero_point();
+  stored.bits = format.bits;
+  stored.per_tensor = format.group_size == Uniform::kPerTensor;
+  errors_kernel<<<kErrorBlocks, kThreads, 0, stream>>>(w, first_row, rows, stored, errors, partial_squares);
+  check_cuda(cudaGetLastError(), "launch of errors");
 }
 
 }  // namespace quantloom::cuda
