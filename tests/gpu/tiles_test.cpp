@@ -202,18 +202,20 @@ Product run(const Case& c, Kernel kernel, const Matrix& matrix, const std::funct
     }
   }
   const auto x_memory = device_bytes(static_cast<int64_t>(x.size()));
-  const auto bias_memory = device_bytes(static_cast<int64_t>(bias.size()));
+  // Half of the time no multiple of 16 bytes.
+  const int64_t bias_offset = static_cast<int64_t>(seed % 2) * size;
+  const auto bias_memory = device_bytes(static_cast<int64_t>(bias.size()) + bias_offset);
   const int64_t y_bytes = (c.m + 1) * product.y_stride * size;
   const auto y_memory = device_bytes(y_bytes);
   upload(x.data(), x_memory.get(), static_cast<int64_t>(x.size()));
-  upload(bias.data(), bias_memory.get(), static_cast<int64_t>(bias.size()));
+  upload(bias.data(), bias_memory.get() + bias_offset, static_cast<int64_t>(bias.size()));
   check_cuda(cudaMemset(y_memory.get(), 0xFF, static_cast<size_t>(y_bytes)), "poison");
 
   ProductLaunch launch;
   launch.arguments.w = matrix.w;
   launch.arguments.x = x_memory.get();
   launch.arguments.x_stride = x_stride;
-  launch.arguments.bias = c.bias ? bias_memory.get() : nullptr;
+  launch.arguments.bias = c.bias ? bias_memory.get() + bias_offset : nullptr;
   launch.arguments.y = y_memory.get();
   launch.arguments.y_stride = product.y_stride;
   launch.arguments.m = c.m;
@@ -463,6 +465,19 @@ TEST(DecodedProduct, TakesFloat32Activations) {
         c, Kernel::decode, matrix, [&](int64_t i) { return static_cast<float>(random.normal(i)); }, 7001);
     compare(c, matrix, product, 1);
   }
+}
+
+// Activations are put in order for 8192 tokens at a time.
+TEST(DecodedProduct, PutsManyTokensInOrder) {
+  if (!has_cuda_device()) GTEST_SKIP() << "no CUDA device in this machine";
+  const Case c{.bits = 4, .group_size = 20, .n = 70, .k = 45, .m = 8200, .splits = 2};
+  SCOPED_TRACE(testing::Message() << c);
+  const CounterRandom random(7100);
+  const Matrix matrix = make_matrix(c, 7100, [&](int64_t i) { return i % 2 == 0 ? 0x1p-5F : -0x1p-7F; });
+  const Product product = run(
+      c, Kernel::decode, matrix,
+      [&](int64_t i) { return static_cast<float>(static_cast<int>(random.below(i, 9)) - 4); }, 7101);
+  compare(c, matrix, product, 0);
 }
 
 TEST(DecodeFragments, GivesTheValuesOfTheCpu) {
