@@ -168,7 +168,7 @@ void launch_decode_to(const FragmentMatrix& w, void* out, int64_t stride, bool o
   }
   constexpr int64_t kWarps = kDecodeThreads / 32;
   // A table is filled once by each block of threads: few of them, for many blocks of the matrix.
-  const int64_t most = int64_t{Decoder::kSharedBytes > 0 ? 5 : 64} * device_facts().multiprocessors;
+  const int64_t most = int64_t{Decoder::kSharedBytes > 0 ? 5 : 64} * current_device().processors;
   LaunchSettings settings(dim3(static_cast<unsigned>(std::min((blocks + kWarps - 1) / kWarps, most))),
                           dim3(kDecodeThreads), stream, overlap, 1);
   settings.config.dynamicSmemBytes = Decoder::kSharedBytes;

@@ -203,7 +203,7 @@ void launch_multiply_tiles(const ProductLaunch& launch, const TileWork& work) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "matmul_cuda: shared memory of multiply_tiles");
   LaunchSettings settings(dim3(static_cast<unsigned>(work.plan.grid)), dim3(kTileThreads), launch.stream,
-                          device_facts().overlaps, 1);
+                          overlaps(current_device()), 1);
   settings.config.dynamicSmemBytes = kShared;
   check_cuda(cudaLaunchKernelEx(&settings.config, kernel, launch.arguments, work),
              "matmul_cuda: launch of multiply_tiles");

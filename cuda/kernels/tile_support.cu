@@ -125,40 +125,19 @@ void launch_add(const ProductLaunch& launch, const TileWork& work) {
   const int64_t blocks = work.plan.tiles() * (fragments::kUnits * kTiles / kAddTiles);
   if (blocks > 2147483647) throw Unsupported(text_of("matmul_cuda: no kernel for ", blocks, " tiles"));
   LaunchSettings settings(dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), launch.stream,
-                          device_facts().overlaps, 1);
+                          overlaps(current_device()), 1);
   check_cuda(cudaLaunchKernelEx(&settings.config, add_parts<T, kTiles>, launch.arguments, work),
              "matmul_cuda: launch of add_parts");
 }
 
 }  // namespace
 
-TileDevice device_facts() {
-  int device = 0;
-  int major = 0;
-  TileDevice facts;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  facts.overlaps = major >= 9;
-  return facts;
-}
-
 bool runs_wgmma() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-             "cudaDeviceGetAttribute");
-  return major == 9 && minor == 0 && cuda_architectures().find("90a") != std::string::npos;
+  return current_device().architecture == 90 && cuda_architectures().find("90a") != std::string::npos;
 }
 
 TilePlan tile_plan_of(const FragmentMatrix& w, int m, int splits) {
-  return fragments::tile_plan(w.row_blocks, w.column_blocks, m, device_facts().multiprocessors, splits);
+  return fragments::tile_plan(w.row_blocks, w.column_blocks, m, current_device().processors, splits);
 }
 
 int64_t tiles_workspace(const FragmentMatrix& w, int m, int splits) {

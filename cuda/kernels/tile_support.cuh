@@ -1,6 +1,7 @@
 // What both tile loops share: activations in token order, and what becomes of the sums of a tile.
 #pragma once
 
+#include "common/device.hpp"
 #include "common/half_pairs.cuh"
 #include "kernels/product_arguments.cuh"
 #include "kernels/tile_plan.hpp"
@@ -15,12 +16,10 @@ constexpr int kTileThreads = 32 * TilePlan::kWarps;
 template <class Decoder>
 constexpr bool kHasZeros = Decoder::kCenter != 0.0F;
 
-// Facts of the current device that plans and launches depend on.
-struct TileDevice {
-  int multiprocessors = 0;
-  bool overlaps = false;  // kernels may begin before the previous one has ended
-};
-TileDevice device_facts();
+// Kernels may begin before the previous one has ended: griddepcontrol.
+inline bool overlaps(const DeviceFacts& device) {
+  return device.architecture >= 90;
+}
 
 inline int64_t aligned_bytes(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
