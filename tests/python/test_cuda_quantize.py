@@ -179,9 +179,9 @@ def test_bad_input_is_named(rng):
 @pytest.mark.parametrize("rounding", [ql.Nearest(), ql.GPTQ()])
 def test_models_are_quantized_on_the_device(tmp_path, rounding):
     write_model(tmp_path / "model", llama())
-    ids = token_ids(10 * 64)
+    ids = token_ids(10 * 32)
     recipe = ql.Recipe("uniform:4:g16", rounding)
-    options = {"calibration": ids, "windows": 8, "window": 64, "held_out_windows": 2}
+    options = {"calibration": ids, "windows": 8, "window": 32, "held_out_windows": 2}
     here = ql.models.quantize(tmp_path / "model", recipe, output=tmp_path / "here", **options)
     there = ql.models.quantize(
         tmp_path / "model", recipe, output=tmp_path / "there", device="cuda", **options
