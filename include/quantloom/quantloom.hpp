@@ -17,6 +17,7 @@
 // `threads` = 0 means OpenMP's default; results never depend on it.
 #pragma once
 
+#include "quantloom/calibration/cuda_hessian.hpp"
 #include "quantloom/calibration/hessian.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/formats/codebook.hpp"
@@ -30,5 +31,6 @@
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
 #include "quantloom/packed_tensor.hpp"
+#include "quantloom/rounding/cuda.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
