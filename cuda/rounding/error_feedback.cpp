@@ -40,7 +40,7 @@ struct WalkPlan {
   }
 };
 
-WalkPlan plan_walk(const Uniform& format, const std::vector<double>& diagonal, bool act_order,
+WalkPlan plan_walk(const GroupedFormat& format, const std::vector<double>& diagonal, bool act_order,
                    bool fit_on_the_walk) {
   const auto k = static_cast<int64_t>(diagonal.size());
   WalkPlan plan;
@@ -67,7 +67,7 @@ WalkPlan plan_walk(const Uniform& format, const std::vector<double>& diagonal, b
 // Chooses all codes. Nothing of `packed` is written before every fit has passed.
 void walk(const CudaMatrix& w, PackedTensor& packed, const WalkPlan& plan, const UpperFactor& factor,
           const CudaErrorFeedbackOptions& options, cudaStream_t stream) {
-  const auto& format = static_cast<const Uniform&>(*packed.format);
+  const auto& format = static_cast<const GroupedFormat&>(*packed.format);
   const int64_t n = w.rows;
   const int64_t k = w.cols;
   const int64_t stride = factor.stride();
@@ -83,6 +83,7 @@ void walk(const CudaMatrix& w, PackedTensor& packed, const WalkPlan& plan, const
     }
   }
   const DeviceBuffer<float> weights = uploaded(host_weights, stream);
+  const DeviceGrid grid(format, stream);
   const SearchFactors search(options.scale_search, stream);
   const FittedParameters parameters(format, n, k, true, stream);
   const DeviceBuffer<float> working(checked_mul(n, stride), stream);
@@ -97,7 +98,7 @@ void walk(const CudaMatrix& w, PackedTensor& packed, const WalkPlan& plan, const
   fit.group_count = parameters.groups();
   fit.dead = plan.fit_on_the_walk ? nullptr : dead.data();  // the working copy holds zeros there
   fit.weights = weights.data();
-  fit.grid = grid_of(format);
+  fit.grid = grid.view();
   fit.parameters = parameters.view();
   fit.failure = parameters.failure();
   if (!plan.fit_on_the_walk) {
@@ -199,16 +200,16 @@ void measure(const CudaMatrix& w, const PackedTensor& packed, const CudaHessian&
 }  // namespace cuda
 
 bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups) {
-  const auto* uniform = dynamic_cast<const Uniform*>(&format);
-  return uniform != nullptr && act_order && !static_groups && uniform->group_size != Uniform::kPerTensor &&
-         uniform->group_count(k) > 1;
+  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
+  return grouped != nullptr && act_order && !static_groups &&
+         grouped->group_size != GroupedFormat::kPerTensor && grouped->group_count(k) > 1;
 }
 
 RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
                                          const CudaHessian& hessian, const CudaErrorFeedbackOptions& options,
                                          void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const Uniform& format = cuda::require_uniform(packed, "round_error_feedback_cuda");
+  const GroupedFormat& format = cuda::require_scalar(packed, "round_error_feedback_cuda");
   ErrorFeedbackOptions checked;
   checked.damping = options.damping;
   checked.damping_ladder = options.damping_ladder;
@@ -237,7 +238,7 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   cuda::require_finite_cuda(w, "w", cuda_stream);
 
   const bool fit_on_the_walk =
-      !options.static_groups && format.group_size != Uniform::kPerTensor && format.group_count(k) > 1;
+      !options.static_groups && format.group_size != GroupedFormat::kPerTensor && format.group_count(k) > 1;
   RoundingReport report;
   report.method = "gptq";
   report.scale_search = options.scale_search.has_value();

@@ -74,11 +74,8 @@ __device__ ValueRange range_of(const Segment& segment, bool with_mean) {
 }
 
 // The weighted error of the segment under this lane's parameters. All lanes take part.
-__device__ double error_of(const Segment& segment, const UniformGrid& grid, const GroupFit& fit,
-                           double norm) {
+__device__ double error_of(const Segment& segment, const ScalarGrid& grid, const GroupFit& fit, double norm) {
   const int lane = threadIdx.x % kWarp;
-  const bool is_sign = grid.is_sign();
-  const float largest_code = grid.largest_code();
   double sum = 0;
   for (int64_t base = 0; base < segment.count; base += kWarp) {
     const bool inside = base + lane < segment.count;
@@ -88,7 +85,7 @@ __device__ double error_of(const Segment& segment, const UniformGrid& grid, cons
     for (int j = 0; j < here; ++j) {
       const float value = __shfl_sync(kAll, mine, j);
       const double weight = static_cast<double>(__shfl_sync(kAll, my_weight, j));
-      const EncodedValue encoded = encode_uniform(is_sign, largest_code, value, fit.scale, fit.zero);
+      const EncodedValue encoded = encode_value(grid, value, fit.scale, fit.zero);
       const double error = static_cast<double>(encoded.decoded) - static_cast<double>(value);
       sum += norm == 2.0 ? weight * (error * error) : weight * pow(fabs(error), norm);
     }
@@ -109,14 +106,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t count = min(task.group_size, task.end_column - first);
     const Segment segment = segment_of(task, row, first, count);
     const ValueRange range = range_of(segment, task.grid.is_sign());
-    GroupFit best = fit_uniform(task.grid, range, 1.0);
+    GroupFit best = fit_grid(task.grid, range, 1.0);
     bool finite = best.finite;
     if (search.steps > 0) {
       double best_error = INFINITY;
       int best_step = INT_MAX;
       for (int first_step = 0; first_step < search.steps; first_step += kWarp) {
         const int step = min(first_step + lane, search.steps - 1);
-        const GroupFit fit = fit_uniform(task.grid, range, static_cast<double>(search.factors[step]));
+        const GroupFit fit = fit_grid(task.grid, range, static_cast<double>(search.factors[step]));
         finite = finite && fit.finite;
         const double error = error_of(segment, task.grid, fit, search.norm);
         // The last step may be tried by many lanes; the result is the same.
@@ -135,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
       const float factor = best_step < search.steps ? search.factors[best_step] : 1.0F;
-      best = fit_uniform(task.grid, range, static_cast<double>(factor));
+      best = fit_grid(task.grid, range, static_cast<double>(factor));
       finite = __all_sync(kAll, finite) != 0;
     }
     if (lane == 0) {
@@ -178,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int step = min(first_step + lane, search.steps - 1);
-  const GroupFit fit = fit_uniform(task.grid, *whole, static_cast<double>(search.factors[step]));
+  const GroupFit fit = fit_grid(task.grid, *whole, static_cast<double>(search.factors[step]));
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
        row < task.w.rows; row += warps) {
     errors[row * kWarp + lane] = error_of(segment_of(task, row, 0, task.w.cols), task.grid, fit, search.norm);
@@ -213,13 +210,13 @@ __global__ void best_step_kernel(const double* errors, int64_t n, int first_step
 
 // One thread.
 __global__ void fit_whole_kernel(FitTask task, const ValueRange* whole, Search search, const BestStep* best) {
-  GroupFit fit = fit_uniform(task.grid, *whole, 1.0);
+  GroupFit fit = fit_grid(task.grid, *whole, 1.0);
   bool finite = fit.finite;
   for (int step = 0; step < search.steps; ++step) {
-    finite = finite && fit_uniform(task.grid, *whole, static_cast<double>(search.factors[step])).finite;
+    finite = finite && fit_grid(task.grid, *whole, static_cast<double>(search.factors[step])).finite;
   }
   if (search.steps > 0 && best->step < search.steps) {
-    fit = fit_uniform(task.grid, *whole, static_cast<double>(search.factors[best->step]));
+    fit = fit_grid(task.grid, *whole, static_cast<double>(search.factors[best->step]));
   }
   task.parameters.scales[0] = fit.scale;
   task.parameters.zeros[0] = fit.zero;

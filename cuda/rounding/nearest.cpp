@@ -10,14 +10,14 @@
 namespace quantloom {
 namespace cuda {
 
-const Uniform& require_uniform(const PackedTensor& packed, std::string_view function) {
+const GroupedFormat& require_scalar(const PackedTensor& packed, std::string_view function) {
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
-  const auto* format = dynamic_cast<const Uniform*>(packed.format.get());
-  if (format == nullptr) {
+  if (dynamic_cast<const Uniform*>(packed.format.get()) == nullptr &&
+      dynamic_cast<const Codebook*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of(function, ": no CUDA kernel rounds to format ", packed.format->spec(),
                               "; round on the CPU instead"));
   }
-  return *format;
+  return static_cast<const GroupedFormat&>(*packed.format);
 }
 
 void require_same_shape(const CudaMatrix& w, const PackedTensor& packed) {
@@ -59,9 +59,9 @@ void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream
   check_cuda(cudaStreamSynchronize(stream), "copy of planes");
 }
 
-FittedParameters::FittedParameters(const Uniform& format, int64_t n, int64_t k, bool rows_next_to_each_other,
-                                   cudaStream_t stream)
-    : per_tensor_(format.group_size == Uniform::kPerTensor),
+FittedParameters::FittedParameters(const GroupedFormat& format, int64_t n, int64_t k,
+                                   bool rows_next_to_each_other, cudaStream_t stream)
+    : per_tensor_(format.group_size == GroupedFormat::kPerTensor),
       groups_(per_tensor_ ? 1 : format.group_count(k)),
       scales_(per_tensor_ ? 1 : checked_mul(n, groups_), stream),
       zeros_(per_tensor_ ? 1 : checked_mul(n, groups_), stream),
@@ -120,7 +120,8 @@ void FittedParameters::require_fitted(const FitTask& task, const SearchFactors& 
 double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>& shared,
                         PackedTensor& packed, const std::optional<ScaleSearch>& scale_search,
                         const float* weights, cudaStream_t stream) {
-  const auto& format = static_cast<const Uniform&>(*shared);
+  const auto& format = static_cast<const GroupedFormat&>(*shared);
+  const DeviceGrid grid(format, stream);
   const SearchFactors search(scale_search, stream);
   const FittedParameters parameters(format, w.rows, w.cols, false, stream);
   FitTask task;
@@ -129,7 +130,7 @@ double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>
   task.group_size = std::min(format.columns_per_group(w.cols), w.cols);
   task.group_count = parameters.groups();
   task.weights = weights;
-  task.grid = grid_of(format);
+  task.grid = grid.view();
   task.parameters = parameters.view();
   task.failure = parameters.failure();
   if (parameters.per_tensor()) {
@@ -159,7 +160,7 @@ double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>
 RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
                                   const CudaNearestOptions& options, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  cuda::require_uniform(packed, "round_nearest_cuda");
+  cuda::require_scalar(packed, "round_nearest_cuda");
   if (options.scale_search) require_valid(*options.scale_search);
   if (options.hessian != nullptr) cuda::require_hessian(*options.hessian, w.cols, "hessian");
   if (options.held_out != nullptr) cuda::require_hessian(*options.held_out, w.cols, "held_out");

@@ -11,8 +11,8 @@
 
 namespace quantloom::cuda {
 
-// Throws Unsupported naming the format unless it is uniform.
-const Uniform& require_uniform(const PackedTensor& packed, std::string_view function);
+// Throws Unsupported naming the format unless it is uniform or a codebook.
+const GroupedFormat& require_scalar(const PackedTensor& packed, std::string_view function);
 void require_same_shape(const CudaMatrix& w, const PackedTensor& packed);
 void require_hessian(const CudaHessian& hessian, int64_t k, std::string_view argument);
 
@@ -26,7 +26,7 @@ void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream
 class FittedParameters {
  public:
   // rows_next_to_each_other: [groups, n], else [n, groups].
-  FittedParameters(const Uniform& format, int64_t n, int64_t k, bool rows_next_to_each_other,
+  FittedParameters(const GroupedFormat& format, int64_t n, int64_t k, bool rows_next_to_each_other,
                    cudaStream_t stream);
   const GroupParameters& view() const { return view_; }
   bool per_tensor() const { return per_tensor_; }

@@ -9,7 +9,7 @@
 
 #include "common/device_buffer.hpp"
 #include "common/matrix_checks.hpp"
-#include "formats/uniform_planes.hpp"
+#include "formats/scalar_planes.hpp"
 #include "quantloom/rounding/rounding.hpp"
 
 namespace quantloom::cuda {
@@ -40,7 +40,7 @@ struct FitTask {
   int64_t group_count = 0;
   const uint8_t* dead = nullptr;   // by column of w: not 0 where the weights count as 0; null for none
   const float* weights = nullptr;  // by column of w: how much errors count in the search; null for 1
-  UniformGrid grid;
+  ScalarGrid grid;
   GroupParameters parameters;
   uint64_t* failure = nullptr;  // takes the least row * group_count + group whose grid is not finite
 };

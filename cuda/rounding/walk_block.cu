@@ -33,8 +33,6 @@ static_assert(sizeof(Shared) <= 99 * 1024, "the shared memory of one block on sm
 __device__ __forceinline__ void round_run(const WalkTask& task, Shared& shared, int64_t begin, int run,
                                           int count, int64_t row) {
   const int lane = threadIdx.x % kWarp;
-  const bool is_sign = task.grid.is_sign();
-  const float largest_code = task.grid.largest_code();
   float value[kRun];
   float scale[kRun];
   float zero[kRun];
@@ -53,7 +51,7 @@ __device__ __forceinline__ void round_run(const WalkTask& task, Shared& shared, 
   for (int j = 0; j < kRun; ++j) {
     if (j < count) {
       const float* upper = &shared.upper[run + j][run];
-      const EncodedValue encoded = encode_uniform(is_sign, largest_code, value[j], scale[j], zero[j]);
+      const EncodedValue encoded = encode_value(task.grid, value[j], scale[j], zero[j]);
       const float error = __fdiv_rn(__fsub_rn(value[j], encoded.decoded), upper[j]);
 #pragma unroll
       for (int later = j + 1; later < kRun; ++later) {

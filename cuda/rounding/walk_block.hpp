@@ -19,7 +19,7 @@ struct WalkTask {
   int64_t upper_stride = 0;
   const int32_t* group_at = nullptr;  // [k]: the group of each position
   GroupParameters parameters;
-  UniformGrid grid;
+  ScalarGrid grid;
   uint8_t* codes = nullptr;  // [n, k], columns in the order of the walk
   int64_t k = 0;
   float* errors = nullptr;  // [n, kWalkBlock]: takes those of the block

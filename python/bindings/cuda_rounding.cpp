@@ -6,6 +6,7 @@
 
 #include "arrays.hpp"
 #include "calibration.hpp"
+#include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/rounding/cuda.hpp"
 #include "reports.hpp"
@@ -155,7 +156,9 @@ void bind_cuda_rounding(py::module_& module) {
       .def("sum", &sum_of)
       .def("diagonal", &diagonal_of);
   module.def("rounds_on_cuda", [](const std::string& format_json) {
-    return std::dynamic_pointer_cast<const Uniform>(format_from_json(format_json)) != nullptr;
+    const auto format = format_from_json(format_json);
+    return dynamic_cast<const Uniform*>(format.get()) != nullptr ||
+           dynamic_cast<const Codebook*>(format.get()) != nullptr;
   });
   module.def("walk_needs_group_index",
              [](const std::string& format_json, int64_t k, bool act_order, bool static_groups) {

@@ -234,7 +234,7 @@ def quantize(
     On a CUDA device the work runs on torch's current stream, and the host waits for it. There, nearest
     rounding gives the CPU's codes and scales bit for bit; GPTQ takes its sums in another order, so that
     weights close to the middle between two codes may take the other one. Raises RuntimeError for formats
-    other than ``uniform`` and where cuBLAS or cuSOLVER is missing.
+    other than ``uniform`` and ``codebook``, and where cuBLAS or cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -295,7 +295,7 @@ def _quantize_cuda(
     if not _core.rounds_on_cuda(format.to_json()):
         raise RuntimeError(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
-            " expected uniform (or pass w.cpu())"
+            " expected uniform or codebook (or pass w.cpu())"
         )
     indexed = isinstance(rounding, GPTQ) and _core.walk_needs_group_index(
         format.to_json(), matrix.shape[1], rounding.act_order, rounding.static_groups

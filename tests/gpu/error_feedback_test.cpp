@@ -178,6 +178,27 @@ TEST_P(ErrorFeedbackCudaWidths, AgreesWithTheCpuForGroupsFittedOnTheWalk) {
 
 INSTANTIATE_TEST_SUITE_P(Bits, ErrorFeedbackCudaWidths, ::testing::Range(1, 9));
 
+TEST_F(ErrorFeedbackCuda, AgreesWithTheCpuForCodebooks) {
+  Agreement agreement;
+  uint64_t seed = 3000;
+  for (const char* spec : {"codebook:nf4:g64", "codebook:nf4:channel", "codebook:nf4:tensor:f32"}) {
+    for (const bool static_groups : {true, false}) {
+      ++seed;
+      const TwinMatrix w(normal_matrix(70, 200, seed), 70, 200, kFloatTypes[seed % 3]);
+      ErrorFeedbackOptions options;
+      options.static_groups = static_groups;
+      if (seed % 2 == 0) options.scale_search = ScaleSearch{20, 0.5, 2.0};
+      const Pair pair = round_both(w, format_from_spec(spec), correlated_hessian(800, 200, seed), options);
+      SCOPED_TRACE(text_of(spec, " seed ", seed));
+      expect_same_report(pair.cpu.report, pair.cuda.report);
+      EXPECT_TRUE(same_plane(pair.cpu.tensor, pair.cuda.tensor, "codebook"));
+      EXPECT_TRUE(same_plane(pair.cpu.tensor, pair.cuda.tensor, "group_index"));
+      agreement.add(pair, 4);
+    }
+  }
+  agreement.expect_close();
+}
+
 TEST_F(ErrorFeedbackCuda, SetsDeadColumnsToZero) {
   const int64_t n = 40;
   const int64_t k = 150;

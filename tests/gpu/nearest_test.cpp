@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "quantloom/formats/codebook.hpp"
 #include "rounding/feedback_cases.hpp"
 #include "rounding_cases.hpp"
 
@@ -92,6 +93,33 @@ TEST_P(NearestCudaWidths, SearchesTheCpusScales) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Bits, NearestCudaWidths, ::testing::Range(1, 9));
+
+TEST_F(NearestCuda, RoundsToCodebooks) {
+  uint64_t seed = 300;
+  for (const char* spec :
+       {"codebook:nf4:g64", "codebook:nf4:g7:bf16", "codebook:nf4:channel:f32", "codebook:nf4:tensor"}) {
+    const std::shared_ptr<const Format> format = format_from_spec(spec);
+    for (const auto& [n, k] : {std::array<int64_t, 2>{1, 1}, {17, 129}, {130, 333}, {0, 5}}) {
+      ++seed;
+      const TwinMatrix w(normal_matrix(n, k, seed), n, k, kFloatTypes[seed % 3]);
+      expect_same_bytes(w, format);
+      if (n > 0) expect_same_bytes(w, format, ScaleSearch{40, 0.5, 2.0});
+    }
+  }
+  // Tables of every width, some with fewer entries than codes, some without 0.
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const int entries : {2, (1 << bits) - 1, 1 << bits}) {
+      if (entries < 2 || entries > 1 << bits) continue;
+      std::vector<float> table;
+      for (int i = 0; i < entries; ++i) table.push_back(static_cast<float>(i - entries / 3) * 0.125F);
+      if (bits % 2 == 0) table[static_cast<size_t>(entries / 3)] = 0.0625F;
+      const auto format = std::make_shared<const Codebook>(table, 32, DType::f16, bits);
+      std::vector<float> values = normal_matrix(20, 100, ++seed);
+      for (size_t c = 0; c < 40; ++c) values[c] = 0;
+      expect_same_bytes(TwinMatrix(values, 20, 100, DType::f32), format, ScaleSearch{12, 0.5, 2.0});
+    }
+  }
+}
 
 // pow() of the device may differ from the host's in the last bit: nearly equal factors may change places.
 TEST_F(NearestCuda, SearchesOtherNormsUpToTies) {

@@ -156,8 +156,6 @@ def test_bad_input_is_named(rng):
         ql.quantize(w.double().cuda(), "uniform:4")
     with pytest.raises(ValueError, match=r"hessian.*32 inputs.*33"):
         ql.quantize(torch.randn(8, 33).cuda(), "uniform:4", ql.GPTQ(there))
-    with pytest.raises(RuntimeError, match=r"format.*codebook.*CUDA"):
-        ql.quantize(w.cuda(), "codebook:nf4:g32")
     with pytest.raises(RuntimeError, match="CUDA devices"):
         ql.Hessian(4, device="cuda:99")
     bad = w.clone()
@@ -197,10 +195,15 @@ def test_models_are_quantized_on_the_device(tmp_path, rounding):
     assert [m.proxy_loss for m in again.modules] == [m.proxy_loss for m in there.modules]
 
 
-def test_models_refuse_formats_that_no_kernel_rounds_to(tmp_path):
-    write_model(tmp_path / "model", llama())
-    with pytest.raises(RuntimeError, match=r"device.*codebook"):
-        ql.models.quantize(
-            tmp_path / "model", ql.Recipe("codebook:nf4:g16"), output=tmp_path / "out", device="cuda"
-        )
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("spec", ["codebook:nf4:g64", "codebook:nf4:channel:bf16"])
+def test_codebooks(rng, spec):
+    w = torch.tensor(rng.standard_normal((40, 192)).astype(np.float32)).bfloat16()
+    search = ql.ScaleSearch(steps=9)
+    assert same_planes(ql.quantize(w.cuda(), spec), ql.quantize(w, spec))
+    assert same_planes(
+        ql.quantize(w.cuda(), spec, ql.Nearest(search)), ql.quantize(w, spec, ql.Nearest(search))
+    )
+    here, there = hessians(rng, 192)
+    q, expected = ql.quantize(w.cuda(), spec, ql.GPTQ(there)), ql.quantize(w, spec, ql.GPTQ(here))
+    assert q.report.proxy_loss == pytest.approx(expected.report.proxy_loss, rel=0.02)
+    assert q.report.proxy_loss < q.report.proxy_loss_nearest

@@ -1,5 +1,5 @@
-// Rounding on a CUDA device, for the format "uniform": weights, Hessian and planes stay on the current
-// device.
+// Rounding on a CUDA device, for the formats "uniform" and "codebook": weights, Hessian and planes stay on
+// the current device.
 //
 // `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
 // empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a

@@ -1,12 +1,13 @@
 // Choosing nearest codes, and writing planes: a thread makes one 32-bit word of a plane, so that no two write
 // to the same one. Codes that straddle two words are chosen twice.
 #include <algorithm>
+#include <limits>
+#include <vector>
 
 #include "common/block_sum.cuh"
-#include "common/device_buffer.hpp"
 #include "common/load_float.cuh"
 #include "common/matrix_checks.hpp"
-#include "formats/uniform_planes.hpp"
+#include "formats/scalar_planes.hpp"
 #include "quantloom/error.hpp"
 
 namespace quantloom::cuda {
@@ -20,7 +21,7 @@ __device__ __forceinline__ void put_code(uint32_t code, int64_t bit, uint32_t& w
 }
 
 // The planes of a matrix, as the decoding of single values reads them.
-struct StoredUniform {
+struct StoredScalar {
   const uint32_t* codes;
   const void* scales;
   const uint32_t* zeros;       // null: zero_point holds everywhere
@@ -29,6 +30,7 @@ struct StoredUniform {
   int64_t words_per_group;  // of zeros
   int64_t groups;
   int64_t group_size;
+  const void* codebook;  // float16; null for a uniform grid
   float zero_point;
   int bits;
   DType scale_dtype;
@@ -45,24 +47,23 @@ __device__ __forceinline__ uint32_t code_at(const uint32_t* words, int64_t word_
 }
 
 // scale * (code - zero): the difference is exact, the product rounded once, as on the CPU.
-__device__ __forceinline__ float decoded_value(const StoredUniform& stored, int64_t row, int64_t column) {
+__device__ __forceinline__ float decoded_value(const StoredScalar& stored, int64_t row, int64_t column) {
   const int64_t group = stored.group_index != nullptr ? static_cast<int64_t>(stored.group_index[column])
                                                       : column / stored.group_size;
   const int64_t parameter_row = stored.per_tensor ? 0 : row;
   const float scale = load_float(stored.scales, stored.scale_dtype, parameter_row * stored.groups + group);
+  const uint32_t code =
+      code_at(stored.codes + row * stored.words_per_row, stored.words_per_row, column, stored.bits);
+  if (stored.codebook != nullptr) return scale * load_float(stored.codebook, DType::f16, code);
   float zero = stored.zero_point;
   if (stored.zeros != nullptr) {
     zero = static_cast<float>(code_at(stored.zeros + group * stored.words_per_group, stored.words_per_group,
                                       parameter_row, stored.bits));
   }
-  const uint32_t code =
-      code_at(stored.codes + row * stored.words_per_row, stored.words_per_row, column, stored.bits);
   return scale * (static_cast<float>(code) - zero);
 }
 
 __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeTask task, double* partial_errors) {
-  const bool is_sign = task.grid.is_sign();
-  const float largest_code = task.grid.largest_code();
   const int bits = task.grid.bits;
   const int64_t total = task.w.rows * task.words_per_row;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeTask task, doubl
         zero = task.parameters.zeros[index];
       }
       const float value = load_float(task.w.data, task.w.dtype, row * task.w.stride + column);
-      const EncodedValue encoded = encode_uniform(is_sign, largest_code, value, scale, zero);
+      const EncodedValue encoded = encode_value(task.grid, value, scale, zero);
       const int64_t bit = column * bits - first_bit;
       put_code(encoded.code, bit, word);
       if (bit >= 0) {  // each code counts in the word that it begins in
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // errors [rows, k] = w - decoded, subtracted in float32; partial[block] takes the sum of squares.
 __global__ void __launch_bounds__(kThreads)
-    errors_kernel(CudaMatrix w, int64_t first_row, int64_t rows, StoredUniform stored, double* errors,
+    errors_kernel(CudaMatrix w, int64_t first_row, int64_t rows, StoredScalar stored, double* errors,
                   double* partial) {
   const int64_t total = rows * w.cols;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -178,6 +179,28 @@ unsigned blocks_for(int64_t threads) {
 
 }  // namespace
 
+DeviceGrid::DeviceGrid(const GroupedFormat& format, cudaStream_t stream) {
+  view_.bits = format.bits;
+  view_.scale_dtype = format.scale_dtype;
+  if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
+    view_.symmetric = uniform->symmetric;
+    return;
+  }
+  const std::vector<float>& table = static_cast<const Codebook&>(format).table;
+  const auto entries = static_cast<int64_t>(table.size());
+  std::vector<float> midpoints((size_t{1} << format.bits) - 1, std::numeric_limits<float>::infinity());
+  for (size_t i = 0; i + 1 < table.size(); ++i) midpoints[i] = (table[i] + table[i + 1]) / 2;
+  table_ = DeviceBuffer<float>(entries, stream);
+  table_.upload(table.data(), entries);
+  midpoints_ = DeviceBuffer<float>(static_cast<int64_t>(midpoints.size()), stream);
+  midpoints_.upload(midpoints.data(), static_cast<int64_t>(midpoints.size()));
+  check_cuda(cudaStreamSynchronize(stream), "copy to the device");
+  view_.table = table_.data();
+  view_.midpoints = midpoints_.data();
+  view_.largest_magnitude = static_cast<const Codebook&>(format).largest_magnitude();
+  view_.has_zero = std::binary_search(table.begin(), table.end(), 0.0F);
+}
+
 void encode_and_pack(const EncodeTask& task, double* squared_error, cudaStream_t stream) {
   const unsigned blocks = blocks_for(checked_mul(task.w.rows, task.words_per_row));
   const DeviceBuffer<double> partial(blocks, stream);
@@ -193,7 +216,7 @@ void pack_codes(const uint8_t* codes, const int32_t* position, int64_t n, int64_
   check_cuda(cudaGetLastError(), "launch of pack_codes");
 }
 
-void store_parameters(const Uniform& format, const GroupParameters& parameters, PackedTensor& packed,
+void store_parameters(const GroupedFormat& format, const GroupParameters& parameters, PackedTensor& packed,
                       cudaStream_t stream) {
   Tensor& scales = packed.planes.at("scales");
   const int64_t rows = scales.shape()[0];
@@ -201,7 +224,15 @@ void store_parameters(const Uniform& format, const GroupParameters& parameters, 
   store_scales_kernel<<<blocks_for(scales.element_count()), kThreads, 0, stream>>>(
       parameters, rows, groups, format.scale_dtype, scales.bytes());
   check_cuda(cudaGetLastError(), "launch of store_scales");
-  if (format.symmetric) return;
+  if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
+    std::vector<uint16_t> table;
+    for (const float value : codebook->table) table.push_back(f16_from_float(value));
+    check_cuda(cudaMemcpyAsync(packed.planes.at("codebook").bytes(), table.data(), 2 * table.size(),
+                               cudaMemcpyHostToDevice, stream),
+               "copy to the device");
+    check_cuda(cudaStreamSynchronize(stream), "copy to the device");
+  }
+  if (!packed.planes.contains("zeros")) return;
   Tensor& zeros = packed.planes.at("zeros");
   pack_zeros_kernel<<<blocks_for(zeros.element_count()), kThreads, 0, stream>>>(
       parameters, zeros.shape()[0], rows, format.bits, reinterpret_cast<uint32_t*>(zeros.bytes()),
@@ -211,14 +242,14 @@ void store_parameters(const Uniform& format, const GroupParameters& parameters, 
 
 void measure_errors(const CudaMatrix& w, const PackedTensor& packed, int64_t first_row, int64_t rows,
                     double* errors, double* partial_squares, cudaStream_t stream) {
-  const auto& format = static_cast<const Uniform&>(*packed.format);
-  StoredUniform stored{};
+  const auto& format = static_cast<const GroupedFormat&>(*packed.format);
+  StoredScalar stored{};
   stored.codes = reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes());
   stored.words_per_row = packed.plane("codes").shape()[1];
   stored.scales = packed.plane("scales").bytes();
   stored.groups = packed.plane("scales").shape()[1];
   stored.scale_dtype = format.scale_dtype;
-  if (!format.symmetric) {
+  if (packed.planes.contains("zeros")) {
     stored.zeros = reinterpret_cast<const uint32_t*>(packed.plane("zeros").bytes());
     stored.words_per_group = packed.plane("zeros").shape()[1];
   }
@@ -226,9 +257,12 @@ void measure_errors(const CudaMatrix& w, const PackedTensor& packed, int64_t fir
     stored.group_index = reinterpret_cast<const int32_t*>(packed.plane("group_index").bytes());
   }
   stored.group_size = format.columns_per_group(packed.k);
-  stored.zero_point = format.symmetric_zero_point();
+  if (packed.planes.contains("codebook")) stored.codebook = packed.plane("codebook").bytes();
+  if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
+    stored.zero_point = uniform->symmetric_zero_point();
+  }
   stored.bits = format.bits;
-  stored.per_tensor = format.group_size == Uniform::kPerTensor;
+  stored.per_tensor = format.group_size == GroupedFormat::kPerTensor;
   errors_kernel<<<kErrorBlocks, kThreads, 0, stream>>>(w, first_row, rows, stored, errors, partial_squares);
   check_cuda(cudaGetLastError(), "launch of errors");
 }

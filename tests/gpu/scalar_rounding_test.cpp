@@ -1,5 +1,5 @@
 // The arithmetic that the device shares with the host, against the CPU's encoder. Needs no device.
-#include "formats/uniform_rounding.cuh"
+#include "formats/scalar_rounding.cuh"
 
 #include <gtest/gtest.h>
 
@@ -40,8 +40,11 @@ void expect_same(const Uniform& format, const std::vector<float>& values, float 
   const auto encoder = shared->column_encoder(shared, 1, kColumns, {});
   std::vector<float> copy = values;
   const MatrixView<float> columns(copy.data(), kColumns, 1);
-  const UniformGrid grid{format.bits, format.symmetric, format.scale_dtype};
-  const GroupFit fit = fit_uniform(grid, range_of(values), static_cast<double>(shrink));
+  ScalarGrid grid;
+  grid.bits = format.bits;
+  grid.symmetric = format.symmetric;
+  grid.scale_dtype = format.scale_dtype;
+  const GroupFit fit = fit_grid(grid, range_of(values), static_cast<double>(shrink));
   const std::vector<float> factor = {shrink};
   if (!fit.finite) {
     EXPECT_THROW(encoder->fit(0, 0, columns, factor), NumericError);
@@ -65,14 +68,13 @@ void expect_same(const Uniform& format, const std::vector<float>& values, float 
     ASSERT_EQ(fit.zero, static_cast<float>(zero[0])) << format.spec();
   }
   for (size_t c = 0; c < values.size(); ++c) {
-    const EncodedValue encoded =
-        encode_uniform(grid.is_sign(), grid.largest_code(), values[c], fit.scale, fit.zero);
+    const EncodedValue encoded = encode_value(grid, values[c], fit.scale, fit.zero);
     ASSERT_EQ(encoded.code, codes[c]) << format.spec() << " value " << values[c];
     ASSERT_EQ(std::bit_cast<uint32_t>(encoded.decoded), std::bit_cast<uint32_t>(decoded[c])) << format.spec();
   }
 }
 
-TEST(UniformRounding, FitsAndEncodesAsTheCpu) {
+TEST(ScalarRounding, FitsAndEncodesAsTheCpu) {
   const CounterRandom random(20);
   uint64_t draw = 0;
   for (int bits = 1; bits <= 8; ++bits) {
@@ -97,7 +99,7 @@ TEST(UniformRounding, FitsAndEncodesAsTheCpu) {
 }
 
 // Values on the middle between two codes go to the even one.
-TEST(UniformRounding, RoundsTiesAsTheCpu) {
+TEST(ScalarRounding, RoundsTiesAsTheCpu) {
   for (int bits = 2; bits <= 8; ++bits) {
     for (const bool symmetric : {true, false}) {
       std::vector<float> values;
