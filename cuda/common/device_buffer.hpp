@@ -22,7 +22,8 @@ class DeviceBuffer {
     const auto bytes = static_cast<size_t>(checked_mul(std::max<int64_t>(count, 1), sizeof(T)));
     cudaError_t status = cudaMallocAsync(&memory_, bytes, stream);
     pooled_ = status == cudaSuccess;
-    if (status == cudaErrorNotSupported) {
+    if (!pooled_ && status != cudaErrorMemoryAllocation) {
+      // Some drivers and virtual GPUs have no memory pools; any other trouble repeats here.
       static_cast<void>(cudaGetLastError());
       status = cudaMalloc(&memory_, bytes);
     }
