@@ -94,7 +94,7 @@ GPU_CONFIGURE += -DCMAKE_PREFIX_PATH=$(abspath $(PREFIX)) -DFETCHCONTENT_FULLY_D
 endif
 GPU_CONFIGURE += $(CMAKE_ARGS)
 # The C++ programs open cuBLAS and cuSOLVER by name; pip packages keep them in folders of their own.
-GPU_RUN = LD_LIBRARY_PATH="$$LD_LIBRARY_PATH:$$($(GPU_PYTHON) scripts/cuda-library-folders 2>/dev/null || true)"
+GPU_RUN = LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$$($(GPU_PYTHON) scripts/cuda-library-folders 2>/dev/null || true)"
 
 .PHONY: gpu
 gpu:
