@@ -16,6 +16,7 @@ struct DeviceFacts {
   int processors = 0;    // streaming multiprocessors
   int architecture = 0;  // 90 for compute capability 9.0
   bool clusters = false;
+  int shared_memory = 0;  // bytes that a block may have
 };
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -31,6 +32,7 @@ inline DeviceFacts current_device() {
   facts.architecture = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, facts.index) +
                        device_attribute(cudaDevAttrComputeCapabilityMinor, facts.index);
   facts.clusters = device_attribute(cudaDevAttrClusterLaunch, facts.index) != 0;
+  facts.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, facts.index);
   return facts;
 }
 

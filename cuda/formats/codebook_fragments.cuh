@@ -16,6 +16,7 @@ class CodebookFragments {
   static constexpr int kBits = kCodeBits;
   static constexpr float kUnit = 1.0F;
   static constexpr float kCenter = 0.0F;
+  static constexpr bool kHasZeros = false;
   static constexpr int kSharedBytes = 128 << (kCodeBits <= 4 ? 2 * kCodeBits : kCodeBits);
 
   // table: float16 [entries]; codes past it decode to 0. shared: kSharedBytes, aligned to 4.
@@ -41,6 +42,14 @@ class CodebookFragments {
     a[1] = pair<4 * kStep + 1>(words);
     a[2] = pair<4 * kStep + 2>(words);
     a[3] = pair<4 * kStep + 3>(words);
+  }
+
+  template <class T>
+  static constexpr bool kHasOffset = false;
+
+  template <class T, int kStep>
+  __device__ __forceinline__ void raw_fragment(const uint32_t (&words)[kBits], uint32_t (&a)[4]) const {
+    fragment<T, kStep>(words, a);
   }
 
  private:

@@ -4,8 +4,12 @@
 //   kBits      bits of a code; a lane's unit of 32 codes comes in kBits words
 //   kUnit      what 1.0 in a fragment is worth: weight = scale * (kUnit * fragment + offset), where the
 //   kCenter    offset is 0, or kCenter - zero_point on grids with a plane of zero points
+//   kHasZeros  whether there may be a plane of zero points
 //   prepare    run by all threads of a block before the first fragment: fills shared memory, if any
 //   fragment   the A fragment (m16n8k16) of one step of 16 columns
+//   raw_fragment, raw_offset
+//              the same with fewer operations: raw_fragment = fragment + raw_offset, which is the same for
+//              all codes; products with it are subtracted later. kHasOffset<T>: false if there is no offset
 #pragma once
 
 #include "common/half_pairs.cuh"
@@ -20,6 +24,7 @@ class UniformFragments {
   static constexpr float kUnit = kBits == 1 ? 0.5F : 1.0F;
   static constexpr float kCenter = kBits == 1 ? 0.5F : static_cast<float>(1 << (kBits - 1));
   static constexpr int kSharedBytes = 0;
+  static constexpr bool kHasZeros = true;
 
   template <class T>
   __device__ __forceinline__ void prepare(const void* /*table*/, int /*entries*/, void* /*shared*/) {}
@@ -31,6 +36,28 @@ class UniformFragments {
     a[1] = pair<T, 4 * kStep + 1>(words);
     a[2] = pair<T, 4 * kStep + 2>(words);
     a[3] = pair<T, 4 * kStep + 3>(words);
+  }
+
+  template <class T>
+  static constexpr bool kHasOffset = kBits > 1 && kBits <= HalfPair<T>::kMantissa;
+
+  template <class T, int kStep>
+  __device__ __forceinline__ void raw_fragment(const uint32_t (&words)[kBits], uint32_t (&a)[4]) const {
+    if constexpr (kHasOffset<T>) {
+      a[0] = raw_pair<T, 4 * kStep>(words);
+      a[1] = raw_pair<T, 4 * kStep + 1>(words);
+      a[2] = raw_pair<T, 4 * kStep + 2>(words);
+      a[3] = raw_pair<T, 4 * kStep + 3>(words);
+    } else {
+      fragment<T, kStep>(words, a);
+    }
+  }
+
+  // The difference between raw_fragment and the codes less `center`.
+  template <class T, int kStep>
+  __device__ __forceinline__ void raw_offset(float center, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = HalfPair<T>::both(raw_integer<T>(4 * kStep + r) + center);
   }
 
  private:
@@ -60,6 +87,37 @@ class UniformFragments {
       return centered<T, kPlace.position>(and_or(word, kField | kField << 16, Pair::kInteger));
     } else {
       return centered<T, 0>(gathered_pair<kBits, kPair>(words) | Pair::kInteger);
+    }
+  }
+
+  // Where the code of a pair lies in the mantissa.
+  template <class T>
+  static __host__ __device__ constexpr int raw_position(int pair) {
+    return pair < fragments::Halves<kBits>::kWholePairs
+               ? field_place<kBits, HalfPair<T>::kMantissa>(pair).position
+               : 0;
+  }
+  // The power of two in whose mantissa that place is worth 1: with the code it makes power + code.
+  template <class T>
+  static __host__ __device__ constexpr float raw_integer(int pair) {
+    return static_cast<float>(1 << (HalfPair<T>::kMantissa - raw_position<T>(pair)));
+  }
+
+  template <class T, int kPair>
+  static __device__ __forceinline__ uint32_t raw_pair(const uint32_t (&words)[kBits]) {
+    constexpr int kMantissa = HalfPair<T>::kMantissa;
+    constexpr int kPosition = raw_position<T>(kPair);
+    // Exponents of halves count from 15, those of bfloat16 from 127.
+    constexpr uint32_t kExponent = static_cast<uint32_t>((kMantissa == 10 ? 15 : 127) + kMantissa - kPosition)
+                                   << kMantissa;
+    constexpr uint32_t kPower = kExponent | kExponent << 16;
+    if constexpr (kPair < fragments::Halves<kBits>::kWholePairs) {
+      constexpr FieldPlace kPlace = field_place<kBits, kMantissa>(kPair);
+      constexpr uint32_t kField = kMask << kPosition;
+      return and_or(words[kPair / fragments::Halves<kBits>::kWhole] >> kPlace.shift, kField | kField << 16,
+                    kPower);
+    } else {
+      return gathered_pair<kBits, kPair>(words) | kPower;
     }
   }
 

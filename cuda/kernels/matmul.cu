@@ -1,6 +1,7 @@
 // matmul_cuda(): checks the arguments, picks a kernel, launches it.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 
 #include "common/device.hpp"
@@ -22,9 +23,8 @@ constexpr int kMaxSplits = 64;
 // From so many tokens on, decoding the matrix once and multiplying with cuBLASLt is faster than the tile
 // loop: measured, see bench/RESULTS.md.
 constexpr int64_t kDecodeFromTokens = 256;
-// Blocks of threads of the streaming loop that fit a processor, and warps in each.
-constexpr int kStreamBlocksPerProcessor = 2;
-constexpr int kStreamWarps = 8;
+// Warps of the streaming loop that fit a processor.
+constexpr int kStreamWarpsPerProcessor = 16;
 
 constexpr std::array<CudaProduct, 5> kProducts = {{
     {.name = "stream",
@@ -99,20 +99,47 @@ Choice choose(int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmu
   return choice;
 }
 
-// Parts of k for the streaming loop: enough that every processor has work, none without a block of columns
-// for each of its warps.
-int stream_splits(const FragmentLayout& layout, const DeviceFacts& device, int most) {
-  const int64_t slots = int64_t{kStreamBlocksPerProcessor} * device.processors;
-  const int64_t wanted = slots / layout.row_blocks;
-  const int64_t useful = layout.column_blocks / kStreamWarps;
-  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), 1, most));
-}
-
 // What a product is launched with, beyond its arguments.
 struct Plan {
   int splits = 0;
+  int warps = 0;  // of a block of threads of the streaming loop
   int64_t workspace = 0;
 };
+
+// Cuts the work of the streaming loop: the warps of a block of threads, and (unless given) the parts of k.
+// The cut with the least estimated time wins; the estimate was fitted to measurements on an H200.
+Plan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int splits, int most_splits) {
+  constexpr double kBlock = 0.065;    // us for a block of 64 x 64 on a processor full of warps
+  constexpr double kBegin = 2.0;      // us until a block of threads has its first codes, and for its sums
+  constexpr double kAlone = 5.5;      // the same if no other block of threads is at work meanwhile
+  constexpr double kBusyShare = 0.4;  // of the time: warps that wait for each other, not for memory
+  Plan best;
+  double least = std::numeric_limits<double>::infinity();
+  for (int s = splits > 0 ? splits : 1; s <= std::max(most_splits, splits); s *= 2) {
+    for (int warps = 4; warps <= kStreamWarpsPerProcessor; warps *= 2) {
+      const auto on_busiest = static_cast<double>(ceil_div(layout.row_blocks * s, device.processors));
+      const int together = kStreamWarpsPerProcessor / warps;
+      const double rounds = std::ceil(on_busiest / together);
+      const auto of_warp = static_cast<double>(ceil_div(layout.column_blocks, int64_t{s} * warps));
+      const double busy = rounds * of_warp * kStreamWarpsPerProcessor;
+      const double streamed = on_busiest * static_cast<double>(layout.column_blocks) / s;
+      const double time = kBlock * (kBusyShare * busy + (1 - kBusyShare) * streamed) + kBegin +
+                          (rounds - 1) * (together == 1 ? kAlone : kBegin) +
+                          (s == 1   ? 0
+                           : s == 2 ? 0.3
+                                    : 1.2);
+      // Clusters of more than two wait longer for each other.
+      const double cost = s <= 2 ? time : 1.1 * time + 1;
+      if (cost < least) {
+        least = cost;
+        best.splits = s;
+        best.warps = warps;
+      }
+    }
+    if (splits > 0) break;
+  }
+  return best;
+}
 
 Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
              int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
@@ -300,6 +327,8 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   p.x_in_pieces = !layout.gathered && aligned(p.x, 16) && p.w.k % 8 == 0 && (p.m == 1 || p.x_stride % 8 == 0);
   launch.dtype = arguments.dtype;
   launch.splits = plan.splits;
+  launch.warps = plan.warps;
+  launch.shared_memory = device.shared_memory;
   launch.overlap = options.overlap && device.architecture >= 90;
   launch.stream = static_cast<cudaStream_t>(arguments.stream);
   const Launchers& launchers = launchers_of(layout);

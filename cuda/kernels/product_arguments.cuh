@@ -45,6 +45,8 @@ struct ProductLaunch {
   ProductArguments arguments;
   DType dtype = DType::f16;
   int splits = 1;
+  int warps = 8;          // of a block of threads of the streaming loop
+  int shared_memory = 0;  // bytes that a block may have
   bool overlap = false;
   cudaStream_t stream = nullptr;
 };

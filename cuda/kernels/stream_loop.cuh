@@ -2,7 +2,7 @@
 //
 // A warp owns 64 rows and a run of columns. Its lanes load the codes in fragment order, several blocks ahead
 // and past the caches, decode them, and multiply on the tensor cores, 8 or 16 tokens at a time; scales are
-// applied to the float32 sums, once per group. The eight warps of a block of threads split its columns; the
+// applied to the float32 sums, once per group. The warps of a block of threads split its columns; the
 // blocks of a cluster split the rest. All parts are added in a fixed order.
 #pragma once
 
@@ -18,8 +18,7 @@
 
 namespace quantloom::cuda {
 
-constexpr int kStreamWarps = 8;
-constexpr int kStreamThreads = 32 * kStreamWarps;
+constexpr int kMostStreamThreads = 512;
 
 // Copies 16 bytes to shared memory in the background, past the first-level cache.
 __device__ __forceinline__ void copy_piece(void* to, const void* from) {
@@ -69,10 +68,12 @@ struct StreamStage {
 };
 
 // The part of a product that one warp adds up: 64 rows, 8 * kTiles tokens, columns of blocks [begin, end).
-template <class Decoder, class T, int kTiles, int kStages>
+// kZeros: the grid has zero points.
+template <class Decoder, class T, int kTiles, int kStages, bool kZeros>
 class WarpProduct {
  public:
   static constexpr int kBits = Decoder::kBits;
+  static constexpr bool kHasOffset = Decoder::template kHasOffset<T>;
   using Stage = StreamStage<kBits, kTiles>;
 
   // `ring`: kStages stages of the warp's own.
@@ -88,11 +89,14 @@ class WarpProduct {
         end_(end) {
     codes_ = p.w.codes + (static_cast<int64_t>(row_block) * p.w.column_blocks + begin) * (kBits * 32) + lane_;
     parameters_ = static_cast<int64_t>(row_block) * p.w.group_count * 64;
+    x_ = static_cast<const T*>(p.x) + lane_ / 8 * p.x_stride + lane_ % 8 * 8;
+    chunk_place_ = lane_ / 8 * 128 + (lane_ % 8 ^ lane_ / 8 << 1) * 16;
+    whole_blocks_ = whole_blocks();
     // Groups are counted in steps where they are finer than a block, else in blocks.
     unit_ = fine_ ? p.w.group_steps : p.w.group_steps / 4;
-    const int first = fine_ ? 4 * begin : begin;
-    copy_group_ = first / unit_;
-    copy_left_ = unit_ - first % unit_;
+    const auto first = static_cast<unsigned>(fine_ ? 4 * begin : begin);
+    copy_group_ = static_cast<int>(first / static_cast<unsigned>(unit_));
+    copy_left_ = (copy_group_ + 1) * unit_ - static_cast<int>(first);
     left_ = copy_left_;
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
@@ -150,56 +154,64 @@ class WarpProduct {
     const int size = p_.w.scale_dtype == DType::f32 ? 4 : 2;
     if (lane_ < 4 * size) {
       copy_piece(to + lane_ * 16, static_cast<const unsigned char*>(p_.w.scales) + at * size + lane_ * 16);
-    } else if (lane_ >= 16 && lane_ < 20 && p_.w.zeros != nullptr) {
+    } else if (lane_ >= 16 && lane_ < 20 && kZeros) {
       copy_piece(to + Stage::kScales + (lane_ - 16) * 16, p_.w.zeros + at + (lane_ - 16) * 16);
     }
     ++copy_group_;
     copy_left_ = unit_;
   }
 
-  __device__ __forceinline__ bool whole(int block) const {
-    return p_.x_in_pieces && static_cast<int64_t>(block + 1) * fragments::kBlockColumns <= p_.w.k;
+  // Blocks of activations before this one can be copied in pieces of 16 bytes.
+  __device__ __forceinline__ int whole_blocks() const {
+    return p_.x_in_pieces ? static_cast<int>(p_.w.k / fragments::kBlockColumns) : 0;
   }
 
   // Lane's chunk `i` of a block: of token 4 * i + lane / 8.
   __device__ __forceinline__ const T* chunk_source(int block, int i) const {
-    return static_cast<const T*>(p_.x) + (4 * i + lane_ / 8) * p_.x_stride +
-           static_cast<int64_t>(block) * fragments::kBlockColumns + lane_ % 8 * 8;
+    return x_ + static_cast<int64_t>(4 * i) * p_.x_stride +
+           static_cast<int64_t>(block) * fragments::kBlockColumns;
   }
   __device__ __forceinline__ unsigned char* chunk_place(int s, int i) const {
-    return activations(s) + (4 * i + lane_ / 8) * 128 + (lane_ % 8 ^ lane_ / 8 << 1) * 16;
+    return activations(s) + i * 512 + chunk_place_;
   }
   __device__ __forceinline__ bool has_token(int i) const {
     return 4 * i + lane_ / 8 < p_.m;
   }
 
   __device__ __forceinline__ void copy_activations(int s, int block) {
-    if (!whole(block)) {
+    if (block >= whole_blocks_) {
       gather_activations<T>(p_, block, activations(s));
       return;
     }
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
+      if (4 * i >= p_.m) break;
       if (has_token(i)) copy_piece(chunk_place(s, i), chunk_source(block, i));
     }
   }
 
   // Not in the background, so that they do not queue behind the codes that are on their way already.
   __device__ __forceinline__ void load_first_activations() {
+    uint4 values[kStages][2 * kTiles];
+    const int whole = min(end_, whole_blocks_);
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        uint4 values = make_uint4(0, 0, 0, 0);
-        if (begin_ + s < end_ && whole(begin_ + s) && has_token(i)) {
-          values = __ldg(reinterpret_cast<const uint4*>(chunk_source(begin_ + s, i)));
-        }
-        *reinterpret_cast<uint4*>(chunk_place(s, i)) = values;
+        const bool wanted = begin_ + s < whole && has_token(i);
+        const T* from = wanted ? chunk_source(begin_ + s, i) : static_cast<const T*>(p_.x);
+        values[s][i] = make_uint4(0, 0, 0, 0);
+        if (wanted) values[s][i] = __ldg(reinterpret_cast<const uint4*>(from));
       }
+    }
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) *reinterpret_cast<uint4*>(chunk_place(s, i)) = values[s][i];
     }
     __syncwarp();
     for (int s = 0; s < kStages && begin_ + s < end_; ++s) {
-      if (!whole(begin_ + s)) gather_activations<T>(p_, begin_ + s, activations(s));
+      if (begin_ + s >= whole_blocks_) gather_activations<T>(p_, begin_ + s, activations(s));
     }
   }
 
@@ -252,13 +264,22 @@ class WarpProduct {
         words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
       }
       uint32_t a[4];
-      decoder_.template fragment<T, kStep>(words, a);
+      decoder_.template raw_fragment<T, kStep>(words, a);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         multiply_accumulate<T>(sum_[tile][unit], a, b[tile].x, b[tile].y);
       }
     }
-    if (p_.w.zeros != nullptr) {
+    // On grids with zero points the codes themselves are summed, else the codes less the center.
+    if constexpr (kHasOffset) {
+      uint32_t a[4];
+      decoder_.template raw_offset<T, kStep>(kZeros ? 0.0F : Decoder::kCenter, a);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        multiply_accumulate<T>(offset_sum_[tile], a, b[tile].x, b[tile].y);
+      }
+    }
+    if constexpr (kZeros) {
       const uint32_t ones[4] = {HalfPair<T>::kOne, HalfPair<T>::kOne, HalfPair<T>::kOne, HalfPair<T>::kOne};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -284,30 +305,37 @@ class WarpProduct {
         for (int c = 0; c < 2; ++c) {
           float& sum = sum_[tile][i / 2][i % 2 * 2 + c];
           float& total = total_[tile][i / 2][i % 2 * 2 + c];
+          if constexpr (kHasOffset) sum -= offset_sum_[tile][i % 2 * 2 + c];
           total = fmaf(unit_scale, sum, total);
           sum = 0.0F;
         }
       }
     }
-    if (p_.w.zeros == nullptr) return;
-    const uint2 zeros = *reinterpret_cast<const uint2*>(parameters + Stage::kScales + lane_ / 4 * 8);
+    if constexpr (kHasOffset) clear(offset_sum_);
+    if constexpr (kZeros) {
+      const uint2 zeros = *reinterpret_cast<const uint2*>(parameters + Stage::kScales + lane_ / 4 * 8);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t zero = ((i < 4 ? zeros.x : zeros.y) >> (i % 4 * 8)) & 0xFFU;
-      const float offset = scales[i] * (Decoder::kCenter - static_cast<float>(zero));
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t zero = ((i < 4 ? zeros.x : zeros.y) >> (i % 4 * 8)) & 0xFFU;
+        const float offset = scales[i] * ((kHasOffset ? 0.0F : Decoder::kCenter) - static_cast<float>(zero));
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+        for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& total = total_[tile][i / 2][i % 2 * 2 + c];
-          total = fmaf(offset, x_sum_[tile][c], total);
+          for (int c = 0; c < 2; ++c) {
+            float& total = total_[tile][i / 2][i % 2 * 2 + c];
+            total = fmaf(offset, x_sum_[tile][c], total);
+          }
         }
       }
+      clear(x_sum_);
     }
+  }
+
+  static __device__ __forceinline__ void clear(float (&sums)[kTiles][4]) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x_sum_[tile][c] = 0.0F;
+      for (int c = 0; c < 4; ++c) sums[tile][c] = 0.0F;
     }
   }
 
@@ -344,8 +372,11 @@ class WarpProduct {
   bool fine_;
   int stage_bytes_;
   const uint4* codes_;
+  const T* x_;
   int64_t parameters_;
   int lane_;
+  int chunk_place_;
+  int whole_blocks_;
   int begin_;
   int end_;
   int unit_;
@@ -354,15 +385,25 @@ class WarpProduct {
   int left_;
   float sum_[kTiles][fragments::kUnits][4] = {};
   float total_[kTiles][fragments::kUnits][4] = {};
+  float offset_sum_[kTiles][4] = {};  // what the products hold beyond those of the codes
   float x_sum_[kTiles][4] = {};
 };
 
-// Grid: splits * row_blocks blocks; the splits of a row block are one cluster, unless p.partial is given.
-template <class Decoder, class T, int kTiles, int kStages>
-__global__ void __launch_bounds__(kStreamThreads, Decoder::kBits >= 7 && kTiles > 1 ? 1 : 2)
-    multiply_stream(const __grid_constant__ ProductArguments p, int splits) {
+// How the blocks of columns are dealt out to warps.
+struct StreamRun {
+  int splits = 1;
+  int blocks = 0;  // to each warp
+  int extra = 0;   // warps that take one more
+};
+
+// Grid: [splits, rows, ...] blocks, of which those past p.w.row_blocks do nothing; the splits of a row block
+// are one cluster, unless p.partial is given.
+template <class Decoder, class T, int kTiles, int kStages, bool kZeros>
+__global__ void __launch_bounds__(kMostStreamThreads, 1)
+    multiply_stream(const __grid_constant__ ProductArguments p, StreamRun run) {
+  const int splits = run.splits;
   constexpr int kRows = fragments::kBlockRows;
-  using Product = WarpProduct<Decoder, T, kTiles, kStages>;
+  using Product = WarpProduct<Decoder, T, kTiles, kStages, kZeros>;
   // The decoder's table, then the rings; the sums of the warps take the place of the rings in the end.
   extern __shared__ __align__(128) unsigned char memory[];
   auto* const parts = reinterpret_cast<float(*)[8 * kTiles][kRows]>(memory + Decoder::kSharedBytes);
@@ -370,12 +411,14 @@ __global__ void __launch_bounds__(kStreamThreads, Decoder::kBits >= 7 && kTiles 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int ring_bytes = kStages * Product::Stage::bytes(p.w.group_steps % 4 != 0);
   unsigned char* const ring = memory + Decoder::kSharedBytes + warp * ring_bytes;
-  const int row_block = static_cast<int>(blockIdx.x) / splits;
-  const int split = static_cast<int>(blockIdx.x) % splits;
-  const int64_t warps = static_cast<int64_t>(splits) * kStreamWarps;
-  const int64_t place = static_cast<int64_t>(split) * kStreamWarps + warp;
-  const int begin = static_cast<int>(p.w.column_blocks * place / warps);
-  const int end = static_cast<int>(p.w.column_blocks * (place + 1) / warps);
+  const int row_block = static_cast<int>(blockIdx.z * gridDim.y + blockIdx.y);
+  const int split = static_cast<int>(blockIdx.x);
+  if (row_block >= p.w.row_blocks) return;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  // The first `extra` warps of all splits take a block of columns more than the others.
+  const int place = split * warps + warp;
+  const int begin = place * run.blocks + min(place, run.extra);
+  const int end = begin + run.blocks + (place < run.extra ? 1 : 0);
 
   let_next_begin();
   Decoder decoder;
@@ -402,8 +445,7 @@ __global__ void __launch_bounds__(kStreamThreads, Decoder::kBits >= 7 && kTiles 
   const int count = p.m * kRows;
   const auto sum_of_warps = [&](int i) {
     float sum = 0.0F;
-#pragma unroll
-    for (int w = 0; w < kStreamWarps; ++w) sum += parts[w][i / kRows][i % kRows];
+    for (int w = 0; w < warps; ++w) sum += parts[w][i / kRows][i % kRows];
     return sum;
   };
   const auto store = [&](int i, float sum) {
@@ -414,23 +456,24 @@ __global__ void __launch_bounds__(kStreamThreads, Decoder::kBits >= 7 && kTiles 
   };
   if (p.partial != nullptr) {
     float* partial = p.partial + static_cast<int64_t>(split) * p.m * p.w.row_blocks * kRows;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kStreamThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
       const int64_t row = static_cast<int64_t>(row_block) * kRows + i % kRows;
       partial[static_cast<int64_t>(i / kRows) * p.w.row_blocks * kRows + row] = sum_of_warps(i);
     }
   } else if (splits == 1) {
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kStreamThreads) store(i, sum_of_warps(i));
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x))
+      store(i, sum_of_warps(i));
   } else {
 #if __CUDA_ARCH__ >= 900
     // Each block adds its warps' parts, then takes its share of the results, adding the blocks' parts.
     namespace cg = cooperative_groups;
     const auto cluster = cg::this_cluster();
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kStreamThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
       parts[0][i / kRows][i % kRows] = sum_of_warps(i);
     }
     cluster.sync();
-    for (int i = split * kStreamThreads + static_cast<int>(threadIdx.x); i < count;
-         i += splits * kStreamThreads) {
+    for (int i = split * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); i < count;
+         i += splits * static_cast<int>(blockDim.x)) {
       float sum = 0.0F;
       for (int s = 0; s < splits; ++s) {
         sum += *cluster.map_shared_rank(&parts[0][i / kRows][i % kRows], static_cast<unsigned>(s));
@@ -457,36 +500,53 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p, int spl
   static_cast<T*>(p.y)[token * p.y_stride + row] = HalfPair<T>::from_float(sum);
 }
 
-// Blocks of columns that a warp holds in its ring: as many as leave room for two blocks of threads.
+// Blocks of columns that a warp holds in its ring: as many as leave room for two blocks of 8 warps.
 template <class Decoder, int kTiles>
 constexpr int stream_stages() {
-  constexpr int kRoom = (104 * 1024 - Decoder::kSharedBytes) / kStreamWarps;
+  constexpr int kRoom = (96 * 1024 - Decoder::kSharedBytes) / 8;
   return std::clamp(kRoom / StreamStage<Decoder::kBits, kTiles>::bytes(false), 2, 6);
 }
 
-template <class Decoder, class T, int kTiles>
-void launch_stream_tiles(const ProductLaunch& launch) {
+template <class Decoder, class T, int kTiles, bool kZeros>
+void launch_stream_with(const ProductLaunch& launch) {
   const ProductArguments& p = launch.arguments;
   const bool in_memory = p.partial != nullptr;
-  LaunchSettings settings(dim3(static_cast<unsigned>(p.w.row_blocks * launch.splits)), dim3(kStreamThreads),
-                          launch.stream, launch.overlap, in_memory ? 1 : launch.splits);
   constexpr int kStages = stream_stages<Decoder, kTiles>();
   using Stage = StreamStage<Decoder::kBits, kTiles>;
-  const int rings = kStages * Stage::bytes(p.w.group_steps % 4 != 0) * kStreamWarps;
-  constexpr int kParts = sizeof(float) * kStreamWarps * 8 * kTiles * fragments::kBlockRows;
-  const int shared = Decoder::kSharedBytes + std::max(rings, kParts);
-  const auto kernel = multiply_stream<Decoder, T, kTiles, kStages>;
+  const auto shared_bytes = [&](int warps) {
+    const int rings = kStages * Stage::bytes(p.w.group_steps % 4 != 0) * warps;
+    const int parts = static_cast<int>(sizeof(float)) * warps * 8 * kTiles * fragments::kBlockRows;
+    return Decoder::kSharedBytes + std::max(rings, parts);
+  };
+  int warps = launch.warps;
+  while (warps > 1 && shared_bytes(warps) > launch.shared_memory) warps /= 2;
+  const int shared = shared_bytes(warps);
+  const int places = launch.splits * warps;
+  const StreamRun run{launch.splits, p.w.column_blocks / places, p.w.column_blocks % places};
+  const int rows = std::min(p.w.row_blocks, 65535);
+  LaunchSettings settings(dim3(static_cast<unsigned>(launch.splits), static_cast<unsigned>(rows),
+                               static_cast<unsigned>((p.w.row_blocks + rows - 1) / rows)),
+                          dim3(static_cast<unsigned>(32 * warps)), launch.stream, launch.overlap,
+                          in_memory ? 1 : launch.splits);
+  const auto kernel = multiply_stream<Decoder, T, kTiles, kStages, kZeros>;
   settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
              "matmul_cuda: shared memory of multiply_stream");
-  check_cuda(cudaLaunchKernelEx(&settings.config, kernel, p, launch.splits),
-             "matmul_cuda: launch of multiply_stream");
+  check_cuda(cudaLaunchKernelEx(&settings.config, kernel, p, run), "matmul_cuda: launch of multiply_stream");
   if (!in_memory) return;
   const int64_t count = static_cast<int64_t>(p.m) * p.w.row_blocks * fragments::kBlockRows;
   LaunchSettings add(dim3(static_cast<unsigned>((count + 255) / 256)), dim3(256), launch.stream,
                      launch.overlap, 1);
   check_cuda(cudaLaunchKernelEx(&add.config, add_partials<T>, p, launch.splits),
              "matmul_cuda: launch of add_partials");
+}
+
+template <class Decoder, class T, int kTiles>
+void launch_stream_tiles(const ProductLaunch& launch) {
+  if constexpr (Decoder::kHasZeros) {
+    if (launch.arguments.w.zeros != nullptr) return launch_stream_with<Decoder, T, kTiles, true>(launch);
+  }
+  launch_stream_with<Decoder, T, kTiles, false>(launch);
 }
 
 // m up to 16. Defined for each decoder in a translation unit of its own.
