@@ -150,8 +150,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
   } else {
-    if (plan.splits == 0)
-      plan.splits = stream_splits(layout, device, product.needs_clusters ? kMaxCluster : 16);
+    plan = stream_plan(layout, device, options.splits, product.needs_clusters ? kMaxCluster : 16);
     if (!product.needs_clusters && plan.splits > 1) {
       plan.workspace = checked_mul(checked_mul(checked_mul(plan.splits, m), layout.row_blocks * 64), 4);
     }
