@@ -149,6 +149,8 @@ MatmulAlgorithm algorithm_for(const CublasLt& library, CublasLtHandle handle, in
                  "matmul_cuda: cublasLt preference");
   };
   prefer(kPreferenceMaxWorkspaceBytes, workspace);
+  // Parts of k are added in float32, and in a fixed order.
+  prefer(kPreferenceReductionSchemes, kReductionInComputeType);
   prefer(kPreferenceMinAlignmentA, w_alignment);
   prefer(kPreferenceMinAlignmentB, x_alignment);
   prefer(kPreferenceMinAlignmentC, y_alignment);
