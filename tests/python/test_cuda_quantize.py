@@ -102,7 +102,7 @@ def test_gptq_repeats_itself(rng):
     for _ in range(5):
         again = ql.quantize(w, "uniform:3:g64", ql.GPTQ(there))
         assert same_planes(first, again)
-        assert again.report == first.report
+        assert repr(again.report) == repr(first.report)  # NaN where no held-out Hessian was given
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
