@@ -21,8 +21,10 @@ using cuda::ProductLaunch;
 constexpr int kMaxCluster = 8;
 constexpr int kMaxSplits = 64;
 // From so many tokens on, decoding the matrix once and multiplying with cuBLASLt is faster than the tile
-// loop: measured, see bench/RESULTS.md.
+// loop: measured, see bench/RESULTS.md. Small matrices do not fill the tile loop.
 constexpr int64_t kDecodeFromTokens = 256;
+constexpr int64_t kDecodeFromTokensIfSmall = 64;
+constexpr int64_t kSmallWeights = int64_t{1} << 25;
 // Warps of the streaming loop that fit a processor.
 constexpr int kStreamWarpsPerProcessor = 16;
 
@@ -78,7 +80,10 @@ struct Choice {
   std::string reason;  // why none
 };
 
-Choice choose(int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
+// `weights`: n * k.
+Choice choose(int64_t weights, int64_t m, DType dtype, const DeviceFacts& device,
+              const CudaMatmulOptions& options) {
+  const int64_t decode_from = weights < kSmallWeights ? kDecodeFromTokensIfSmall : kDecodeFromTokens;
   if (options.splits < 0 || options.splits > kMaxSplits) {
     throw InvalidArgument("splits", text_of(options.splits), text_of("0 to ", kMaxSplits));
   }
@@ -87,7 +92,7 @@ Choice choose(int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmu
   for (const CudaProduct& product : kProducts) {
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
-    if (options.kernel.empty() && m >= kDecodeFromTokens && !product.float32) continue;
+    if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
     const auto reason = why_not(product, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
@@ -270,7 +275,7 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
                                                const CudaMatmulOptions& options) {
   try {
     static_cast<void>(fragment_layout(format, 1, 1, false));
-    Choice choice = choose(m, dtype, current_device(), options);
+    Choice choice = choose(0, m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -282,7 +287,7 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
                                const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   static_cast<void>(fragment_layout(*w.format, w.n, w.k, w.has("group_index")));
-  const Choice choice = choose(m, dtype, current_device(), options);
+  const Choice choice = choose(w.n * w.k, m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
 }
@@ -292,7 +297,7 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(m, dtype, device, options);
+  const Choice choice = choose(w.n * w.k, m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
@@ -305,7 +310,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   require_arguments(w, arguments);
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(arguments.m, arguments.dtype, device, options);
+  const Choice choice = choose(w.n * w.k, arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
   cuda::FragmentMatrix matrix = matrix_of(layout);
