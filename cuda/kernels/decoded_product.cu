@@ -55,29 +55,6 @@ void launch_gather(const ProductLaunch& launch, void* out, int first, int tokens
              "matmul_cuda: launch of gather_columns");
 }
 
-// Every row of y [m, n] becomes the bias.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    spread_bias(const T* __restrict__ bias, T* __restrict__ y, int64_t y_stride, int64_t n, int m) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= n) return;
-  const T value = bias[row];
-  for (int64_t token = blockIdx.y; token < m; token += gridDim.y) y[token * y_stride + row] = value;
-}
-
-// T: an integer as wide as a value.
-template <class T>
-void launch_spread_bias(const void* bias, void* y, int64_t y_stride, int64_t n, int64_t m,
-                        cudaStream_t stream) {
-  constexpr int64_t kMostTokens = 1024;
-  LaunchSettings settings(
-      dim3(static_cast<unsigned>(ceil_div(n, kThreads)), static_cast<unsigned>(std::min(m, kMostTokens))),
-      dim3(kThreads), stream, false, 1);
-  check_cuda(cudaLaunchKernelEx(&settings.config, spread_bias<T>, static_cast<const T*>(bias),
-                                static_cast<T*>(y), y_stride, n, static_cast<int>(m)),
-             "matmul_cuda: launch of spread_bias");
-}
-
 int64_t size_of_value(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
@@ -142,8 +119,8 @@ CublasLtHandle handle_of(const CublasLt& library, int device) {
   return handle;
 }
 
-using AlgorithmKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, DType, uint32_t,
-                                uint32_t, uint32_t>;
+using AlgorithmKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, DType, bool,
+                                uint32_t, uint32_t, uint32_t>;
 
 std::map<AlgorithmKey, MatmulAlgorithm>& algorithms() {
   static std::map<AlgorithmKey, MatmulAlgorithm> cache;
@@ -156,8 +133,9 @@ MatmulAlgorithm algorithm_for(const CublasLt& library, CublasLtHandle handle, in
   const uint32_t w_alignment = alignment_of(product.w, product.w_stride * size);
   const uint32_t x_alignment = alignment_of(product.x, product.x_stride * size);
   const uint32_t y_alignment = alignment_of(product.y, product.y_stride * size);
-  const AlgorithmKey key{device,           product.n,        product.k,        product.m,
-                         product.w_stride, product.x_stride, product.y_stride, product.dtype,
+  const AlgorithmKey key{device,           product.n,        product.k,
+                         product.m,        product.w_stride, product.x_stride,
+                         product.y_stride, product.dtype,    product.bias != nullptr,
                          w_alignment,      x_alignment,      y_alignment};
   {
     const std::scoped_lock lock(cache_mutex);
@@ -208,11 +186,9 @@ void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream)
   };
   set(kMatmulTransA, int32_t{kOpT});
   set(kMatmulTransB, int32_t{kOpN});
-  // The bias goes in as what the product is added to: cuBLASLt's own bias is added to a rounded product.
   if (product.bias != nullptr) {
-    const auto spread =
-        product.dtype == DType::f32 ? launch_spread_bias<uint32_t> : launch_spread_bias<uint16_t>;
-    spread(product.bias, product.y, product.y_stride, product.n, product.m, stream);
+    set(kMatmulEpilogue, kEpilogueBias);
+    set(kMatmulBiasPointer, product.bias);
   }
   const auto describe = [&](MatrixLayout& layout, int64_t rows, int64_t columns, int64_t stride) {
     check_cublas(library.layout_create(&layout, type, static_cast<uint64_t>(rows),
@@ -225,9 +201,9 @@ void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream)
 
   const MatmulAlgorithm algorithm = algorithm_for(library, handle, device, product, descriptions);
   const float one = 1.0F;
-  const float of_y = product.bias == nullptr ? 0.0F : 1.0F;
+  const float zero = 0.0F;
   check_cublas(library.matmul(handle, descriptions.product, &one, product.w, descriptions.w, product.x,
-                              descriptions.x, &of_y, product.y, descriptions.y, product.y, descriptions.y,
+                              descriptions.x, &zero, product.y, descriptions.y, product.y, descriptions.y,
                               &algorithm, workspace, static_cast<size_t>(kLibraryBytes), stream),
                "matmul_cuda: cublasLtMatmul");
 }
@@ -241,7 +217,8 @@ DecodedPlan decoded_plan(const FragmentMatrix& w, int m, DType dtype, int splits
   const int64_t parts = std::max<int64_t>(ceil_div(w.row_blocks, blocks), splits);
   DecodedPlan plan;
   plan.rows = 64 * ceil_div(w.row_blocks, parts);
-  plan.gathered = aligned_bytes(plan.rows * row_bytes);
+  plan.bias = aligned_bytes(plan.rows * row_bytes);
+  plan.gathered = plan.bias + aligned_bytes(plan.rows * size_of_value(dtype));
   plan.library = plan.gathered;
   if (w.source != nullptr) plan.library += aligned_bytes(row_bytes * std::min(m, kGatheredTokens));
   plan.bytes = plan.library + kLibraryBytes;
@@ -279,6 +256,13 @@ void multiply_decoded(const ProductLaunch& part, const DecodedPlan& plan, bool f
   const int64_t columns = int64_t{64} * p.w.column_blocks;
   DenseProduct product{p.w.n,  p.w.k, p.m,        workspace, columns, p.x, std::max(p.x_stride, p.w.k),
                        p.bias, p.y,   p.y_stride, part.dtype};
+  if (alignment_of(p.bias, 16) < 16) {
+    // What cuBLASLt asks of this address is not documented.
+    check_cuda(cudaMemcpyAsync(bytes + plan.bias, p.bias, p.w.n * size_of_value(part.dtype),
+                               cudaMemcpyDeviceToDevice, part.stream),
+               "matmul_cuda: copy of the bias");
+    product.bias = bytes + plan.bias;
+  }
   if (p.w.source == nullptr) return multiply(product, bytes + plan.library, part.stream);
 
   product.k = columns;

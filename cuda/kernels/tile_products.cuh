@@ -28,10 +28,11 @@ int64_t decoded_workspace(const FragmentMatrix& w, int m, DType dtype);
 template <class Decoder>
 void launch_decoded(const ProductLaunch& launch, void* workspace);
 
-// How launch_decoded() goes about it, and where things lie in its workspace: decoded rows,
-// gathered activations, what cuBLASLt asks for.
+// How launch_decoded() goes about it, and where things lie in its workspace: decoded rows, a copy of their
+// bias, gathered activations, what cuBLASLt asks for.
 struct DecodedPlan {
   int64_t rows = 0;  // decoded at a time, a multiple of 64
+  int64_t bias = 0;
   int64_t gathered = 0;
   int64_t library = 0;
   int64_t bytes = 0;

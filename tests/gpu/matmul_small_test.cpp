@@ -54,7 +54,7 @@ TEST_P(MatmulCudaSmall, EveryKernelIsRight) {
       SCOPED_TRACE(c.text() + ", " + text_of_options(options));
       const auto y = product.run(options);
       if (y) {
-        EXPECT_EQ(product.compare(*y), "");
+        EXPECT_EQ(product.compare(*y, cell.kernel), "");
       }
     }
   }

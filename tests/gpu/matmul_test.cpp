@@ -94,7 +94,8 @@ bool check_case(const ProductCase& c, const std::vector<KernelCell>& cells, std:
     std::string wrong;
     try {
       const auto y = product.run(options);
-      wrong = y ? product.compare(*y) : "memory damaged";
+      const std::string kernel = matmul_cuda_kernel(product.prepared(), c.m, c.dtype, options);
+      wrong = y ? product.compare(*y, kernel) : "memory damaged";
     } catch (const Error& error) {
       wrong = error.what();
     }

@@ -85,7 +85,8 @@ struct CudaMatmulArguments {
   void* stream = nullptr;  // a cudaStream_t
 };
 
-// All memory on the current device. float32 accumulation. Throws Unsupported where no kernel takes the
+// All memory on the current device. float32 accumulation; the result is rounded once, but with a bias the
+// kernel "decode" (cuBLASLt) rounds before it adds it, too. Throws Unsupported where no kernel takes the
 // format, dtype or device, InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});
