@@ -1,10 +1,10 @@
-// Takes codes out of the words of a unit in fragment order (src/kernels/fragment_order.hpp): two at a time,
+// Takes codes out of the words of a unit in fragment order (src/formats/fragment_order.hpp): two at a time,
 // one in each half of a register.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 namespace quantloom::cuda {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/half_pairs.cuh"
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 namespace quantloom::cuda {
 

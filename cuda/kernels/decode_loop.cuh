@@ -6,7 +6,7 @@
 
 #include "common/check.cuh"
 #include "common/half_pairs.cuh"
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 #include "kernels/group_scales.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/tile_products.cuh"

@@ -4,8 +4,8 @@
 
 #include "common/check.cuh"
 #include "common/device.hpp"
+#include "formats/fragment_order.hpp"
 #include "kernels/fragment_layout.hpp"
-#include "kernels/fragment_order.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
 namespace quantloom {

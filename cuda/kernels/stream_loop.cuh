@@ -12,7 +12,7 @@
 
 #include "common/check.cuh"
 #include "common/half_pairs.cuh"
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 

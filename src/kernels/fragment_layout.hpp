@@ -1,7 +1,7 @@
 // Sizes and facts of a matrix in fragment order, from its format.
 #pragma once
 
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {

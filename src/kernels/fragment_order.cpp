@@ -1,5 +1,5 @@
 // The scalar reference of fragment order, and the layout's sizes.
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 #include <algorithm>
 #include <limits>

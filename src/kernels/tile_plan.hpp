@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 namespace quantloom::fragments {
 

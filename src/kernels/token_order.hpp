@@ -5,7 +5,7 @@
 // wgmma.
 #pragma once
 
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 namespace quantloom::fragments {
 

@@ -471,7 +471,7 @@ TEST(DecodedProduct, TakesFloat32Activations) {
 // Activations are put in order for 8192 tokens at a time.
 TEST(DecodedProduct, PutsManyTokensInOrder) {
   if (!has_cuda_device()) GTEST_SKIP() << "no CUDA device in this machine";
-  const Case c{.bits = 4, .group_size = 20, .n = 70, .k = 45, .m = 8200, .bias = false, .splits = 2};
+  const Case c{.bits = 4, .group_size = 20, .n = 70, .k = 45, .m = 8200, .splits = 2, .bias = false};
   SCOPED_TRACE(testing::Message() << c);
   const CounterRandom random(7100);
   const Matrix matrix = make_matrix(c, 7100, [&](int64_t i) { return i % 2 == 0 ? 0x1p-5F : -0x1p-7F; });

@@ -1,5 +1,5 @@
 // Fragment order against a definition of its own, one bit at a time.
-#include "kernels/fragment_order.hpp"
+#include "formats/fragment_order.hpp"
 
 #include <gtest/gtest.h>
 
