@@ -28,9 +28,20 @@ class CodebookFragments {
       const T rounded = HalfPair<T>::from_float(v);
       return static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&rounded));
     };
-    for (int i = static_cast<int>(threadIdx.x); i < kEntries * 32; i += static_cast<int>(blockDim.x)) {
-      const int index = i / 32;
-      copies[i] = kPairs ? value(index % (1 << kBits)) | value(index >> kBits) << 16 : value(index);
+    // Several loads are on their way at once.
+    constexpr int kBatch = 8;
+    const auto threads = static_cast<int>(blockDim.x);
+    for (int first = static_cast<int>(threadIdx.x); first < kEntries * 32; first += kBatch * threads) {
+      uint32_t batch[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int index = (first + b * threads) / 32 % kEntries;
+        batch[b] = kPairs ? value(index % (1 << kBits)) | value(index >> kBits) << 16 : value(index);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * threads < kEntries * 32) copies[first + b * threads] = batch[b];
+      }
     }
     own_copy_ = static_cast<const unsigned char*>(shared) + threadIdx.x % 32 * 4;
   }

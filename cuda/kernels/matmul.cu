@@ -118,6 +118,7 @@ Plan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int sp
   constexpr double kBegin = 2.0;      // us until a block of threads has its first codes, and for its sums
   constexpr double kAlone = 5.5;      // the same if no other block of threads is at work meanwhile
   constexpr double kBusyShare = 0.4;  // of the time: warps that wait for each other, not for memory
+  constexpr double kTable = 8.0;      // us of a warp for a block's copies of a codebook
   Plan best;
   double least = std::numeric_limits<double>::infinity();
   for (int s = splits > 0 ? splits : 1; s <= std::max(most_splits, splits); s *= 2) {
@@ -128,11 +129,10 @@ Plan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int sp
       const auto of_warp = static_cast<double>(ceil_div(layout.column_blocks, int64_t{s} * warps));
       const double busy = rounds * of_warp * kStreamWarpsPerProcessor;
       const double streamed = on_busiest * static_cast<double>(layout.column_blocks) / s;
+      const double table = layout.table_entries > 0 ? kTable / warps : 0;
       const double time = kBlock * (kBusyShare * busy + (1 - kBusyShare) * streamed) + kBegin +
-                          (rounds - 1) * (together == 1 ? kAlone : kBegin) +
-                          (s == 1   ? 0
-                           : s == 2 ? 0.3
-                                    : 1.2);
+                          (rounds - 1) * (together == 1 ? kAlone : kBegin) + rounds * table +
+                          (s == 1 ? 0 : 0.3);
       // Clusters of more than two wait longer for each other.
       const double cost = s <= 2 ? time : 1.1 * time + 1;
       if (cost < least) {
