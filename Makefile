@@ -153,6 +153,7 @@ lint: $(VENV)/.dependencies ## style, static analysis, rules of the layout
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(VENV_PYTHON) scripts/check_layout
+	@mkdir -p build
 	@$(CONFIGURE) -B build/lint -DQUANTLOOM_CUDA=OFF -DQUANTLOOM_BUILD_TESTS=OFF > build/lint.log
 	@git ls-files 'src/*.cpp' | grep -v cuda_unavailable | \
 	  xargs -P $(JOBS) -n 1 clang-tidy --quiet -p build/lint
