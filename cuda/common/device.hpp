@@ -3,10 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <string>
+#include <string_view>
 
 #include "common/check.cuh"
 #include "quantloom/error.hpp"
+#include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/tensor.hpp"
 
 namespace quantloom {
@@ -15,9 +18,26 @@ struct DeviceFacts {
   int index = 0;
   int processors = 0;    // streaming multiprocessors
   int architecture = 0;  // 90 for compute capability 9.0
+  int code = 0;          // that of this build's code which the device runs: instructions up to it exist
   bool clusters = false;
   int shared_memory = 0;  // bytes that a block may have
 };
+
+// The highest architecture of a list such as "80,86,90a" whose code runs on a device; 0 if none is known.
+inline int code_architecture(std::string_view list, int device) {
+  int highest = 0;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find_first_of(",;", begin), list.size());
+    int number = 0;
+    size_t i = begin;
+    for (; i < end && list[i] >= '0' && list[i] <= '9'; ++i) number = 10 * number + (list[i] - '0');
+    // Code for "90a" runs on 90 alone.
+    const bool exact = i < end && list[i] == 'a';
+    if (exact ? number == device : number <= device) highest = std::max(highest, number);
+    begin = end + 1;
+  }
+  return highest;
+}
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
@@ -31,7 +51,8 @@ inline DeviceFacts current_device() {
   facts.processors = device_attribute(cudaDevAttrMultiProcessorCount, facts.index);
   facts.architecture = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, facts.index) +
                        device_attribute(cudaDevAttrComputeCapabilityMinor, facts.index);
-  facts.clusters = device_attribute(cudaDevAttrClusterLaunch, facts.index) != 0;
+  facts.code = code_architecture(cuda_architectures(), facts.architecture);
+  facts.clusters = facts.code >= 90 && device_attribute(cudaDevAttrClusterLaunch, facts.index) != 0;
   facts.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, facts.index);
   return facts;
 }

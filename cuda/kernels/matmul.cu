@@ -61,6 +61,12 @@ std::optional<std::string> why_not(const CudaProduct& product, int64_t m, DType 
     return text_of("kernel ", name, " takes ", product.min_tokens, " to ", product.max_tokens,
                    " tokens, not ", m);
   }
+  if (product.min_architecture > 80 && device.code < product.min_architecture) {
+    return text_of("kernel ", name, " needs code for compute capability ", product.min_architecture / 10, ".",
+                   product.min_architecture % 10, "; this device, of ", device.architecture / 10, ".",
+                   device.architecture % 10, ", runs what was built for ", device.code / 10, ".",
+                   device.code % 10);
+  }
   if (device.architecture < product.min_architecture || (product.needs_clusters && !device.clusters)) {
     return text_of("kernel ", name, " needs compute capability ", product.min_architecture / 10, ".",
                    product.min_architecture % 10, ", this device has ", device.architecture / 10, ".",
@@ -333,7 +339,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   launch.splits = plan.splits;
   launch.warps = plan.warps;
   launch.shared_memory = device.shared_memory;
-  launch.overlap = options.overlap && device.architecture >= 90;
+  launch.overlap = options.overlap && device.code >= 90;
   launch.stream = static_cast<cudaStream_t>(arguments.stream);
   const Launchers& launchers = launchers_of(layout);
   if (product.name == "tiles") {

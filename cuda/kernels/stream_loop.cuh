@@ -1,9 +1,10 @@
-// The product loop for few tokens: weights stream from memory into registers once, as fast as it gives them.
+// The product loop for few tokens: each code passes once from memory to the tensor cores.
 //
-// A warp owns 64 rows and a run of columns. Its lanes load the codes in fragment order, several blocks ahead
-// and past the caches, decode them, and multiply on the tensor cores, 8 or 16 tokens at a time; scales are
-// applied to the float32 sums, once per group. The warps of a block of threads split its columns; the
-// blocks of a cluster split the rest. All parts are added in a fixed order.
+// A warp owns 64 rows and a run of columns. It copies codes in fragment order, activations and parameters
+// into a ring of its own in shared memory, several blocks ahead; its lanes decode the codes and multiply on
+// the tensor cores, 8 or 16 tokens at a time. Scales are applied to the float32 sums, once per group. The
+// warps of a block of threads split its columns; the blocks of a cluster split the rest. All parts are added
+// in a fixed order.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -18,7 +18,7 @@ constexpr bool kHasZeros = Decoder::kCenter != 0.0F;
 
 // Kernels may begin before the previous one has ended: griddepcontrol.
 inline bool overlaps(const DeviceFacts& device) {
-  return device.architecture >= 90;
+  return device.code >= 90;
 }
 
 inline int64_t aligned_bytes(int64_t bytes) {

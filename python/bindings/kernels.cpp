@@ -60,7 +60,7 @@ py::dict build_info() {
   py::list architectures;
   const std::string all = cuda_architectures();
   for (size_t begin = 0; begin < all.size();) {
-    const size_t end = std::min(all.find(';', begin), all.size());
+    const size_t end = std::min(all.find_first_of(",;", begin), all.size());
     if (end > begin) architectures.append(all.substr(begin, end - begin));
     begin = end + 1;
   }
