@@ -1,0 +1,104 @@
+"""Fits of tables and codebooks on samples, against plain NumPy versions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from quantloom import _fitting
+
+
+def codes_of(table, x):
+    middles = ((table[1:].astype(np.float64) + table[:-1]) / 2).astype(np.float32)
+    return np.searchsorted(middles, x, side="left")
+
+
+def plain_sweep(x, weights, table):
+    codes = codes_of(table, x)
+    mass = np.bincount(codes, weights, len(table))
+    sums = np.bincount(codes, weights * x.astype(np.float64), len(table))
+    updated = np.where(mass > 0, sums / np.where(mass > 0, mass, 1), table).astype(np.float32)
+    return np.maximum.accumulate(updated)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("start", [*_fitting.TABLE_STARTS, ("uniform_rms", 3.0)])
+def test_lloyd_max_ends_where_the_plain_version_stays(rng, start, weighted):
+    x = rng.standard_t(5, 20_000).astype(np.float32)
+    weights = rng.exponential(size=x.shape).astype(np.float32) if weighted else None
+    plain_weights = np.ones(x.shape) if weights is None else weights.astype(np.float64)
+    fit = _fitting.lloyd_max(x, 16, weights=weights, start=start, threshold=0.0, seed=3)
+    assert fit.converged
+    assert fit.changed == 0
+    np.testing.assert_allclose(plain_sweep(x, plain_weights, fit.centroids), fit.centroids, atol=2e-6)
+    error = np.sum(plain_weights * (fit.centroids[codes_of(fit.centroids, x)].astype(np.float64) - x) ** 2)
+    assert fit.squared_error == pytest.approx(error, rel=1e-9)
+
+
+def test_the_student_t_table(rng):
+    """3 bits of t(10): the population's optimum is R = 0.21146 (its tails spread samples by about 0.002)."""
+    x = rng.standard_t(10, 2**20).astype(np.float32)
+    sample = _fitting.sort_values(x)
+    fit = _fitting.lloyd_max(sample, 8)
+    assert np.sqrt(fit.squared_error / sample.moments[2]) == pytest.approx(0.2115, abs=0.002)
+    grid = (0.58 * np.arange(-40, 41)).astype(np.float32)
+    counts = _fitting.table_counts(sample, grid)
+    share = counts[counts > 0] / x.size
+    assert -np.sum(share * np.log2(share)) == pytest.approx(2.9975, abs=0.01)
+
+
+def test_table_errors_are_those_of_rounding(rng):
+    x = rng.standard_normal(3001).astype(np.float32)
+    weights = rng.exponential(size=x.shape).astype(np.float32)
+    tables = [np.sort(rng.standard_normal(n)).astype(np.float32) for n in (1, 4, 61)]
+    scales = np.logspace(-2, 2, 17, base=2).astype(np.float32)
+    errors = _fitting.table_errors(x, tables, scales, weights=weights)
+    assert errors.shape == (3, 17)
+    for t, table in enumerate(tables):
+        for s, scale in enumerate(scales):
+            decoded = table[codes_of(table, x / scale)].astype(np.float64) * scale
+            assert errors[t, s] == pytest.approx(np.sum(weights * (decoded - x) ** 2), rel=1e-9)
+    for threads in (1, 2, 4):
+        np.testing.assert_array_equal(
+            errors, _fitting.table_errors(x, tables, scales, weights=weights, threads=threads)
+        )
+
+
+def test_samples_may_be_of_any_float_type(rng):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(rng.standard_normal((64, 33)).astype(np.float32))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        values = x.to(dtype)
+        expected = np.sort(values.float().numpy().reshape(-1))
+        np.testing.assert_array_equal(_fitting.sort_values(values).values, expected)
+        np.testing.assert_array_equal(_fitting.sort_values(values.T).values, expected)
+    np.testing.assert_array_equal(_fitting.sort_values([2, 1]).values, np.array([1, 2], np.float32))
+
+
+def test_bad_input_is_named(rng):
+    x = rng.standard_normal(10).astype(np.float32)
+    bad = x.copy()
+    bad[3] = np.nan
+    with pytest.raises(ValueError, match="values: got nan at index 3"):
+        _fitting.lloyd_max(bad, 2)
+    with pytest.raises(ValueError, match="weights: got -"):
+        _fitting.lloyd_max(x, 2, weights=-np.abs(x))
+    with pytest.raises(ValueError, match="weights: got 3 of them"):
+        _fitting.lloyd_max(x, 2, weights=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="count: got 0"):
+        _fitting.lloyd_max(x, 0)
+    with pytest.raises(ValueError, match="start: got 'best'"):
+        _fitting.lloyd_max(x, 2, start="best")
+    with pytest.raises(ValueError, match="threshold: got 2"):
+        _fitting.lloyd_max(x, 2, threshold=2)
+    with pytest.raises(ValueError, match="seed: got -1"):
+        _fitting.lloyd_max(x, 2, seed=-1)
+    with pytest.raises(ValueError, match="centroids: got 3 of them"):
+        _fitting.lloyd_max(x, 2, start=np.arange(3, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"tables\[1\]"):
+        _fitting.table_errors(x, [np.zeros(2, np.float32), np.array([1, 0], np.float32)], [1.0])
+    with pytest.raises(ValueError, match="scale: got 0"):
+        _fitting.table_errors(x, [np.zeros(2, np.float32)], [0.0])
+    with pytest.raises(TypeError, match="values: got int64"):
+        _fitting.sort_values(np.arange(3))
+    with pytest.raises(TypeError, match="weights"):
+        _fitting.lloyd_max(_fitting.sort_values(x), 2, weights=np.abs(x))
