@@ -1,9 +1,10 @@
-// Fits of scalar tables on sorted samples. quantloom/_fitting.py checks arguments and documents.
+// Fits of tables and codebooks on samples. quantloom/_fitting.py checks arguments and documents.
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "arrays.hpp"
+#include "quantloom/fit/kmeans.hpp"
 #include "quantloom/fit/lloyd_max.hpp"
 #include "quantloom/fit/scale_search.hpp"
 
@@ -24,6 +25,13 @@ std::vector<float> float_list(const ArrayRef& array, const std::string& argument
   return {values.begin(), values.end()};
 }
 
+// An empty span stands for no weights, which an empty array does not.
+void require_count(std::span<const float> weights, int64_t count) {
+  if (static_cast<int64_t>(weights.size()) != count) {
+    throw InvalidArgument("weights", text_of(weights.size(), " of them"), text_of(count));
+  }
+}
+
 template <class T>
 py::array_t<T> to_array(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -33,10 +41,7 @@ std::shared_ptr<SortedValues> sort_values(const ArrayRef& values, const ArrayRef
   const std::span<const float> value_span = floats(values, "values");
   const std::span<const float> weight_span =
       weights == nullptr ? std::span<const float>() : floats(*weights, "weights");
-  if (weights != nullptr && weight_span.size() != value_span.size()) {
-    throw InvalidArgument("weights", text_of(weight_span.size(), " of them"),
-                          text_of("one for each of the ", value_span.size(), " values"));
-  }
+  if (weights != nullptr) require_count(weight_span, static_cast<int64_t>(value_span.size()));
   const int team = to_int("threads", threads);
   const py::gil_scoped_release release;
   return std::make_shared<SortedValues>(value_span, weight_span, team);
@@ -97,6 +102,53 @@ py::array_t<int64_t> counts_of_table(const SortedValues& sample, const ArrayRef&
   return to_array(counts);
 }
 
+MatrixView<const float> vectors(const ArrayRef& array, const std::string& argument) {
+  return array.matrix<const float>(argument, DType::f32);
+}
+
+py::array_t<int32_t> nearest(const ArrayRef& x, const ArrayRef& centroids, int64_t threads) {
+  const MatrixView<const float> rows = vectors(x, "x");
+  const MatrixView<const float> table = vectors(centroids, "centroids");
+  const int team = to_int("threads", threads);
+  py::array_t<int32_t> codes(static_cast<py::ssize_t>(rows.rows()));
+  const std::span<int32_t> out(codes.mutable_data(), static_cast<size_t>(rows.rows()));
+  {
+    const py::gil_scoped_release release;
+    nearest_neighbour(rows, table, out, team);
+  }
+  return codes;
+}
+
+py::dict fit_codebook(const ArrayRef& x, int64_t count, const ArrayRef* weights, const std::string& start,
+                      const ArrayRef* centroids, double threshold, int64_t max_sweeps, bool reseed_empty,
+                      uint64_t seed, int64_t threads) {
+  const MatrixView<const float> rows = vectors(x, "x");
+  KMeansOptions options;
+  options.start = codebook_start_from_name(start);
+  if (centroids != nullptr) options.centroids = vectors(*centroids, "centroids");
+  options.threshold = threshold;
+  options.max_sweeps = max_sweeps;
+  options.reseed_empty = reseed_empty;
+  options.seed = seed;
+  options.threads = to_int("threads", threads);
+  const std::span<const float> weight_span =
+      weights == nullptr ? std::span<const float>() : floats(*weights, "weights");
+  if (weights != nullptr) require_count(weight_span, rows.rows());
+  KMeansResult result;
+  {
+    const py::gil_scoped_release release;
+    result = kmeans(rows, count, options, weight_span);
+  }
+  py::dict fields;
+  fields["centroids"] = to_array(result.centroids).attr("reshape")(count, rows.cols());
+  fields["codes"] = to_array(result.codes);
+  fields["sweeps"] = result.sweeps;
+  fields["changed"] = result.changed;
+  fields["converged"] = result.converged;
+  fields["squared_error"] = result.squared_error;
+  return fields;
+}
+
 }  // namespace
 
 void bind_fit(py::module_& module) {
@@ -120,6 +172,10 @@ void bind_fit(py::module_& module) {
   module.def("table_errors", &errors_of_tables, py::arg("sample"), py::arg("tables"), py::arg("scales"),
              py::arg("threads"));
   module.def("table_counts", &counts_of_table, py::arg("sample"), py::arg("table"), py::arg("scale"));
+  module.def("nearest_neighbour", &nearest, py::arg("x"), py::arg("centroids"), py::arg("threads"));
+  module.def("kmeans", &fit_codebook, py::arg("x"), py::arg("count"), py::arg("weights").none(true),
+             py::arg("start"), py::arg("centroids").none(true), py::arg("threshold"), py::arg("max_sweeps"),
+             py::arg("reseed_empty"), py::arg("seed"), py::arg("threads"));
 }
 
 }  // namespace quantloom::python

@@ -160,3 +160,98 @@ def _seed(value: Any) -> int:
     if not 0 <= value < 2**64:
         raise ValueError(f"seed: got {value}, expected 0 to 2**64 - 1")
     return int(value)
+
+
+def _vectors(argument: str, value: Any) -> _arrays.Array:
+    """Rows of float32 on the CPU; other floats are converted, gaps within rows closed."""
+    array = _arrays.describe(argument, value)
+    if len(array.shape) != 2:
+        raise ValueError(f"{argument}: got shape {_arrays.shape_text(array.shape)}, expected 2 dimensions")
+    if array.dtype == "float32" and array.core.contiguous:
+        _arrays.require_cpu(argument, array)
+        return array
+    flat = _float32(argument, array.value)
+    return _arrays.describe(argument, flat.value.reshape(array.shape))
+
+
+def nearest_neighbour(x: Any, centroids: Any, threads: int = 0) -> np.ndarray:
+    """The index of the centroid nearest to each row of x: int32 ``[n]``.
+
+    The squared distance is taken in float64, the lowest index wins a tie; neither the processor nor the
+    number of threads changes the result.
+
+    Args:
+        x: ``[n, d]`` finite floats, d from 1 to 16.
+        centroids: ``[K, d]`` finite floats, K from 1 to 65536.
+        threads: 0 for OpenMP's default.
+
+    Raises:
+        ValueError: other shapes, NaN or infinity.
+    """
+    return _core.nearest_neighbour(
+        _vectors("x", x).core, _vectors("centroids", centroids).core, _checks.thread_count(threads)
+    )
+
+
+class CodebookFit(NamedTuple):
+    """What ``kmeans`` found."""
+
+    centroids: np.ndarray  # float32 [count, d]
+    codes: np.ndarray  # int32 [n]: the nearest of these centroids
+    sweeps: int
+    changed: float  # fraction of the rows that changed their code in the last sweep
+    converged: bool
+    squared_error: float  # weighted, summed over the rows
+
+
+def kmeans(
+    x: Any,
+    count: int,
+    *,
+    weights: Any = None,
+    start: Any = "kmeans++",
+    threshold: float = 1e-3,
+    max_sweeps: int = 1000,
+    reseed_empty: bool = False,
+    seed: int = 0,
+    threads: int = 0,
+) -> CodebookFit:
+    """A codebook of `count` vectors with little weighted squared error on the rows of x (Lloyd, 1982).
+
+    Deterministic: rows are summed in fixed point, so that neither their order nor the number of threads
+    changes the result. A centroid without rows stays where it is, unless `reseed_empty`.
+
+    Args:
+        x: ``[n, d]`` finite floats, d from 1 to 16.
+        count: centroids, 1 to 65536.
+        weights: None, or a finite number >= 0 for each row.
+        start: ``"kmeans++"`` (in batches, from a subset of large samples), ``"random"`` rows, or an array
+            ``[count, d]``.
+        threshold: in [0, 1]; stops once at most this fraction of the rows changes its code.
+        max_sweeps: stops after so many, `converged` or not.
+        reseed_empty: move a centroid without rows to the row that is described worst.
+        seed: of the starts; in [0, 2**64).
+        threads: 0 for OpenMP's default.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range.
+    """
+    name, centroids = "given", None
+    if isinstance(start, str):
+        name = _checks.choice("start", start, ("kmeans++", "random"))
+    else:
+        centroids = _vectors("start", start)
+    weight_array = None if weights is None else _float32("weights", weights)
+    fields = _core.kmeans(
+        _vectors("x", x).core,
+        _checks.integer("count", count),
+        None if weight_array is None else weight_array.core,
+        name,
+        None if centroids is None else centroids.core,
+        _checks.real("threshold", threshold),
+        _checks.integer("max_sweeps", max_sweeps),
+        _checks.boolean("reseed_empty", reseed_empty),
+        _seed(seed),
+        _checks.thread_count(threads),
+    )
+    return CodebookFit(**fields)

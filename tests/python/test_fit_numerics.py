@@ -102,3 +102,86 @@ def test_bad_input_is_named(rng):
         _fitting.sort_values(np.arange(3))
     with pytest.raises(TypeError, match="weights"):
         _fitting.lloyd_max(_fitting.sort_values(x), 2, weights=np.abs(x))
+
+
+def plain_codes(x, centroids):
+    differences = x[:, None, :].astype(np.float64) - centroids[None, :, :]
+    return np.argmin((differences**2).sum(axis=2), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("n", "entries", "d"), [(1, 1, 1), (500, 33, 2), (257, 64, 3), (300, 100, 16), (0, 4, 2)]
+)
+def test_nearest_neighbour_is_the_plain_version(rng, n, entries, d):
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    centroids = rng.standard_normal((entries, d)).astype(np.float32)
+    for threads in (1, 2, 4):
+        codes = _fitting.nearest_neighbour(x, centroids, threads)
+        np.testing.assert_array_equal(codes, plain_codes(x, centroids))
+
+
+def test_vectors_may_have_gaps_and_other_types(rng):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(rng.standard_normal((40, 12)).astype(np.float32))
+    centroids = torch.from_numpy(rng.standard_normal((9, 4)).astype(np.float32))
+    for view in (x[:, 2:6], x[::2, :4], x[:, ::3], x.T[:, 5:9], x[:, :4].to(torch.bfloat16)):
+        codes = _fitting.nearest_neighbour(view, centroids)
+        np.testing.assert_array_equal(codes, plain_codes(view.float().numpy(), centroids.numpy()))
+
+
+def test_kmeans_of_separate_clusters_finds_them(rng):
+    centers = 20 * rng.standard_normal((12, 3))
+    labels = rng.integers(0, 12, 3000)
+    x = (centers[labels] + 0.01 * rng.standard_normal((3000, 3))).astype(np.float32)
+    best = min(
+        (_fitting.kmeans(x, 12, threshold=0.0, seed=seed) for seed in range(8)),
+        key=lambda fit: fit.squared_error,
+    )
+    assert best.converged
+    assert best.squared_error < 2 * 3000 * 3 * 0.01**2
+    found = best.centroids[plain_codes(centers.astype(np.float32), best.centroids)]
+    np.testing.assert_allclose(found, centers, atol=0.01)
+    np.testing.assert_array_equal(best.codes, plain_codes(x, best.centroids))
+
+
+def test_kmeans_from_random_rows_ends_where_the_plain_version_stays(rng):
+    x = rng.standard_normal((2000, 2)).astype(np.float32)
+    fit = _fitting.kmeans(x, 16, start="random", threshold=0.0, seed=1)
+    assert fit.converged
+    codes = plain_codes(x, fit.centroids)
+    means = [x[codes == k].mean(axis=0, dtype=np.float64) for k in range(16)]
+    np.testing.assert_allclose(fit.centroids, means, atol=1e-6)
+
+
+def test_kmeans_goes_on_from_given_centroids_and_weights(rng):
+    x = rng.standard_normal((4000, 2)).astype(np.float32)
+    weights = (rng.random(4000) < 0.5).astype(np.float32)
+    first = _fitting.kmeans(x, 20, weights=weights, threshold=0.0)
+    again = _fitting.kmeans(x, 20, weights=weights, start=first.centroids, threshold=0.0)
+    assert again.sweeps == 1
+    np.testing.assert_array_equal(again.centroids, first.centroids)
+    # Rows without weight do not count.
+    without = _fitting.kmeans(x[weights > 0], 20, start=first.centroids, threshold=0.0)
+    np.testing.assert_allclose(without.centroids, first.centroids, atol=1e-6)
+
+
+def test_bad_vectors_are_named(rng):
+    x = rng.standard_normal((10, 2)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"x: got shape \[20\]"):
+        _fitting.kmeans(x.reshape(-1), 2)
+    with pytest.raises(ValueError, match="x: got vectors of 17 dimensions"):
+        _fitting.kmeans(np.zeros((3, 17), np.float32), 2)
+    with pytest.raises(ValueError, match="count: got 65537"):
+        _fitting.kmeans(x, 65537)
+    with pytest.raises(ValueError, match="centroids: got 3 vectors"):
+        _fitting.kmeans(x, 2, start=np.zeros((3, 2), np.float32))
+    with pytest.raises(ValueError, match="centroids: got vectors of 3 dimensions"):
+        _fitting.nearest_neighbour(x, np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match="weights: got 0 of them"):
+        _fitting.kmeans(x, 2, weights=np.zeros(0, np.float32))
+    with pytest.raises(ValueError, match="x: got nan at row 4, column 1"):
+        bad = x.copy()
+        bad[4, 1] = np.nan
+        _fitting.nearest_neighbour(bad, x)
+    with pytest.raises(TypeError, match="reseed_empty"):
+        _fitting.kmeans(x, 2, reseed_empty=1)
