@@ -74,6 +74,7 @@ void bind_calibration(py::module_& module);
 void bind_rounding(py::module_& module);
 void bind_cuda_rounding(py::module_& module);
 void bind_fit(py::module_& module);
+void bind_elements(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
 void bind_io(py::module_& module);

@@ -35,6 +35,7 @@ PYBIND11_MODULE(_core, module) {
   bind_rounding(module);
   bind_cuda_rounding(module);
   bind_fit(module);
+  bind_elements(module);
   bind_kernels(module);
   bind_cuda(module);
   bind_io(module);

@@ -1,0 +1,147 @@
+"""Element-wise rounding: CPU tensors in C++, others by the formulas of each format in torch operations.
+
+Both compute in float32 and round once to the dtype of the tensor, so that block scales, codes and values do
+not depend on how a tensor is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantloom import _arrays, _core
+
+NATIVE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Grid(NamedTuple):
+    """Scales of blocks of a matrix: float32 [blocks of rows, blocks of columns], and the size of a block."""
+
+    scales: Tensor
+    rows: int
+    cols: int
+
+
+def array(name: str, tensor: Tensor) -> Any:
+    return _arrays.describe(name, tensor).core
+
+
+def native(tensor: Tensor) -> Tensor:
+    """Contiguous memory of a dtype that C++ reads; float32 stands for all others."""
+    tensor = tensor.detach()
+    if not tensor.dtype.is_floating_point and tensor.dtype.is_complex:
+        raise TypeError(f"tensor: got {tensor.dtype}, expected real numbers")
+    if tensor.dtype not in NATIVE:
+        tensor = tensor.float()
+    return tensor.contiguous()
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as a matrix: the last dimension is along the rows."""
+    if tensor.ndim == 2:
+        return tensor
+    return (
+        tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 and tensor.numel() else tensor.reshape(1, -1)
+    )
+
+
+def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: bool, codes: bool) -> Any:
+    x = matrix(native(tensor))
+    if x.device.type != "cpu":
+        return _round_reference(fmt, x, grid, values, codes)
+    out_values = torch.empty_like(x) if values else None
+    out_codes = torch.empty(x.shape, dtype=torch.int32) if codes else None
+    _core.round_elements(
+        elements,
+        array("tensor", x),
+        None if grid is None else array("scales", grid.scales),
+        1 if grid is None else grid.rows,
+        1 if grid is None else grid.cols,
+        None if out_values is None else array("values", out_values),
+        None if out_codes is None else array("codes", out_codes),
+        0,
+    )
+    return out_values, out_codes
+
+
+def element_scales(grid: Grid, shape: tuple[int, ...]) -> Tensor:
+    """One scale for each element of a matrix."""
+    scales = grid.scales.repeat_interleave(grid.rows, 0) if grid.rows > 1 else grid.scales
+    scales = scales.repeat_interleave(grid.cols, 1) if grid.cols > 1 else scales
+    return scales[: shape[0], : shape[1]]
+
+
+def _round_reference(fmt: Any, x: Tensor, grid: Grid | None, values: bool, codes: bool) -> Any:
+    x32 = x.float()
+    scales = None
+    if grid is not None:
+        scales = element_scales(grid, tuple(x.shape))
+        x32 = torch.where(scales == 0, x32, x32 / scales)
+    places = fmt._reference_codes(x32)
+    rounded = None
+    if values:
+        rounded = torch.where(x32.isnan(), x32, fmt._reference_values(places))
+        if scales is not None:
+            rounded = rounded * scales
+        rounded = rounded.to(x.dtype)
+    return rounded, (places.to(torch.int32) if codes else None)
+
+
+def round_values(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = None) -> Tensor:
+    """The rounded values in the shape and dtype of the tensor."""
+    values, _ = _round(elements, fmt, tensor, grid, True, False)
+    return values.reshape(tensor.shape).to(tensor.dtype)
+
+
+def round_codes(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = None) -> Tensor:
+    """The codes in the shape of the tensor, int64."""
+    _, codes = _round(elements, fmt, tensor, grid, False, True)
+    return codes.reshape(tensor.shape).to(torch.int64) & 0xFFFFFFFF
+
+
+def decode(elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None = None) -> Tensor:
+    """The values of int32 codes on the CPU, in their shape."""
+    codes = codes.contiguous()
+    flat = matrix(codes)
+    kept = dtype if dtype in NATIVE else torch.float32
+    out = torch.empty(flat.shape, dtype=kept)
+    _core.decode_elements(
+        elements,
+        array("codes", flat),
+        None if grid is None else array("scales", grid.scales),
+        1 if grid is None else grid.rows,
+        1 if grid is None else grid.cols,
+        array("out", out),
+        0,
+    )
+    return out.reshape(codes.shape).to(dtype)
+
+
+def block_statistics(tensor: Tensor, rows: int, cols: int, statistic: str) -> Tensor:
+    """float32 [blocks of rows, blocks of columns] of a CPU matrix; the order of sums is fixed."""
+    x = native(tensor)
+    shape = (math.ceil(x.shape[0] / rows), math.ceil(x.shape[1] / cols))
+    out = torch.empty(shape, dtype=torch.float32)
+    _core.block_statistics(array("tensor", x), rows, cols, statistic, array("out", out), 0)
+    return out
+
+
+def pack_codes(codes: Tensor, count: int) -> Tensor:
+    """Codes below `count` (int64 or int32) as bytes."""
+    codes = codes.to(device="cpu", dtype=torch.int32).contiguous().reshape(-1)
+    out = torch.empty(_core.packed_code_bytes(codes.numel(), count), dtype=torch.uint8)
+    _core.pack_codes(array("codes", codes), count, array("out", out), 0)
+    return out
+
+
+def unpack_codes(data: Tensor, codes: int, count: int) -> Tensor:
+    """int32 codes; raises ValueError unless the bytes hold just that many codes below `count`."""
+    expected = _core.packed_code_bytes(codes, count)
+    if data.numel() != expected:
+        raise ValueError(f"codes: got {data.numel()} bytes, expected {expected}")
+    out = torch.empty(codes, dtype=torch.int32)
+    _core.unpack_codes(array("codes", data.contiguous()), count, array("out", out), 0)
+    return out

@@ -1,0 +1,185 @@
+"""Entropy-coded tables."""
+
+from __future__ import annotations
+
+import bz2
+import heapq
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantloom import _checks, _core
+from quantloom.formats.base import Compressor, ScalarFormat, Shape, TensorFormat
+from quantloom.formats.tables import LUTFormat, lut_grid, numbers
+
+if TYPE_CHECKING:
+    from quantloom.formats.encoded import Planes
+
+__all__ = ["CompressedLUTFormat"]
+
+_COMPRESSORS = ("optimal", "huffman", "rans", "arithmetic", "bz2")
+_LEAST_ARITHMETIC = 2e-4
+
+
+@dataclass
+class CompressedLUTFormat(TensorFormat):
+    """A table whose codes are entropy-coded: ``LUT6[GRID{0.58}]+Zoptimal``.
+
+    Values are those of the table; only bits differ, and they depend on the data, so ``count_bits(shape)``
+    raises NotImplementedError. Use it as an element format inside the other wrappers, or alone.
+
+    Args:
+        lut: the table.
+        model_logp: natural logarithms of the probability of each code; must sum to 1 within 1e-4.
+        compressor: what ``count_bits_tensor`` counts; see ``count_bits_compressed``. ``encode`` writes real
+            streams: canonical Huffman for ``"huffman"``, rANS for all others, with the frequencies of the
+            tensor at hand, which are stored.
+    """
+
+    lut: LUTFormat
+    model_logp: tuple[float, ...]
+    compressor: Compressor
+    _type: str = "compressed_lut"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lut, LUTFormat):
+            raise TypeError(f"lut: got {_checks.type_name(self.lut)}, expected a LUTFormat")
+        _checks.choice("compressor", self.compressor, _COMPRESSORS)
+        self.model_logp = _log_probabilities(self.lut, self.model_logp)
+        total = math.fsum(map(math.exp, self.model_logp))
+        if abs(total - 1) > 1e-4:
+            raise ValueError(f"model_logp: got probabilities that sum to {total:.6g}, expected 1 within 1e-4")
+
+    def __str__(self) -> str:
+        return f"{self.lut}+Z{self.compressor}"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """That of the table."""
+        return self.lut.range
+
+    @classmethod
+    def train(
+        cls, lut: LUTFormat, data: Tensor, smoothing: float = 1.0, compressor: Compressor = "optimal"
+    ) -> CompressedLUTFormat:
+        """A model of the codes of `data`: (count + smoothing), normalised."""
+        counts = _counts(lut.to_idx(data), len(lut.values)).astype(np.float64) + _checks.real(
+            "smoothing", smoothing
+        )
+        if not (counts.sum() > 0 and counts.min() >= 0):
+            raise ValueError(
+                f"smoothing: got {smoothing} for {data.numel()} values, expected positive counts"
+            )
+        with np.errstate(divide="ignore"):
+            return cls(lut, tuple(np.log(counts / counts.sum()).tolist()), compressor)
+
+    @classmethod
+    def train_grid(cls, data: Tensor, resolution: float, **train_args: Any) -> CompressedLUTFormat:
+        """``train`` on the multiples of `resolution` that reach the largest magnitude of `data`."""
+        return cls.train(lut_grid(resolution, float(data.abs().max())), data, **train_args)
+
+    @staticmethod
+    def count_bits_compressed(
+        t: Tensor, lut: LUTFormat, compressor: Compressor, model_logp: Any = None
+    ) -> int:
+        """Bits of the codes of `t`, without any table of probabilities or code lengths.
+
+        Args:
+            model_logp: natural logarithms of the coder's probabilities; None: the frequencies in `t`.
+            compressor:
+                - ``"optimal"``: the sum of -log2 p, in float64 whatever the dtype of `t` (a sum in bfloat16
+                  would be 0.25% too large)
+                - ``"huffman"``: the lengths of an optimal prefix code for p
+                - ``"rans"``: as ``"optimal"``; a real stream is within 0.01 bit of it
+                - ``"arithmetic"``: -log2 of p cut off below 2e-4, plus 2 bits to end the code
+                - ``"bz2"``: real, of the codes as uint32
+        """
+        _checks.choice("compressor", compressor, _COMPRESSORS)
+        codes = lut.to_idx(t)
+        if compressor == "bz2":
+            return 8 * len(bz2.compress(codes.to(torch.int32).cpu().numpy().tobytes()))
+        counts = _counts(codes, len(lut.values))
+        if model_logp is None:
+            with np.errstate(divide="ignore"):
+                logp = np.log(counts / max(1, counts.sum()))
+        else:
+            logp = np.array(_log_probabilities(lut, model_logp))
+        used = counts > 0
+        if compressor == "huffman":
+            lengths = _huffman_lengths((np.exp(logp) * 2**20).round().astype(np.int64).tolist())
+            return int((counts * lengths).sum())
+        if compressor == "arithmetic":
+            p = np.maximum(np.exp(logp), _LEAST_ARITHMETIC)
+            logp = np.log(p / p.sum())
+        bits = -float((counts[used] * logp[used]).sum()) / math.log(2)
+        if not math.isfinite(bits):
+            raise ValueError("model_logp: got probability 0 for a code that occurs, expected smoothing > 0")
+        # Whole numbers of bits stay whole: logarithms of float32 carry errors of 1e-7.
+        whole = round(bits) if abs(bits - round(bits)) <= 1e-6 * max(1.0, bits) else math.ceil(bits)
+        return whole + (2 if compressor == "arithmetic" else 0)
+
+    def count_bits(self, shape: Shape) -> int:
+        raise NotImplementedError(f"{self}: bits depend on the values; use count_bits_tensor(tensor)")
+
+    def count_bits_tensor(self, tensor: Tensor) -> int:
+        return self.count_bits_compressed(tensor, self.lut, self.compressor, self.model_logp)
+
+    def quantise(self, tensor: Tensor) -> Tensor:
+        return self.lut.quantise(tensor)
+
+    def _codes_of(self) -> ScalarFormat:
+        return self.lut
+
+    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+        planes.child("lut").put_table("codebook", self.lut.values)
+        width = np.uint8 if len(self.lut.values) <= 256 else np.uint16
+        symbols = codes.reshape(-1).to(torch.int32).cpu().numpy().astype(width)
+        coder = "huffman" if self.compressor == "huffman" else "rans"
+        planes.put("stream", torch.from_numpy(np.array(_core.entropy_encode(symbols, coder=coder))))
+
+    def _get_codes(self, planes: Planes, count: int) -> Tensor:
+        planes.child("lut").check_table("codebook", self.lut.values)
+        stream = planes.get("stream", torch.uint8, None).contiguous()
+        symbols = _core.entropy_decode(stream.numpy(), expected=count)
+        return torch.from_numpy(symbols.astype(np.int32))
+
+    def _encode(self, tensor: Tensor, planes: Planes) -> None:
+        self._put_codes(self.lut.to_idx(tensor), planes)
+
+    def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        from quantloom.formats import _numerics
+
+        codes = self._get_codes(planes, math.prod(shape))
+        return _numerics.decode(self.lut._elements(), codes, dtype).reshape(shape).to(device)
+
+
+def _log_probabilities(lut: LUTFormat, logp: Any) -> tuple[float, ...]:
+    values = logp.detach().double().cpu().tolist() if isinstance(logp, Tensor) else list(logp)
+    # JSON has no infinity, and numbers() takes none: a code that never occurs has a very small probability.
+    values = numbers("model_logp", [max(float(value), -1e4) for value in values])
+    if len(values) != len(lut.values):
+        raise ValueError(f"model_logp: got {len(values)} numbers, expected {len(lut.values)}")
+    return values
+
+
+def _counts(codes: Tensor, count: int) -> np.ndarray:
+    return torch.bincount(codes.reshape(-1), minlength=count).cpu().numpy()
+
+
+def _huffman_lengths(frequencies: list[int]) -> np.ndarray:
+    """Lengths of an optimal prefix code, with one more code, of frequency 1, that ends the stream."""
+    heap = [(frequency, place, [place]) for place, frequency in enumerate([*frequencies, 1])]
+    lengths = np.zeros(len(heap), np.int64)
+    heapq.heapify(heap)
+    order = len(heap)
+    while len(heap) > 1:
+        first, second = heapq.heappop(heap), heapq.heappop(heap)
+        joined = first[2] + second[2]
+        lengths[joined] += 1
+        heapq.heappush(heap, (first[0] + second[0], order, joined))
+        order += 1
+    return lengths[:-1]

@@ -1,0 +1,281 @@
+"""Tensors as bytes: what ``TensorFormat.encode`` makes.
+
+A tensor is stored as named planes (``codes``, ``codebook``, ``scale_format.values``, ``outlier_indices``,
+``stream``, ...; a nested format's planes begin with its field's name) and a description in JSON: the format,
+the shape and the dtype. Tables are planes, not text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantloom import _arrays, _checks
+from quantloom.formats import _numerics
+from quantloom.formats.base import Shape, TensorFormat
+
+__all__ = ["Encoded", "Planes", "encode"]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_METADATA = "quantloom.encoded"
+_VERSION = 1
+
+
+class Planes:
+    """Planes under a prefix."""
+
+    def __init__(self, tensors: dict[str, Tensor], prefix: str = "") -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+
+    def child(self, name: str) -> Planes:
+        return Planes(self._tensors, f"{self._prefix}{name}.")
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.detach().cpu().contiguous()
+        if str(tensor.dtype).removeprefix("torch.") not in _arrays.KNOWN_DTYPES:
+            tensor = tensor.reshape(-1).view(torch.uint8)
+        self._tensors[self._prefix + name] = tensor
+
+    def get(self, name: str, dtype: torch.dtype, shape: Shape | None) -> Tensor:
+        """A plane of a dtype and shape (None: any number of dimension 1); ValueError for another."""
+        full = self._prefix + name
+        if full not in self._tensors:
+            raise ValueError(f"planes: got no {full!r}, expected one")
+        tensor = self._tensors[full]
+        expected = f"{dtype} {'[n]' if shape is None else list(shape)}"
+        if tensor.dtype == torch.uint8 and str(dtype).removeprefix("torch.") not in _arrays.KNOWN_DTYPES:
+            if tensor.ndim != 1 or shape is None or tensor.numel() != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"plane {full}: got {tensor.numel()} bytes, expected {expected}")
+            return tensor.clone().view(dtype).reshape(shape)
+        fits = tensor.ndim == 1 if shape is None else tuple(tensor.shape) == tuple(shape)
+        if tensor.dtype != dtype or not fits:
+            raise ValueError(f"plane {full}: got {tensor.dtype} {list(tensor.shape)}, expected {expected}")
+        return tensor
+
+    def put_codes(self, name: str, codes: Tensor, count: int) -> None:
+        self.put(name, _numerics.pack_codes(codes, count))
+
+    def get_codes(self, name: str, codes: int, count: int) -> Tensor:
+        """int32 codes, checked to be below `count`."""
+        try:
+            return _numerics.unpack_codes(self.get(name, torch.uint8, None), codes, count)
+        except ValueError as error:
+            raise ValueError(f"plane {self._prefix}{name}: {error}") from None
+
+    def put_table(self, name: str, values: tuple[float, ...]) -> None:
+        exact = torch.tensor(values, dtype=torch.float64)
+        short = exact.float()
+        self.put(name, short if torch.equal(short.double(), exact) else exact)
+
+    def check_table(self, name: str, values: tuple[float, ...]) -> None:
+        full = self._prefix + name
+        stored = self._tensors.get(full)
+        if stored is None or stored.shape != (len(values),) or tuple(stored.double().tolist()) != values:
+            raise ValueError(f"plane {full}: got another table than the format's")
+
+    def put_places(self, name: str, places: Tensor) -> None:
+        """Ascending places, as distances in as few bits as the largest takes."""
+        places = places.cpu()
+        gaps = torch.diff(places, prepend=torch.tensor([-1])) - 1
+        width = max(1, int(gaps.max()).bit_length()) if gaps.numel() else 1
+        self.put(f"{name}_bits", torch.tensor([width], dtype=torch.uint8))
+        self.put_codes(name, gaps, 2**width)
+
+    def get_places(self, name: str, count: int, limit: int) -> Tensor:
+        width = int(self.get(f"{name}_bits", torch.uint8, (1,)))
+        if not 1 <= width <= 32:
+            raise ValueError(f"plane {self._prefix}{name}_bits: got {width}, expected 1 to 32")
+        gaps = self.get_codes(name, count, 2**width).long() & 0xFFFFFFFF
+        places = torch.cumsum(gaps + 1, 0) - 1
+        if count and int(places[-1]) >= limit:
+            raise ValueError(
+                f"plane {self._prefix}{name}: got place {int(places[-1])}, expected below {limit}"
+            )
+        return places
+
+
+@dataclass(eq=False)
+class Encoded:
+    """A tensor in a format, as bytes.
+
+    Attributes:
+        format: decodes it.
+        shape, dtype: of the tensor; dtype by name.
+        planes: named CPU tensors. All that decoding needs besides the description is here, tables included.
+    """
+
+    format: TensorFormat
+    shape: tuple[int, ...]
+    dtype: str
+    planes: dict[str, Tensor] = field(repr=False)
+
+    def decode(self, device: Any = "cpu") -> Tensor:
+        """The values, with the bits of ``format.quantise``. Raises ValueError for planes that do not fit."""
+        dtype = getattr(torch, self.dtype)
+        return self.format._decode(Planes(self.planes), self.shape, dtype, torch.device(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes; a file has the description as well (``len(to_bytes())``)."""
+        return sum(plane.numel() * plane.element_size() for plane in self.planes.values())
+
+    @property
+    def size_in_bits(self) -> int:
+        """8 * nbytes: what ``format.count_bits_tensor`` estimates."""
+        return 8 * self.nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """size_in_bits over the number of elements."""
+        return self.size_in_bits / max(1, math.prod(self.shape))
+
+    def describe(self) -> str:
+        """The description in JSON; tables are named there, not written out."""
+        fields = {
+            "dtype": self.dtype,
+            "format": _without_tables(TensorFormat.save(self.format), "", self.planes),
+            "shape": list(self.shape),
+            "version": _VERSION,
+        }
+        return json.dumps(fields, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_planes(cls, description: str, planes: dict[str, Tensor]) -> Encoded:
+        """The inverse of ``describe`` and ``planes``. Raises ValueError for anything else."""
+        try:
+            fields = _checks.json_object("description", description)
+            if set(fields) != {"dtype", "format", "shape", "version"} or fields["version"] != _VERSION:
+                raise ValueError(
+                    f"description: got keys {sorted(fields)}, expected version {_VERSION} of the format"
+                )
+            shape, dtype = fields["shape"], fields["dtype"]
+            if dtype not in _DTYPES:
+                raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
+            sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**48 for size in shape)
+            if not sizes or len(shape) > 16 or math.prod(shape) >= 2**48:
+                raise ValueError(
+                    f"shape: got {shape!r}, expected at most 16 sizes of fewer than 2**48 elements"
+                )
+            fmt = TensorFormat.load(_with_tables(fields["format"], "", planes))
+        except RecursionError:
+            raise ValueError("description: got JSON that is nested too deeply") from None
+        if not isinstance(fmt, TensorFormat):
+            raise ValueError(f"format: got {_checks.type_name(fmt)}, expected a format")
+        return cls(fmt, tuple(shape), dtype, dict(planes))
+
+    def to_bytes(self) -> bytes:
+        """A whole safetensors file."""
+        from safetensors.torch import save
+
+        return save(self.planes, {_METADATA: self.describe()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Encoded:
+        """Raises ValueError unless the bytes are those of ``to_bytes``; planes are checked by ``decode``."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            planes = load(bytes(data))
+            size = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        except (SafetensorError, ValueError, KeyError, RuntimeError, RecursionError) as error:
+            raise ValueError(f"data: got bytes that are no safetensors file ({error})") from None
+        return cls.from_planes(_description(metadata, "data"), planes)
+
+    def save(self, path: Any) -> None:
+        """Writes a safetensors file."""
+        from quantloom.tensors import save_tensors
+
+        save_tensors(path, self.planes, {_METADATA: self.describe()})
+
+    @classmethod
+    def load(cls, path: Any) -> Encoded:
+        """Reads a file of ``save``. Raises ValueError for other contents, OSError if it cannot be read."""
+        from quantloom.tensors import load_metadata, load_tensors
+
+        planes = load_tensors(path, kind="torch")
+        if not all(isinstance(plane, Tensor) for plane in planes.values()):
+            raise ValueError(f"{path}: got packed matrices, expected one encoded tensor")
+        return cls.from_planes(_description(load_metadata(path), str(path)), planes)
+
+
+def _description(metadata: dict[str, str], source: str) -> str:
+    if _METADATA not in metadata:
+        raise ValueError(f"{source}: got a file without {_METADATA!r}, expected one of Encoded.save")
+    return metadata[_METADATA]
+
+
+def _without_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
+    """Descriptions name the planes that hold their tables."""
+    if isinstance(node, list):
+        return node
+    if not isinstance(node, dict):
+        return node
+    result = {key: _without_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
+    tables = [name for name in planes if name == f"{prefix}codebook" or name.startswith(f"{prefix}codebook.")]
+    if node.get("_type") == "lut" and tables:
+        result["values"] = {"plane": f"{prefix}codebook"}
+    if node.get("_type") == "vlut" and tables:
+        result["values"] = {
+            "plane": f"{prefix}codebook",
+            "shape": [len(node["values"]), len(node["values"][0])],
+        }
+    return result
+
+
+def _with_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    result = {key: _with_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
+    values = node.get("values")
+    if not isinstance(values, dict):
+        return result
+    name = f"{prefix}codebook"
+    if values.get("plane") != name:
+        raise ValueError(f"values: got {values!r}, expected the plane {name!r}")
+    if node.get("_type") == "lut":
+        if (
+            name not in planes
+            or planes[name].ndim != 1
+            or planes[name].dtype not in (torch.float32, torch.float64)
+        ):
+            raise ValueError(f"plane {name}: got none of floats, expected a table")
+        result["values"] = planes[name].double().tolist()
+    elif node.get("_type") == "vlut":
+        shape = values.get("shape")
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(type(s) is int and 0 < s < 2**24 for s in shape)
+        ):
+            raise ValueError(f"plane {name}: got shape {shape!r}, expected [K, d]")
+        element_type = TensorFormat.load(result.get("element_type"))
+        if not isinstance(element_type, TensorFormat):
+            raise ValueError("element_type: got no format, expected one")
+        table = element_type._decode(
+            Planes(planes, f"{name}."), tuple(shape), torch.float32, torch.device("cpu")
+        )
+        result["values"] = table.tolist()
+    return result
+
+
+def encode(fmt: TensorFormat, tensor: Tensor) -> Encoded:
+    """See ``TensorFormat.encode``."""
+    if isinstance(tensor, np.ndarray):
+        raise TypeError("tensor: got a NumPy array, expected a torch tensor (torch.from_numpy)")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise TypeError(f"tensor: got {dtype}, expected one of {', '.join(_DTYPES)}")
+    if tensor.isnan().any():
+        raise ValueError("tensor: got NaN, expected numbers")
+    planes: dict[str, Tensor] = {}
+    fmt._encode(tensor.detach(), Planes(planes))
+    return Encoded(fmt, tuple(tensor.shape), dtype, planes)

@@ -1,0 +1,217 @@
+#include "quantloom/formats/elements.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "element_rounding.hpp"
+#include "quantloom/checked_math.hpp"
+#include "quantloom/parallel.hpp"
+
+namespace quantloom {
+namespace {
+
+using element_rounding::kRun;
+
+constexpr int64_t kPiece = 64 * kRun;  // elements of a piece of work
+
+void require_count(int64_t count, int64_t least, int64_t most) {
+  if (count < least || count > most) {
+    throw InvalidArgument("count", text_of(count), text_of(least, " to ", most));
+  }
+}
+
+// Calls body(row, col, count) for runs of at most kRun elements of a matrix, in parallel.
+template <class Body>
+void for_runs(int64_t rows, int64_t cols, int threads, const Body& body) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t row_pieces = ceil_div(cols, kPiece);
+  const int64_t rows_each = row_pieces > 1 ? 1 : std::max<int64_t>(1, kPiece / cols);
+  parallel_for(ceil_div(rows, rows_each) * row_pieces, threads, [&](int64_t piece) {
+    const int64_t first_row = piece / row_pieces * rows_each;
+    const int64_t last_row = std::min(rows, first_row + rows_each);
+    const int64_t first_col = piece % row_pieces * kPiece;
+    const int64_t last_col = std::min(cols, first_col + kPiece);
+    for (int64_t row = first_row; row < last_row; ++row) {
+      for (int64_t col = first_col; col < last_col; col += kRun) {
+        body(row, col, static_cast<int>(std::min<int64_t>(kRun, last_col - col)));
+      }
+    }
+  });
+}
+
+// The scales of the elements of a run, one for each.
+class RunScales {
+ public:
+  RunScales(std::span<const float> scales, BlockGrid grid, int64_t cols)
+      : scales_(scales), grid_(grid), blocks_(ceil_div(cols, grid.col_block)) {}
+  void read(int64_t row, int64_t col, int count, float* out) const {
+    const float* of_row = scales_.data() + row / grid_.row_block * blocks_;
+    int64_t block = col / grid_.col_block;
+    for (int i = 0; i < count; ++block) {
+      const int64_t end = std::min<int64_t>(count, (block + 1) * grid_.col_block - col);
+      const float scale = of_row[block];
+      for (; i < end; ++i) out[i] = scale;
+    }
+  }
+
+ private:
+  std::span<const float> scales_;
+  BlockGrid grid_;
+  int64_t blocks_;
+};
+
+void require_scales(std::span<const float> scales, BlockGrid grid, int64_t rows, int64_t cols) {
+  if (grid.row_block < 1 || grid.col_block < 1) {
+    throw InvalidArgument("block", text_of(grid.row_block, " x ", grid.col_block), "positive sizes");
+  }
+  if (scales.empty()) return;
+  const int64_t expected = checked_mul(ceil_div(rows, grid.row_block), ceil_div(cols, grid.col_block));
+  if (static_cast<int64_t>(scales.size()) != expected) {
+    throw InvalidArgument("scales", text_of(scales.size(), " values"), text_of(expected));
+  }
+}
+
+void store(const float* values, int count, void* out, DType dtype, int64_t first) {
+  if (dtype == DType::f32) {
+    std::copy_n(values, count, static_cast<float*>(out) + first);
+  } else if (dtype == DType::bf16) {
+    auto* target = static_cast<uint16_t*>(out) + first;
+    for (int i = 0; i < count; ++i) target[i] = bf16_from_float(values[i]);
+  } else {
+    auto* target = static_cast<uint16_t*>(out) + first;
+    for (int i = 0; i < count; ++i) target[i] = f16_from_float(values[i]);
+  }
+}
+
+}  // namespace
+
+TableElements::TableElements(std::vector<float> table) : values(std::move(table)) {
+  require_count(static_cast<int64_t>(values.size()), 1, int64_t{1} << 24);
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i]) || (i > 0 && values[i] < values[i - 1])) {
+      throw InvalidArgument("values", text_of(values[i], " at place ", i), "finite values that ascend");
+    }
+  }
+  for (size_t i = 1; i < values.size(); ++i) {
+    const float sum = values[i] + values[i - 1];
+    boundaries.push_back(std::isfinite(sum) ? sum / 2 : values[i] / 2 + values[i - 1] / 2);
+  }
+}
+
+FloatRounding float_rounding_from_name(std::string_view name) {
+  if (name == "nearest") return FloatRounding::nearest;
+  if (name == "to_zero") return FloatRounding::to_zero;
+  if (name == "to_inf") return FloatRounding::to_inf;
+  throw InvalidArgument("rounding", name, "nearest, to_zero or to_inf");
+}
+
+FloatElements::FloatElements(int exponent_bits, int mantissa_bits, FloatRounding rounding, bool has_sign)
+    : exponent_bits(exponent_bits), mantissa_bits(mantissa_bits), rounding(rounding), has_sign(has_sign) {
+  if (exponent_bits < 2 || exponent_bits > 8) {
+    throw InvalidArgument("exponent_bits", text_of(exponent_bits), "2 to 8");
+  }
+  if (mantissa_bits < 0 || mantissa_bits > 23) {
+    throw InvalidArgument("mantissa_bits", text_of(mantissa_bits), "0 to 23");
+  }
+}
+
+IntElements::IntElements(int64_t count, bool symmetric) : count(count), symmetric(symmetric) {
+  require_count(count, 1, int64_t{1} << 32);
+}
+
+PowerElements::PowerElements(int64_t count) : count(count) {
+  require_count(count, 2, 256);
+}
+
+uint64_t code_count(const Elements& elements) {
+  struct Count {
+    uint64_t operator()(const TableElements& e) const { return e.values.size(); }
+    uint64_t operator()(const FloatElements& e) const {
+      const uint64_t magnitudes = uint64_t{1} << (e.exponent_bits + e.mantissa_bits);
+      return e.has_sign ? 2 * magnitudes - 1 : magnitudes;
+    }
+    uint64_t operator()(const IntElements& e) const { return static_cast<uint64_t>(e.count); }
+    uint64_t operator()(const PowerElements& e) const { return static_cast<uint64_t>(e.count); }
+  };
+  return std::visit(Count(), elements);
+}
+
+int64_t BlockGrid::rows(const FloatMatrix& x) const {
+  require_scales({}, *this, x.rows(), x.cols());
+  return ceil_div(x.rows(), row_block);
+}
+
+int64_t BlockGrid::cols(const FloatMatrix& x) const {
+  require_scales({}, *this, x.rows(), x.cols());
+  return ceil_div(x.cols(), col_block);
+}
+
+void round_elements(const Elements& elements, const FloatMatrix& x, std::span<const float> scales,
+                    BlockGrid grid, RoundedElements out, int threads) {
+  require_scales(scales, grid, x.rows(), x.cols());
+  const RunScales run_scales(scales, grid, x.cols());
+  std::visit(
+      [&](const auto& set) {
+        const auto rounder = element_rounding::rounder_of(set);
+        for_runs(x.rows(), x.cols(), threads, [&](int64_t row, int64_t col, int count) {
+          float values[kRun];
+          float run_scale[kRun];
+          uint32_t codes[kRun];
+          x.read(row, col, count, values);
+          if (!scales.empty()) {
+            run_scales.read(row, col, count, run_scale);
+            for (int i = 0; i < count; ++i) {
+              values[i] = run_scale[i] != 0 ? values[i] / run_scale[i] : values[i];
+            }
+          }
+          rounder.codes(values, count, codes);
+          const int64_t first = row * x.cols() + col;
+          if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
+          if (out.values == nullptr) return;
+          for (int i = 0; i < count; ++i) {
+            values[i] = std::isnan(values[i]) ? values[i] : rounder.value(codes[i]);
+          }
+          if (!scales.empty()) {
+            for (int i = 0; i < count; ++i) values[i] *= run_scale[i];
+          }
+          store(values, count, out.values, x.dtype(), first);
+        });
+      },
+      elements);
+}
+
+void decode_elements(const Elements& elements, std::span<const uint32_t> codes, std::span<const float> scales,
+                     BlockGrid grid, void* out, DType dtype, int64_t rows, int64_t cols, int threads) {
+  require_scales(scales, grid, rows, cols);
+  if (!is_float16_or_32(dtype)) throw TypeMismatch("dtype", name_of(dtype), "a float of 16 or 32 bits");
+  if (static_cast<int64_t>(codes.size()) != checked_mul(rows, cols)) {
+    throw InvalidArgument("codes", text_of(codes.size()), text_of(rows, " x ", cols));
+  }
+  const RunScales run_scales(scales, grid, cols);
+  const uint64_t count_of_codes = code_count(elements);
+  std::visit(
+      [&](const auto& set) {
+        const auto rounder = element_rounding::rounder_of(set);
+        for_runs(rows, cols, threads, [&](int64_t row, int64_t col, int count) {
+          float values[kRun];
+          const int64_t first = row * cols + col;
+          const uint32_t* run = codes.data() + first;
+          const uint32_t highest = *std::max_element(run, run + count);
+          if (highest >= count_of_codes) {
+            throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
+          }
+          for (int i = 0; i < count; ++i) values[i] = rounder.value(run[i]);
+          if (!scales.empty()) {
+            float run_scale[kRun];
+            run_scales.read(row, col, count, run_scale);
+            for (int i = 0; i < count; ++i) values[i] *= run_scale[i];
+          }
+          store(values, count, out, dtype, first);
+        });
+      },
+      elements);
+}
+
+}  // namespace quantloom
