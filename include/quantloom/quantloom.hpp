@@ -21,6 +21,7 @@
 #include "quantloom/calibration/hessian.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/entropy.hpp"
 #include "quantloom/formats/format.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/io/compressed_tensors.hpp"

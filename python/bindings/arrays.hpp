@@ -70,6 +70,7 @@ std::map<std::string, Tensor> to_tensors(const std::map<std::string, ArrayRef>& 
 
 void bind_arrays(py::module_& module);
 void bind_formats(py::module_& module);
+void bind_entropy(py::module_& module);
 void bind_calibration(py::module_& module);
 void bind_rounding(py::module_& module);
 void bind_cuda_rounding(py::module_& module);

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_core, module) {
   py::register_local_exception_translator(&translate);
   bind_arrays(module);
   bind_formats(module);
+  bind_entropy(module);
   bind_calibration(module);
   bind_rounding(module);
   bind_cuda_rounding(module);
