@@ -35,3 +35,5 @@
 #include "quantloom/rounding/cuda.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "quantloom/transforms/hadamard.hpp"
+#include "quantloom/transforms/hadamard_cuda.hpp"

@@ -78,6 +78,7 @@ void bind_fit(py::module_& module);
 void bind_elements(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
+void bind_transforms(py::module_& module);
 void bind_io(py::module_& module);
 
 // An int of Python (checked there to fit 64 bits) as int; throws InvalidArgument out of range.

@@ -39,5 +39,6 @@ PYBIND11_MODULE(_core, module) {
   bind_elements(module);
   bind_kernels(module);
   bind_cuda(module);
+  bind_transforms(module);
   bind_io(module);
 }

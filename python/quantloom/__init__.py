@@ -36,11 +36,22 @@ from quantloom.rounding import (
     rounding_from_json,
 )
 from quantloom.tensors import PackedTensor, load_metadata, load_tensors, save_tensors
+from quantloom.transforms import (
+    Hadamard,
+    Transform,
+    hadamard,
+    hadamard_matrix,
+    hadamard_signs,
+    largest_hadamard_block,
+    parse_transform,
+    transform_from_json,
+)
 
 __all__ = [
     "GPTQ",
     "Codebook",
     "Format",
+    "Hadamard",
     "Hessian",
     "Nearest",
     "PackedTensor",
@@ -49,24 +60,31 @@ __all__ = [
     "Rounding",
     "RoundingReport",
     "ScaleSearch",
+    "Transform",
     "Uniform",
     "__version__",
     "build_info",
     "can_matmul",
     "format_from_json",
     "format_table",
+    "hadamard",
+    "hadamard_matrix",
+    "hadamard_signs",
     "kernel_table",
+    "largest_hadamard_block",
     "layouts",
     "load_metadata",
     "load_tensors",
     "matmul",
     "parse_format",
     "parse_rounding",
+    "parse_transform",
     "prepare",
     "proxy_loss",
     "quantize",
     "rounding_from_json",
     "save_tensors",
+    "transform_from_json",
 ]
 
 # Not in __all__: a star import must not import torch, nor hide the standard library's inspect.

@@ -15,6 +15,12 @@ Of prepared planes on a CUDA device, those of a ``PreparedTensor``:
 ``quantloom::dequantize_prepared(planes, names, format, n, k, dtype)``
     W as a matrix ``[n, k]``.
 
+Of activations alone:
+
+``quantloom::hadamard(x, block, signs, scale, channels, inverse)``
+    The Hadamard transform of ``quantloom.hadamard``: `block` 0 for whole rows, `signs` as bits, a number and
+    optional float32 ``[n]`` that multiply the result.
+
 ``names`` are the names of the planes joined by commas, ``format`` is the format's JSON.
 """
 
@@ -27,7 +33,7 @@ from typing import Any
 
 import torch
 
-from quantloom import _cuda, kernels
+from quantloom import _arrays, _cuda, kernels, transforms
 from quantloom.formats import format_from_json
 from quantloom.tensors import PackedTensor
 
@@ -187,3 +193,69 @@ def _linear_backward(ctx, gradient):
 torch.library.register_autograd(
     "quantloom::linear", _linear_backward, setup_context=_linear_remember, lib=_library
 )
+
+
+def _check_vector(name, vector, size, dtype, x):
+    if vector is None:
+        return
+    if tuple(vector.shape) != (size,) or vector.dtype != dtype or vector.device != x.device:
+        got = f"{vector.dtype} {tuple(vector.shape)} on {vector.device}"
+        raise ValueError(f"{name}: got {got}, expected {dtype} ({size},) on {x.device}")
+
+
+@torch.library.custom_op(
+    "quantloom::hadamard",
+    mutates_args=(),
+    schema="(Tensor x, int block, Tensor? signs, float scale, Tensor? channels, bool inverse) -> Tensor",
+)
+def _hadamard(x, block, signs, scale, channels, inverse):
+    n = x.shape[-1]
+    _check_vector("signs", signs, (n + 7) // 8, torch.uint8, x)
+    _check_vector("channels", channels, n, torch.float32, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+        rows = rows.contiguous()
+    target = out.view(rows.shape)
+    if x.is_cuda:
+        transforms.run_cuda(rows, target, block, inverse, signs, scale, channels)
+    else:
+        transforms.run(
+            _arrays.describe("x", rows),
+            _arrays.describe("out", target),
+            block,
+            inverse,
+            signs,
+            scale,
+            channels,
+            torch.get_num_threads(),
+        )
+    return out
+
+
+@_hadamard.register_fake
+def _(x, block, signs, scale, channels, inverse):
+    return x.new_empty(x.shape)
+
+
+def _hadamard_remember(ctx, inputs, output):
+    _, ctx.block, signs, ctx.scale, channels, ctx.inverse = inputs
+    ctx.has_signs, ctx.has_channels = signs is not None, channels is not None
+    ctx.save_for_backward(*(vector for vector in (signs, channels) if vector is not None))
+
+
+def _hadamard_backward(ctx, gradient):
+    saved = list(ctx.saved_tensors)
+    signs = saved.pop(0) if ctx.has_signs else None
+    dtype = gradient.dtype
+    if ctx.has_channels:
+        gradient = gradient.float() * saved.pop(0)
+    to_x = torch.ops.quantloom.hadamard(
+        gradient.contiguous(), ctx.block, signs, ctx.scale, None, not ctx.inverse
+    )
+    return to_x.to(dtype), None, None, None, None, None
+
+
+_hadamard.register_autograd(_hadamard_backward, setup_context=_hadamard_remember)
