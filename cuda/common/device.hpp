@@ -20,7 +20,8 @@ struct DeviceFacts {
   int architecture = 0;  // 90 for compute capability 9.0
   int code = 0;          // that of this build's code which the device runs: instructions up to it exist
   bool clusters = false;
-  int shared_memory = 0;  // bytes that a block may have
+  int shared_memory = 0;     // bytes that a block may have
+  int processor_memory = 0;  // shared memory of a processor, of which each block takes 1 KiB besides its own
 };
 
 // The highest architecture of a list such as "80,86,90a" whose code runs on a device; 0 if none is known.
@@ -54,6 +55,7 @@ inline DeviceFacts current_device() {
   facts.code = code_architecture(cuda_architectures(), facts.architecture);
   facts.clusters = facts.code >= 90 && device_attribute(cudaDevAttrClusterLaunch, facts.index) != 0;
   facts.shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, facts.index);
+  facts.processor_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, facts.index);
   return facts;
 }
 

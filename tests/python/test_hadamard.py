@@ -138,7 +138,9 @@ def test_the_operator_traces_and_has_a_gradient(rng):
         torch.testing.assert_close(matrix, rows.T, atol=1e-6, rtol=1e-5)
     x = torch.randn(2, 24)
     compiled = torch.compile(
-        lambda v: torch.ops.quantloom.hadamard(v * 2, 0, signs, 1.0, None, False), fullgraph=True, backend="eager"
+        lambda v: torch.ops.quantloom.hadamard(v * 2, 0, signs, 1.0, None, False),
+        fullgraph=True,
+        backend="eager",
     )
     torch.testing.assert_close(compiled(x), ql.hadamard(x * 2, seed=3))
     with pytest.raises(ValueError, match="signs"):

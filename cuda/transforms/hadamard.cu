@@ -1,0 +1,261 @@
+// Checks of the Hadamard transform on CUDA devices, and the choice of its kernels.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <mutex>
+
+#include "common/check.cuh"
+#include "common/device.hpp"
+#include "quantloom/checked_math.hpp"
+#include "quantloom/transforms/hadamard_cuda.hpp"
+#include "transforms/hadamard_dense.cuh"
+#include "transforms/hadamard_walsh.cuh"
+
+namespace quantloom {
+namespace {
+
+using cuda::DenseShape;
+using cuda::DenseSigns;
+using cuda::HadamardArguments;
+using cuda::WalshShape;
+
+constexpr int64_t kSmallestBlock = 16;
+constexpr int64_t kLargestBlock = 32768;
+constexpr int64_t kLargestOrder = 256;
+constexpr int kSmallestPower = 4;  // of blocks with a dense order
+
+unsigned grid_size(int64_t blocks) {
+  if (blocks > std::numeric_limits<int>::max()) {
+    throw Unsupported(text_of("hadamard_cuda: no kernel for ", blocks, " blocks of threads in one launch"));
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "hadamard_cuda: shared memory");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid_size(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "hadamard_cuda: launch");
+}
+
+template <class T, int kLog>
+void launch_walsh(const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
+  using S = WalshShape<T, kLog>;
+  constexpr int64_t kBytes = int64_t{4} * S::kFloats;
+  if constexpr (kLog >= 14) {
+    // One that copies ahead, where shared memory has room for it.
+    constexpr int64_t kAhead = kBytes + (int64_t{1} << kLog) * static_cast<int64_t>(sizeof(T));
+    const int resident = kLog == 14 && 2 * (kAhead + 1024) <= device.processor_memory ? 2 : 1;
+    if (a.vectors && kAhead <= device.shared_memory && a.units > device.processors) {
+      const int64_t blocks = std::min<int64_t>(a.units, int64_t{resident} * device.processors);
+      return launch(cuda::walsh_ahead_kernel<T, kLog>, blocks, S::kThreads, kAhead, stream, a);
+    }
+  }
+  launch(cuda::walsh_kernel<T, kLog>, ceil_div(a.units, S::kTeams), S::kThreads, kBytes, stream, a);
+}
+
+template <class T>
+void launch_walsh(int power, const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
+  switch (power) {
+    case 4:
+      return launch_walsh<T, 4>(a, device, stream);
+    case 5:
+      return launch_walsh<T, 5>(a, device, stream);
+    case 6:
+      return launch_walsh<T, 6>(a, device, stream);
+    case 7:
+      return launch_walsh<T, 7>(a, device, stream);
+    case 8:
+      return launch_walsh<T, 8>(a, device, stream);
+    case 9:
+      return launch_walsh<T, 9>(a, device, stream);
+    case 10:
+      return launch_walsh<T, 10>(a, device, stream);
+    case 11:
+      return launch_walsh<T, 11>(a, device, stream);
+    case 12:
+      return launch_walsh<T, 12>(a, device, stream);
+    case 13:
+      return launch_walsh<T, 13>(a, device, stream);
+    case 14:
+      return launch_walsh<T, 14>(a, device, stream);
+    default:
+      return launch_walsh<T, 15>(a, device, stream);
+  }
+}
+
+// Entries of M as DenseSigns has them; of its transpose for the inverse.
+template <int kTiles>
+DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
+  const std::vector<int8_t> base = hadamard_base(order);
+  DenseSigns<kTiles> signs{};
+  constexpr int kGroups = DenseSigns<kTiles>::kGroups;
+  for (int row_tile = 0; row_tile < kTiles; ++row_tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      for (int lane = 0; lane < 32; ++lane) {
+        uint32_t& word = signs.words[(row_tile * kGroups + tile / 4) * 32 + lane];
+        for (int r = 0; r < 4; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            const int64_t row = 16 * row_tile + lane / 4 + 8 * (r % 2);
+            const int64_t col = 16 * tile + 2 * (lane % 4) + half + 8 * (r / 2);
+            if (row >= order || col >= order) continue;
+            const int64_t entry = transposed ? col * order + row : row * order + col;
+            if (base[static_cast<size_t>(entry)] < 0) word |= 1U << (4 * (tile % 4) + r + 16 * half);
+          }
+        }
+      }
+    }
+  }
+  return signs;
+}
+
+// Kept for the life of the process: building them takes longer than a launch.
+template <int kTiles>
+const DenseSigns<kTiles>& kept_signs(int64_t order, bool transposed) {
+  static std::mutex mutex;
+  static std::map<std::pair<int64_t, bool>, DenseSigns<kTiles>> kept;
+  const std::scoped_lock lock(mutex);
+  const std::pair<int64_t, bool> key{order, transposed};
+  auto found = kept.find(key);
+  if (found == kept.end()) found = kept.emplace(key, dense_signs<kTiles>(order, transposed)).first;
+  return found->second;
+}
+
+template <class T, int kTiles>
+void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t stream) {
+  const int64_t columns = int64_t{1} << size.power;
+  const int64_t bytes = 4 * size.order * (columns + cuda::kDensePadding);
+  // A warp for each 8 columns, as far as there are enough elements for its threads.
+  const int64_t elements = size.order * columns;
+  const auto threads = static_cast<int>(
+      std::clamp<int64_t>(std::min(columns / 8, ceil_div(elements, 1024)) * 32, 64, cuda::kDenseThreads));
+  const DenseShape shape{static_cast<int>(size.order), size.power};
+  launch(cuda::dense_kernel<T, kTiles>, a.units, threads, bytes, stream, a, shape,
+         kept_signs<kTiles>(size.order, a.inverse));
+}
+
+template <class T>
+void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(size.order, 16);
+  if (tiles <= 1) return launch_dense<T, 1>(size, a, stream);
+  if (tiles <= 2) return launch_dense<T, 2>(size, a, stream);
+  if (tiles <= 4) return launch_dense<T, 4>(size, a, stream);
+  if (tiles <= 7) return launch_dense<T, 7>(size, a, stream);
+  if (tiles <= 11) return launch_dense<T, 11>(size, a, stream);
+  return launch_dense<T, 16>(size, a, stream);
+}
+
+template <class T>
+void launch_any(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
+                cudaStream_t stream) {
+  if (size.order == 1) return launch_walsh<T>(size.power, a, device, stream);
+  return launch_dense<T>(size, a, stream);
+}
+
+void check_overlap(const CudaMatrix& x, const void* out, int64_t out_stride) {
+  const auto begin_x = reinterpret_cast<uintptr_t>(x.data);
+  const auto begin_out = reinterpret_cast<uintptr_t>(out);
+  if (begin_x == begin_out && (x.rows == 1 || x.stride == out_stride)) return;
+  const auto bytes = [&](int64_t stride) {
+    return static_cast<uintptr_t>(((x.rows - 1) * stride + x.cols) * size_of(x.dtype));
+  };
+  if (begin_x < begin_out + bytes(out_stride) && begin_out < begin_x + bytes(x.stride)) {
+    throw InvalidArgument("out", "memory that overlaps x", "x itself, or memory apart from it");
+  }
+}
+
+}  // namespace
+
+std::optional<std::string> why_not_hadamard_cuda(HadamardSize size, DType dtype) {
+  if (!is_float16_or_32(dtype)) return text_of("no kernel transforms ", name_of(dtype));
+  const int64_t n = size.order << size.power;
+  const std::string got =
+      text_of("no CUDA kernel transforms blocks of ", n, " = ", size.order, " * 2^", size.power);
+  if (n > kLargestBlock) return text_of(got, ", expected at most ", kLargestBlock);
+  if (size.order == 1 && n < kSmallestBlock) return text_of(got, ", expected at least ", kSmallestBlock);
+  if (size.order > kLargestOrder) return text_of(got, ", expected an order of at most ", kLargestOrder);
+  if (size.order > 1 && size.power < kSmallestPower) {
+    return text_of(got, ", expected at least 2^", kSmallestPower, " beside an order");
+  }
+  return std::nullopt;
+}
+
+void hadamard_cuda(const CudaMatrix& x, void* out, int64_t out_stride, const CudaHadamardOptions& options,
+                   void* stream) {
+  if (!is_float16_or_32(x.dtype)) throw TypeMismatch("x", name_of(x.dtype), "float32, float16 or bfloat16");
+  if (x.rows < 0 || x.cols < 0) {
+    throw InvalidArgument("x", text_of("shape [", x.rows, ", ", x.cols, "]"), "sizes of 0 or more");
+  }
+  if (x.stride < x.cols)
+    throw InvalidArgument("x", text_of("stride ", x.stride), text_of("at least ", x.cols));
+  if (out_stride < x.cols) {
+    throw InvalidArgument("out_stride", text_of(out_stride), text_of("at least ", x.cols));
+  }
+  if (options.block < 0) throw InvalidArgument("block", text_of(options.block), "0 (whole rows) or more");
+  if (!std::isfinite(options.scale))
+    throw InvalidArgument("scale", text_of(options.scale), "a finite number");
+  if (x.cols == 0) return;
+  const HadamardSize size = require_hadamard_block(x.cols, options.block);
+  if (const auto reason = why_not_hadamard_cuda(size, x.dtype))
+    throw Unsupported("hadamard_cuda: " + *reason);
+  if (x.rows == 0) return;
+  const int64_t element = size_of(x.dtype);
+  checked_mul(checked_mul(x.rows, std::max(x.stride, out_stride)), element);
+  const auto require_memory = [](const void* pointer, const char* argument, int64_t alignment) {
+    if (pointer == nullptr) throw InvalidArgument(argument, "a null pointer", "memory of the current device");
+    if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(alignment) != 0) {
+      throw InvalidArgument(argument, "an address that is not a multiple of the element size",
+                            "an aligned address");
+    }
+  };
+  require_memory(x.data, "x", element);
+  require_memory(out, "out", element);
+  check_overlap(x, out, out_stride);
+  const DeviceFacts device = current_device();
+  require_on_device(x.data, "x", device.index);
+  require_on_device(out, "out", device.index);
+  if (options.signs != nullptr) require_on_device(options.signs, "signs", device.index);
+  if (options.channel_scale != nullptr) {
+    require_memory(options.channel_scale, "channel_scale", 4);
+    require_on_device(options.channel_scale, "channel_scale", device.index);
+  }
+
+  const int64_t block = size.order << size.power;
+  HadamardArguments a;
+  a.x = x.data;
+  a.out = out;
+  a.x_stride = x.stride;
+  a.out_stride = out_stride;
+  a.per_row = x.cols / block;
+  a.units = checked_mul(x.rows, a.per_row);
+  a.signs = options.signs;
+  a.channels = options.channel_scale;
+  a.factor = static_cast<float>(static_cast<double>(options.scale) / std::sqrt(static_cast<double>(block)));
+  a.inverse = options.inverse;
+  const auto aligned = [&](const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (x.rows == 1 || stride * element % 16 == 0);
+  };
+  a.vectors = aligned(x.data, x.stride) && aligned(out, out_stride);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (x.dtype) {
+    case DType::f16:
+      return launch_any<__half>(size, a, device, cuda_stream);
+    case DType::bf16:
+      return launch_any<__nv_bfloat16>(size, a, device, cuda_stream);
+    default:
+      return launch_any<float>(size, a, device, cuda_stream);
+  }
+}
+
+}  // namespace quantloom
