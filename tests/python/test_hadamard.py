@@ -144,7 +144,7 @@ def test_the_operator_traces_and_has_a_gradient(rng):
     )
     torch.testing.assert_close(compiled(x), ql.hadamard(x * 2, seed=3))
     with pytest.raises(ValueError, match="signs"):
-        torch.ops.quantloom.hadamard(x, 0, torch.zeros(3, dtype=torch.uint8), 1.0, None, False)
+        torch.ops.quantloom.hadamard(x, 0, torch.zeros(2, dtype=torch.uint8), 1.0, None, False)
 
 
 def test_threads_do_not_change_the_result(rng):
