@@ -34,7 +34,8 @@ std::span<const float> scale_memory(const ArrayRef* scales) {
 }
 
 void round_values(const ElementSet& set, const ArrayRef& x, const ArrayRef* scales, int64_t row_block,
-                  int64_t col_block, const ArrayRef* values, const ArrayRef* codes, int64_t threads) {
+                  int64_t col_block, double factor, const ArrayRef* values, const ArrayRef* codes,
+                  int64_t threads) {
   const FloatMatrix matrix = x.float_matrix("x");
   RoundedElements out;
   if (values != nullptr) {
@@ -50,19 +51,20 @@ void round_values(const ElementSet& set, const ArrayRef& x, const ArrayRef* scal
   const std::span<const float> scale_span = scale_memory(scales);
   const int team = to_int("threads", threads);
   const py::gil_scoped_release release;
-  round_elements(set.elements, matrix, scale_span, {row_block, col_block}, out, team);
+  round_elements(set.elements, matrix, {scale_span, {row_block, col_block}, static_cast<float>(factor)}, out,
+                 team);
 }
 
 void decode_values(const ElementSet& set, const ArrayRef& codes, const ArrayRef* scales, int64_t row_block,
-                   int64_t col_block, const ArrayRef& out, int64_t threads) {
+                   int64_t col_block, double factor, const ArrayRef& out, int64_t threads) {
   const FloatMatrix matrix = out.float_matrix("out");
   if (!out.contiguous()) throw InvalidArgument("out", "an array with gaps", "a contiguous array");
   const std::span<const uint32_t> code_span = code_memory(codes);
   const std::span<const float> scale_span = scale_memory(scales);
   const int team = to_int("threads", threads);
   const py::gil_scoped_release release;
-  decode_elements(set.elements, code_span, scale_span, {row_block, col_block}, out.data(), out.dtype(),
-                  matrix.rows(), matrix.cols(), team);
+  decode_elements(set.elements, code_span, {scale_span, {row_block, col_block}, static_cast<float>(factor)},
+                  out.data(), out.dtype(), matrix.rows(), matrix.cols(), team);
 }
 
 void statistics_of(const ArrayRef& x, int64_t row_block, int64_t col_block, const std::string& statistic,
@@ -96,11 +98,11 @@ void bind_elements(py::module_& module) {
       .def_static("powers", [](int64_t count) { return ElementSet{PowerElements(count)}; })
       .def_property_readonly("count", [](const ElementSet& set) { return code_count(set.elements); });
   module.def("round_elements", &round_values, py::arg("elements"), py::arg("x"), py::arg("scales").none(true),
-             py::arg("row_block"), py::arg("col_block"), py::arg("values").none(true),
+             py::arg("row_block"), py::arg("col_block"), py::arg("factor"), py::arg("values").none(true),
              py::arg("codes").none(true), py::arg("threads"));
   module.def("decode_elements", &decode_values, py::arg("elements"), py::arg("codes"),
-             py::arg("scales").none(true), py::arg("row_block"), py::arg("col_block"), py::arg("out"),
-             py::arg("threads"));
+             py::arg("scales").none(true), py::arg("row_block"), py::arg("col_block"), py::arg("factor"),
+             py::arg("out"), py::arg("threads"));
   module.def("block_statistics", &statistics_of, py::arg("x"), py::arg("row_block"), py::arg("col_block"),
              py::arg("statistic"), py::arg("out"), py::arg("threads"));
   module.def("packed_code_bytes", &packed_code_bytes, py::arg("codes"), py::arg("count"));

@@ -62,7 +62,11 @@ class RunScales {
   int64_t blocks_;
 };
 
-void require_scales(std::span<const float> scales, BlockGrid grid, int64_t rows, int64_t cols) {
+void require_scales(const BlockScales& scaling, int64_t rows, int64_t cols) {
+  const auto& [scales, grid, factor] = scaling;
+  if (!(factor > 0) || !std::isfinite(factor)) {
+    throw InvalidArgument("factor", text_of(factor), "a finite number > 0");
+  }
   if (grid.row_block < 1 || grid.col_block < 1) {
     throw InvalidArgument("block", text_of(grid.row_block, " x ", grid.col_block), "positive sizes");
   }
@@ -139,19 +143,21 @@ uint64_t code_count(const Elements& elements) {
 }
 
 int64_t BlockGrid::rows(const FloatMatrix& x) const {
-  require_scales({}, *this, x.rows(), x.cols());
+  require_scales({.grid = *this}, x.rows(), x.cols());
   return ceil_div(x.rows(), row_block);
 }
 
 int64_t BlockGrid::cols(const FloatMatrix& x) const {
-  require_scales({}, *this, x.rows(), x.cols());
+  require_scales({.grid = *this}, x.rows(), x.cols());
   return ceil_div(x.cols(), col_block);
 }
 
-void round_elements(const Elements& elements, const FloatMatrix& x, std::span<const float> scales,
-                    BlockGrid grid, RoundedElements out, int threads) {
-  require_scales(scales, grid, x.rows(), x.cols());
-  const RunScales run_scales(scales, grid, x.cols());
+void round_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
+                    RoundedElements out, int threads) {
+  require_scales(scaling, x.rows(), x.cols());
+  const std::span<const float> scales = scaling.scales;
+  const float factor = scaling.factor;
+  const RunScales run_scales(scales, scaling.grid, x.cols());
   std::visit(
       [&](const auto& set) {
         const auto rounder = element_rounding::rounder_of(set);
@@ -166,12 +172,15 @@ void round_elements(const Elements& elements, const FloatMatrix& x, std::span<co
               values[i] = run_scale[i] != 0 ? values[i] / run_scale[i] : values[i];
             }
           }
+          if (factor != 1) {
+            for (int i = 0; i < count; ++i) values[i] /= factor;
+          }
           rounder.codes(values, count, codes);
           const int64_t first = row * x.cols() + col;
           if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
           if (out.values == nullptr) return;
           for (int i = 0; i < count; ++i) {
-            values[i] = std::isnan(values[i]) ? values[i] : rounder.value(codes[i]);
+            values[i] = std::isnan(values[i]) ? values[i] : rounder.value(codes[i]) * factor;
           }
           if (!scales.empty()) {
             for (int i = 0; i < count; ++i) values[i] *= run_scale[i];
@@ -182,14 +191,15 @@ void round_elements(const Elements& elements, const FloatMatrix& x, std::span<co
       elements);
 }
 
-void decode_elements(const Elements& elements, std::span<const uint32_t> codes, std::span<const float> scales,
-                     BlockGrid grid, void* out, DType dtype, int64_t rows, int64_t cols, int threads) {
-  require_scales(scales, grid, rows, cols);
+void decode_elements(const Elements& elements, std::span<const uint32_t> codes, const BlockScales& scaling,
+                     void* out, DType dtype, int64_t rows, int64_t cols, int threads) {
+  require_scales(scaling, rows, cols);
+  const std::span<const float> scales = scaling.scales;
   if (!is_float16_or_32(dtype)) throw TypeMismatch("dtype", name_of(dtype), "a float of 16 or 32 bits");
   if (static_cast<int64_t>(codes.size()) != checked_mul(rows, cols)) {
     throw InvalidArgument("codes", text_of(codes.size()), text_of(rows, " x ", cols));
   }
-  const RunScales run_scales(scales, grid, cols);
+  const RunScales run_scales(scales, scaling.grid, cols);
   const uint64_t count_of_codes = code_count(elements);
   std::visit(
       [&](const auto& set) {
@@ -202,7 +212,7 @@ void decode_elements(const Elements& elements, std::span<const uint32_t> codes, 
           if (highest >= count_of_codes) {
             throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
           }
-          for (int i = 0; i < count; ++i) values[i] = rounder.value(run[i]);
+          for (int i = 0; i < count; ++i) values[i] = rounder.value(run[i]) * scaling.factor;
           if (!scales.empty()) {
             float run_scale[kRun];
             run_scales.read(row, col, count, run_scale);

@@ -72,16 +72,23 @@ struct RoundedElements {
   uint32_t* codes = nullptr;
 };
 
-// code = round(x / scale), value = value_of(code) * scale, in float32, the value rounded once to x's dtype.
-// Where a scale is 0, x is taken as it is. scales: one for each block, row-major, or empty for none. NaN
-// gives NaN and code 0. values may be x's memory. The result does not depend on `threads`.
-void round_elements(const Elements& elements, const FloatMatrix& x, std::span<const float> scales,
-                    BlockGrid grid, RoundedElements out, int threads = 0);
+// The scales of a matrix.
+struct BlockScales {
+  std::span<const float> scales = {};  // one for each block, row-major; empty: none
+  BlockGrid grid = {};
+  float factor = 1;  // finite and > 0: every value of the set is multiplied by it
+};
+
+// code = round(x / scale / factor), value = value_of(code) * factor * scale, each step in float32, the value
+// rounded once to x's dtype. Where a scale is 0, x is taken as it is. NaN gives NaN and code 0. values may be
+// x's memory. The result does not depend on `threads`.
+void round_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
+                    RoundedElements out, int threads = 0);
 
 // The values of round_elements from its codes: the same bits. `out` has no gaps between rows. Throws
 // InvalidArgument for a code that the set does not have; `out` is then unspecified.
-void decode_elements(const Elements& elements, std::span<const uint32_t> codes, std::span<const float> scales,
-                     BlockGrid grid, void* out, DType dtype, int64_t rows, int64_t cols, int threads = 0);
+void decode_elements(const Elements& elements, std::span<const uint32_t> codes, const BlockScales& scaling,
+                     void* out, DType dtype, int64_t rows, int64_t cols, int threads = 0);
 
 enum class BlockStatistic : uint8_t { absmax, mean_square, signed_extreme };
 BlockStatistic block_statistic_from_name(std::string_view name);

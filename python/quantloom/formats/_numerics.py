@@ -60,6 +60,7 @@ def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: b
         None if grid is None else array("scales", grid.scales),
         1 if grid is None else grid.rows,
         1 if grid is None else grid.cols,
+        fmt._factor,
         None if out_values is None else array("values", out_values),
         None if out_codes is None else array("codes", out_codes),
         0,
@@ -80,10 +81,12 @@ def _round_reference(fmt: Any, x: Tensor, grid: Grid | None, values: bool, codes
     if grid is not None:
         scales = element_scales(grid, tuple(x.shape))
         x32 = torch.where(scales == 0, x32, x32 / scales)
+    if fmt._factor != 1:
+        x32 = x32 / fmt._factor
     places = fmt._reference_codes(x32)
     rounded = None
     if values:
-        rounded = torch.where(x32.isnan(), x32, fmt._reference_values(places))
+        rounded = torch.where(x32.isnan(), x32, fmt._reference_values(places)) * fmt._factor
         if scales is not None:
             rounded = rounded * scales
         rounded = rounded.to(x.dtype)
@@ -102,7 +105,9 @@ def round_codes(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = Non
     return codes.reshape(tensor.shape).to(torch.int64) & 0xFFFFFFFF
 
 
-def decode(elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None = None) -> Tensor:
+def decode(
+    elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None = None, factor: float = 1.0
+) -> Tensor:
     """The values of int32 codes on the CPU, in their shape."""
     codes = codes.contiguous()
     flat = matrix(codes)
@@ -114,6 +119,7 @@ def decode(elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None =
         None if grid is None else array("scales", grid.scales),
         1 if grid is None else grid.rows,
         1 if grid is None else grid.cols,
+        factor,
         array("out", out),
         0,
     )

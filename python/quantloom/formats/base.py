@@ -131,6 +131,7 @@ class TensorFormat:
 
 
 def _import_all() -> None:
+    from quantloom import fit  # noqa: F401
     from quantloom.formats import compressed, elements, tables, vectors, wrappers  # noqa: F401
 
 
@@ -184,8 +185,11 @@ class ScalarFormat(TensorFormat):
         """The place of each rounded value among ``centroids``, int64. NaN takes place 0."""
         return _numerics.round_codes(self._elements(), self, tensor)
 
+    _factor: ClassVar[float] = 1.0
+    """What values of the set are multiplied by."""
+
     def _elements(self) -> _core.Elements:
-        """The set of values as C++ knows it."""
+        """The set of values as C++ knows it, without the factor."""
         raise NotImplementedError
 
     def _reference_codes(self, values: Tensor) -> Tensor:
@@ -210,4 +214,5 @@ class ScalarFormat(TensorFormat):
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         codes = self._get_codes(planes, math.prod(shape))
-        return _numerics.decode(self._elements(), codes, dtype).reshape(shape).to(device)
+        values = _numerics.decode(self._elements(), codes, dtype, factor=self._factor)
+        return values.reshape(shape).to(device)

@@ -102,25 +102,8 @@ class CompressedLUTFormat(TensorFormat):
         codes = lut.to_idx(t)
         if compressor == "bz2":
             return 8 * len(bz2.compress(codes.to(torch.int32).cpu().numpy().tobytes()))
-        counts = _counts(codes, len(lut.values))
-        if model_logp is None:
-            with np.errstate(divide="ignore"):
-                logp = np.log(counts / max(1, counts.sum()))
-        else:
-            logp = np.array(_log_probabilities(lut, model_logp))
-        used = counts > 0
-        if compressor == "huffman":
-            lengths = _huffman_lengths((np.exp(logp) * 2**20).round().astype(np.int64).tolist())
-            return int((counts * lengths).sum())
-        if compressor == "arithmetic":
-            p = np.maximum(np.exp(logp), _LEAST_ARITHMETIC)
-            logp = np.log(p / p.sum())
-        bits = -float((counts[used] * logp[used]).sum()) / math.log(2)
-        if not math.isfinite(bits):
-            raise ValueError("model_logp: got probability 0 for a code that occurs, expected smoothing > 0")
-        # Whole numbers of bits stay whole: logarithms of float32 carry errors of 1e-7.
-        whole = round(bits) if abs(bits - round(bits)) <= 1e-6 * max(1.0, bits) else math.ceil(bits)
-        return whole + (2 if compressor == "arithmetic" else 0)
+        logp = None if model_logp is None else np.array(_log_probabilities(lut, model_logp))
+        return bits_of_counts(_counts(codes, len(lut.values)), logp, compressor)
 
     def count_bits(self, shape: Shape) -> int:
         raise NotImplementedError(f"{self}: bits depend on the values; use count_bits_tensor(tensor)")
@@ -155,6 +138,24 @@ class CompressedLUTFormat(TensorFormat):
 
         codes = self._get_codes(planes, math.prod(shape))
         return _numerics.decode(self.lut._elements(), codes, dtype).reshape(shape).to(device)
+
+
+def bits_of_counts(counts: np.ndarray, logp: np.ndarray | None, compressor: Compressor) -> int:
+    """Bits of codes that occur `counts` times under a model (None: their own frequencies); not bz2."""
+    if logp is None:
+        with np.errstate(divide="ignore"):
+            logp = np.log(counts / max(1, counts.sum()))
+    if compressor == "huffman":
+        lengths = _huffman_lengths((np.exp(logp) * 2**20).round().astype(np.int64).tolist())
+        return int((counts * lengths).sum())
+    if compressor == "arithmetic":
+        p = np.maximum(np.exp(logp), _LEAST_ARITHMETIC)
+        logp = np.log(p / p.sum())
+    used = counts > 0
+    bits = -float((counts[used] * logp[used]).sum()) / math.log(2)
+    # Whole numbers of bits stay whole: logarithms of float32 carry errors of 1e-7.
+    whole = round(bits) if abs(bits - round(bits)) <= 1e-6 * min(1.0, bits) else math.ceil(bits)
+    return whole + (2 if compressor == "arithmetic" else 0)
 
 
 def _log_probabilities(lut: LUTFormat, logp: Any) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantloom import _checks
+from quantloom import _checks, _core
 from quantloom.formats import _numerics, metrics
 from quantloom.formats.base import BlockShape, ScalarFormat, Scaling, Shape, TensorFormat
 from quantloom.formats.tables import optional_range
@@ -92,19 +92,48 @@ class ScaledFormat(ScalarFormat):
     def count_bits_tensor(self, tensor: Tensor) -> int:
         return self.format.count_bits_tensor(_wide(tensor) / self.scale)
 
+    @property
+    def _factor(self) -> float:
+        return self.scale
+
+    def _elements(self) -> _core.Elements:
+        return self.format._elements()
+
+    def _reference_codes(self, values: Tensor) -> Tensor:
+        return self.format._reference_codes(values)
+
+    def _reference_values(self, codes: Tensor) -> Tensor:
+        return self.format._reference_values(codes)
+
+    def _codes_of(self) -> ScalarFormat | None:
+        """Itself, around a format that chooses its own codes; C++ then applies the factor."""
+        return self if self.format._codes_of() is self.format and self.format._factor == 1 else None
+
     def to_idx(self, tensor: Tensor) -> Tensor:
+        if self._codes_of() is not None:
+            return super().to_idx(tensor)
         return self.format.to_idx(_wide(tensor) / self.scale)
 
     def quantise(self, tensor: Tensor) -> Tensor:
+        if self._codes_of() is not None:
+            return super().quantise(tensor)
         return (self.format.quantise(_wide(tensor) / self.scale) * self.scale).to(tensor.dtype)
 
-    def _codes_of(self) -> TensorFormat | None:
-        return None
+    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+        self.format._put_codes(codes, planes.child("format"))
+
+    def _get_codes(self, planes: Planes, count: int) -> Tensor:
+        return self.format._get_codes(planes.child("format"), count)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
-        self.format._encode(_wide(tensor) / self.scale, planes.child("format"))
+        if self._codes_of() is not None:
+            super()._encode(tensor, planes)
+        else:
+            self.format._encode(_wide(tensor) / self.scale, planes.child("format"))
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._codes_of() is not None:
+            return super()._decode(planes, shape, dtype, device)
         values = self.format._decode(planes.child("format"), shape, torch.float32, device)
         return (values * self.scale).to(dtype)
 
@@ -202,7 +231,8 @@ class LinearScalingFormat(TensorFormat):
             return (values * self._spread(scales, shape)).to(dtype)
         codes = self.element_format._get_codes(elements, math.prod(shape))
         grid = self._grid(scales.cpu(), shape)
-        return _numerics.decode(coder._elements(), codes.reshape(shape), dtype, grid).to(device)
+        values = _numerics.decode(coder._elements(), codes.reshape(shape), dtype, grid, coder._factor)
+        return values.to(device)
 
 
 @dataclass
