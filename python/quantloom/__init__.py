@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 # Not in __all__: a star import must not import torch, nor hide the standard library's inspect.
-_LAZY_MODULES = ("evaluate", "models", "nn")
+_LAZY_MODULES = ("evaluate", "fit", "models", "nn")
 
 
 def __getattr__(name: str) -> _Any:
