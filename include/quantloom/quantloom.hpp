@@ -22,6 +22,7 @@
 #include "quantloom/error.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/entropy.hpp"
+#include "quantloom/formats/entropy_cuda.hpp"
 #include "quantloom/formats/format.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/io/compressed_tensors.hpp"

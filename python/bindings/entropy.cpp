@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "arrays.hpp"
+#include "quantloom/formats/entropy_cuda.hpp"
 
 namespace quantloom::python {
 namespace {
@@ -111,9 +112,81 @@ py::dict describe(const py::buffer& stream) {
   return result;
 }
 
+const ArrayRef& on_cuda(const ArrayRef& array, std::string_view argument) {
+  if (array.device() != Device::cuda) {
+    throw TypeMismatch(argument, "memory of the CPU", "memory of a CUDA device");
+  }
+  return array;
+}
+
+void* pointer(uintptr_t address) {
+  return reinterpret_cast<void*>(address);
+}
+
+CudaEntropyStream to_cuda(const py::buffer& stream, uintptr_t cuda_stream) {
+  const py::buffer_info info = stream.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  const py::gil_scoped_release release;
+  return CudaEntropyStream(EntropyStream(bytes), pointer(cuda_stream));
+}
+
+void decode_codes_cuda(const CudaEntropyStream& stream, int64_t first, const ArrayRef& out,
+                       uintptr_t cuda_stream) {
+  on_cuda(out, "out");
+  if (out.dtype() != DType::u8 || !out.contiguous()) {
+    throw TypeMismatch("out", name_of(out.dtype()), "a contiguous array of uint8");
+  }
+  const py::gil_scoped_release release;
+  stream.decode(first, out.element_count(), static_cast<uint8_t*>(out.data()), pointer(cuda_stream));
+}
+
+// `table` [entries] of float32, `scales` a matrix, `out` rows from first_row on of the matrix [n, k].
+void decode_values_cuda(const CudaEntropyStream& stream, int64_t n, const ArrayRef& table,
+                        const ArrayRef& scales, int64_t rows_per_scale, int64_t columns_per_scale,
+                        int64_t first_row, const ArrayRef& out, uintptr_t cuda_stream) {
+  on_cuda(table, "table");
+  on_cuda(scales, "scales").require_rank_2("scales");
+  on_cuda(out, "out").require_rank_2("out");
+  if (table.dtype() != DType::f32 || !table.contiguous() || table.shape().size() != 1) {
+    throw TypeMismatch("table", name_of(table.dtype()), "a contiguous vector of float32");
+  }
+  EntropyValues values;
+  values.n = n;
+  values.k = out.shape()[1];
+  values.table = static_cast<const float*>(table.data());
+  values.entries = table.element_count();
+  values.scales = scales.data();
+  values.scale_dtype = scales.dtype();
+  values.rows_per_scale = rows_per_scale;
+  values.columns_per_scale = columns_per_scale;
+  if (rows_per_scale <= 0 || columns_per_scale <= 0 || !scales.contiguous() ||
+      scales.shape()[0] != ceil_div(n, rows_per_scale) ||
+      scales.shape()[1] != ceil_div(values.k, columns_per_scale)) {
+    throw InvalidArgument("scales", text_of("shape [", scales.shape()[0], ", ", scales.shape()[1], "]"),
+                          text_of("a contiguous array, one for each block of ", rows_per_scale, " x ",
+                                  columns_per_scale, " in [", n, ", ", values.k, "]"));
+  }
+  const py::gil_scoped_release release;
+  stream.decode_values(values, first_row, out.shape()[0], out.data(), out.dtype(), out.row_stride(),
+                       pointer(cuda_stream));
+}
+
 }  // namespace
 
 void bind_entropy(py::module_& module) {
+  py::class_<CudaEntropyStream>(module, "CudaEntropyStream")
+      .def(py::init(&to_cuda), py::arg("stream"), py::arg("cuda_stream") = 0)
+      .def_property_readonly("count", &CudaEntropyStream::count)
+      .def_property_readonly("chunk", &CudaEntropyStream::chunk)
+      .def_property_readonly("byte_count", &CudaEntropyStream::byte_count)
+      .def("decode", &decode_codes_cuda, py::arg("first"), py::arg("out"), py::arg("cuda_stream"))
+      .def("decode_values", &decode_values_cuda, py::arg("n"), py::arg("table"), py::arg("scales"),
+           py::arg("rows_per_scale"), py::arg("columns_per_scale"), py::arg("first_row"), py::arg("out"),
+           py::arg("cuda_stream"))
+      .def("check", [](const CudaEntropyStream& stream, uintptr_t cuda_stream) {
+        const py::gil_scoped_release release;
+        stream.check(pointer(cuda_stream));
+      });
   module.def("entropy_encode", &encode, py::arg("codes"), py::arg("frequencies") = py::none(),
              py::arg("coder") = "rans", py::arg("table_bits") = 0, py::arg("chunk") = 0,
              py::arg("threads") = 0);

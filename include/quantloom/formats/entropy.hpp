@@ -97,6 +97,7 @@ class EntropyStream {
   int64_t codes_of(int64_t chunk) const;
   // The 16-bit words of a chunk, at any alignment.
   std::span<const std::byte> words_of(int64_t chunk) const;
+  std::span<const std::byte> bytes() const { return bytes_; }
   // Where the words of all chunks begin in the bytes, and where the offsets do: both multiples of 4.
   int64_t payload_offset() const { return payload_offset_; }
   int64_t offsets_offset() const { return offsets_offset_; }
