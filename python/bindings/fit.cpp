@@ -1,10 +1,8 @@
 // Fits of tables and codebooks on samples. quantloom/_fitting.py checks arguments and documents.
+#include "fit.hpp"
+
 #include <pybind11/stl.h>
 
-#include <optional>
-
-#include "arrays.hpp"
-#include "quantloom/fit/kmeans.hpp"
 #include "quantloom/fit/lloyd_max.hpp"
 #include "quantloom/fit/scale_search.hpp"
 
@@ -123,14 +121,8 @@ py::dict fit_codebook(const ArrayRef& x, int64_t count, const ArrayRef* weights,
                       const ArrayRef* centroids, double threshold, int64_t max_sweeps, bool reseed_empty,
                       uint64_t seed, int64_t threads) {
   const MatrixView<const float> rows = vectors(x, "x");
-  KMeansOptions options;
-  options.start = codebook_start_from_name(start);
-  if (centroids != nullptr) options.centroids = vectors(*centroids, "centroids");
-  options.threshold = threshold;
-  options.max_sweeps = max_sweeps;
-  options.reseed_empty = reseed_empty;
-  options.seed = seed;
-  options.threads = to_int("threads", threads);
+  const KMeansOptions options =
+      to_kmeans_options(start, centroids, threshold, max_sweeps, reseed_empty, seed, threads);
   const std::span<const float> weight_span =
       weights == nullptr ? std::span<const float>() : floats(*weights, "weights");
   if (weights != nullptr) require_count(weight_span, rows.rows());
@@ -150,6 +142,19 @@ py::dict fit_codebook(const ArrayRef& x, int64_t count, const ArrayRef* weights,
 }
 
 }  // namespace
+
+KMeansOptions to_kmeans_options(const std::string& start, const ArrayRef* centroids, double threshold,
+                                int64_t max_sweeps, bool reseed_empty, uint64_t seed, int64_t threads) {
+  KMeansOptions options;
+  options.start = codebook_start_from_name(start);
+  if (centroids != nullptr) options.centroids = vectors(*centroids, "centroids");
+  options.threshold = threshold;
+  options.max_sweeps = max_sweeps;
+  options.reseed_empty = reseed_empty;
+  options.seed = seed;
+  options.threads = to_int("threads", threads);
+  return options;
+}
 
 void bind_fit(py::module_& module) {
   py::class_<SortedValues, std::shared_ptr<SortedValues>>(module, "SortedValues")

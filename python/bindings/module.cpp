@@ -37,6 +37,7 @@ PYBIND11_MODULE(_core, module) {
   bind_cuda_rounding(module);
   bind_fit(module);
   bind_elements(module);
+  bind_cuda_fit(module);
   bind_kernels(module);
   bind_cuda(module);
   bind_transforms(module);

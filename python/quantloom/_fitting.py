@@ -1,6 +1,7 @@
 """Fits of tables and codebooks on samples: arguments checked here, numbers made in C++.
 
-Samples, weights and tables are NumPy arrays or torch tensors on the CPU; results are NumPy arrays.
+Samples, weights and tables are NumPy arrays or torch tensors on the CPU; results are NumPy arrays. Vectors
+may be torch tensors on a CUDA device; results lie there then, as torch tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantloom import _arrays, _checks, _core
+from quantloom import _arrays, _checks, _core, _devices
 
 TABLE_STARTS = ("quantile", "kmeans++", "cuberoot", "uniform_minmax", "random")
 
@@ -56,6 +57,14 @@ def _sample(values: Any, weights: Any) -> _core.SortedValues:
     if weights is not None:
         raise TypeError("weights: got an array beside a sorted sample, expected None (sort them together)")
     return values
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"seed: got {_checks.type_name(value)}, expected an integer")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed: got {value}, expected 0 to 2**64 - 1")
+    return int(value)
 
 
 class TableFit(NamedTuple):
@@ -154,50 +163,62 @@ def table_counts(values: Any, table: Any, scale: float = 1.0) -> np.ndarray:
     )
 
 
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"seed: got {_checks.type_name(value)}, expected an integer")
-    if not 0 <= value < 2**64:
-        raise ValueError(f"seed: got {value}, expected 0 to 2**64 - 1")
-    return int(value)
-
-
-def _vectors(argument: str, value: Any) -> _arrays.Array:
-    """Rows of float32 on the CPU; other floats are converted, gaps within rows closed."""
+def _vectors(argument: str, value: Any, device: str = "cpu") -> _arrays.Array:
+    """Rows of floats on a device: of float32 on the CPU, without gaps within rows."""
     array = _arrays.describe(argument, value)
     if len(array.shape) != 2:
         raise ValueError(f"{argument}: got shape {_arrays.shape_text(array.shape)}, expected 2 dimensions")
+    if array.device != device:
+        raise TypeError(f"{argument}: got an array on {array.device}, expected one on {device}")
+    if device != "cpu":
+        if array.dtype not in _arrays.FLOATS:
+            raise TypeError(f"{argument}: got {array.dtype}, expected float32, float16 or bfloat16")
+        return array if array.core.contiguous else _arrays.describe(argument, array.value.contiguous())
     if array.dtype == "float32" and array.core.contiguous:
-        _arrays.require_cpu(argument, array)
         return array
     flat = _float32(argument, array.value)
     return _arrays.describe(argument, flat.value.reshape(array.shape))
 
 
-def nearest_neighbour(x: Any, centroids: Any, threads: int = 0) -> np.ndarray:
-    """The index of the centroid nearest to each row of x: int32 ``[n]``.
+def _device_of(x: Any) -> str:
+    device = _arrays.describe("x", x).device
+    if device != "cpu" and not _core.built_with_cuda():
+        raise RuntimeError(f"x: got a tensor on {device}, but this build of quantloom has no CUDA kernels")
+    return device
 
-    The squared distance is taken in float64, the lowest index wins a tie; neither the processor nor the
-    number of threads changes the result.
+
+def nearest_neighbour(x: Any, centroids: Any, threads: int = 0) -> Any:
+    """The index of the centroid nearest to each row of x: int32 ``[n]``, where x lies.
+
+    The squared distance is taken in float64, the lowest index wins a tie; neither the device, the processor
+    nor the number of threads changes the result.
 
     Args:
-        x: ``[n, d]`` finite floats, d from 1 to 16.
-        centroids: ``[K, d]`` finite floats, K from 1 to 65536.
+        x: ``[n, d]`` finite floats, d from 1 to 16; on the CPU, or a torch tensor on a CUDA device.
+        centroids: ``[K, d]`` finite floats on the same device, K from 1 to 65536.
         threads: 0 for OpenMP's default.
 
     Raises:
         ValueError: other shapes, NaN or infinity.
     """
-    return _core.nearest_neighbour(
-        _vectors("x", x).core, _vectors("centroids", centroids).core, _checks.thread_count(threads)
-    )
+    team = _checks.thread_count(threads)
+    device = _device_of(x)
+    rows, table = _vectors("x", x, device), _vectors("centroids", centroids, device)
+    if device == "cpu":
+        return _core.nearest_neighbour(rows.core, table.core, team)
+    import torch
+
+    codes = torch.empty(rows.shape[0], dtype=torch.int32, device=device)
+    with _devices.current(device) as stream:
+        _core.nearest_neighbour_cuda(rows.core, table.core, _arrays.describe("codes", codes).core, stream)
+    return codes
 
 
 class CodebookFit(NamedTuple):
-    """What ``kmeans`` found."""
+    """What ``kmeans`` found; torch tensors on the device of a sample that lies on a CUDA device."""
 
-    centroids: np.ndarray  # float32 [count, d]
-    codes: np.ndarray  # int32 [n]: the nearest of these centroids
+    centroids: Any  # float32 [count, d]
+    codes: Any  # int32 [n]: the nearest of these centroids
     sweeps: int
     changed: float  # fraction of the rows that changed their code in the last sweep
     converged: bool
@@ -218,13 +239,14 @@ def kmeans(
 ) -> CodebookFit:
     """A codebook of `count` vectors with little weighted squared error on the rows of x (Lloyd, 1982).
 
-    Deterministic: rows are summed in fixed point, so that neither their order nor the number of threads
-    changes the result. A centroid without rows stays where it is, unless `reseed_empty`.
+    Deterministic: rows are summed in fixed point, so that neither their order, the number of threads nor the
+    device changes the result (but for the last bits of `squared_error`). A centroid without rows stays where
+    it is, unless `reseed_empty`.
 
     Args:
-        x: ``[n, d]`` finite floats, d from 1 to 16.
+        x: ``[n, d]`` finite floats, d from 1 to 16; on the CPU, or a torch tensor on a CUDA device.
         count: centroids, 1 to 65536.
-        weights: None, or a finite number >= 0 for each row.
+        weights: None, or a finite number >= 0 for each row, on the same device.
         start: ``"kmeans++"`` (in batches, from a subset of large samples), ``"random"`` rows, or an array
             ``[count, d]``.
         threshold: in [0, 1]; stops once at most this fraction of the rows changes its code.
@@ -236,16 +258,14 @@ def kmeans(
     Raises:
         ValueError, TypeError: naming the argument that is out of range.
     """
+    device = _device_of(x)
     name, centroids = "given", None
     if isinstance(start, str):
         name = _checks.choice("start", start, ("kmeans++", "random"))
     else:
-        centroids = _vectors("start", start)
-    weight_array = None if weights is None else _float32("weights", weights)
-    fields = _core.kmeans(
-        _vectors("x", x).core,
-        _checks.integer("count", count),
-        None if weight_array is None else weight_array.core,
+        on_cpu = start.detach().cpu() if _arrays.is_torch(start) else start
+        centroids = _vectors("start", on_cpu)
+    options = (
         name,
         None if centroids is None else centroids.core,
         _checks.real("threshold", threshold),
@@ -254,4 +274,40 @@ def kmeans(
         _seed(seed),
         _checks.thread_count(threads),
     )
+    count = _checks.integer("count", count)
+    if not 1 <= count <= 65536:
+        raise ValueError(f"count: got {count}, expected 1 to 65536 centroids")
+    rows = _vectors("x", x, device)
+    if device != "cpu":
+        return _kmeans_cuda(rows, count, weights, options)
+    weight_array = None if weights is None else _float32("weights", weights)
+    fields = _core.kmeans(rows.core, count, None if weight_array is None else weight_array.core, *options)
     return CodebookFit(**fields)
+
+
+def _kmeans_cuda(rows: _arrays.Array, count: int, weights: Any, options: tuple[Any, ...]) -> CodebookFit:
+    import torch
+
+    weight_array = None
+    if weights is not None:
+        weight_array = _arrays.describe("weights", weights)
+        if weight_array.device != rows.device:
+            raise TypeError(
+                f"weights: got an array on {weight_array.device}, expected one on {rows.device}, as x is"
+            )
+        flat = weight_array.value.reshape(-1).float().contiguous()
+        weight_array = _arrays.describe("weights", flat)
+    n, d = rows.shape
+    centroids = torch.empty((count, d), dtype=torch.float32, device=rows.device)
+    codes = torch.empty(n, dtype=torch.int32, device=rows.device)
+    with _devices.current(rows.device) as stream:
+        fields = _core.kmeans_cuda(
+            rows.core,
+            count,
+            None if weight_array is None else weight_array.core,
+            *options,
+            _arrays.describe("centroids", centroids).core,
+            _arrays.describe("codes", codes).core,
+            stream,
+        )
+    return CodebookFit(centroids, codes, **fields)
