@@ -204,15 +204,16 @@ def _load(file: Path) -> tuple[list[TensorEntry], dict[str, _Stored], dict[str, 
     # Not load_tensors(): bfloat16 as a NumPy array would need ml_dtypes.
     from quantloom.tensors import _load as load
 
-    packed, plain, metadata = load(file)
+    packed, plain, metadata, transforms = load(file)
     entries = []
     for name, tensor in packed.items():
         planes = {plane: _stored(*entry) for plane, entry in tensor.planes().items()}
+        basis = f" {transforms[name].spec}" if name in transforms else ""
         entries.append(
             TensorEntry(
                 name=name,
                 file=file.name,
-                format=_spec(tensor.format_json),
+                format=_spec(tensor.format_json) + basis,
                 shape=(tensor.n, tensor.k),
                 quantized=True,
                 bits=sum(plane.bits for plane in planes.values()),

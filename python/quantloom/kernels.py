@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from quantloom import _arrays, _checks, _core, _devices
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.tensors import PackedTensor
+from quantloom.transforms import Transform
 
 __all__ = ["Possible", "PreparedTensor", "can_matmul", "kernel_table", "matmul", "prepare"]
 
@@ -24,7 +25,7 @@ class PreparedTensor:
     it does not keep alive.
     """
 
-    __slots__ = ("_core", "_format", "_planes", "_shape")
+    __slots__ = ("_core", "_format", "_planes", "_shape", "_transform")
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class PreparedTensor:
         format: Format | None = None,
         shape: tuple[int, int] = (0, 0),
         planes: Mapping[str, Any] = MappingProxyType({}),
+        transform: Transform | None = None,
     ) -> None:
         if format is None or not isinstance(core, (_core.Prepared, _core.PreparedPlanes)):
             raise TypeError(f"PreparedTensor: got {_checks.type_name(core)}, expected a call of prepare()")
@@ -39,21 +41,31 @@ class PreparedTensor:
         self._format = format
         self._shape = shape
         self._planes = dict(planes)
+        self._transform = transform
 
     @classmethod
     def _from_planes(
-        cls, format_json: str, shape: tuple[int, int], planes: Mapping[str, Any]
+        cls,
+        format_json: str,
+        shape: tuple[int, int],
+        planes: Mapping[str, Any],
+        transform: Transform | None = None,
     ) -> PreparedTensor:
         """Over planes in the order of a CUDA device, which are checked."""
         from quantloom import _cuda
 
         core = _cuda.descriptor(planes, format_json, *shape)
-        return cls(core, format_from_json(format_json), shape, planes)
+        return cls(core, format_from_json(format_json), shape, planes, transform)
 
     @property
     def format(self) -> Format:
         """What is stored, and how it decodes."""
         return self._format
+
+    @property
+    def transform(self) -> Transform | None:
+        """The basis in which the planes hold the matrix; None: its own."""
+        return self._transform
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +99,10 @@ class PreparedTensor:
             raise RuntimeError("unprepare: got a tensor prepared for the CPU, expected one for a CUDA device")
         from quantloom import _cuda
 
-        return _cuda.unprepare(self._planes, self._core, self._format, *self._shape)
+        q = _cuda.unprepare(self._planes, self._core, self._format, *self._shape)
+        return (
+            q if self._transform is None else PackedTensor(q.format, q.shape, q.planes, None, self._transform)
+        )
 
     def dequantize(self, dtype: Any = None) -> Any:
         """Decodes to ``[n, k]`` on the same CUDA device: the values of ``PackedTensor.dequantize``.
@@ -102,6 +117,9 @@ class PreparedTensor:
             return self.unprepare().dequantize(name)
         from quantloom import _cuda
 
+        if self._transform is not None:
+            plain = _cuda.decode(self._planes, self._core, *self._shape, _arrays.torch_dtype("float32"))
+            return _arrays.cast(self._transform.rotate_weight(plain, inverse=True), name)
         return _cuda.decode(self._planes, self._core, *self._shape, _arrays.torch_dtype(name))
 
     def __repr__(self) -> str:
@@ -110,7 +128,8 @@ class PreparedTensor:
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self._core, _core.Prepared):
             raise TypeError("cannot pickle a tensor prepared for the CPU: pickle the packed tensor")
-        return PreparedTensor._from_planes, (self._format.to_json(), self._shape, self._planes)
+        arguments = (self._format.to_json(), self._shape, self._planes, self._transform)
+        return PreparedTensor._from_planes, arguments
 
 
 def prepare(q: PackedTensor, threads: int = 0) -> PreparedTensor:
@@ -123,10 +142,10 @@ def prepare(q: PackedTensor, threads: int = 0) -> PreparedTensor:
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
     threads = _checks.thread_count(threads)
     if q.device == "cpu":
-        return PreparedTensor(_core.prepare(q._core(), threads), q.format, q.shape, {})
+        return PreparedTensor(_core.prepare(q._core(), threads), q.format, q.shape, {}, q.transform)
     from quantloom import _cuda
 
-    return PreparedTensor._from_planes(q.format.to_json(), q.shape, _cuda.prepare(q))
+    return PreparedTensor._from_planes(q.format.to_json(), q.shape, _cuda.prepare(q), q.transform)
 
 
 _prepare_lock = threading.Lock()
@@ -198,13 +217,23 @@ def matmul(
     if not on_cpu and activations != "exact":
         raise RuntimeError(f"activations: got {activations!r}, but on a CUDA device there is only 'exact'")
     prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
+    transform = prepared.transform
+    if transform is not None:
+        rotated = transform.rotate_input(tokens.value, threads=threads)
+        tokens = _arrays.tokens("x", rotated, k, cpu=on_cpu)
     if not on_cpu:
         from quantloom import _cuda
 
-        y = _cuda.product(tokens.value, prepared._core, n, k, tokens.value.device, added)
+        late = transform is not None and transform.has_output  # outputs are rotated back before the bias
+        y = _cuda.product(tokens.value, prepared._core, n, k, tokens.value.device, None if late else added)
+        if late:
+            y = transform.rotate_output(y, inverse=True)
+            y = y if added is None else y + added
         return y.reshape(shape)
     y = _arrays.empty(tokens.kind, (tokens.shape[0], n), "float32")
     _core.matmul(tokens.core, prepared._core, _arrays.describe("y", y).core, activations, threads)
+    if transform is not None:
+        y = transform.rotate_output(y, inverse=True, threads=threads)
     if added is not None:
         y += _arrays.cast(added, "float32")
     return _arrays.cast(y, tokens.dtype).reshape(shape)

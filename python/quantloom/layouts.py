@@ -37,6 +37,8 @@ def _tensors(tensors: Any) -> tuple[dict[str, _core.ArrayRef], str]:
 def _packed(q: Any) -> PackedTensor:
     if not isinstance(q, PackedTensor):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    if q.transform is not None:
+        raise RuntimeError(f"q: got the transform {q.transform.spec}, which the layout cannot hold")
     return q.to("cpu")
 
 

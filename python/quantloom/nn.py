@@ -18,6 +18,7 @@ from quantloom import _arrays, _checks, _core, _cuda, kernels
 from quantloom.formats import Format, parse_format
 from quantloom.rounding import Rounding, quantize
 from quantloom.tensors import PackedTensor
+from quantloom.transforms import Transform
 
 __all__ = ["QuantLinear"]
 
@@ -49,6 +50,10 @@ class QuantLinear(torch.nn.Module):
     on. Calls queue kernels on torch's current stream and can be captured in CUDA graphs; ``load_state_dict``
     writes to the same memory, so that a captured graph sees the new weights.
 
+    A tensor with a transform is multiplied in its basis: inputs are rotated before the product, outputs
+    rotated back after it, in the dtype of `x`. The signs of the rotations are buffers outside of the state
+    (``input_signs``, ``output_signs``), whose description holds their seed.
+
     Args:
         packed: W ``[out_features, in_features]``, a ``PackedTensor``; NumPy planes are copied.
         bias: None or ``[out_features]``, floating point; a ``torch.nn.Parameter`` is used as it is.
@@ -68,12 +73,27 @@ class QuantLinear(torch.nn.Module):
         packed = packed if packed.kind == "torch" else packed.to("torch")
         self.out_features, self.in_features = packed.shape
         self._format = packed.format
+        self._transform = packed.transform
         self._names = tuple(packed.planes)  # of the canonical planes
         self._stored: tuple[str, ...] = ()  # names of the buffers
         bias = self._check_bias(bias, packed.device)
         self._store(packed.planes, prepared=False)
         self._settle()
         self.register_parameter("bias", bias)
+        for name, signs in self._signs(self._planes()[0].device).items():
+            self.register_buffer(name, signs, persistent=False)
+
+    def _signs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The bits of the rotations' signs, by the names of their buffers."""
+        transform, signs = self._transform, {"input_signs": None, "output_signs": None}
+        if transform is not None and transform.has_input:
+            signs["input_signs"] = transform.input_signs(self.in_features)
+        if transform is not None and transform.has_output:
+            signs["output_signs"] = transform.output_signs(self.out_features)
+        return {
+            name: None if bits is None else torch.from_numpy(bits.copy()).to(device)
+            for name, bits in signs.items()
+        }
 
     def _check_bias(self, bias: Any, device: str) -> torch.nn.Parameter | None:
         if bias is None:
@@ -96,13 +116,14 @@ class QuantLinear(torch.nn.Module):
         format: Format | str,
         rounding: Rounding | None = None,
         activations: str = "exact",
+        transform: Transform | str | None = None,
     ) -> QuantLinear:
         """Quantizes the weights of a ``torch.nn.Linear`` and takes its bias over.
 
         Args:
-            format, rounding: see ``quantloom.quantize``. Weights are rounded on the device of the rounding's
-                Hessians; without any, where they are, or on the CPU if no kernel of a CUDA device rounds
-                to the format.
+            format, rounding, transform: see ``quantloom.quantize``. Weights are rounded on the device of
+                the rounding's Hessians; without any, where they are, or on the CPU if no kernel of a CUDA
+                device rounds to the format.
         """
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear: got {_checks.type_name(linear)}, expected a torch.nn.Linear")
@@ -111,7 +132,8 @@ class QuantLinear(torch.nn.Module):
         place = next((hessian.device for hessian in hessians if hessian is not None), None)
         if place is None:
             place = weight.device if _core.rounds_on_cuda(format.to_json()) else "cpu"
-        packed = quantize(weight.to(place), format, rounding, threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        packed = quantize(weight.to(place), format, rounding, transform=transform, threads=threads)
         return cls(packed.to(weight.device), linear.bias, activations)
 
     @property
@@ -120,7 +142,8 @@ class QuantLinear(torch.nn.Module):
         prepared = self.prepared
         if prepared is not None:
             return prepared.unprepare()
-        return PackedTensor(self._format, self._shape, dict(zip(self._stored, self._planes())))
+        planes = dict(zip(self._stored, self._planes()))
+        return PackedTensor(self._format, self._shape, planes, None, self._transform)
 
     @property
     def prepared(self) -> kernels.PreparedTensor | None:
@@ -128,12 +151,19 @@ class QuantLinear(torch.nn.Module):
         if not self._is_prepared:
             return None
         planes = dict(zip(self._description[0].split(","), self._planes()))
-        return kernels.PreparedTensor._from_planes(self._format.to_json(), self._shape, planes)
+        return kernels.PreparedTensor._from_planes(
+            self._format.to_json(), self._shape, planes, self._transform
+        )
 
     @property
     def format(self) -> Format:
         """What is stored, and how it decodes."""
         return self._format
+
+    @property
+    def transform(self) -> Transform | None:
+        """The basis in which W is stored; None: its own."""
+        return self._transform
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -168,6 +198,21 @@ class QuantLinear(torch.nn.Module):
         bias = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        transform = self._transform
+        if transform is None:
+            return self._product(x, bias)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.in_features}]")
+        block = transform.columns
+        if transform.has_input and self.in_features:
+            x = torch.ops.quantloom.hadamard(x, block, self.input_signs, 1.0, None, False)
+        if not (transform.has_output and self.out_features):
+            return self._product(x, bias)
+        y = torch.ops.quantloom.hadamard(self._product(x, None), block, self.output_signs, 1.0, None, True)
+        return y if bias is None else y + bias
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same in the basis in which W is stored."""
         if not self._is_prepared:
             y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self.activations)
             return y if bias is None else y + bias
@@ -179,6 +224,8 @@ class QuantLinear(torch.nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W as a matrix ``[out_features, in_features]``."""
+        if self._transform is not None:
+            return (self.prepared or self.packed).dequantize(dtype)
         name = "dequantize_prepared" if self._is_prepared else "dequantize"
         return getattr(torch.ops.quantloom, name)(self._planes(), *self._description, dtype)
 
@@ -197,6 +244,8 @@ class QuantLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" format={self._format.spec}, {bits / count if count else 0:.3f} bits/weight"
         )
+        if self._transform is not None:
+            text = f"{text}, transform={self._transform.spec}"
         return text if self.activations == "exact" else f"{text}, activations={self.activations}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -225,6 +274,8 @@ class QuantLinear(torch.nn.Module):
             return (tensor.to(result.device) if result.dtype != flat.dtype else result).view(tensor.shape)
 
         super()._apply(keep_dtype, recurse)
+        if source.device.type == "meta" and target.type != "meta":
+            self._buffers.update(self._signs(target))  # to_empty(): no state fills them
         self._settle()
         return self
 
@@ -236,7 +287,9 @@ class QuantLinear(torch.nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         # A tensor of text, because many writers of state dicts take tensors only.
-        text = f'{{"format":{self._format.to_json()},"shape":[{self.out_features},{self.in_features}]}}'
+        basis = "" if self._transform is None else f',"transform":{self._transform.to_json()}'
+        shape = f"[{self.out_features},{self.in_features}]"
+        text = f'{{"format":{self._format.to_json()},"shape":{shape}{basis}}}'
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from quantloom import _checks
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.rounding import Rounding, parse_rounding, rounding_from_json
+from quantloom.transforms import Transform, parse_transform, transform_from_json
 
 __all__ = ["Recipe"]
 
@@ -49,6 +50,8 @@ class Recipe:
             ``"re:"`` and a regular expression that matches the whole name.
         overrides: maps patterns to another format, or to None for layers that stay as they are. The
             first pattern that matches counts, and it goes before ``ignore``.
+        transform: None, a ``Transform`` or its short form (``"hadamard:b128"``): the basis in which weights
+            are quantized. Layers apply it to their inputs at run time.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -57,6 +60,7 @@ class Recipe:
     rounding: Rounding = field(default_factory=lambda: parse_rounding("nearest"))
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_format(self.format))
@@ -79,12 +83,13 @@ class Recipe:
             for pattern, other in self.overrides.items()
         }
         object.__setattr__(self, "overrides", MappingProxyType(overrides))
+        object.__setattr__(self, "transform", parse_transform(self.transform))
 
     @classmethod
     def parse(cls, format: str | Format, rounding: str | Rounding = "nearest", **settings: Any) -> Recipe:
         """A recipe of short forms: ``Recipe.parse("uniform:4:g128", "gptq")``.
 
-        ``settings`` are ``ignore`` and ``overrides``.
+        ``settings`` are ``ignore``, ``overrides`` and ``transform``.
         """
         return cls(parse_format(format), parse_rounding(rounding), **settings)
 
@@ -110,6 +115,8 @@ class Recipe:
                 for pattern, other in self.overrides.items()
             ],
         }
+        if self.transform is not None:
+            fields["transform"] = json.loads(self.transform.to_json())
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -117,6 +124,7 @@ class Recipe:
         """Raises ValueError for unknown keys or another version."""
         fields = _checks.json_object("recipe", text)
         expected = {"version", "format", "rounding", "ignore", "overrides"}
+        transform = fields.pop("transform", None)
         if set(fields) != expected:
             raise ValueError(f"recipe: got keys {sorted(fields)}, expected {sorted(expected)}")
         if fields["version"] != _VERSION:
@@ -129,6 +137,7 @@ class Recipe:
             rounding_from_json(json.dumps(fields["rounding"])),
             fields["ignore"],
             {p: None if other is None else format_from_json(json.dumps(other)) for p, other in overrides},
+            None if transform is None else transform_from_json(json.dumps(transform)),
         )
 
     def __hash__(self) -> int:

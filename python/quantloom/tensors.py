@@ -13,12 +13,16 @@ import numpy as np
 
 from quantloom import _arrays, _checks, _core
 from quantloom.formats import Format, format_from_json, parse_format
+from quantloom.transforms import Transform, transform_from_json
 
 if TYPE_CHECKING:
     from quantloom.kernels import PreparedTensor
     from quantloom.rounding import RoundingReport
 
 __all__ = ["PackedTensor", "load_metadata", "load_tensors", "save_tensors"]
+
+# The key of a file's metadata that describes the transforms of its packed tensors, by name.
+_TRANSFORMS = "quantloom.transforms"
 
 
 class PackedTensor:
@@ -32,12 +36,14 @@ class PackedTensor:
         shape: ``(n, k)``.
         planes: maps names to arrays, all NumPy arrays or all torch tensors on one device. Not copied.
         report: what a rounding did, if one made the planes.
+        transform: the planes hold the matrix in another basis, that of this ``Transform``: decoding undoes
+            it, and products apply it to their inputs and undo it on their outputs.
 
     Raises TypeError or ValueError, naming the plane, unless the planes are just those that the format
     prescribes for the shape, and hold values that decode safely.
     """
 
-    __slots__ = ("_format", "_kind", "_planes", "_prepared", "_shape", "report")
+    __slots__ = ("_format", "_kind", "_planes", "_prepared", "_shape", "_transform", "report")
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class PackedTensor:
         shape: tuple[int, int],
         planes: Mapping[str, Any],
         report: RoundingReport | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self._format = parse_format(format)
         if isinstance(shape, (str, bytes)) or not hasattr(shape, "__len__") or len(shape) != 2:
@@ -59,12 +66,19 @@ class PackedTensor:
             raise TypeError(f"planes: got {got}, expected one kind on one device")
         self._kind = arrays[0].kind if arrays else "numpy"
         self._prepared: PreparedTensor | None = None
+        self._transform = _checked_transform(transform, self._shape)
         self.report = report
         self._core()
 
     @classmethod
     def _from_core(
-        cls, packed: _core.Packed, kind: str, report: RoundingReport | None = None, *, shared: bool = False
+        cls,
+        packed: _core.Packed,
+        kind: str,
+        report: RoundingReport | None = None,
+        *,
+        shared: bool = False,
+        transform: Transform | None = None,
     ) -> PackedTensor:
         """`shared`: the planes may be memory of a mapped file or of the caller's arrays."""
         self = cls.__new__(cls)
@@ -79,6 +93,7 @@ class PackedTensor:
                 array.setflags(write=False)
         self._kind = kind
         self._prepared = None
+        self._transform = _checked_transform(transform, self._shape)
         self.report = report
         return self
 
@@ -91,6 +106,11 @@ class PackedTensor:
     def format(self) -> Format:
         """What is stored, and how it decodes."""
         return self._format
+
+    @property
+    def transform(self) -> Transform | None:
+        """The basis in which the planes hold the matrix; None: its own."""
+        return self._transform
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,6 +160,9 @@ class PackedTensor:
         name = "float32" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
         threads = _checks.thread_count(threads)
         core = self._core()
+        if self._transform is not None:
+            plain = PackedTensor(self._format, self._shape, self._planes).dequantize(threads=threads)
+            return _arrays.cast(self._transform.rotate_weight(plain, inverse=True, threads=threads), name)
         if self.device != "cpu":
             return _dequantize_cuda(self, core, name)
         out = _arrays.empty(self._kind, self._shape, "float32")
@@ -163,7 +186,7 @@ class PackedTensor:
             planes = self._to_torch("cpu" if text == "torch" else text)
             if self._kind == "torch" and all(planes[name] is value for name, value in self._planes.items()):
                 return self
-        return PackedTensor(self._format, self._shape, planes, self.report)
+        return PackedTensor(self._format, self._shape, planes, self.report, self._transform)
 
     def _to_torch(self, device: str) -> dict[str, Any]:
         import torch
@@ -189,10 +212,19 @@ class PackedTensor:
         n, k = self._shape
         where = self._kind if self.device == "cpu" else self.device
         bits = f"{self.bits_per_weight:.3f} bits/weight"
-        return f"PackedTensor({self._format.spec}, shape=({n}, {k}), {bits}, {where})"
+        basis = "" if self._transform is None else f", {self._transform.spec}"
+        return f"PackedTensor({self._format.spec}{basis}, shape=({n}, {k}), {bits}, {where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedTensor, (self._format, self._shape, dict(self._planes), self.report)
+        return PackedTensor, (self._format, self._shape, dict(self._planes), self.report, self._transform)
+
+
+def _checked_transform(transform: Any, shape: tuple[int, int]) -> Transform | None:
+    if transform is not None:
+        if not isinstance(transform, Transform):
+            raise TypeError(f"transform: got {_checks.type_name(transform)}, expected None or a Transform")
+        transform.check(*shape)
+    return transform
 
 
 def _torch_to_numpy(value: Any) -> np.ndarray:
@@ -240,7 +272,7 @@ def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, s
             earlier file stays whole on any failure.
         tensors: maps names to packed tensors or arrays (NumPy, torch, DLPack; copied to the CPU if on a
             device). Plane ``codes`` of packed tensor ``layer`` is stored as tensor ``layer.codes``.
-        metadata: free-form strings; the key ``quantloom`` is taken.
+        metadata: free-form strings; the keys ``quantloom`` and ``quantloom.transforms`` are taken.
 
     The same input gives the same bytes. Raises TypeError or ValueError naming the entry, OSError where the
     system refuses.
@@ -270,17 +302,40 @@ def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, s
     for key, value in entries.items():
         _checks.string("metadata", key, "keys that are strings")
         _checks.string(f"metadata[{key!r}]", value)
-    if "quantloom" in entries:
-        raise ValueError(
-            "metadata: got the key 'quantloom', expected other keys: this one describes the planes"
-        )
+    for key in ("quantloom", _TRANSFORMS):
+        if key in entries:
+            raise ValueError(
+                f"metadata: got the key {key!r}, expected other keys: this one describes the planes"
+            )
+    transforms = {
+        name: json.loads(value.transform.to_json())
+        for name, value in tensors.items()
+        if isinstance(value, PackedTensor) and value.transform is not None
+    }
+    if transforms:
+        entries[_TRANSFORMS] = json.dumps(transforms, sort_keys=True, separators=(",", ":"))
     _core.save_packed(text, packed, plain, entries)
 
 
-def _load(path: Any) -> tuple[Any, Any, dict[str, str]]:
+def _load(path: Any) -> tuple[Any, Any, dict[str, str], dict[str, Transform]]:
+    """Packed tensors, plain arrays, metadata and the transforms of packed tensors."""
     text = str(_checks.path("path", path))
     os.stat(text)  # a missing file raises FileNotFoundError
-    return _core.load_packed(text)
+    packed, plain, metadata = _core.load_packed(text)
+    metadata = dict(metadata)
+    transforms: dict[str, Transform] = {}
+    if _TRANSFORMS in metadata:
+        try:
+            described = _checks.json_object(_TRANSFORMS, metadata.pop(_TRANSFORMS))
+            unknown = sorted(described.keys() - packed.keys())
+            if unknown:
+                raise ValueError(f"{_TRANSFORMS}: {unknown[0]!r} is no packed tensor of the file")
+            for name, fields in described.items():
+                transforms[name] = transform_from_json(json.dumps(fields))
+                transforms[name].check(packed[name].n, packed[name].k)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{text}: {error}") from None
+    return packed, plain, metadata, transforms
 
 
 def load_tensors(path: Any, kind: str = "numpy") -> dict[str, Any]:
@@ -297,10 +352,11 @@ def load_tensors(path: Any, kind: str = "numpy") -> dict[str, Any]:
     refuses.
     """
     _checks.choice("kind", kind, ("numpy", "torch"))
-    packed, plain, _ = _load(path)
+    packed, plain, _, transforms = _load(path)
     result: dict[str, Any] = {}
     for name, tensor in packed.items():
-        result[name] = PackedTensor._from_core(tensor, kind, shared=True)
+        transform = transforms.get(name)
+        result[name] = PackedTensor._from_core(tensor, kind, shared=True, transform=transform)
     for name, (dtype, array) in plain.items():
         result[name] = _arrays.to_kind(array, dtype, kind)
     return dict(sorted(result.items()))

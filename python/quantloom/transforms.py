@@ -283,6 +283,9 @@ class Transform:
         """The description as a JSON object; ``transform_from_json`` reads it back."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        return self.spec
+
 
 @dataclass(frozen=True)
 class Hadamard(Transform):
@@ -364,11 +367,11 @@ class Hadamard(Transform):
 
     def input_signs(self, k: int) -> np.ndarray | None:
         """The bits of the signs of the input side, as ``hadamard`` takes them; None without signs."""
-        return None if self.seed is None else _core.random_signs(k, self.seed)
+        return None if self.seed is None else _kept_signs(k, self.seed)
 
     def output_signs(self, n: int) -> np.ndarray | None:
         """The same of the output side."""
-        return None if self.seed is None else _core.random_signs(n, self.seed + 1)
+        return None if self.seed is None else _kept_signs(n, self.seed + 1)
 
     def rotate_input(self, x: Any, inverse: bool = False, threads: int = 0) -> Any:
         """``R_in`` (or its inverse) applied to the last axis of `x` ``[..., k]``, such as rows of W."""
@@ -403,6 +406,13 @@ class Hadamard(Transform):
 
 def _transposed(w: Any) -> Any:
     return w.t().contiguous() if _arrays.is_torch(w) else np.ascontiguousarray(w.T)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_signs(n: int, seed: int) -> np.ndarray:
+    bits = _core.random_signs(n, seed)
+    bits.setflags(write=False)
+    return bits
 
 
 @functools.lru_cache(maxsize=8)

@@ -84,7 +84,8 @@ def assemble(
     def content(shard: _Shard) -> dict[str, Any]:
         plain = {name: views[name] for name in shard.plain}
         return plain | {
-            name: work.packed(packed[name], targets.formats[packed[name]]) for name in shard.packed
+            name: work.packed(packed[name], targets.formats[packed[name]], recipe.transform)
+            for name in shard.packed
         }
 
     modules = {stored: sizes[name] for stored, name in packed.items()}

@@ -336,7 +336,7 @@ class _Run:
             self._quantize_missing(block, call, inputs, stage, missing)
         for name in names:
             linear = block.linears[name]
-            packed = self.work.packed(name, self.targets.formats[name])
+            packed = self.work.packed(name, self.targets.formats[name], self.recipe.transform)
             if self.device != "cpu":
                 packed = packed.to(self.device)
             decoded = packed.dequantize(threads=self.threads)
@@ -369,7 +369,13 @@ class _Run:
         begun = time.monotonic()
         try:
             weight = weight.to(self.device)
-            packed = ql.quantize(weight, self.targets.formats[name], rounding=rounding, threads=self.threads)
+            packed = ql.quantize(
+                weight,
+                self.targets.formats[name],
+                rounding=rounding,
+                transform=self.recipe.transform,
+                threads=self.threads,
+            )
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {error}") from error

@@ -164,7 +164,7 @@ class WorkFolder:
         entry = self._entry(module)
         return ModuleReport.from_json(entry["report"], entry["seconds"])
 
-    def packed(self, module: str, form: Any) -> Any:
+    def packed(self, module: str, form: Any, transform: Any = None) -> Any:
         """The packed tensor of a finished module, its planes views of the mapped record.
 
         Raises ValueError if the file is damaged.
@@ -173,7 +173,7 @@ class WorkFolder:
         if not file.is_file() or file_hash(file) != entry["sha256"]:
             raise ValueError(f"{file}: the record of {module} is damaged; pass resume=False to start over")
         planes = {name.removeprefix(f"{module}."): view for name, view in mapped_tensors(file).items()}
-        return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes)
+        return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes, None, transform)
 
     def _entry(self, module: str) -> dict[str, Any]:
         file = self._entry_file(module)

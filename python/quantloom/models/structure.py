@@ -81,8 +81,8 @@ def find_targets(model: torch.nn.Module, blocks: list[Block], recipe: Any) -> Ta
     """Applies a recipe to the Linears of a model.
 
     Linears outside the decoder blocks (heads, projections of embeddings) stay as they are. Raises
-    ValueError if an override asks for one of those, if a pattern of the overrides matches nothing, or if
-    nothing at all would be quantized.
+    ValueError if an override asks for one of those, if a pattern of the overrides matches nothing, if a
+    layer has no size that the transform takes, or if nothing at all would be quantized.
     """
     inside = {name: part for block in blocks for name, part in block.linears.items()}
     outside = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in inside]
@@ -104,6 +104,11 @@ def find_targets(model: torch.nn.Module, blocks: list[Block], recipe: Any) -> Ta
             left.append(name)
             continue
         chosen.planes(part.out_features, part.in_features)  # refuses sizes the format cannot take
+        if recipe.transform is not None:
+            try:
+                recipe.transform.check(part.out_features, part.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         formats[name] = chosen
     if not formats:
         raise ValueError(
