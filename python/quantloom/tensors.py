@@ -317,6 +317,15 @@ def save_tensors(path: Any, tensors: Mapping[str, Any], metadata: Mapping[str, s
     _core.save_packed(text, packed, plain, entries)
 
 
+def _described_transform(name: str, fields: Any, packed: _core.Packed) -> Transform:
+    try:
+        transform = transform_from_json(json.dumps(fields))
+        transform.check(packed.n, packed.k)
+    except ValueError as error:
+        raise ValueError(f"transform of {name}: {error}") from None
+    return transform
+
+
 def _load(path: Any) -> tuple[Any, Any, dict[str, str], dict[str, Transform]]:
     """Packed tensors, plain arrays, metadata and the transforms of packed tensors."""
     text = str(_checks.path("path", path))
@@ -331,8 +340,7 @@ def _load(path: Any) -> tuple[Any, Any, dict[str, str], dict[str, Transform]]:
             if unknown:
                 raise ValueError(f"{_TRANSFORMS}: {unknown[0]!r} is no packed tensor of the file")
             for name, fields in described.items():
-                transforms[name] = transform_from_json(json.dumps(fields))
-                transforms[name].check(packed[name].n, packed[name].k)
+                transforms[name] = _described_transform(name, fields, packed[name])
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{text}: {error}") from None
     return packed, plain, metadata, transforms

@@ -109,6 +109,29 @@ TABLE = [
     (ql.format_from_json, (Q.format.to_json().replace(":8", ":7"),), {}, ValueError, "zero_point"),
     (ql.format_from_json, (Q.format.to_json().replace("32", "0"),), {}, ValueError, "group_size"),
     (ql.format_from_json, (Q.format.to_json().replace('n":1', 'n":2'),), {}, ValueError, "version"),
+    # transforms
+    (ql.hadamard, (3,), {}, TypeError, "x int NumPy"),
+    (ql.hadamard, (W.astype(np.float64),), {}, TypeError, "x float64 float32"),
+    (ql.hadamard, (W, 3), {}, ValueError, "block 3 64 columns 64"),
+    (ql.hadamard, (W,), {"block": 0}, ValueError, "block 0"),
+    (ql.hadamard, (W,), {"signs": np.ones(3)}, ValueError, "signs [3] [64]"),
+    (ql.hadamard, (W,), {"seed": 1.5}, TypeError, "seed float"),
+    (ql.hadamard, (W,), {"scale": math.inf}, ValueError, "scale inf"),
+    (ql.hadamard, (W,), {"inverse": 1}, TypeError, "inverse int True or False"),
+    (ql.hadamard, (W,), {"out": W[:1]}, ValueError, "out shape"),
+    (ql.hadamard, (W,), {"threads": -1}, ValueError, "threads -1"),
+    (ql.hadamard_matrix, (6,), {}, ValueError, "n 6 known Hadamard matrix"),
+    (ql.hadamard_matrix, (2**40,), {}, ValueError, "n"),
+    (ql.hadamard_signs, (-1, 0), {}, ValueError, "n -1"),
+    (ql.hadamard_signs, (8, -1), {}, ValueError, "seed -1"),
+    (ql.largest_hadamard_block, (0,), {}, ValueError, "n 0"),
+    (ql.Hadamard, ("column",), {}, ValueError, "block column row"),
+    (ql.Hadamard, (8, 0, "top"), {}, ValueError, "sides top in out both"),
+    (ql.parse_transform, (3,), {}, TypeError, "transform int hadamard"),
+    (ql.parse_transform, ("fourier",), {}, ValueError, "transform fourier hadamard"),
+    (ql.transform_from_json, ("{}",), {}, ValueError, "transform hadamard keys"),
+    (ql.quantize, (W, "uniform:4"), {"transform": 7}, TypeError, "transform int"),
+    (ql.quantize, (W[:7], "uniform:4"), {"transform": "hadamard:out"}, ValueError, "side 'out' 7"),
     # roundings and recipes
     (ql.ScaleSearch, (0,), {}, ValueError, "steps 0"),
     (ql.ScaleSearch, (2.5,), {}, TypeError, "steps float integer"),
@@ -398,7 +421,7 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
 def test_the_table_covers_every_public_function():
     covered = {name_of(row[0]) for row in TABLE}
     plain = {"build_info", "kernel_table", "format_table"}  # no arguments
-    classes = {"Format", "Rounding", "RoundingReport"}  # nothing to construct
+    classes = {"Format", "Rounding", "RoundingReport", "Transform"}  # nothing to construct
     expected = {name for name in ql.__all__ if callable(getattr(ql, name))} - plain - classes
     expected |= set(ql.layouts.__all__)
     expected |= {"QuantLinear", "QuantLinear.from_linear", "QuantLinear.forward", "QuantLinear.dequantize"}
