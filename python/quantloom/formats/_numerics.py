@@ -54,6 +54,8 @@ def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: b
         return _round_reference(fmt, x, grid, values, codes)
     out_values = torch.empty_like(x) if values else None
     out_codes = torch.empty(x.shape, dtype=torch.int32) if codes else None
+    if not x.numel():
+        return out_values, out_codes
     _core.round_elements(
         elements,
         array("tensor", x),
@@ -113,6 +115,8 @@ def decode(
     flat = matrix(codes)
     kept = dtype if dtype in NATIVE else torch.float32
     out = torch.empty(flat.shape, dtype=kept)
+    if not out.numel():
+        return out.reshape(codes.shape).to(dtype)
     _core.decode_elements(
         elements,
         array("codes", flat),

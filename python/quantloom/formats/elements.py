@@ -103,7 +103,7 @@ class FPFormat(ScalarFormat):
             rounded = torch.ceil(steps) if self.rounding == "to_inf" else torch.floor(steps)
         largest = 2 ** (self.exponent_bits + self.mantissa_bits) - 1
         place = (exponent.long() - 1 + self._bias) * 2**self.mantissa_bits + rounded.nan_to_num(0.0).long()
-        place = torch.where(size >= self.max_absolute, largest, place)
+        place = torch.where(size >= self.max_absolute, largest, torch.where(size == 0, 0, place))
         if not self.signed:
             return torch.where(values < 0, 0, place)
         return largest + torch.where(values < 0, -place, place)

@@ -170,14 +170,24 @@ class VectorLUTFormat(ScalarFormat):
     def _codes_of(self) -> None:
         return None
 
-    def _encode(self, tensor: Tensor, planes: Planes) -> None:
+    def _put_table(self, planes: Planes) -> None:
         self.element_type._encode(self._table(torch.device("cpu")), planes.child("codebook"))
+
+    def _check_table(self, planes: Planes) -> None:
+        table, cpu = self._table(torch.device("cpu")), torch.device("cpu")
+        stored = self.element_type._decode(planes.child("codebook"), tuple(table.shape), table.dtype, cpu)
+        if not stored.equal(table):
+            raise ValueError(f"codebook: got another table than that of {self}")
+
+    def _encode(self, tensor: Tensor, planes: Planes) -> None:
+        self._put_table(planes)
         planes.put_codes("codes", self.to_idx(tensor), len(self.values))
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         count, rest = divmod(math.prod(shape), self.dim)
         if rest:
             raise ValueError(f"shape: got {list(shape)}, expected a multiple of {self.dim} elements")
+        self._check_table(planes)
         codes = planes.get_codes("codes", count, len(self.values)).long().to(device)
         return self._table(device)[codes].reshape(shape).to(dtype)
 
@@ -238,12 +248,12 @@ class Sign3D8Format(TensorFormat):
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
         vectors = self.vectorise(tensor.detach().float())
-        lut = planes.child("lut")
-        self.lut.element_type._encode(self.lut._table(torch.device("cpu")), lut.child("codebook"))
+        self.lut._put_table(planes.child("lut"))
         signs = ((vectors < 0).long() * _sign_weights(vectors.device)).sum(1)
         planes.put_codes("codes", self.lut.to_idx(vectors.abs()) * 8 + signs, 256)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.lut._check_table(planes.child("lut"))
         codes = planes.get_codes("codes", math.prod(self._padded(shape)) // 3, 256).long().to(device)
         sizes = self.lut._table(device)[codes >> 3]
         negative = (codes[:, None] & _sign_weights(device)) != 0
