@@ -9,8 +9,8 @@ import model_factory
 import numpy as np
 import pytest
 import quantloom as ql
-from quantloom import _core
 import torch
+from quantloom import _core
 
 
 def rotation(size, block, signs):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from quantloom.cli import checkpoints, demo, doctor, evaluate, inspect, quantize
+from quantloom.cli import bench, checkpoints, demo, doctor, evaluate, inspect, quantize
 
 __all__ = ["app", "main"]
 
@@ -52,6 +52,7 @@ app.command("export")(checkpoints.export)
 app.command("import")(checkpoints.import_)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -88,6 +88,15 @@ Override = Annotated[
         rich_help_panel="Recipe",
     ),
 ]
+Transform = Annotated[
+    str,
+    typer.Option(
+        "--transform",
+        metavar="TRANSFORM",
+        help="The basis of the weights: none, or hadamard with options as above.",
+        rich_help_panel="Recipe",
+    ),
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -129,6 +138,7 @@ def quantize(
     scale_search: ScaleSearch = None,
     ignore: Ignore = None,
     override: Override = None,
+    transform: Transform = "none",
     recipe: RecipeFile = None,
     calibration: Calibration = None,
     windows: Windows = 64,
@@ -151,12 +161,13 @@ def quantize(
     The calibration text runs through the blocks already quantized, so that each layer is fitted to the
     inputs it will really see. An interrupted run goes on when the same command is given again.
 
-    **Formats and roundings**
+    **Formats, roundings and transforms**
 
         uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]
+        hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
 
     **Examples**
 
@@ -165,7 +176,17 @@ def quantize(
         quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
     """
     settings = _recipe(
-        format, rounding, damp, act_order, static_groups, scale_search, ignore, override, recipe, calibration
+        format,
+        rounding,
+        damp,
+        act_order,
+        static_groups,
+        scale_search,
+        ignore,
+        override,
+        recipe,
+        calibration,
+        transform=transform,
     )
     common.require_folder(model, "model")
     if calibration is not None:
@@ -205,6 +226,7 @@ def plan(
     scale_search: ScaleSearch = None,
     ignore: Ignore = None,
     override: Override = None,
+    transform: Transform = "none",
     recipe: RecipeFile = None,
     calibration: Calibration = None,
     windows: Windows = 64,
@@ -237,6 +259,7 @@ def plan(
         recipe,
         None,
         check=False,
+        transform=transform,
     )
     common.require_folder(model, "model")
     common.quiet_libraries()
@@ -335,6 +358,7 @@ def _recipe(
     recipe,
     calibration,
     check=True,
+    transform="none",
 ):
     """The recipe of the options; wrong ones are wrong usage (exit code 2)."""
     import quantloom
@@ -352,7 +376,10 @@ def _recipe(
         if scale_search is not None:
             changes["scale_search"] = quantloom.ScaleSearch() if scale_search else None
         chosen = _option("--format", quantloom.parse_format, format)
-        settings = {"overrides": dict(_override(entry) for entry in override or ())}
+        settings = {
+            "overrides": dict(_override(entry) for entry in override or ()),
+            "transform": _option("--transform", quantloom.parse_transform, transform),
+        }
         if ignore is not None:
             settings["ignore"] = tuple(ignore)
         changed = _option("--damp", lambda: dataclasses.replace(parsed, **changes))
