@@ -1,11 +1,13 @@
 #include "fuzz/targets.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "io/packed_description.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/entropy.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
 #include "quantloom/io/gptq.hpp"
@@ -193,6 +195,50 @@ void layouts(std::span<const std::byte> input) {
   const CompressedTensorsSettings compressed{bits, group_size, symmetric,
                                              static_cast<WordPadding>(setting(3) / 2 % 3)};
   if (succeeds([&] { packed = from_compressed_tensors(tensors, compressed); })) use(packed);
+}
+
+namespace {
+
+// What decodes does so as a whole and in ranges alike, to codes of the alphabet.
+void use_stream(std::span<const std::byte> input) {
+  constexpr int64_t kMost = 1 << 18;
+  const EntropyStream stream(input);
+  if (stream.count() > kMost) return;
+  std::vector<uint16_t> codes(static_cast<size_t>(stream.count()));
+  stream.decode(0, codes, 1);
+  for (const uint16_t code : codes) require(code < stream.alphabet());
+  const int64_t first = stream.count() / 3;
+  std::vector<uint16_t> part(static_cast<size_t>((stream.count() - first) / 2));
+  stream.decode(first, part, 1);
+  require(std::equal(part.begin(), part.end(), codes.begin() + first));
+  if (stream.alphabet() <= 256) {
+    std::vector<uint8_t> narrow(codes.size());
+    stream.decode(0, narrow, 1);
+    require(std::equal(narrow.begin(), narrow.end(), codes.begin()));
+  }
+}
+
+}  // namespace
+
+void entropy(std::span<const std::byte> input) {
+  if (input.size() < 2) return;
+  if (input[0] == std::byte{'Q'}) {
+    succeeds([&] { use_stream(input); });
+    return;
+  }
+  const int setting = std::to_integer<int>(input[0]);
+  EntropyOptions options;
+  options.coder = setting % 2 == 0 ? EntropyCoder::rans : EntropyCoder::huffman;
+  options.table_bits = setting / 2 % 20;
+  options.chunk = 128 * (std::to_integer<int>(input[1]) % 8);
+  options.threads = 1;
+  std::vector<uint8_t> codes;
+  for (const std::byte code : input.subspan(2)) codes.push_back(std::to_integer<uint8_t>(code));
+  std::vector<std::byte> bytes;
+  if (!succeeds([&] { bytes = entropy_encode(codes, options); })) return;
+  std::vector<uint8_t> back(codes.size());
+  require(succeeds([&] { EntropyStream(bytes).decode(0, back, 1); }));
+  require(back == codes);
 }
 
 }  // namespace quantloom::fuzz

@@ -16,5 +16,7 @@ void packed_file(std::span<const std::byte> input);
 void formats(std::span<const std::byte> input);
 // from_gptq() and from_compressed_tensors(): four bytes of settings, then a safetensors file.
 void layouts(std::span<const std::byte> input);
+// EntropyStream: the input as a stream if it begins like one, else two bytes of settings and codes to encode.
+void entropy(std::span<const std::byte> input);
 
 }  // namespace quantloom::fuzz

@@ -31,6 +31,9 @@ TEST(FuzzCorpus, Formats) {
 TEST(FuzzCorpus, Layouts) {
   replay("layouts", fuzz::layouts);
 }
+TEST(FuzzCorpus, Entropy) {
+  replay("entropy", fuzz::entropy);
+}
 
 }  // namespace
 }  // namespace quantloom
