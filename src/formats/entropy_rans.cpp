@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "formats/entropy_coding.hpp"
+#include "formats/entropy_rans_rows.hpp"
 #include "quantloom/error.hpp"
 
 namespace quantloom::entropy {
@@ -9,6 +10,7 @@ namespace {
 
 constexpr size_t kFusedAlphabet = 256;
 constexpr int kFusedBits = 12;
+constexpr const char* kBeyond = "spells out a code beyond the alphabet";
 
 // Steps of the encoder, which runs backwards; words that do not fit a state any more go to `emit`.
 struct Encoder {
@@ -120,6 +122,7 @@ class ChunkDecoder {
   ChunkDecoder(const Lookup& lookup, const EntropyTables& tables, std::span<const std::byte> bytes,
                int64_t chunk, std::span<Code> codes)
       : lookup_(lookup),
+        tables_(tables),
         escape_(tables.escape >= 0 ? static_cast<uint32_t>(tables.escape) : ~uint32_t{0}),
         escape_bits_(tables.escape_bits),
         alphabet_(static_cast<uint32_t>(tables.alphabet)),
@@ -137,6 +140,12 @@ class ChunkDecoder {
     load_states();
     const int64_t main = std::ssize(codes_) - tail;
     int64_t row = 0;
+    if constexpr (std::is_same_v<Lookup, FusedLookup> && sizeof(Code) == 1) {
+      RansRows rows{&tables_, lookup_.bits, words_, word_count_, next_, states_.data()};
+      row = decode_rows(rows, codes_.data(), main);
+      if (rows.beyond) refuse_chunk(chunk_, kBeyond);
+      next_ = rows.next;
+    }
     // A step takes at most two words per lane.
     for (; row + kRow <= main && next_ + 2 * kRow <= word_count_; row += kRow) fast_row(row);
     const auto take = [&] {
@@ -200,7 +209,7 @@ class ChunkDecoder {
   template <class Take>
   Code spelled(uint32_t& state, const Take& take) const {
     const uint32_t code = state & ((uint32_t{1} << escape_bits_) - 1);
-    if (code >= alphabet_) refuse_chunk(chunk_, "spells out a code beyond the alphabet");
+    if (code >= alphabet_) refuse_chunk(chunk_, kBeyond);
     state >>= escape_bits_;
     if (state < kLowestState) state = state << 16 | take();
     return static_cast<Code>(code);
@@ -251,6 +260,7 @@ class ChunkDecoder {
   }
 
   Lookup lookup_;
+  const EntropyTables& tables_;
   uint32_t escape_;
   int escape_bits_;
   uint32_t alphabet_;
