@@ -138,8 +138,14 @@ class Scaled(TensorFormat):
 
     @property
     def supports_error_weight(self) -> bool:
-        """Whether ``fit`` can weight errors element by element: not behind a rotation, nor for vectors."""
-        return self.rotation is None and self.vq_length is None and self.element_family != "s3d8"
+        """Whether ``fit`` can weight errors element by element: not behind a rotation, nor for vectors, nor
+        for a compressed grid, which is chosen by its bits alone."""
+        return (
+            self.rotation is None
+            and self.vq_length is None
+            and self.compressor is None
+            and self.element_family != "s3d8"
+        )
 
     def fit(self, tensor: Tensor, error_weight: Tensor | None = None) -> TensorFormat:
         """The format for a tensor (CPU or CUDA; fitted on the CPU).
@@ -330,7 +336,7 @@ class Scaled(TensorFormat):
             middle = (low + high) // 2
             low, high = (middle, high) if bits(middle) < self.element_bits else (low, middle)
         half = min((low, high), key=lambda size: abs(bits(size) - self.element_bits))
-        return CompressedLUTFormat.train(grid(half), values, compressor=out)
+        return CompressedLUTFormat.train(grid(half), values, compressor=out, **self.args)
 
 
 def _scaled(elements: ScalarFormat, factor: float) -> ScalarFormat:

@@ -7,7 +7,9 @@
 
 - Runs (`Experiment`, `run`, `runs`, `update_run`, `delete_run`, `experiments`) live in a local folder as JSON
   lines and safetensors; `run_sweep` works through many settings, resumes, and takes one process per GPU.
-- `weight_stats`: moments, maxima, histograms, fits.
+- `token_prediction`: cross-entropy and top-k KL divergence to the original model.
+- `fisher`: the diagonal of the Fisher information. `weight_stats`: moments, maxima, histograms, fits.
+- `qat`: quantization-aware training towards the original's predictions.
 - `measure`: formats and roundings on whole checkpoints.
 
 Names that need torch import it on first use.
@@ -47,7 +49,7 @@ __all__ = [
     "update_run",
 ]
 
-_LAZY_MODULES = ("weight_stats",)
+_LAZY_MODULES = ("fisher", "plots", "qat", "token_prediction", "weight_stats")
 
 
 def __getattr__(name: str) -> Any:

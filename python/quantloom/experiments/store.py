@@ -23,6 +23,7 @@ import os
 import platform
 import secrets
 import string
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -276,13 +277,10 @@ def plain(value: Any, name: str) -> Any:
 
 
 def _described(value: Any) -> dict[str, Any] | None:
-    """A format's own description, with its short name."""
-    import sys
-
-    formats = sys.modules.get("quantloom.formats")
-    tensor_format = formats and getattr(formats, "TensorFormat", None)
-    if tensor_format and isinstance(value, tensor_format):
-        return {"fmt_str": str(value), **tensor_format.save(value)}
+    """A format's own description."""
+    formats = sys.modules.get("quantloom.formats.base")  # not there: then no value is a format
+    if formats is not None and isinstance(value, formats.TensorFormat):
+        return formats.TensorFormat.save(value)
     return None
 
 
