@@ -69,6 +69,42 @@ def import_(
     _show(quantloom.models.import_(model, output, overwrite=overwrite), json)
 
 
+@common.reports_errors
+def rotate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Llama, Mistral, Qwen2 or Qwen3 model.", show_default=False),
+    ],
+    output: Output,
+    transform: Annotated[
+        str, typer.Option(metavar="TRANSFORM", help="hadamard[:bN][:seed=N|:no-signs].")
+    ] = "hadamard",
+    overwrite: Overwrite = False,
+    json: common.Json = False,
+    traceback: common.Traceback = False,
+) -> None:
+    """Write the same model with a rotated residual stream, folded into its weights.
+
+    The result is a plain model to be quantized like any other; nothing is rotated at run time. Its logits are
+    compared with the original's before anything is written.
+
+    **Example**
+
+        quantloom rotate MODEL -o ROTATED && quantloom quantize ROTATED -o OUT -r nearest
+    """
+    common.require_folder(model, "model")
+    common.quiet_libraries()
+    import quantloom
+
+    result = quantloom.models.rotate(model, output, transform, overwrite=overwrite)
+    if json:
+        common.print_json(result)
+    else:
+        typer.echo(
+            f"{result.output}: {result.transform}, logits differ by {result.difference:.2g} of their norm"
+        )
+
+
 def _show(report, json: bool) -> None:
     if json:
         common.print_json(report)

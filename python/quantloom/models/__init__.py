@@ -28,6 +28,8 @@ _HOMES = {
     "QuantizationReport": "report",
     "Progress": "report",
     "read_report": "report",
+    "rotate": "rotation",
+    "RotatedModel": "rotation",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Plan",
     "Progress",
     "QuantizationReport",
+    "RotatedModel",
     "export",
     "import_",
     "load",
@@ -44,6 +47,7 @@ __all__ = [
     "plan",
     "quantize",
     "read_report",
+    "rotate",
 ]
 
 
