@@ -2,6 +2,7 @@
 #include <array>
 
 #include "formats/entropy_coding.hpp"
+#include "formats/entropy_rows.hpp"
 #include "quantloom/error.hpp"
 
 namespace quantloom::entropy {
@@ -107,6 +108,11 @@ void decode_huffman(std::span<const std::byte> bytes, const EntropyTables& table
   std::array<uint32_t, kLanes> held{};
   int64_t next = 0;
   int64_t row = 0;
+  if constexpr (sizeof(Code) == 1) {
+    HuffmanRows rows{&tables, bits, words, word_count, next, windows.data(), held.data()};
+    row = decode_huffman_rows(rows, codes.data(), count);
+    next = rows.next;
+  }
   for (; row + kRow <= count && next + kRow <= word_count; row += kRow) {
     const std::byte* from = words + 2 * next;
     for (int step = 0; step < kRun; ++step) {

@@ -225,6 +225,7 @@ std::vector<int> huffman_lengths(std::span<const double> weights, int longest) {
   if (used.size() < 2) return lengths;
   std::stable_sort(used.begin(), used.end(), [&](size_t a, size_t b) { return weights[a] < weights[b]; });
   std::vector<double> sorted;
+  sorted.reserve(used.size());
   for (const size_t i : used) sorted.push_back(weights[i]);
   std::vector<int> found = unbounded_lengths(sorted);
   if (longest > 0 && *std::max_element(found.begin(), found.end()) > longest) {

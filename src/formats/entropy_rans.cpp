@@ -2,7 +2,7 @@
 #include <bit>
 
 #include "formats/entropy_coding.hpp"
-#include "formats/entropy_rans_rows.hpp"
+#include "formats/entropy_rows.hpp"
 #include "quantloom/error.hpp"
 
 namespace quantloom::entropy {
@@ -142,7 +142,7 @@ class ChunkDecoder {
     int64_t row = 0;
     if constexpr (std::is_same_v<Lookup, FusedLookup> && sizeof(Code) == 1) {
       RansRows rows{&tables_, lookup_.bits, words_, word_count_, next_, states_.data()};
-      row = decode_rows(rows, codes_.data(), main);
+      row = decode_rans_rows(rows, codes_.data(), main);
       if (rows.beyond) refuse_chunk(chunk_, kBeyond);
       next_ = rows.next;
     }

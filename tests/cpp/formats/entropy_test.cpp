@@ -350,12 +350,14 @@ TEST(Entropy, HostileStreamsEndInErrors) {
 TEST(Entropy, InstructionSetsAgree) {
   const CounterRandom random(15);
   uint64_t draw = 0;
-  for (const int64_t alphabet : {2, 20, 256}) {
+  for (const int64_t setting : {2, 20, 256, -2, -20, -256}) {
+    const int64_t alphabet = std::abs(setting);
+    const EntropyCoder coder = setting < 0 ? EntropyCoder::huffman : EntropyCoder::rans;
     auto codes = random_codes<uint8_t>(9000, alphabet, alphabet == 20 ? 1.0 : 20.0, 61);
     for (size_t i = 5; alphabet == 20 && i < codes.size(); i += 61) {  // rare ones, which are spelled out
       codes[i] = static_cast<uint8_t>(40 + i / 61);
     }
-    auto bytes = entropy_encode(codes, {.table_bits = 10, .chunk = 4096});
+    auto bytes = entropy_encode(codes, {.coder = coder, .table_bits = 10, .chunk = 4096});
     const auto payload = static_cast<size_t>(EntropyStream(bytes).payload_offset());
     for (int round = 0; round < 20; ++round) {
       const EntropyStream stream(bytes);
