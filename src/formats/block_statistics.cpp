@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "quantloom/checked_math.hpp"
@@ -8,28 +9,48 @@
 namespace quantloom {
 namespace {
 
+constexpr int64_t kBlocks = 4096;    // blocks of a piece of work
 constexpr int64_t kSegment = 65536;  // elements of a row that are reduced at a time
 
-// What any of the statistics needs; NaN stays.
+// What a statistic needs of a part of a block. Magnitudes are compared as the bits of float32, which order
+// them like numbers, with NaN above all: such loops vectorize.
 struct Partial {
-  float highest = 0;  // of x and -x; only one of them can be below zero, so zero is a safe start for absmax
-  float lowest = 0;
+  int32_t positive = 0;
+  int32_t negative = 0;
   double squares = 0;
-  bool nan = false;
 
-  void add(const float* x, int64_t count) {
+  void add_extremes(const float* x, int64_t count) {
+    int32_t above = positive;
+    int32_t below = negative;
     for (int64_t i = 0; i < count; ++i) {
-      highest = x[i] > highest ? x[i] : highest;
-      lowest = x[i] < lowest ? x[i] : lowest;
-      squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+      const auto bits = std::bit_cast<int32_t>(x[i]);
+      const int32_t sign = bits >> 31;
+      above = std::max(above, bits & ~sign);
+      below = std::max(below, bits & sign & 0x7fffffff);
     }
-    nan = nan || std::isnan(squares);
+    positive = above;
+    negative = below;
+  }
+  void add_squares(const float* x, int64_t count) {
+    double sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      for (int lane = 0; lane < 8; ++lane) {
+        sums[lane] += static_cast<double>(x[i + lane]) * static_cast<double>(x[i + lane]);
+      }
+    }
+    for (; i < count; ++i) sums[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    for (const double sum : sums) squares += sum;
   }
   void add(const Partial& other) {
-    highest = std::max(highest, other.highest);
-    lowest = std::min(lowest, other.lowest);
+    positive = std::max(positive, other.positive);
+    negative = std::max(negative, other.negative);
     squares += other.squares;
-    nan = nan || other.nan;
+  }
+  float absmax() const { return std::bit_cast<float>(std::max(positive, negative)); }
+  float signed_extreme() const {
+    if (std::isnan(absmax())) return NAN;
+    return positive >= negative ? std::bit_cast<float>(positive) : -std::bit_cast<float>(negative);
   }
 };
 
@@ -61,11 +82,15 @@ std::vector<float> block_statistics(const FloatMatrix& x, BlockGrid grid, BlockS
       const int64_t end = std::min({x.cols(), first + kSegment, (block + 1) * grid.col_block});
       if (first >= end) continue;
       x.read(i / per_row, first, end - first, values.data());
-      partials[static_cast<size_t>(i)].add(values.data(), end - first);
+      if (statistic == BlockStatistic::mean_square) {
+        partials[static_cast<size_t>(i)].add_squares(values.data(), end - first);
+      } else {
+        partials[static_cast<size_t>(i)].add_extremes(values.data(), end - first);
+      }
     }
   });
   std::vector<float> result(static_cast<size_t>(checked_mul(block_rows, block_cols)));
-  parallel_for(static_cast<int64_t>(result.size()), threads, [&](int64_t index) {
+  const auto combine = [&](int64_t index) {
     const int64_t first_row = index / block_cols * grid.row_block;
     const int64_t last_row = std::min(x.rows(), first_row + grid.row_block);
     const int64_t block = index % block_cols;
@@ -76,15 +101,15 @@ std::vector<float> block_statistics(const FloatMatrix& x, BlockGrid grid, BlockS
       }
     }
     const int64_t cols = std::min(x.cols(), (block + 1) * grid.col_block) - block * grid.col_block;
-    float value = 0;
-    if (statistic == BlockStatistic::absmax) {
-      value = std::max(sum.highest, -sum.lowest);
-    } else if (statistic == BlockStatistic::signed_extreme) {
-      value = sum.highest >= -sum.lowest ? sum.highest : sum.lowest;
-    } else {
-      value = static_cast<float>(sum.squares / static_cast<double>((last_row - first_row) * cols));
-    }
-    result[static_cast<size_t>(index)] = sum.nan ? NAN : value;
+    const double mean = sum.squares / static_cast<double>((last_row - first_row) * cols);
+    result[static_cast<size_t>(index)] = statistic == BlockStatistic::absmax ? sum.absmax()
+                                         : statistic == BlockStatistic::signed_extreme
+                                             ? sum.signed_extreme()
+                                             : static_cast<float>(mean);
+  };
+  const auto blocks = static_cast<int64_t>(result.size());
+  parallel_for(ceil_div(blocks, kBlocks), threads, [&](int64_t piece) {
+    for (int64_t i = piece * kBlocks; i < std::min(blocks, (piece + 1) * kBlocks); ++i) combine(i);
   });
   return result;
 }

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantloom import _checks, _fitting
+from quantloom import _checks, _core, _fitting
 from quantloom.formats import metrics
 from quantloom.formats.base import BlockShape, ScalarFormat
 from quantloom.formats.elements import TorchFormat
@@ -102,7 +102,7 @@ def vlut_lloyd_max(
     on other data too.
 
     Args:
-        t: vectors, on any device.
+        t: vectors; on a CUDA device k-means runs there, in builds with CUDA, with the same result.
         threshold: ends once at most this fraction of rows changes its vector.
         element_type: the format that the table is stored in, BFLOAT16 say.
         weight: one number >= 0 for each row.
@@ -112,15 +112,16 @@ def vlut_lloyd_max(
     _checks.boolean("incremental", incremental)
     if t.ndim != 2:
         raise ValueError(f"t: got shape {list(t.shape)}, expected vectors [n, d]")
+    device = t.device if t.is_cuda and _core.built_with_cuda() else torch.device("cpu")
     fit = _fitting.kmeans(
-        t.detach().float().cpu(),
+        t.detach().float().to(device),
         round(2 ** (_checks.real("bits", bits) * t.shape[1])),
-        weights=None if weight is None else weight.detach().reshape(-1).float().cpu(),
-        start=init.detach().float().cpu() if isinstance(init, Tensor) else init,
+        weights=None if weight is None else weight.detach().reshape(-1).float().to(device),
+        start=init.detach().float().to(device) if isinstance(init, Tensor) else init,
         threshold=threshold,
         seed=seed,
     )
-    return VectorLUTFormat.create(torch.from_numpy(fit.centroids), element_type, "LM", range)
+    return VectorLUTFormat.create(torch.as_tensor(fit.centroids), element_type, "LM", range)
 
 
 def scaled_int8_3d8_lloyd_max(

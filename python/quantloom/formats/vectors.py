@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantloom import _checks, _fitting
+from quantloom import _checks, _core, _fitting
 from quantloom.formats.base import ScalarFormat, Shape, TensorFormat
 from quantloom.formats.tables import numbers, optional_range
 
@@ -44,11 +44,12 @@ def nearest_neighbour(
     Args:
         tensor, centroids: floats on one device; compared in float32.
         out: an int64 tensor for the result.
-        method: ``"auto"``, ``"triton"`` and ``"torch"`` are accepted for scripts written for the vocabulary's
-            reference. On the CPU all take an exact search in C++ that stores no distances, with up to 16
-            dimensions and 65536 centroids; elsewhere, and beyond, blocks of distances by matrix products.
+        method: ``"auto"``, which ``"triton"`` stands for as well (for scripts written for another
+            implementation of the vocabulary): an exact search that stores no distances, in C++ or, in builds
+            with CUDA, on the GPU, with up to 16 dimensions and 65536 centroids. ``"torch"``, and whatever is
+            beyond: blocks of distances by matrix products in float32, which can miss near ties.
 
-    Raises ValueError for shapes that do not fit, or values that are not finite (on the CPU).
+    Raises ValueError for shapes that do not fit, and in the exact search for values that are not finite.
     """
     _checks.choice("method", method, ("auto", "triton", "torch"))
     if tensor.ndim != 2 or centroids.ndim != 2 or tensor.shape[1] != centroids.shape[1]:
@@ -60,8 +61,9 @@ def nearest_neighbour(
         raise ValueError("centroids: got none, expected at least one")
     x = tensor.detach().float().contiguous()
     table = centroids.detach().float().to(x.device).contiguous()
-    if x.device.type == "cpu" and 1 <= x.shape[1] <= 16 and table.shape[0] <= 65536:
-        result = torch.from_numpy(_fitting.nearest_neighbour(x, table)).to(torch.int64)
+    exact = method != "torch" and 1 <= x.shape[1] <= 16 and table.shape[0] <= 65536
+    if exact and (x.device.type == "cpu" or _core.built_with_cuda()):
+        result = torch.as_tensor(_fitting.nearest_neighbour(x, table)).to(torch.int64)
     else:
         result = _nearest_by_scores(x, table)
     if out is None:
