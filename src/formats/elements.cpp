@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "element_rounding.hpp"
@@ -89,6 +90,27 @@ void store(const float* values, int count, void* out, DType dtype, int64_t first
   }
 }
 
+// Few floats are rounded by counting boundaries, like tables, several at a time. A tie goes toward zero:
+// below zero to the upper value, so the boundary itself must count there. Empty where a midpoint is not exact
+// in float32, and for many values.
+std::optional<TableElements> as_table(const FloatElements& floats) {
+  constexpr uint64_t kMostValues = 65;
+  const uint64_t count = code_count(floats);
+  if (count > kMostValues || floats.rounding != FloatRounding::nearest) return std::nullopt;
+  const element_rounding::FloatRounder rounder(floats);
+  std::vector<float> values(count);
+  for (uint64_t code = 0; code < count; ++code) values[code] = rounder.value(static_cast<uint32_t>(code));
+  TableElements table(values);
+  for (size_t i = 0; i < table.boundaries.size(); ++i) {
+    const double middle = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) / 2;
+    float& boundary = table.boundaries[i];
+    boundary = static_cast<float>(middle);
+    if (static_cast<double>(boundary) != middle) return std::nullopt;
+    if (middle < 0) boundary = std::nextafter(boundary, -std::numeric_limits<float>::infinity());
+  }
+  return table;
+}
+
 }  // namespace
 
 TableElements::TableElements(std::vector<float> table) : values(std::move(table)) {
@@ -154,6 +176,12 @@ int64_t BlockGrid::cols(const FloatMatrix& x) const {
 
 void round_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
                     RoundedElements out, int threads) {
+  if (const auto* floats = std::get_if<FloatElements>(&elements)) {
+    if (const std::optional<TableElements> table = as_table(*floats)) {
+      round_elements(*table, x, scaling, out, threads);
+      return;
+    }
+  }
   require_scales(scaling, x.rows(), x.cols());
   const std::span<const float> scales = scaling.scales;
   const float factor = scaling.factor;
@@ -176,6 +204,7 @@ void round_elements(const Elements& elements, const FloatMatrix& x, const BlockS
             for (int i = 0; i < count; ++i) values[i] /= factor;
           }
           rounder.codes(values, count, codes);
+          for (int i = 0; i < count; ++i) codes[i] = std::isnan(values[i]) ? 0 : codes[i];
           const int64_t first = row * x.cols() + col;
           if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
           if (out.values == nullptr) return;

@@ -85,7 +85,7 @@ def _round_reference(fmt: Any, x: Tensor, grid: Grid | None, values: bool, codes
         x32 = torch.where(scales == 0, x32, x32 / scales)
     if fmt._factor != 1:
         x32 = x32 / fmt._factor
-    places = fmt._reference_codes(x32)
+    places = torch.where(x32.isnan(), 0, fmt._reference_codes(x32))
     rounded = None
     if values:
         rounded = torch.where(x32.isnan(), x32, fmt._reference_values(places)) * fmt._factor
