@@ -11,6 +11,7 @@
 #include "quantloom/checked_math.hpp"
 #include "quantloom/transforms/hadamard_cuda.hpp"
 #include "transforms/hadamard_dense.cuh"
+#include "transforms/hadamard_dense_ahead.cuh"
 #include "transforms/hadamard_walsh.cuh"
 
 namespace quantloom {
@@ -145,8 +146,35 @@ void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t st
          kept_signs<kTiles>(size.order, a.inverse));
 }
 
+template <class T, int kTiles>
+void launch_dense_ahead(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
+                        cudaStream_t stream) {
+  const DenseShape shape{static_cast<int>(size.order), size.power};
+  const int bytes = cuda::dense_ahead_layout(shape).bytes;
+  const int threads = std::clamp(1 << size.power, 64, cuda::kAheadThreads);
+  const auto kernel = cuda::dense_ahead_kernel<T, kTiles>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "hadamard_cuda: shared memory");
+  int resident = 0;
+  check_cuda(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, static_cast<size_t>(bytes)),
+      "hadamard_cuda: occupancy");
+  const int64_t blocks = std::min<int64_t>(a.units, int64_t{std::max(resident, 1)} * device.processors);
+  launch(kernel, blocks, threads, bytes, stream, a, shape, kept_signs<kTiles>(size.order, a.inverse));
+}
+
 template <class T>
-void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t stream) {
+void launch_dense(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
+                  cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    const DenseShape shape{static_cast<int>(size.order), size.power};
+    if (size.order <= 64 && cuda::dense_ahead_layout(shape).bytes + 2048 <= device.shared_memory) {
+      const int64_t tiles = ceil_div(size.order, 16);
+      if (tiles == 1) return launch_dense_ahead<T, 1>(size, a, device, stream);
+      if (tiles == 2) return launch_dense_ahead<T, 2>(size, a, device, stream);
+      return launch_dense_ahead<T, 4>(size, a, device, stream);
+    }
+  }
   const int64_t tiles = ceil_div(size.order, 16);
   if (tiles <= 1) return launch_dense<T, 1>(size, a, stream);
   if (tiles <= 2) return launch_dense<T, 2>(size, a, stream);
@@ -160,7 +188,7 @@ template <class T>
 void launch_any(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                 cudaStream_t stream) {
   if (size.order == 1) return launch_walsh<T>(size.power, a, device, stream);
-  return launch_dense<T>(size, a, stream);
+  return launch_dense<T>(size, a, device, stream);
 }
 
 void check_overlap(const CudaMatrix& x, const void* out, int64_t out_stride) {

@@ -1,10 +1,10 @@
 """Rotates the residual stream of a model, and folds the rotation into its weights.
 
-Between two blocks of a pre-norm decoder nothing depends on the basis of the hidden states but the weights that
-read and write them: an RMS norm only needs their length, once its gains are moved into the Linears behind it.
-So embeddings and Linears that write are multiplied by an orthonormal R, Linears that read by its transpose, and
-the model computes the same (Ashkboos et al., "QuaRot", 2024; SliceGPT, 2024). What was outliers of a few
-channels is then spread over all; no work is left for run time.
+Between two blocks of a pre-norm decoder nothing depends on the basis of the hidden states but the weights
+that read and write them: an RMS norm only needs their length, once its gains are moved into the Linears
+behind it. So embeddings and Linears that write are multiplied by an orthonormal R, Linears that read by its
+transpose, and the model computes the same (Ashkboos et al., "SliceGPT" and "QuaRot", 2024). What was outliers
+of a few channels is then spread over all; no work is left for run time.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def rotate(
 
     Input embeddings and head are stored apart, even if the model had them tied: the gains of the last norm go
     into the head. Needs memory for the model in float32. Raises ValueError or TypeError naming the argument
-    (another family, a size without a known matrix) before any work, RuntimeError if the rotated model does not
-    compute the same, and nothing is written then.
+    (another family, a size without a known matrix) before any work, RuntimeError if the rotated model does
+    not compute the same, and nothing is written then.
     """
     basis = parse_transform(transform)
     if not isinstance(basis, Hadamard) or basis.sides != "in":
