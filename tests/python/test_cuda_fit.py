@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import quantloom.formats as Q
 import torch
 from cuda_cases import needs_cuda
 from quantloom import _fitting
@@ -35,6 +36,16 @@ def test_kmeans_is_that_of_the_cpu(rng, start, weighted):
     np.testing.assert_array_equal(there.codes.cpu().numpy(), here.codes)
     assert there.sweeps == here.sweeps
     assert there.squared_error == pytest.approx(here.squared_error, rel=1e-11)
+
+
+def test_formats_fit_where_their_data_lie(rng):
+    t = torch.from_numpy(rng.standard_normal((5000, 2)).astype(np.float32))
+    here = Q.vlut_lloyd_max(t, 3, 1e-3, Q.BFLOAT16)
+    there = Q.vlut_lloyd_max(t.cuda(), 3, 1e-3, Q.BFLOAT16)
+    assert here == there
+    codes = Q.nearest_neighbour(t.cuda(), t[:64].cuda())
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes.cpu(), Q.nearest_neighbour(t, t[:64]))
 
 
 def test_bad_input_is_named(rng):
