@@ -249,3 +249,24 @@ def test_compressors(resolution, rng):
     )
     block = Q.LinearScalingFormat(fmt, Q.BFLOAT16, (100,), "rms")
     assert block.count_bits_tensor(x) == pytest.approx(20000 * bits["optimal"] + 200 * 16, rel=0.02)
+
+
+@pytest.mark.parametrize("block", [(1, 8), (None, None), (4, 2), (None, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_torch_formulas_of_blocks_equal_the_native_ones(block, dtype, rng):
+    """What CUDA tensors take."""
+    from quantloom.formats import _numerics
+
+    x = tensor(rng, 12, 40).to(dtype)
+    x[3] = 0
+    for elements in (
+        Q.NF4,
+        Q.parse("E2M1"),
+        Q.parse("E4M3-RI"),
+        Q.ScaledFormat.create(Q.IntFormat(3.3), 0.7),
+    ):
+        fmt = Q.LinearScalingFormat(elements, Q.FP16, block, "signmax")
+        grid = fmt._grid(fmt.scales(x), (12, 40))
+        values, codes = _numerics._round_reference(elements, x, grid, True, True)
+        assert values.equal(fmt.quantise(x))
+        assert codes.long().equal(_numerics.round_codes(elements._elements(), elements, x, grid))

@@ -70,6 +70,16 @@ def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: b
     return out_values, out_codes
 
 
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, rounded once: on CUDA devices torch multiplies by the inverse of a plain number."""
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """2**exponents, exactly, as float64; for exponents of normal numbers."""
+    return ((exponents.long() + 1023) << 52).view(torch.float64)
+
+
 def element_scales(grid: Grid, shape: tuple[int, ...]) -> Tensor:
     """One scale for each element of a matrix."""
     scales = grid.scales.repeat_interleave(grid.rows, 0) if grid.rows > 1 else grid.scales
@@ -84,7 +94,7 @@ def _round_reference(fmt: Any, x: Tensor, grid: Grid | None, values: bool, codes
         scales = element_scales(grid, tuple(x.shape))
         x32 = torch.where(scales == 0, x32, x32 / scales)
     if fmt._factor != 1:
-        x32 = x32 / fmt._factor
+        x32 = divided(x32, fmt._factor)
     places = torch.where(x32.isnan(), 0, fmt._reference_codes(x32))
     rounded = None
     if values:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantloom import _checks, _core
+from quantloom.formats import _numerics
 from quantloom.formats.base import ScalarFormat, Shape
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class FPFormat(ScalarFormat):
     def _reference_codes(self, values: Tensor) -> Tensor:
         size = values.double().abs().nan_to_num(0.0, posinf=math.inf)
         exponent = (torch.frexp(size).exponent - 1).clamp(min=1 - self._bias)
-        steps = torch.ldexp(size.clamp(max=self.max_absolute), self.mantissa_bits - exponent)
+        steps = size.clamp(max=self.max_absolute) * _numerics.power_of_two(self.mantissa_bits - exponent)
         if self.rounding == "nearest":
             rounded = torch.ceil(steps - 0.5)
         else:
@@ -115,7 +116,7 @@ class FPFormat(ScalarFormat):
         field = place >> self.mantissa_bits
         fraction = (place & (2**self.mantissa_bits - 1)).double()
         steps = torch.where(field == 0, fraction, fraction + 2**self.mantissa_bits)
-        size = torch.ldexp(steps, field.clamp(min=1) - self._bias - self.mantissa_bits)
+        size = steps * _numerics.power_of_two(field.clamp(min=1) - self._bias - self.mantissa_bits)
         if self.signed:
             size = torch.where(codes < 2 ** (self.exponent_bits + self.mantissa_bits) - 1, -size, size)
         return size.float()
@@ -319,9 +320,7 @@ class ExpCeilFormat(ScalarFormat):
 
     def _reference_values(self, codes: Tensor) -> Tensor:
         lowest, highest = self._exponents
-        return torch.ldexp(
-            torch.ones_like(codes, dtype=torch.float64), (codes + lowest).clamp(max=highest)
-        ).float()
+        return _numerics.power_of_two((codes + lowest).clamp(max=highest)).float()
 
 
 _SPECIAL = {"FP32": FP32, "FP16": FP16, "BFLOAT16": BFLOAT16}

@@ -119,7 +119,10 @@ class Encoded:
     def decode(self, device: Any = "cpu") -> Tensor:
         """The values, with the bits of ``format.quantise``. Raises ValueError for planes that do not fit."""
         dtype = getattr(torch, self.dtype)
-        return self.format._decode(Planes(self.planes), self.shape, dtype, torch.device(device))
+        try:
+            return self.format._decode(Planes(self.planes), self.shape, dtype, torch.device(device))
+        except (NotImplementedError, AttributeError) as error:
+            raise ValueError(f"format: got {self.format}, which does not decode ({error})") from None
 
     @property
     def nbytes(self) -> int:

@@ -90,7 +90,7 @@ class ScaledFormat(ScalarFormat):
         return self.format.count_bits(shape)
 
     def count_bits_tensor(self, tensor: Tensor) -> int:
-        return self.format.count_bits_tensor(_wide(tensor) / self.scale)
+        return self.format.count_bits_tensor(_numerics.divided(_wide(tensor), self.scale))
 
     @property
     def _factor(self) -> float:
@@ -112,12 +112,14 @@ class ScaledFormat(ScalarFormat):
     def to_idx(self, tensor: Tensor) -> Tensor:
         if self._codes_of() is not None:
             return super().to_idx(tensor)
-        return self.format.to_idx(_wide(tensor) / self.scale)
+        return self.format.to_idx(_numerics.divided(_wide(tensor), self.scale))
 
     def quantise(self, tensor: Tensor) -> Tensor:
         if self._codes_of() is not None:
             return super().quantise(tensor)
-        return (self.format.quantise(_wide(tensor) / self.scale) * self.scale).to(tensor.dtype)
+        return (self.format.quantise(_numerics.divided(_wide(tensor), self.scale)) * self.scale).to(
+            tensor.dtype
+        )
 
     def _put_codes(self, codes: Tensor, planes: Planes) -> None:
         self.format._put_codes(codes, planes.child("format"))
@@ -129,7 +131,7 @@ class ScaledFormat(ScalarFormat):
         if self._codes_of() is not None:
             super()._encode(tensor, planes)
         else:
-            self.format._encode(_wide(tensor) / self.scale, planes.child("format"))
+            self.format._encode(_numerics.divided(_wide(tensor), self.scale), planes.child("format"))
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self._codes_of() is not None:
