@@ -11,6 +11,8 @@ import pytest
 import quantloom as ql
 import torch
 from quantloom import _core
+from quantloom.cli import app
+from typer.testing import CliRunner
 
 
 def rotation(size, block, signs):
@@ -226,6 +228,31 @@ def test_models_are_quantized_and_loaded_rotated(tmp_path, rounding, t):
     assert (logits - reference).norm() < 0.05 * reference.norm()
     with pytest.raises(ValueError, match="transform"):
         ql.models.export(output, tmp_path / "other", layout="compressed-tensors")
+
+
+def test_plans_count_what_rotation_takes(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    plain, rotated = (
+        ql.models.plan(folder, ql.Recipe.parse("uniform:4:g32", "gptq", transform=t), windows=2, window=32)
+        for t in (None, "hadamard:b32")
+    )
+    assert rotated.output_bytes == plain.output_bytes
+    assert rotated.parts["working memory"] > plain.parts["working memory"]
+
+
+def test_the_command_line_rotates(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    arguments = ["quantize", str(folder), "-o", str(tmp_path / "out"), "-r", "nearest", "-f", "uniform:4:g32"]
+    result = CliRunner().invoke(app, [*arguments, "--transform", "hadamard:b16:seed=4", "--json"])
+    assert result.exit_code == 0, result.output
+    loaded = ql.models.load(tmp_path / "out")
+    modules = [m for m in loaded.modules() if isinstance(m, ql.nn.QuantLinear)]
+    assert {m.transform for m in modules} == {ql.Hadamard(16, seed=4)}
+    result = CliRunner().invoke(app, [*arguments, "--transform", "fourier"])
+    assert result.exit_code == 2
+    result = CliRunner().invoke(app, ["rotate", str(folder), "-o", str(tmp_path / "rotated")])
+    assert result.exit_code == 0, result.output
+    assert "logits differ by" in result.output
 
 
 def test_models_refuse_sizes_without_a_matrix_before_work(tmp_path):

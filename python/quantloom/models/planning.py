@@ -125,7 +125,8 @@ def plan(
     seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads)
     bits = sum(module.bits for module in modules)
     hessians = (2 if held_out_windows else 1) if calibrated else 0
-    phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads)
+    rotates = recipe.transform is not None
+    phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads, rotates)
     worst = max(phases.values(), key=lambda parts: sum(parts.values()))
     parts = {"process": _resident_bytes(), "scratch of libraries": _SCRATCH} | worst
     names, _ = model_names(model, folder.tensors)
@@ -192,6 +193,7 @@ def _phases(
     window: int,
     gptq: bool,
     threads: int,
+    rotates: bool,
 ) -> dict[str, dict[str, int]]:
     """What each phase of a run holds beyond the process itself, in bytes by name.
 
@@ -209,6 +211,8 @@ def _phases(
         "mapped pages of the records": min(records, _SHARD_BYTES),
     }
     rounding = {shape: _rounding_bytes(*shape, gptq, hessians > 0, threads) for shape in sizes.values()}
+    if rotates:
+        rounding = {shape: _rotated_bytes(*shape, count, hessians) for shape, count in rounding.items()}
     if not hessians:
         quantize = {"mapped pages of the model": inner, "working memory": max(rounding.values())}
         return {"quantize": quantize, "save": save}
@@ -245,6 +249,13 @@ def _rounding_bytes(n: int, k: int, gptq: bool, measured: bool, threads: int) ->
     errors = 4 * min(n, 1024) * k if measured else 0
     decoded = 4 * n * k if measured else 0
     return max(codes + factor + slabs, (2 if gptq else 1) * (codes + codes // 2) + errors, decoded)
+
+
+def _rotated_bytes(n: int, k: int, rounding: int, hessians: int) -> int:
+    """The same of a matrix that is rotated: W and its Hessians once more, and copies while H is turned."""
+    matrices, square = 2 * 4 * n * k, 8 * k * k
+    turning = (hessians + 3) * square if hessians else 0
+    return matrices + max(rounding + hessians * square, turning)
 
 
 def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) -> int:
