@@ -105,7 +105,7 @@ struct IntRounder {
   explicit IntRounder(const IntElements& format)
       : offset(format.symmetric && format.count % 2 == 0 ? 0.5 : 0.0),
         lowest(format.symmetric ? -0.5 * static_cast<double>(format.count - 1)
-                                : -static_cast<double>(format.count / 2)),
+                                : -std::floor(0.5 * static_cast<double>(format.count))),
         top(static_cast<double>(format.count - 1)) {}
 
   void codes(const float* x, int count, uint32_t* out) const {
