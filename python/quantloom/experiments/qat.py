@@ -116,15 +116,18 @@ def train(
     groups = [
         {"params": _parameters(student, "weight"), "lr": learning_rate},
         {"params": _parameters(student, "scale"), "lr": learning_rate},
-        {"params": _parameters(student, "centroids"), "lr": learning_rate * centroids_rate},
     ]
+    if centroids_rate:
+        groups.append({"params": _parameters(student, "centroids"), "lr": learning_rate * centroids_rate})
     optimiser = torch.optim.AdamW(
         [group for group in groups if group["params"]], betas=betas, eps=eps, weight_decay=0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
     )
-    frozen = [parameter for _, parameter in T.get_named_parameters(student, "other")]
+    frozen = _parameters(student, "other")
+    if centroids_rate == 0:
+        frozen += _parameters(student, "centroids")  # their gradients take time
     needed = [parameter.requires_grad for parameter in frozen]
     losses = []
     try:
