@@ -88,7 +88,17 @@ __all__ = [
 ]
 
 # Not in __all__: a star import must not import torch, nor hide the standard library's inspect.
-_LAZY_MODULES = ("evaluate", "fit", "models", "nn")
+_LAZY_MODULES = (
+    "analysis",
+    "evaluate",
+    "experiments",
+    "fit",
+    "model_quantisation",
+    "models",
+    "nn",
+    "quantisation_training",
+    "sensitivity",
+)
 
 
 def __getattr__(name: str) -> _Any:
