@@ -96,31 +96,6 @@ void launch_walsh(int power, const HadamardArguments& a, const DeviceFacts& devi
   }
 }
 
-// Entries of M as DenseSigns has them; of its transpose for the inverse.
-template <int kTiles>
-DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
-  const std::vector<int8_t> base = hadamard_base(order);
-  DenseSigns<kTiles> signs{};
-  constexpr int kGroups = DenseSigns<kTiles>::kGroups;
-  for (int row_tile = 0; row_tile < kTiles; ++row_tile) {
-    for (int tile = 0; tile < kTiles; ++tile) {
-      for (int lane = 0; lane < 32; ++lane) {
-        uint32_t& word = signs.words[(row_tile * kGroups + tile / 4) * 32 + lane];
-        for (int r = 0; r < 4; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            const int64_t row = 16 * row_tile + lane / 4 + 8 * (r % 2);
-            const int64_t col = 16 * tile + 2 * (lane % 4) + half + 8 * (r / 2);
-            if (row >= order || col >= order) continue;
-            const int64_t entry = transposed ? col * order + row : row * order + col;
-            if (base[static_cast<size_t>(entry)] < 0) word |= 1U << (4 * (tile % 4) + r + 16 * half);
-          }
-        }
-      }
-    }
-  }
-  return signs;
-}
-
 // Kept for the life of the process: building them takes longer than a launch.
 template <int kTiles>
 const DenseSigns<kTiles>& kept_signs(int64_t order, bool transposed) {
@@ -129,14 +104,14 @@ const DenseSigns<kTiles>& kept_signs(int64_t order, bool transposed) {
   const std::scoped_lock lock(mutex);
   const std::pair<int64_t, bool> key{order, transposed};
   auto found = kept.find(key);
-  if (found == kept.end()) found = kept.emplace(key, dense_signs<kTiles>(order, transposed)).first;
+  if (found == kept.end()) found = kept.emplace(key, cuda::dense_signs<kTiles>(order, transposed)).first;
   return found->second;
 }
 
 template <class T, int kTiles>
 void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t stream) {
   const int64_t columns = int64_t{1} << size.power;
-  const int64_t bytes = 4 * size.order * (columns + cuda::kDensePadding);
+  const int64_t bytes = 4 * (DenseSigns<kTiles>::kWords + size.order * (columns + cuda::kDensePadding));
   // A warp for each 8 columns, as far as there are enough elements for its threads.
   const int64_t elements = size.order * columns;
   const auto threads = static_cast<int>(
@@ -150,7 +125,7 @@ template <class T, int kTiles>
 void launch_dense_ahead(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                         cudaStream_t stream) {
   const DenseShape shape{static_cast<int>(size.order), size.power};
-  const int bytes = cuda::dense_ahead_layout(shape).bytes;
+  const int bytes = 4 * DenseSigns<kTiles>::kWords + cuda::dense_ahead_layout(shape).bytes;
   const int threads = std::clamp(1 << size.power, 64, cuda::kAheadThreads);
   const auto kernel = cuda::dense_ahead_kernel<T, kTiles>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

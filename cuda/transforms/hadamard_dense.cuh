@@ -7,8 +7,11 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "common/half_pairs.cuh"
+#include "common/shared_memory.cuh"
+#include "quantloom/transforms/hadamard.hpp"
 #include "transforms/hadamard_values.cuh"
 
 namespace quantloom::cuda {
@@ -18,8 +21,34 @@ namespace quantloom::cuda {
 template <int kTiles>
 struct DenseSigns {
   static constexpr int kGroups = (kTiles + 3) / 4;
-  uint32_t words[kTiles * kGroups * 32];
+  static constexpr int kWords = kTiles * kGroups * 32;
+  uint32_t words[kWords];
 };
+
+// Entries of M as DenseSigns has them; of its transpose for the inverse.
+template <int kTiles>
+DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
+  const std::vector<int8_t> base = hadamard_base(order);
+  DenseSigns<kTiles> signs{};
+  constexpr int kGroups = DenseSigns<kTiles>::kGroups;
+  for (int row_tile = 0; row_tile < kTiles; ++row_tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      for (int lane = 0; lane < 32; ++lane) {
+        uint32_t& word = signs.words[(row_tile * kGroups + tile / 4) * 32 + lane];
+        for (int r = 0; r < 4; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            const int64_t row = 16 * row_tile + lane / 4 + 8 * (r % 2);
+            const int64_t col = 16 * tile + 2 * (lane % 4) + half + 8 * (r / 2);
+            if (row >= order || col >= order) continue;
+            const int64_t entry = transposed ? col * order + row : row * order + col;
+            if (base[static_cast<size_t>(entry)] < 0) word |= 1U << (4 * (tile % 4) + r + 16 * half);
+          }
+        }
+      }
+    }
+  }
+  return signs;
+}
 
 struct DenseShape {
   int order = 0;
@@ -164,9 +193,8 @@ __global__ void __launch_bounds__(kDenseThreads)
     dense_kernel(const HadamardArguments a, const DenseShape shape,
                  const __grid_constant__ DenseSigns<kTiles> signs) {
   constexpr int kVector = 1 << HadamardValues<T>::kLogVector;
-  extern __shared__ float4 dense_memory[];
-  __shared__ uint32_t sign_words[kTiles * DenseSigns<kTiles>::kGroups * 32];
-  auto* shared = reinterpret_cast<float*>(dense_memory);
+  auto* sign_words = dynamic_shared_memory<uint32_t>();
+  auto* shared = dynamic_shared_memory<float>() + DenseSigns<kTiles>::kWords;
   const int columns = 1 << shape.power;
   const int stride = columns + kDensePadding;
   const int size = shape.order << shape.power;
@@ -187,8 +215,7 @@ __global__ void __launch_bounds__(kDenseThreads)
           make_float4(vector[j], vector[j + 1], vector[j + 2], vector[j + 3]);
     }
   }
-  for (int i = thread; i < kTiles * DenseSigns<kTiles>::kGroups * 32; i += threads)
-    sign_words[i] = signs.words[i];
+  for (int i = thread; i < DenseSigns<kTiles>::kWords; i += threads) sign_words[i] = signs.words[i];
   __syncthreads();
   multiply_dense<T, kTiles>(shape, sign_words, shared, stride);
   __syncthreads();

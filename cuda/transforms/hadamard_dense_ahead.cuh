@@ -6,7 +6,6 @@
 #pragma once
 
 #include "transforms/hadamard_dense.cuh"
-#include "transforms/hadamard_walsh.cuh"
 
 namespace quantloom::cuda {
 
@@ -14,10 +13,11 @@ constexpr int kRawPadding = 8;  // elements between raw rows: rows stay multiple
 constexpr int kSumPadding = 8;  // floats between rows of sums: pairs of lanes' rows stay in different banks
 constexpr int kAheadThreads = 512;
 
+// Behind the signs, which come first.
 struct DenseAheadLayout {
   int raw_stride;  // elements
   int sum_stride;  // floats
-  int raw_offset;  // bytes, behind the sums; then 16 bytes of zeros
+  int raw_offset;  // bytes from the sums, behind them; then 16 bytes of zeros
   int zero_offset;
   int bytes;
 };
@@ -30,15 +30,6 @@ constexpr __host__ __device__ DenseAheadLayout dense_ahead_layout(DenseShape sha
   layout.zero_offset = layout.raw_offset + 2 * shape.order * layout.raw_stride;
   layout.bytes = layout.zero_offset + 16;
   return layout;
-}
-
-// Four 8 x 8 matrices of 16 bits, transposed: lane i brings the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
 }
 
 // Copies one block to shared memory as it is.
@@ -199,16 +190,15 @@ template <class T, int kTiles>
 __global__ void __launch_bounds__(kAheadThreads, 2)
     dense_ahead_kernel(const HadamardArguments a, const DenseShape shape,
                        const __grid_constant__ DenseSigns<kTiles> signs) {
-  extern __shared__ float4 dense_memory[];
-  __shared__ uint32_t sign_words[kTiles * DenseSigns<kTiles>::kGroups * 32];
   const DenseAheadLayout layout = dense_ahead_layout(shape);
-  auto* sums = reinterpret_cast<float*>(dense_memory);
-  auto* bytes = reinterpret_cast<unsigned char*>(dense_memory);
+  auto* sign_words = dynamic_shared_memory<uint32_t>();
+  auto* sums = dynamic_shared_memory<float>() + DenseSigns<kTiles>::kWords;
+  auto* bytes = reinterpret_cast<unsigned char*>(sums);
   T* raw = reinterpret_cast<T*>(bytes + layout.raw_offset);
   auto* zeros = reinterpret_cast<uint4*>(bytes + layout.zero_offset);
   const int size = shape.order << shape.power;
   const auto thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < kTiles * DenseSigns<kTiles>::kGroups * 32; i += static_cast<int>(blockDim.x)) {
+  for (int i = thread; i < DenseSigns<kTiles>::kWords; i += static_cast<int>(blockDim.x)) {
     sign_words[i] = signs.words[i];
   }
   if (thread == 0) *zeros = make_uint4(0, 0, 0, 0);

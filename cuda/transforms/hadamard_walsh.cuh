@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "common/shared_memory.cuh"
 #include "transforms/hadamard_values.cuh"
 
 namespace quantloom::cuda {
@@ -71,14 +72,6 @@ __device__ __forceinline__ void wait_for_team() {
   } else {
     __syncthreads();
   }
-}
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // Stores kRun of the values, from `first` on, next to each other.
@@ -161,7 +154,7 @@ template <class T, int kLog>
 __global__ void __launch_bounds__((WalshShape<T, kLog>::kThreads), (WalshShape<T, kLog>::kBlocks))
     walsh_kernel(const HadamardArguments a) {
   using S = WalshShape<T, kLog>;
-  extern __shared__ float4 walsh_memory[];
+  auto* memory = dynamic_shared_memory<float>();
   const int thread = static_cast<int>(threadIdx.x) & (S::kTeam - 1);
   const int team = static_cast<int>(threadIdx.x) >> S::kLogTeam;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * S::kTeams + team;
@@ -176,7 +169,7 @@ __global__ void __launch_bounds__((WalshShape<T, kLog>::kThreads), (WalshShape<T
   }
   float values[S::kHeld];
   unpack_block<T, kLog>(a, words, thread, at.column, values);
-  float* shared = reinterpret_cast<float*>(walsh_memory) + team * (S::kTeam / 32) * S::kWarpFloats;
+  float* shared = memory + team * (S::kTeam / 32) * S::kWarpFloats;
   T* to = static_cast<T*>(a.out) + at.row * a.out_stride + at.column;
   transform_block<T, kLog>(a, values, thread, shared, to, at.column, exists);
 }
@@ -188,9 +181,9 @@ __global__ void __launch_bounds__((WalshShape<T, kLog>::kThreads), (WalshShape<T
     walsh_ahead_kernel(const HadamardArguments a) {
   using S = WalshShape<T, kLog>;
   static_assert(S::kExchanges && S::kTeams == 1);
-  extern __shared__ float4 walsh_memory[];
+  auto* memory = dynamic_shared_memory<float>();
   const int thread = static_cast<int>(threadIdx.x);
-  auto* ahead = reinterpret_cast<uint4*>(walsh_memory) + S::kFloats / 4;
+  auto* ahead = reinterpret_cast<uint4*>(memory + S::kFloats);
   const auto request = [&](int64_t unit) {
     if (unit >= a.units) return;
     const HadamardPlace at = place_of(a, unit, 1 << kLog);
@@ -213,7 +206,7 @@ __global__ void __launch_bounds__((WalshShape<T, kLog>::kThreads), (WalshShape<T
     request(unit + gridDim.x);
     __syncthreads();  // the block before has been read from shared memory
     T* to = static_cast<T*>(a.out) + at.row * a.out_stride + at.column;
-    transform_block<T, kLog>(a, values, thread, reinterpret_cast<float*>(walsh_memory), to, at.column, true);
+    transform_block<T, kLog>(a, values, thread, memory, to, at.column, true);
   }
 }
 

@@ -1,0 +1,34 @@
+// Shared memory of a thread block: its dynamic part, copies into it, and matrices out of it.
+#pragma once
+
+#include <cstdint>
+
+namespace quantloom::cuda {
+
+// The dynamic shared memory, aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared_memory() {
+  extern __shared__ float4 dynamic_memory[];
+  return reinterpret_cast<T*>(dynamic_memory);
+}
+
+// Sixteen bytes, without passing through registers; both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// Until this thread's copies have arrived.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Four 8 x 8 matrices of 16 bits, transposed: lane i brings the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+}  // namespace quantloom::cuda
