@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <bit>
+#include <memory>
 
 #include "formats/entropy_coding.hpp"
 #include "formats/entropy_rows.hpp"
@@ -12,48 +13,70 @@ constexpr size_t kFusedAlphabet = 256;
 constexpr int kFusedBits = 12;
 constexpr const char* kBeyond = "spells out a code beyond the alphabet";
 
-// Steps of the encoder, which runs backwards; words that do not fit a state any more go to `emit`.
-struct Encoder {
-  const RansModel& model;
+// Steps of the encoder, which runs backwards, and writes words that do not fit a state any more downwards
+// from `to`.
+class Encoder {
+ public:
+  explicit Encoder(const RansModel& model) : bits_(model.bits), escape_bits_(model.escape_bits) {
+    const bool escapes = model.escape >= 0;
+    for (size_t code = 0; code < model.frequency.size(); ++code) {
+      const bool spelled =
+          escapes && (model.frequency[code] == 0 || code == static_cast<size_t>(model.escape));
+      const size_t slots = spelled ? static_cast<size_t>(model.escape) : code;
+      const uint32_t frequency = model.frequency[slots];
+      // floor(x / f) = high half of x * (floor((2^64 - 1) / f) + 1), for 1 < f and x below 2^32 (Lemire et
+      // al., 2019). By one it cannot be: there the factor is 0 and the state itself is added.
+      const uint64_t reciprocal = frequency > 1 ? ~uint64_t{0} / frequency + 1 : 0;
+      entries_.push_back({reciprocal, uint64_t{frequency} << (32 - model.bits), frequency, model.start[slots],
+                          frequency == 1 ? ~uint32_t{0} : 0, spelled});
+    }
+    escapes_ = escapes;
+  }
 
-  bool escapes(size_t code) const {
-    return model.frequency[code] == 0 || code == static_cast<size_t>(model.escape);
-  }
-  template <class Emit>
-  void push(uint32_t& state, size_t code, const Emit& emit) const {
-    const uint32_t frequency = model.frequency[code];
-    if (state >= uint64_t{frequency} << (32 - model.bits)) {
-      emit(static_cast<uint16_t>(state));
-      state >>= 16;
-    }
-    state = ((state / frequency) << model.bits) + state % frequency + model.start[code];
-  }
-  template <class Emit>
-  void push_spelled(uint32_t& state, size_t code, const Emit& emit) const {
-    if (state >> (32 - model.escape_bits) != 0) {
-      emit(static_cast<uint16_t>(state));
-      state >>= 16;
-    }
-    state = state << model.escape_bits | static_cast<uint32_t>(code);
-  }
   // One step of lanes [0, lanes); code_of(lane) is negative where the lane rests.
-  template <class CodeOf, class Emit>
-  void step(uint32_t* states, int64_t lanes, const CodeOf& code_of, const Emit& emit) const {
-    if (model.escape >= 0) {
+  template <class CodeOf>
+  void step(uint32_t* states, int64_t lanes, const CodeOf& code_of, uint16_t*& to) const {
+    if (escapes_) {
       for (int64_t lane = lanes; lane-- > 0;) {
         const int32_t code = code_of(lane);
-        if (code >= 0 && escapes(static_cast<size_t>(code))) {
-          push_spelled(states[lane], static_cast<size_t>(code), emit);
-        }
+        if (code < 0 || !entries_[static_cast<size_t>(code)].spelled) continue;
+        renormalize(states[lane], states[lane] >> (32 - escape_bits_) != 0, to);
+        states[lane] = states[lane] << escape_bits_ | static_cast<uint32_t>(code);
       }
     }
     for (int64_t lane = lanes; lane-- > 0;) {
       const int32_t code = code_of(lane);
       if (code < 0) continue;
-      const bool spelled = model.escape >= 0 && escapes(static_cast<size_t>(code));
-      push(states[lane], static_cast<size_t>(spelled ? model.escape : code), emit);
+      const Entry& entry = entries_[static_cast<size_t>(code)];
+      uint32_t state = states[lane];
+      renormalize(state, state >= entry.bound, to);
+      const auto quotient =
+          static_cast<uint32_t>(static_cast<unsigned __int128>(entry.reciprocal) * state >> 64) +
+          (state & entry.by_one);
+      states[lane] = (quotient << bits_) + (state - quotient * entry.frequency) + entry.start;
     }
   }
+
+ private:
+  struct Entry {
+    uint64_t reciprocal;
+    uint64_t bound;  // of states to which the code can be added
+    uint32_t frequency;
+    uint32_t start;
+    uint32_t by_one;
+    bool spelled;  // after the escape, whose slots these are
+  };
+
+  static void renormalize(uint32_t& state, bool full, uint16_t*& to) {
+    to[-1] = static_cast<uint16_t>(state);
+    to -= full ? 1 : 0;
+    state = full ? state >> 16 : state;
+  }
+
+  int bits_;
+  int escape_bits_;
+  bool escapes_ = false;
+  std::vector<Entry> entries_;
 };
 
 // Codes the end of a chunk into at most 32 words; returns the number of codes, which is even.
@@ -63,18 +86,21 @@ int64_t encode_tail(std::span<const Code> codes, const Encoder& encoder,
   const int64_t count = std::ssize(codes);
   const int64_t most = std::min(count, kLongestTail) / kTailLanes * kTailLanes;
   std::array<uint32_t, kTailLanes> states{kLowestState, kLowestState};
-  std::vector<uint16_t> reversed;
+  // A step adds up to two words per lane, and touches one more.
+  std::array<uint16_t, kTailWords + 2 * kTailLanes + 1> stack{};
+  uint16_t* const end = stack.data() + stack.size();
+  uint16_t* to = end;
   int64_t tail = 0;
   for (; tail < most; tail += kTailLanes) {
     const auto states_before = states;
-    const size_t words_before = reversed.size();
+    uint16_t* const to_before = to;
     encoder.step(
         states.data(), kTailLanes,
         [&](int64_t lane) { return int32_t{codes[static_cast<size_t>(count - tail - kTailLanes + lane)]}; },
-        [&](uint16_t word) { reversed.push_back(word); });
-    if (std::ssize(reversed) + 2 * kTailLanes > kTailWords) {
+        to);
+    if (end - to + 2 * kTailLanes > kTailWords) {
       states = states_before;
-      reversed.resize(words_before);
+      to = to_before;
       break;
     }
   }
@@ -84,7 +110,7 @@ int64_t encode_tail(std::span<const Code> codes, const Encoder& encoder,
     words[next++] = static_cast<uint16_t>(state);
     words[next++] = static_cast<uint16_t>(state >> 16);
   }
-  std::copy(reversed.rbegin(), reversed.rend(), words.begin() + static_cast<std::ptrdiff_t>(next));
+  std::copy(to, end, words.begin() + static_cast<std::ptrdiff_t>(next));
   return tail;
 }
 
@@ -316,28 +342,38 @@ EntropyTables rans_tables(const RansModel& model) {
 
 template <class Code>
 std::vector<uint16_t> encode_rans(std::span<const Code> codes, const RansModel& model) {
-  const Encoder encoder{model};
+  const Encoder encoder(model);
   std::array<uint16_t, kTailWords> tail_words{};
   const int64_t tail = encode_tail(codes, encoder, tail_words);
   const int64_t main = std::ssize(codes) - tail;
 
   std::array<uint32_t, kLanes> states{};
   for (size_t lane = 0; lane < kLanes; ++lane) states[lane] = kLowestState + tail_words[lane];
-  std::vector<uint16_t> reversed;
-  reversed.reserve(static_cast<size_t>(main / 2));
-  const auto emit = [&](uint16_t word) { reversed.push_back(word); };
-  for (int64_t row = (main + kRow - 1) / kRow * kRow - kRow; row >= 0; row -= kRow) {
+  // At most two words per code, and one more is touched.
+  const auto most = static_cast<size_t>(2 * main + 1);
+  const std::unique_ptr<uint16_t[]> stack(new uint16_t[most]);
+  uint16_t* const end = stack.get() + most;
+  uint16_t* to = end;
+  const Code* from = codes.data();
+  int64_t row = (main + kRow - 1) / kRow * kRow - kRow;
+  for (; row >= 0; row -= kRow) {
+    const bool whole = row + kRow <= main;
     for (int64_t step = kRun; step-- > 0;) {
+      const Code* first = from + row + step;
+      if (whole) {
+        encoder.step(
+            states.data(), kLanes, [&](int64_t lane) { return int32_t{first[kRun * lane]}; }, to);
+        continue;
+      }
       const auto code_of = [&](int64_t lane) {
-        const int64_t at = row + kRun * lane + step;
-        return at < main ? int32_t{codes[static_cast<size_t>(at)]} : -1;
+        return row + kRun * lane + step < main ? int32_t{first[kRun * lane]} : -1;
       };
-      encoder.step(states.data(), kLanes, code_of, emit);
+      encoder.step(states.data(), kLanes, code_of, to);
     }
   }
 
   std::vector<uint16_t> words(kHeadWords);
-  words.reserve(reversed.size() + kHeadWords + kLanes);
+  words.reserve(static_cast<size_t>(end - to) + kHeadWords + kLanes);
   words[0] = static_cast<uint16_t>(tail);
   uint64_t pending = 0;
   int pending_bits = 0;
@@ -353,7 +389,7 @@ std::vector<uint16_t> encode_rans(std::span<const Code> codes, const RansModel& 
     }
   }
   if (pending_bits > 0) words.push_back(static_cast<uint16_t>(pending));
-  words.insert(words.end(), reversed.rbegin(), reversed.rend());
+  words.insert(words.end(), to, end);
   return words;
 }
 
