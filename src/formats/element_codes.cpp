@@ -107,6 +107,17 @@ void unpack_codes(std::span<const uint8_t> bytes, uint64_t count, std::span<uint
         }
         piece_bad |= word != 0;
       }
+    } else if (64 % layout.width == 0) {
+      const uint64_t mask = (uint64_t{1} << layout.width) - 1;
+      const int in_word = 64 / layout.width;
+      for (int64_t i = first; i < end;) {
+        uint64_t word = read_word(bytes.data() + i / in_word * 8);
+        for (int j = 0; j < in_word && i < end; ++j, ++i, word >>= layout.width) {
+          const uint64_t code = word & mask;
+          piece_bad |= code >= count;
+          codes[static_cast<size_t>(i)] = static_cast<uint32_t>(code);
+        }
+      }
     } else {
       const uint64_t mask = (uint64_t{1} << layout.width) - 1;
       for (int64_t i = first; i < end; ++i) {

@@ -198,3 +198,32 @@ def test_codes_beyond_the_table_are_refused():
         e.decode()
     with pytest.raises(ValueError, match="codebook"):
         Q.Encoded(Q.LUTFormat((0.0, 1.0, 3.0), "other"), (4,), "float32", e.planes).decode()
+
+
+JUNK = [None, True, -1, 0, 1, 3, 1.5, 1e308, 2**40, 2**70, "", "lut", "E2M1", [], [1], [[1, 2], [3]], {}]
+JUNK += [{"_type": "lut"}, {"plane": "codebook"}, {"_type": "fit_scaled"}, "float32", "rms"]
+JUNK += [{"_type": "tensor", "data": [1], "shape": [1], "dtype": "float32"}]
+
+
+def places_in(node, path=()):
+    """Paths to all nodes of a description."""
+    if path:
+        yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from places_in(value, (*path, key))
+
+
+@pytest.mark.parametrize("fmt", HOSTILE, ids=str)
+def test_changed_descriptions_end_in_value_errors(fmt, rng):
+    e = fmt.encode(sample(rng))
+    for path in places_in(json.loads(e.describe())):
+        for value in JUNK:
+            fields = node = json.loads(e.describe())
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = value
+            try:
+                Q.Encoded.from_planes(json.dumps(fields), e.planes).decode()
+            except ValueError as error:
+                assert str(error)

@@ -112,9 +112,9 @@ def round_values(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = No
 
 
 def round_codes(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = None) -> Tensor:
-    """The codes in the shape of the tensor, int64."""
+    """The codes in the shape of the tensor: 32 bits without a sign, as int32."""
     _, codes = _round(elements, fmt, tensor, grid, False, True)
-    return codes.reshape(tensor.shape).to(torch.int64) & 0xFFFFFFFF
+    return codes.reshape(tensor.shape)
 
 
 def decode(

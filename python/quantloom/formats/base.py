@@ -183,7 +183,7 @@ class ScalarFormat(TensorFormat):
 
     def to_idx(self, tensor: Tensor) -> Tensor:
         """The place of each rounded value among ``centroids``, int64. NaN takes place 0."""
-        return _numerics.round_codes(self._elements(), self, tensor)
+        return _numerics.round_codes(self._elements(), self, tensor).to(torch.int64) & 0xFFFFFFFF
 
     _factor: ClassVar[float] = 1.0
     """What values of the set are multiplied by."""
@@ -210,7 +210,7 @@ class ScalarFormat(TensorFormat):
         return planes.get_codes("codes", count, self._elements().count)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
-        self._put_codes(self.to_idx(tensor), planes)
+        self._put_codes(_numerics.round_codes(self._elements(), self, tensor), planes)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         codes = self._get_codes(planes, math.prod(shape))
