@@ -20,8 +20,9 @@ std::vector<uint64_t> count_pieces(std::span<const Code> codes, int64_t alphabet
   }
   const int64_t count = std::ssize(codes);
   const int64_t pieces = ceil_div(count, kCountPiece);
-  // A bin for every value of the type: codes beyond the alphabet are found afterwards.
-  constexpr size_t kBins = size_t{1} << (8 * sizeof(Code));
+  // A bin for each code that can be, and one for all others, which are looked for afterwards.
+  constexpr size_t kBins = sizeof(Code) == 1 ? 256 : kEntropyAlphabet + 1;
+  const auto bin_of = [](Code code) { return std::min<size_t>(code, kBins - 1); };
   std::vector<std::vector<uint32_t>> partial(static_cast<size_t>(pieces));
   parallel_for(pieces, threads, [&](int64_t piece) {
     const auto part = codes.subspan(static_cast<size_t>(piece * kCountPiece),
@@ -30,14 +31,13 @@ std::vector<uint64_t> count_pieces(std::span<const Code> codes, int64_t alphabet
     std::vector<uint32_t> bins(4 * kBins);
     size_t i = 0;
     for (; i + 4 <= part.size(); i += 4) {
-      for (size_t j = 0; j < 4; ++j) ++bins[j * kBins + part[i + j]];
+      for (size_t j = 0; j < 4; ++j) ++bins[j * kBins + bin_of(part[i + j])];
     }
-    for (; i < part.size(); ++i) ++bins[part[i]];
+    for (; i < part.size(); ++i) ++bins[bin_of(part[i])];
     for (size_t j = 1; j < 4; ++j) {
       for (size_t b = 0; b < kBins; ++b) bins[b] += bins[j * kBins + b];
     }
-    bins.resize(kBins);
-    partial[static_cast<size_t>(piece)] = std::move(bins);
+    partial[static_cast<size_t>(piece)].assign(bins.begin(), bins.begin() + kBins);
   });
   std::vector<uint64_t> counts(static_cast<size_t>(alphabet));
   for (const auto& bins : partial) {
@@ -45,7 +45,9 @@ std::vector<uint64_t> count_pieces(std::span<const Code> codes, int64_t alphabet
       if (b < counts.size()) {
         counts[b] += bins[b];
       } else if (bins[b] != 0) {
-        throw InvalidArgument("codes", text_of("the code ", b), text_of("codes below ", alphabet));
+        const auto found =
+            std::find_if(codes.begin(), codes.end(), [&](Code code) { return code >= alphabet; });
+        throw InvalidArgument("codes", text_of("the code ", int{*found}), text_of("codes below ", alphabet));
       }
     }
   }

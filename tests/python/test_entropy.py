@@ -1,5 +1,7 @@
 """Entropy coding of codes: streams come back bit for bit, cost what they should, and refuse nonsense."""
 
+import heapq
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,3 +106,31 @@ def test_a_given_model_and_wrong_arguments():
         _core.entropy_decode(stream, first=5)
     with pytest.raises(ValueError, match="count"):
         _core.entropy_decode(stream, count=5)
+
+
+def test_codes_beyond_the_alphabet_are_named():
+    codes = np.array([0, 4095, 5000, 1], np.uint16)
+    with pytest.raises(ValueError, match=r"the code 5000, expected codes below 4096"):
+        _core.entropy_encode(codes)
+    np.testing.assert_array_equal(_core.count_codes(codes[:2], 4096).nonzero()[0], [0, 4095])
+
+
+def test_huffman_lengths_cost_what_merging_the_lightest_costs():
+    """With a last symbol of weight 1, as coders that mark the end of their input have."""
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 7, 64, 500):
+        weights = [*(rng.dirichlet(np.full(size, 0.3)) * 2**20), 1.0]
+        lengths = _core.huffman_lengths(weights)
+        heap = sorted(w for w in weights if w > 0)
+        cost = 0.0
+        while len(heap) > 1:
+            merged = heapq.heappop(heap) + heapq.heappop(heap)
+            cost += merged
+            heapq.heappush(heap, merged)
+        assert float(lengths @ np.array(weights)) == pytest.approx(cost, rel=1e-9)
+
+
+@pytest.mark.skipif(_core.built_with_cuda(), reason="for builds without CUDA")
+def test_a_build_without_cuda_says_so():
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
+        _core.CudaEntropyStream(_core.entropy_encode(np.zeros(3, np.uint8)))
