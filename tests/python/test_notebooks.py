@@ -1,0 +1,82 @@
+"""The notebooks of examples/notebooks, run from the first cell to the last on small settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def run(name, monkeypatch):
+    """Executes a notebook; returns what its cells left in `results`."""
+    monkeypatch.setenv("QUANTLOOM_NOTEBOOK", "small")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("import json\nprint(json.dumps(results))"))
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+    )
+    client.execute()
+    return json.loads(notebook.cells[-1].outputs[-1].text)
+
+
+def test_formats_on_synthetic_data(monkeypatch):
+    results = run("formats_on_synthetic_data", monkeypatch)
+    scalar, pairs, _, grid = results["student_t"]
+    assert scalar[0] == "LUT3[LM]"
+    assert scalar[1] == 3
+    assert 0.19 < scalar[2] < 0.23
+    assert pairs[2] < scalar[2]
+    assert grid[2] < 0.16
+    for row in results["student_t"]:
+        assert row[1] <= row[4] + 1e-9 < row[1] + 0.15, "what is stored is what is counted, and tables"
+    curves = {(law, kind): values for law, kind, *values in results["curves"]}
+    for law in ("Normal", "Laplace", "t(5)"):
+        assert curves[law, "grid + entropy"][0] < min(
+            curves[law, "tensor RMS"][0], curves[law, "block 128 absmax"][0]
+        )
+    assert curves["Normal", "tensor RMS"][0] == pytest.approx(1.488, rel=0.05)
+    assert len(results["blocks"]) == 3
+    elements = {name: values for name, *values in results["elements"]}
+    assert elements["CRD"][0] < elements["NF4"][0] < elements["INT4"][0] < elements["E3M0"][0]
+
+
+def test_entropy_coding(monkeypatch):
+    results = run("entropy_coding", monkeypatch)
+    for _, _, entropy, huffman, rans, *_ in results["laws"]:
+        assert entropy < rans < huffman + 0.05
+    for _, entropy, huffman, rans, *_ in results["model"]:
+        assert entropy < rans < huffman
+
+
+def test_rotation(monkeypatch):
+    results = run("rotation", monkeypatch)
+    error = {(name, rotated): mse for name, rotated, _, mse, _ in results["fixed"]}
+    assert error["4 bits", "yes"] < error["4 bits", "no"] / 2
+    assert error["2 bits", "yes"] > error["2 bits", "no"] * 2
+    assert len(results["fitted"]) == 18
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_whole(path):
+    """What is committed ran in one go, without an error, on the full settings."""
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert outputs
+    assert all(output.output_type != "error" for output in outputs)
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "Error" not in text
+    assert "Warning" not in text
