@@ -67,6 +67,15 @@ def test_rotation(monkeypatch):
     assert len(results["fitted"]) == 18
 
 
+def test_direct_cast_and_training(monkeypatch):
+    results = run("direct_cast_and_training", monkeypatch)
+    best, worst = results["direct"]
+    assert best[4] < worst[4]
+    for row in results["direct"]:
+        assert row[2] - 0.1 < row[3] < row[2] + 0.1, "bits stored are near those counted"
+    assert len(results["qat"]) == 2
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_are_whole(path):
     """What is committed ran in one go, without an error, on the full settings."""
@@ -80,3 +89,12 @@ def test_committed_outputs_are_whole(path):
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "Error" not in text
     assert "Warning" not in text
+
+
+def test_there_are_four():
+    assert [path.stem for path in NOTEBOOKS] == [
+        "direct_cast_and_training",
+        "entropy_coding",
+        "formats_on_synthetic_data",
+        "rotation",
+    ]
