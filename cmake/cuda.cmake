@@ -107,14 +107,6 @@ if(QUANTLOOM_HAS_CUDA)
   set_source_files_properties(${PROJECT_SOURCE_DIR}/cuda/common/build_facts.cpp PROPERTIES
     COMPILE_DEFINITIONS "QUANTLOOM_CUDA_TOOLKIT=\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\";QUANTLOOM_CUDA_ARCHITECTURES=\"${architectures_text}\"")
   target_link_libraries(quantloom PRIVATE CUDA::cudart_static)
-  # The products for many tokens of each decoder are a translation unit of their own.
-  foreach(bits RANGE 1 8)
-    set(decoder "UniformFragments<${bits}>")
-    set(decoder_header "formats/uniform_fragments.cuh")
-    set(instance ${PROJECT_BINARY_DIR}/cuda/tile_products_uniform_${bits}.cu)
-    configure_file(${PROJECT_SOURCE_DIR}/cuda/kernels/tile_products.cu.in ${instance} @ONLY)
-    target_sources(quantloom PRIVATE ${instance})
-  endforeach()
   add_custom_command(TARGET quantloom POST_BUILD VERBATIM
     COMMAND ${PROJECT_SOURCE_DIR}/scripts/cuda-report $<TARGET_FILE:quantloom>)
   message(STATUS "quantloom: with CUDA kernels (CUDA ${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}, architectures ${architectures_text})")

@@ -11,12 +11,21 @@ namespace quantloom::cuda {
 template <class T>
 struct HalfPair;
 
+// The bits of a float16 that equals `value`: normal, and exact.
+__host__ __device__ constexpr uint32_t float16_bits(float value) {
+  const auto bits = __builtin_bit_cast(uint32_t, value);
+  return (bits >> 16 & 0x8000U) | (((bits >> 23 & 0xFFU) - 112U) << 10 | (bits >> 13 & 0x3FFU));
+}
+
 template <>
 struct HalfPair<__half> {
   static constexpr uint32_t kOne = 0x3C003C00U;
   // 2^kMantissa as a value: its low mantissa bits take an integer in place.
   static constexpr int kMantissa = 10;
   static constexpr uint32_t kInteger = 0x64006400U;
+  // A constant that float16 holds exactly, in both halves.
+  template <float kValue>
+  static constexpr uint32_t kBoth = float16_bits(kValue) * 0x10001U;
 
   static __device__ __forceinline__ uint32_t both(float value) { return bits(__float2half2_rn(value)); }
   static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
@@ -45,6 +54,8 @@ struct HalfPair<__nv_bfloat16> {
   static constexpr uint32_t kOne = 0x3F803F80U;
   static constexpr int kMantissa = 7;
   static constexpr uint32_t kInteger = 0x43004300U;
+  template <float kValue>
+  static constexpr uint32_t kBoth = (__builtin_bit_cast(uint32_t, kValue) >> 16) * 0x10001U;
 
   static __device__ __forceinline__ uint32_t both(float value) { return bits(__float2bfloat162_rn(value)); }
   static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
@@ -70,21 +81,30 @@ struct HalfPair<__nv_bfloat16> {
   }
 };
 
-// sum[16 x 8] += a[16 x 16] b[16 x 8], float32 sums (mma.m16n8k16).
+// a[16 x 16] b[16 x 8] + c, float32 sums (mma.m16n8k16).
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, const float (&c)[4]) {
+  if constexpr (sizeof(T) == 2 && HalfPair<T>::kMantissa == 10) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+  }
+}
+
+// sum += a b.
 template <class T>
 __device__ __forceinline__ void multiply_accumulate(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
                                                     uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && HalfPair<T>::kMantissa == 10) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
+  multiply_add<T>(sum, a, b0, b1, sum);
 }
 
 }  // namespace quantloom::cuda

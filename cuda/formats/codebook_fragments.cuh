@@ -22,25 +22,27 @@ class CodebookFragments {
   // table: float16 [entries]; codes past it decode to 0. shared: kSharedBytes, aligned to 4.
   template <class T>
   __device__ __forceinline__ void prepare(const void* table, int entries, void* shared) {
-    auto* const copies = static_cast<uint32_t*>(shared);
     const auto value = [&](int code) {
       const float v = code < entries ? __half2float(static_cast<const __half*>(table)[code]) : 0.0F;
       const T rounded = HalfPair<T>::from_float(v);
       return static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&rounded));
     };
-    // Several loads are on their way at once.
-    constexpr int kBatch = 8;
-    const auto threads = static_cast<int>(blockDim.x);
-    for (int first = static_cast<int>(threadIdx.x); first < kEntries * 32; first += kBatch * threads) {
+    // Eight lanes write the 32 copies of an entry. Several loads are on their way at once.
+    constexpr int kBatch = 4;
+    const auto stride = static_cast<int>(blockDim.x) / 8;
+    for (int first = static_cast<int>(threadIdx.x) / 8; first < kEntries; first += kBatch * stride) {
       uint32_t batch[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int index = (first + b * threads) / 32 % kEntries;
+        const int index = (first + b * stride) % kEntries;
         batch[b] = kPairs ? value(index % (1 << kBits)) | value(index >> kBits) << 16 : value(index);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (first + b * threads < kEntries * 32) copies[first + b * threads] = batch[b];
+        const int index = first + b * stride;
+        if (index >= kEntries) break;
+        static_cast<uint4*>(shared)[index * 8 + static_cast<int>(threadIdx.x) % 8] =
+            make_uint4(batch[b], batch[b], batch[b], batch[b]);
       }
     }
     own_copy_ = static_cast<const unsigned char*>(shared) + threadIdx.x % 32 * 4;

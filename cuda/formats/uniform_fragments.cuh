@@ -7,9 +7,9 @@
 //   kHasZeros  whether there may be a plane of zero points
 //   prepare    run by all threads of a block before the first fragment: fills shared memory, if any
 //   fragment   the A fragment (m16n8k16) of one step of 16 columns
-//   raw_fragment, raw_offset
-//              the same with fewer operations: raw_fragment = fragment + raw_offset, which is the same for
-//              all codes; products with it are subtracted later. kHasOffset<T>: false if there is no offset
+//   raw_fragment, minus_raw_offset
+//              the same with fewer operations: fragment = raw_fragment + minus_raw_offset, which is the same
+//              for all codes; products with it are added apart. kHasOffset<T>: false if there is no offset
 #pragma once
 
 #include "common/half_pairs.cuh"
@@ -53,11 +53,14 @@ class UniformFragments {
     }
   }
 
-  // The difference between raw_fragment and the codes less `center`.
-  template <class T, int kStep>
-  __device__ __forceinline__ void raw_offset(float center, uint32_t (&a)[4]) const {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = HalfPair<T>::both(raw_integer<T>(4 * kStep + r) + center);
+  // Minus the difference between raw_fragment and the codes (kCentered: the codes less kCenter).
+  template <class T, int kStep, bool kCentered>
+  __device__ __forceinline__ void minus_raw_offset(uint32_t (&a)[4]) const {
+    constexpr float kSubtracted = kCentered ? kCenter : 0.0F;
+    a[0] = HalfPair<T>::template kBoth<-(raw_integer<T>(4 * kStep) + kSubtracted)>;
+    a[1] = HalfPair<T>::template kBoth<-(raw_integer<T>(4 * kStep + 1) + kSubtracted)>;
+    a[2] = HalfPair<T>::template kBoth<-(raw_integer<T>(4 * kStep + 2) + kSubtracted)>;
+    a[3] = HalfPair<T>::template kBoth<-(raw_integer<T>(4 * kStep + 3) + kSubtracted)>;
   }
 
  private:

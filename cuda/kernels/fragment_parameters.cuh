@@ -32,6 +32,20 @@ struct RawParameters {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
   }
 
+  // All eight, with one look at the type.
+  __device__ __forceinline__ void all_scales(DType dtype, float (&all)[8]) const {
+    if (dtype == DType::f16) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) all[i] = scale(DType::f16, i);
+    } else if (dtype == DType::bf16) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) all[i] = scale(DType::bf16, i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) all[i] = scale(DType::f32, i);
+    }
+  }
+
   __device__ __forceinline__ float zero(int i) const {
     const uint32_t word = i < 4 ? zeros.x : zeros.y;
     return static_cast<float>((word >> (i % 4 * 8)) & 0xFFU);

@@ -3,12 +3,16 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "common/device.hpp"
 #include "formats/codebook_fragments.cuh"
 #include "formats/uniform_fragments.cuh"
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -25,8 +29,6 @@ constexpr int kMaxSplits = 64;
 constexpr int64_t kDecodeFromTokens = 256;
 constexpr int64_t kDecodeFromTokensIfSmall = 64;
 constexpr int64_t kSmallWeights = int64_t{1} << 25;
-// Warps of the streaming loop that fit a processor.
-constexpr int kStreamWarpsPerProcessor = 16;
 
 constexpr std::array<CudaProduct, 5> kProducts = {{
     {.name = "stream",
@@ -76,7 +78,8 @@ std::optional<std::string> why_not(const CudaProduct& product, int64_t m, DType 
     return text_of("kernel ", name, " needs a device of compute capability 9.0 and a build for sm_90a");
   }
   if (product.needs_clusters && options.splits > kMaxCluster) {
-    return text_of("kernel ", name, " cuts k into ", kMaxCluster, " parts at most, not ", options.splits);
+    return text_of("kernel ", name, " takes teams of ", kMaxCluster, " blocks of threads at most, not ",
+                   options.splits);
   }
   return std::nullopt;
 }
@@ -112,48 +115,94 @@ Choice choose(int64_t weights, int64_t m, DType dtype, const DeviceFacts& device
 
 // What a product is launched with, beyond its arguments.
 struct Plan {
-  int splits = 0;
-  int warps = 0;  // of a block of threads of the streaming loop
+  int splits = 0;  // of the tile loops
+  cuda::StreamDeal deal;
   int64_t workspace = 0;
 };
 
-// Cuts the work of the streaming loop: the warps of a block of threads, and (unless given) the parts of k.
-// The cut with the least estimated time wins; the estimate was fitted to measurements on an H200.
-Plan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int splits, int most_splits) {
-  constexpr double kBlock = 0.065;    // us for a block of 64 x 64 on a processor full of warps
-  constexpr double kBegin = 2.0;      // us until a block of threads has its first codes, and for its sums
-  constexpr double kAlone = 5.5;      // the same if no other block of threads is at work meanwhile
-  constexpr double kBusyShare = 0.4;  // of the time: warps that wait for each other, not for memory
-  constexpr double kTable = 8.0;      // us of a warp for a block's copies of a codebook
-  Plan best;
+// Fills a processor.
+__global__ void __launch_bounds__(512, 1) occupy() {}
+
+// Clusters of `size` blocks of threads that run at the same time, one block on a processor.
+int resident_clusters(const DeviceFacts& device, int size) {
+  if (size == 1) return device.processors;
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const std::scoped_lock lock(mutex);
+  const auto [place, is_new] = known.try_emplace({device.index, size}, 0);
+  if (is_new) {
+    check_cuda(
+        cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory),
+        "shared memory of a processor");
+    const auto blocks = static_cast<unsigned>(device.processors / size * size);
+    cuda::LaunchSettings settings(dim3(std::max(blocks, static_cast<unsigned>(size))), dim3(512), nullptr,
+                                  false, size);
+    settings.config.dynamicSmemBytes = static_cast<size_t>(device.shared_memory);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&place->second, occupy, &settings.config);
+    if (error != cudaSuccess) known.erase(place);
+    check_cuda(error, "clusters that run at the same time");
+  }
+  return std::max(place->second, 1);
+}
+
+// Deals the work of the streaming loop. Of the teams' sizes (or the given one, `blocks`) the one with the
+// least estimated time wins; the estimate was fitted to measurements on an H200.
+cuda::StreamDeal stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int m, int table_bytes,
+                             int blocks, bool in_clusters) {
+  constexpr double kBlockOfBit = 0.25;  // us for a block of 64 x 64 of every warp, of each bit of a code
+  constexpr double kLeastBlock = 0.6;
+  const bool fine = layout.group_columns % fragments::kBlockColumns != 0;
+  const int warps = cuda::stream_warps(m, fine);
+  // Beside the parts. The barrier of the parts takes some bytes as well.
+  const int64_t other_bytes = table_bytes + cuda::stream_gathered_bytes(m, fine) + 256;
+  const double of_block = std::max(kBlockOfBit * layout.bits, kLeastBlock) * warps / 16;
+  const int row_blocks = static_cast<int>(layout.row_blocks);
+  const int column_blocks = static_cast<int>(layout.column_blocks);
+  const int group_steps = static_cast<int>(layout.group_columns / fragments::kStepColumns);
+  cuda::StreamDeal best;
   double least = std::numeric_limits<double>::infinity();
-  for (int s = splits > 0 ? splits : 1; s <= std::max(most_splits, splits); s *= 2) {
-    for (int warps = 4; warps <= kStreamWarpsPerProcessor; warps *= 2) {
-      const auto on_busiest = static_cast<double>(ceil_div(layout.row_blocks * s, device.processors));
-      const int together = kStreamWarpsPerProcessor / warps;
-      const double rounds = std::ceil(on_busiest / together);
-      const auto of_warp = static_cast<double>(ceil_div(layout.column_blocks, int64_t{s} * warps));
-      const double busy = rounds * of_warp * kStreamWarpsPerProcessor;
-      const double streamed = on_busiest * static_cast<double>(layout.column_blocks) / s;
-      const double table = layout.table_entries > 0 ? kTable / warps : 0;
-      const double time = kBlock * (kBusyShare * busy + (1 - kBusyShare) * streamed) + kBegin +
-                          (rounds - 1) * (together == 1 ? kAlone : kBegin) + rounds * table +
-                          (s == 1 ? 0 : 0.3);
-      // Clusters of more than two wait longer for each other.
-      const double cost = s <= 2 ? time : 1.1 * time + 1;
-      if (cost < least) {
-        least = cost;
-        best.splits = s;
-        best.warps = warps;
+  const auto consider = [&](int team_blocks, double overhead) {
+    const bool in_memory = team_blocks > 1 && !in_clusters;
+    const int resident =
+        in_memory ? std::max(device.processors / team_blocks, 1) : resident_clusters(device, team_blocks);
+    int teams = resident;
+    int team_warps = team_blocks * warps;
+    auto deal = cuda::stream_deal(row_blocks, column_blocks, group_steps, teams, team_blocks, team_warps);
+    while (!in_memory && other_bytes + cuda::stream_parts_bytes(deal, m) > device.shared_memory) {
+      if (deal.most_rows() > 1) {
+        teams = 2 * deal.teams;
+      } else {
+        team_warps = std::max(team_warps / 2, 1);
       }
+      deal = cuda::stream_deal(row_blocks, column_blocks, group_steps, teams, team_blocks, team_warps);
     }
-    if (splits > 0) break;
+    const double rounds = std::ceil(static_cast<double>(deal.teams) / resident);
+    const auto longest =
+        static_cast<double>(ceil_div(int64_t{deal.most_rows()} * column_blocks, int64_t{deal.warps}));
+    const double cost = rounds * (longest * of_block + overhead);
+    if (cost < least) {
+      least = cost;
+      best = deal;
+    }
+  };
+  if (blocks > 0) {
+    consider(blocks, 0);
+    return best;
+  }
+  consider(1, 2.0);
+  if (in_clusters) {
+    consider(2, 2.6);
+    consider(4, 3.2);
+    consider(8, 3.5);
+  } else {
+    consider(device.processors, 5.0);
   }
   return best;
 }
 
 Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
-             int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options) {
+             int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options,
+             int table_bytes) {
   Plan plan;
   plan.splits = options.splits;
   if (product.name == "tiles" || product.name == "tiles_wgmma") {
@@ -161,9 +210,11 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
   } else {
-    plan = stream_plan(layout, device, options.splits, product.needs_clusters ? kMaxCluster : 16);
-    if (!product.needs_clusters && plan.splits > 1) {
-      plan.workspace = checked_mul(checked_mul(checked_mul(plan.splits, m), layout.row_blocks * 64), 4);
+    const int tokens = std::max(static_cast<int>(m), 1);
+    plan.deal = stream_plan(layout, device, tokens, table_bytes, options.splits, product.needs_clusters);
+    if (!product.needs_clusters && plan.deal.blocks > 1) {
+      plan.workspace = checked_mul(checked_mul(layout.row_blocks, plan.deal.parts),
+                                   int64_t{cuda::stream_part_size(tokens)} * 4);
     }
   }
   return plan;
@@ -171,6 +222,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
 
 // The products of one decoder.
 struct Launchers {
+  int table_bytes;  // of shared memory, in the streaming loop
   void (*stream)(const ProductLaunch&);
   void (*tiles)(const ProductLaunch&, void*);
   void (*tiles_wgmma)(const ProductLaunch&, void*);
@@ -180,7 +232,8 @@ struct Launchers {
 
 template <class Decoder>
 constexpr Launchers launchers() {
-  return {&cuda::launch_stream<Decoder>, &cuda::launch_tiles<Decoder>, &cuda::launch_tiles_wgmma<Decoder>,
+  return {Decoder::kSharedBytes,          &cuda::launch_stream<Decoder>,
+          &cuda::launch_tiles<Decoder>,   &cuda::launch_tiles_wgmma<Decoder>,
           &cuda::launch_decoded<Decoder>, &cuda::launch_decode_fragments<Decoder>};
 }
 
@@ -307,7 +360,8 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
-  return plan_of(*choice.product, layout, matrix, m, dtype, device, options).workspace;
+  return plan_of(*choice.product, layout, matrix, m, dtype, device, options, launchers_of(layout).table_bytes)
+      .workspace;
 }
 
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
@@ -322,7 +376,9 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
   const CudaProduct& product = *choice.product;
-  const Plan plan = plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options);
+  const Launchers& launchers = launchers_of(layout);
+  const Plan plan =
+      plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers.table_bytes);
   require_memory(w, arguments, plan.workspace, device.index);
 
   ProductLaunch launch;
@@ -337,11 +393,9 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   p.x_in_pieces = !layout.gathered && aligned(p.x, 16) && p.w.k % 8 == 0 && (p.m == 1 || p.x_stride % 8 == 0);
   launch.dtype = arguments.dtype;
   launch.splits = plan.splits;
-  launch.warps = plan.warps;
-  launch.shared_memory = device.shared_memory;
+  launch.deal = plan.deal;
   launch.overlap = options.overlap && device.code >= 90;
   launch.stream = static_cast<cudaStream_t>(arguments.stream);
-  const Launchers& launchers = launchers_of(layout);
   if (product.name == "tiles") {
     launchers.tiles(launch, arguments.workspace);
   } else if (product.name == "tiles_wgmma") {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/stream_deal.hpp"
 #include "quantloom/dtype.hpp"
 
 namespace quantloom::cuda {
@@ -37,16 +38,15 @@ struct ProductArguments {
   // True if rows of x can be read in pieces of 16 bytes: base, stride and k are multiples of 8 elements,
   // and columns stay in place.
   bool x_in_pieces = false;
-  float* partial = nullptr;  // [splits][m][64 * row_blocks], or null: parts meet in a cluster
+  float* partial = nullptr;  // for parts of sums, or null: they meet in shared memory
 };
 
 // How to launch a product.
 struct ProductLaunch {
   ProductArguments arguments;
   DType dtype = DType::f16;
-  int splits = 1;
-  int warps = 8;          // of a block of threads of the streaming loop
-  int shared_memory = 0;  // bytes that a block may have
+  int splits = 1;     // of the tile loops
+  StreamDeal deal{};  // of the streaming loop
   bool overlap = false;
   cudaStream_t stream = nullptr;
 };

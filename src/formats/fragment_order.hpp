@@ -123,5 +123,9 @@ QUANTLOOM_HOST_DEVICE constexpr int word_in_block(int bits, int unit, int word, 
 QUANTLOOM_HOST_DEVICE constexpr int parameter_in_block(int row) {
   return row % 8 * 8 + row / 8;
 }
+// The row at a place: the inverse.
+QUANTLOOM_HOST_DEVICE constexpr int block_row_of(int place) {
+  return place % 8 * 8 + place / 8;
+}
 
 }  // namespace quantloom::fragments

@@ -58,7 +58,9 @@ struct CudaMatmulOptions {
   bool overlap = false;
   // The kernel by its name in the table; empty: the one that the table picks.
   std::string kernel = {};
-  int splits = 0;  // parts that k is cut into, for measurements; 0: chosen by shape
+  // For measurements: parts that each tile is cut into along k or, in the streaming kernels, the blocks of
+  // threads that share a block of rows. 0: chosen by shape.
+  int splits = 0;
 };
 
 // nullopt if matmul_cuda() would run; otherwise the reason why not, in words. Looks at the arguments and at
