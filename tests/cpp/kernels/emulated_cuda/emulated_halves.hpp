@@ -17,6 +17,13 @@ struct ThreadPlace {
 inline ThreadPlace threadIdx{0};
 inline ThreadPlace blockDim{1};
 
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+
 // Bytes of the eight of a (0 to 3) and b (4 to 7), by the digits of `selector`.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
