@@ -92,7 +92,7 @@ def _from_statistic(value: Tensor, scaling: Scaling, element_range: tuple[float,
     """Scales from what `_STATISTICS` names, float32."""
     if scaling == "rms":
         return value.clamp(min=_TINY).sqrt()
-    scale = value / _divisor(scaling, element_range)
+    scale = _numerics.divided(value, _divisor(scaling, element_range))
     if scaling == "absmax":
         return scale.clamp(min=_TINY)
     return torch.where(scale.abs() < _TINY, _TINY, scale)
