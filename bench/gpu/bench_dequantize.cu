@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "common/check.cuh"
+#include "gpu/program.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 
@@ -23,7 +22,6 @@ constexpr int64_t kMinRotatedBytes = int64_t{512} << 20;
 struct Settings {
   int repeats = 7;
   int launches = 50;
-  std::string json_path;
 };
 
 Tensor device_tensor(DType dtype, std::vector<int64_t> shape) {
@@ -112,13 +110,16 @@ nlohmann::json measure(const Settings& settings, const Uniform& uniform, int64_t
           {"percent_of_copy", share}};
 }
 
-int run(const Settings& settings, bool quick) {
+nlohmann::json run(bool quick) {
+  Settings settings;
+  if (quick) settings.repeats = 3;
   int device = 0;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDevice(&device), "device");
   check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
   std::printf("dequantize on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  nlohmann::json report = {
+      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   const std::vector<std::pair<int64_t, int64_t>> shapes =
       quick
           ? std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}}
@@ -135,38 +136,12 @@ int run(const Settings& settings, bool quick) {
     report["rows"].push_back(measure(settings, Uniform(4, 3), n, k, DType::f16));
     report["rows"].push_back(measure(settings, Uniform(4, Uniform::kPerChannel), n, k, DType::f16));
   }
-  if (!settings.json_path.empty()) {
-    std::ofstream file(settings.json_path);
-    file << report.dump(2) << '\n';
-    if (!file) {
-      std::cerr << "bench_dequantize: cannot write " << settings.json_path << '\n';
-      return 1;
-    }
-  }
-  return 0;
+  return report;
 }
 
 }  // namespace
 }  // namespace quantloom
 
 int main(int argc, char** argv) {
-  quantloom::Settings settings;
-  bool quick = false;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-      settings.repeats = 3;
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      settings.json_path = argv[++i];
-    } else {
-      std::cerr << "usage: bench_dequantize [--quick] [--json FILE]\n";
-      return 2;
-    }
-  }
-  try {
-    return quantloom::run(settings, quick);
-  } catch (const std::exception& error) {
-    std::cerr << "bench_dequantize: " << error.what() << '\n';
-    return 1;
-  }
+  return quantloom::bench::run_program("bench_dequantize", argc, argv, quantloom::run);
 }

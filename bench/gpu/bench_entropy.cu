@@ -2,16 +2,14 @@
 // to a plain copy of as many bytes as the decoder reads and writes, in the same run. Streams and outputs
 // rotate, so that no launch finds its data in the L2 cache.
 //
-//   bench_entropy [--json FILE]
+//   bench_entropy [--quick] [--json FILE]
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "gpu/device.cuh"
+#include "gpu/program.hpp"
 #include "quantloom/formats/entropy_cuda.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/random.hpp"
@@ -94,47 +92,27 @@ void measure(nlohmann::json& report, EntropyCoder coder, int64_t n, int64_t k, i
   }
 }
 
-int run(const std::string& json_path) {
+nlohmann::json run(bool quick) {
   int device = 0;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDevice(&device), "device");
   check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
   std::printf("entropy decoding on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  nlohmann::json report = {
+      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   for (const auto coder : {EntropyCoder::rans, EntropyCoder::huffman}) {
     for (const auto& [n, k] :
          std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}, {14336, 4096}, {28672, 8192}}) {
+      if (quick && n > 4096) continue;
       for (const int64_t chunk : {0, 8192}) measure(report, coder, n, k, chunk);
     }
   }
-  if (!json_path.empty()) {
-    std::ofstream file(json_path);
-    file << report.dump(2) << '\n';
-    if (!file) {
-      std::cerr << "bench_entropy: cannot write " << json_path << '\n';
-      return 1;
-    }
-  }
-  return 0;
+  return report;
 }
 
 }  // namespace
 }  // namespace quantloom
 
 int main(int argc, char** argv) {
-  std::string json_path;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json_path = argv[++i];
-    } else {
-      std::cerr << "usage: bench_entropy [--json FILE]\n";
-      return 2;
-    }
-  }
-  try {
-    return quantloom::run(json_path);
-  } catch (const std::exception& error) {
-    std::cerr << "bench_entropy: " << error.what() << '\n';
-    return 1;
-  }
+  return quantloom::bench::run_program("bench_entropy", argc, argv, quantloom::run);
 }

@@ -7,9 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -18,6 +15,7 @@
 
 #include "common/device_buffer.hpp"
 #include "common/math_handles.hpp"
+#include "gpu/program.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/rounding/cuda.hpp"
@@ -32,7 +30,6 @@ using cuda::DeviceBuffer;
 struct Settings {
   int repeats = 5;
   int64_t tokens = 65536;
-  std::string json_path;
 };
 
 // A number in [0, 1) that depends on (seed, i) alone.
@@ -184,50 +181,26 @@ nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
           {"damping", report.damping}};
 }
 
-int run(const Settings& settings, bool quick) {
+nlohmann::json run(bool quick) {
+  Settings settings;
+  if (quick) settings = {.repeats = 2, .tokens = 16384};
   int device = 0;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDevice(&device), "device");
   check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
   std::printf("GPTQ on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  nlohmann::json report = {
+      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   const std::vector<std::pair<int64_t, int64_t>> shapes =
       quick ? std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}}
             : std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}, {14336, 4096}, {4096, 14336}};
   for (const auto& [n, k] : shapes) report["rows"].push_back(measure(settings, n, k));
-  if (!settings.json_path.empty()) {
-    std::ofstream file(settings.json_path);
-    file << report.dump(2) << '\n';
-    if (!file) {
-      std::cerr << "bench_gptq: cannot write " << settings.json_path << '\n';
-      return 1;
-    }
-  }
-  return 0;
+  return report;
 }
 
 }  // namespace
 }  // namespace quantloom
 
 int main(int argc, char** argv) {
-  quantloom::Settings settings;
-  bool quick = false;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-      settings.repeats = 2;
-      settings.tokens = 16384;
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      settings.json_path = argv[++i];
-    } else {
-      std::cerr << "usage: bench_gptq [--quick] [--json FILE]\n";
-      return 2;
-    }
-  }
-  try {
-    return quantloom::run(settings, quick);
-  } catch (const std::exception& error) {
-    std::cerr << "bench_gptq: " << error.what() << '\n';
-    return 1;
-  }
+  return quantloom::bench::run_program("bench_gptq", argc, argv, quantloom::run);
 }

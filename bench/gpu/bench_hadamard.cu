@@ -2,13 +2,12 @@
 // rotate, so that no run finds its data in the L2 cache; times are of CUDA graphs of many launches.
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "gpu/device.cuh"
+#include "gpu/program.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/transforms/hadamard_cuda.hpp"
 
@@ -63,13 +62,14 @@ nlohmann::json measure(const bench::Stream& stream, int64_t rows, int64_t cols, 
           {"percent_of_copy", 100 * copy.seconds / timing.seconds}};
 }
 
-int run(const std::string& json_path, bool quick) {
+nlohmann::json run(bool quick) {
   int device = 0;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDevice(&device), "device");
   check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
   std::printf("hadamard on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  nlohmann::json report = {
+      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   const bench::Stream stream;
   auto& rows = report["rows"];
   constexpr int64_t kBatch = 16384;
@@ -89,37 +89,12 @@ int run(const std::string& json_path, bool quick) {
       if (!quick || m == 1) rows.push_back(measure(stream, m, n, n, DType::f16, true));
     }
   }
-  if (!json_path.empty()) {
-    std::ofstream file(json_path);
-    file << report.dump(2) << '\n';
-    if (!file) {
-      std::cerr << "bench_hadamard: cannot write " << json_path << '\n';
-      return 1;
-    }
-  }
-  return 0;
+  return report;
 }
 
 }  // namespace
 }  // namespace quantloom
 
 int main(int argc, char** argv) {
-  std::string json_path;
-  bool quick = false;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json_path = argv[++i];
-    } else {
-      std::cerr << "usage: bench_hadamard [--quick] [--json FILE]\n";
-      return 2;
-    }
-  }
-  try {
-    return quantloom::run(json_path, quick);
-  } catch (const std::exception& error) {
-    std::cerr << "bench_hadamard: " << error.what() << '\n';
-    return 1;
-  }
+  return quantloom::bench::run_program("bench_hadamard", argc, argv, quantloom::run);
 }

@@ -5,9 +5,6 @@
 // makes 64 in a clock. Tensor cores do the rest beside them.
 #include <chrono>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -16,6 +13,7 @@
 #include "common/device_buffer.hpp"
 #include "fit/codebook_search.hpp"
 #include "gpu/device.cuh"
+#include "gpu/program.hpp"
 #include "quantloom/fit/cuda_kmeans.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/random.hpp"
@@ -89,7 +87,7 @@ nlohmann::json measure(const Case& c, const std::vector<float>& values, double m
           {"sweep_seconds", sweep}};
 }
 
-int run(bool quick, const std::string& json_path) {
+nlohmann::json run(bool quick) {
   int device = 0;
   int kilohertz = 0;
   cudaDeviceProp properties{};
@@ -98,7 +96,8 @@ int run(bool quick, const std::string& json_path) {
   check_cuda(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device), "clock rate");
   const double minima_per_second = kMinimaPerClock * properties.multiProcessorCount * 1e3 * kilohertz;
   std::printf("k-means on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {{"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", {}}};
+  nlohmann::json report = {
+      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   const std::vector<Case> cases =
       quick ? std::vector<Case>{{4096, 4}}
             : std::vector<Case>{{64, 2}, {4096, 4}, {65536, 4}, {256, 8}, {4096, 8}, {4096, 16}};
@@ -106,37 +105,12 @@ int run(bool quick, const std::string& json_path) {
   for (const Case& c : cases) {
     report["rows"].push_back(measure(c, values, minima_per_second, quick ? 5 : 20));
   }
-  if (!json_path.empty()) {
-    std::ofstream file(json_path);
-    file << report.dump(2) << '\n';
-    if (!file) {
-      std::cerr << "bench_kmeans: cannot write " << json_path << '\n';
-      return 1;
-    }
-  }
-  return 0;
+  return report;
 }
 
 }  // namespace
 }  // namespace quantloom
 
 int main(int argc, char** argv) {
-  bool quick = false;
-  std::string json_path;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json_path = argv[++i];
-    } else {
-      std::cerr << "usage: bench_kmeans [--quick] [--json FILE]\n";
-      return 2;
-    }
-  }
-  try {
-    return quantloom::run(quick, json_path);
-  } catch (const std::exception& error) {
-    std::cerr << "bench_kmeans: " << error.what() << '\n';
-    return 1;
-  }
+  return quantloom::bench::run_program("bench_kmeans", argc, argv, quantloom::run);
 }

@@ -11,9 +11,9 @@
 // a launch that is checked against a float64 product of the decoded weights, for some of the tokens.
 //
 // --kernels: names of the kernel table, "all", or "auto" (what the table picks; the default). --splits: parts
-// that k is cut into, 0 for the choice by shape. --overlap: also with programmatic dependent launch, beside a
-// floor whose launches overlap likewise. --crossover: all kernels over many numbers of tokens, and at the
-// end the fastest for each.
+// of each tile along k or, in the streaming kernels, blocks of threads that share a block of rows; 0 for the
+// choice by shape. --overlap: also with programmatic dependent launch, beside a floor whose launches overlap
+// likewise. --crossover: all kernels over many numbers of tokens, and at the end the fastest for each.
 #include <cstdio>
 #include <cstring>
 #include <ctime>

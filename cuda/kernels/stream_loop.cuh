@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
   auto* const parts_of_rows =
       reinterpret_cast<StreamParts*>(parts + static_cast<int64_t>(own_rows) * deal.parts * part_size);
   if (threadIdx.x < 32) {
+    __syncwarp();  // the first lane has prepared the delivery
 #pragma unroll 1
     for (int row = lane; row < own_rows; row += 32) {
       const StreamParts met = parts_of(runs, row * deal.blocks + rank, columns);
@@ -168,9 +169,8 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
   } else {
     __syncthreads();
   }
-  add_parts<T, kTokens == 1   ? 8
-               : kTokens == 8 ? 4
-                              : 1>(p, deal, first_row, rank, own_rows, parts, parts_of_rows);
+  constexpr int kSharers = kTokens == 1 ? 8 : kTokens == 8 ? 4 : 1;
+  add_parts<T, kSharers>(p, deal, first_row, rank, own_rows, parts, parts_of_rows);
 }
 
 // Adds the parts that multiply_stream left in memory.
