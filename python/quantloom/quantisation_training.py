@@ -9,8 +9,9 @@
 A weight is kept as its dense values (`master`), the format's points (`centroids`) and, if scales are
 parameters, `scale`; its value is ``scale * nearest centroid of (master / scale)``. Gradients go straight
 through the rounding to `master`, to the scale as the formula says, and to each centroid from the elements
-that took it. Arithmetic is float32 whatever the dtype of the weights, and centroids are kept in float32,
-because a fine grid rounded to bfloat16 is no longer even. Needs torch.
+that took it. Vector tables are trained likewise. `encode` stores what was trained. Arithmetic is float32
+whatever the dtype of the weights, and centroids are kept in float32, because a fine grid rounded to bfloat16
+is no longer even. Needs torch.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from quantloom._training_weights import (
     Sign3D8Weight,
     StraightThrough,
     UnquantisedWeight,
+    VectorWeight,
     Weight,
     is_sign_3d8,
+    is_vector,
     is_weight_module,
 )
 
@@ -44,12 +47,15 @@ __all__ = [
     "Sign3D8Weight",
     "StraightThrough",
     "UnquantisedWeight",
+    "VectorWeight",
     "Weight",
     "convert",
     "count_bits",
     "count_parameters",
+    "encode",
     "get_named_parameters",
     "load_convert",
+    "load_encoded",
     "save",
 ]
 
@@ -121,10 +127,10 @@ def convert(
 
     Args:
         fmt_spec: a format, or an `F.Scaled` that is fitted to each weight, or one of these for each weight by
-            its name ("layer.weight"). Weights can be trained in a `Q.LinearScalingFormat` of scalar elements
-            or `Q.Sign3D8Format`, the former also inside a `Q.SparseFormat`; elements take the nearest
-            centroid, whatever rounding the format itself asks for. With a dtype (`Q.TorchFormat`, such as
-            `Q.BFLOAT16`) a weight is left as it is, in the dtype it has.
+            its name ("layer.weight"). Weights can be trained in a `Q.LinearScalingFormat` of scalar elements,
+            vectors or `Q.Sign3D8Format`, the first two also inside a `Q.SparseFormat`; elements take the
+            nearest centroid, whatever rounding the format itself asks for. With a dtype (`Q.TorchFormat`,
+            such as `Q.BFLOAT16`) a weight is left as it is, in the dtype it has.
         scaling_mode: "parameter": scales are parameters, which start as the format has them. "dynamic": they
             are computed from `master` and rounded to the scale format in every pass, gradients included.
         clip_gradient: no gradient for elements more than half a step beyond the outermost centroids.
@@ -213,6 +219,49 @@ def count_parameters(module: nn.Module, include_other: bool = True) -> int:
     return total
 
 
+def encode(module: nn.Module, scale_format: Q.ScalarFormat | None = None) -> dict[str, Q.Encoded | Tensor]:
+    """The trained weights of a converted module as bytes, by the names they had before the conversion, shared
+    ones once; `Q.save_encoded` writes them to a file. Weights that were left in their dtype, or quantized in
+    one shot and then trained freely, are dense: plain tensors.
+
+    `load_encoded` puts them into a module that was not converted.
+
+    Args:
+        scale_format: of scales that are parameters; None: that of each format.
+
+    Raises what the weights' `encode` raises.
+    """
+    result: dict[str, Q.Encoded | Tensor] = {}
+    for name, owner in module.named_modules():
+        if isinstance(owner, UnquantisedWeight):
+            result[name] = owner.weight.detach()
+        elif is_weight_module(owner):
+            result[name] = owner.encode(scale_format if owner.scaling_mode == "parameter" else None)
+    return result
+
+
+def load_encoded(module: nn.Module, tensors: Mapping[str, Q.Encoded | Tensor]) -> None:
+    """Sets parameters of a module to encoded or plain tensors, by name, each in its own dtype.
+
+    Raises ValueError for names that the module does not have, shapes that differ, and bytes that do not
+    decode; `module` is unchanged then.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(tensors) - set(parameters))
+    if unknown:
+        raise ValueError(f"tensors: got {unknown[:3]}, which the module does not have")
+    values = {}
+    for name, item in tensors.items():
+        if tuple(item.shape) != tuple(parameters[name].shape):
+            raise ValueError(
+                f"tensors[{name!r}]: got shape {list(item.shape)}, expected {list(parameters[name].shape)}"
+            )
+        values[name] = item.decode() if isinstance(item, Q.Encoded) else item
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
 def save(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of a converted module and, in the entry ``_quantisation_meta``, its formats and settings
     as bytes of JSON; `safetensors.torch.save_file` can write it (after cloning tensors that share memory).
@@ -266,6 +315,8 @@ def _weight(
         return UnquantisedWeight(value, fmt)
     if is_sign_3d8(fmt):
         return Sign3D8Weight(value, fmt, scaling_mode, clip_gradient)
+    if is_vector(fmt):
+        return VectorWeight(value, fmt, scaling_mode, clip_gradient)
     return Weight(value, fmt, scaling_mode, clip_gradient)
 
 

@@ -227,3 +227,67 @@ def test_changed_descriptions_end_in_value_errors(fmt, rng):
                 Q.Encoded.from_planes(json.dumps(fields), e.planes).decode()
             except ValueError as error:
                 assert str(error)
+
+
+def test_files_of_many_tensors(tmp_path, rng):
+    matrix = torch.from_numpy(rng.standard_normal((8, 64)).astype("float32"))
+    blocks = Q.LinearScalingFormat(Q.NF4, Q.BFLOAT16, (1, 64), "absmax")
+    grid = Q.CompressedLUTFormat.train_grid(matrix, 0.3)
+    content = {
+        "a.weight": blocks.encode(matrix),
+        "b.weight": grid.encode(matrix.bfloat16()),
+        "norm": matrix[0],
+    }
+    file = tmp_path / "model.safetensors"
+    Q.save_encoded(file, content, {"made": "here"})
+    first = file.read_bytes()
+    Q.save_encoded(file, content, {"made": "here"})
+    assert file.read_bytes() == first
+    loaded = Q.load_encoded(file)
+    assert list(loaded) == ["a.weight", "b.weight", "norm"]
+    assert loaded["norm"].equal(matrix[0])
+    assert loaded["a.weight"].format == blocks
+    assert loaded["a.weight"].decode().equal(blocks.quantise(matrix))
+    assert loaded["b.weight"].decode().equal(grid.quantise(matrix.bfloat16()))
+    Q.save_encoded(file, {})
+    assert Q.load_encoded(file) == {}
+    for bad in ("", "a:b"):
+        with pytest.raises(ValueError, match="colon"):
+            Q.save_encoded(file, {bad: matrix})
+    with pytest.raises(TypeError, match="Encoded"):
+        Q.save_encoded(file, {"a": 3})
+    with pytest.raises(TypeError, match="mapping"):
+        Q.save_encoded(file, [matrix])
+    with pytest.raises(ValueError, match="metadata"):
+        Q.save_encoded(file, content, {"quantloom": "x"})
+    with pytest.raises(FileNotFoundError):
+        Q.load_encoded(tmp_path / "none")
+    content["a.weight"].save(file)
+    with pytest.raises(ValueError, match="save_encoded"):
+        Q.load_encoded(file)
+
+
+def test_damaged_files_of_many_tensors(tmp_path):
+    from quantloom.tensors import save_tensors
+
+    file = tmp_path / "model.safetensors"
+    item = Q.IntFormat(3).encode(torch.ones(4))
+    description = item.describe()
+    good = '{"w":' + description + "}"
+    planes = {"w:codes": item.planes["codes"]}
+    save_tensors(file, planes, {"quantloom.encoded_tensors": good})
+    assert Q.load_encoded(file)["w"].decode().equal(torch.ones(4))
+    for names, text in (
+        (planes, "[]"),
+        (planes, "{"),
+        (planes, "{}"),
+        (planes, '{"w":3}'),
+        (planes, "[" * 100_000),
+        ({"v:codes": item.planes["codes"]}, good),
+    ):
+        save_tensors(file, names, {"quantloom.encoded_tensors": text})
+        with pytest.raises(ValueError, match=r"model\.safetensors|encoded_tensors"):
+            Q.load_encoded(file)
+    save_tensors(file, {}, {"quantloom.encoded_tensors": good})
+    with pytest.raises(ValueError, match="codes"):
+        Q.load_encoded(file)["w"].decode()

@@ -187,21 +187,6 @@ def test_weight_copies_what_it_is_given():
     torch.testing.assert_close(T.Weight(transposed, fmt, "dynamic", False)(), fmt.quantise(transposed))
 
 
-def test_to_format_encodes_trained_weights():
-    torch.manual_seed(1)
-    for settings in ({}, {"compressor": "optimal", "scaling": "rms", "block": (None, None)}):
-        weight = T.Weight(torch.randn(32, 64), spec(**settings).fit(torch.randn(32, 64)), "dynamic", False)
-        with torch.no_grad():
-            weight.master.add_(torch.randn(32, 64), alpha=0.1)
-            weight.centroids.mul_(1.01)
-        fmt = weight.to_format()
-        assert fmt.quantise(weight.master.detach()).equal(weight().detach())
-        assert fmt.encode(weight.master.detach()).decode().equal(weight().detach())
-    fixed = T.Weight(torch.randn(32, 64), spec().fit(torch.randn(32, 64)), "parameter", False)
-    with pytest.raises(ValueError, match="no format computes"):
-        fixed.to_format()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["parameter", "dynamic"])
 @pytest.mark.parametrize("shape", [(32, 64), (33, 5), (1, 3)])

@@ -356,8 +356,7 @@ def test_training_brings_the_model_closer(folder, tmp_path, mode):
     assert len(after.summary.train_loss) == 12
     assert after.summary.train_loss[-1] < after.summary.train_loss[0]
     assert np.mean(after.summary.kl_div) < np.mean(before.summary.kl_div)
-    if mode == "dynamic":
-        assert after.summary.measured_bits_per_param == pytest.approx(after.summary.bits_per_param, abs=0.5)
+    assert after.summary.measured_bits_per_param == pytest.approx(after.summary.bits_per_param, abs=0.5)
 
 
 def test_training_touches_the_converted_weights_only(model, ids):

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from quantloom import _checks
+from quantloom import formats as Q
 from quantloom import model_quantisation as M
 from quantloom import quantisation_training as T
 from quantloom.experiments import store
 from quantloom.experiments.requantising import RequantisableModel
 from quantloom.experiments.token_prediction import Dataset, Test
 
-__all__ = ["QAT", "kl_loss", "train"]
+__all__ = ["QAT", "kl_loss", "stored_bits", "train"]
 
 
 def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -63,9 +64,11 @@ class QAT(Test):
     type: str = "qat"
 
     def run(self, model: RequantisableModel, data: Dataset, **args: Any) -> dict[str, Any]:
-        """``bits_per_param`` of the converted model, counted; ``measured_bits_per_param``, if all its weights
-        can be encoded, which takes scales that are not trained and no sparse format; ``train_loss`` of each
-        step; and what `Dataset.evaluate` tells."""
+        """``bits_per_param`` of the converted model, counted; ``train_loss`` of each step; and what
+        `Dataset.evaluate` tells.
+
+        With mode "qat" the trained weights are encoded, scales and outliers in their formats:
+        ``measured_bits_per_param`` counts those bytes, and what is evaluated was decoded from them."""
         student = copy.deepcopy(model.model)
         text = Dataset.load(
             model.model,
@@ -89,10 +92,19 @@ class QAT(Test):
         dtype = next(model.model.parameters()).dtype
         count = T.count_parameters(student)
         summary = {"bits_per_param": T.count_bits(student, dtype) / count, "train_loss": losses}
-        stored = _stored_bits(student)
-        if stored is not None:
-            summary["measured_bits_per_param"] = stored / count
-        return {**summary, **data.evaluate(student)}
+        if self.mode == "one-shot":
+            return {**summary, **data.evaluate(student)}
+        encoded = T.encode(student)
+        stored = copy.deepcopy(model.model)
+        T.load_encoded(stored, encoded)
+        items = {**dict(stored.named_parameters()), **encoded}
+        bits = sum(stored_bits(item) for item in items.values())
+        return {**summary, "measured_bits_per_param": bits / count, **data.evaluate(stored)}
+
+
+def stored_bits(item: Q.Encoded | Tensor) -> int:
+    """The bits of an encoded tensor's planes, or of a plain tensor."""
+    return item.size_in_bits if isinstance(item, Q.Encoded) else 8 * item.itemsize * item.numel()
 
 
 def train(
@@ -154,18 +166,6 @@ def train(
         for parameter, value in zip(frozen, needed):
             parameter.requires_grad_(value)
     return losses
-
-
-def _stored_bits(module: nn.Module) -> int | None:
-    """The bits of a converted module as bytes: encoded weights, other parameters as they are."""
-    weights = {owner for owner in module.modules() if isinstance(owner, (T.Weight, T.Sign3D8Weight))}
-    bits = 0
-    for owner in weights:
-        if owner.scaling_mode != "dynamic" or getattr(owner, "sparse_weight", None) is not None:
-            return None
-        bits += owner.to_format().encode(owner.master.detach()).size_in_bits
-    inside = {parameter for owner in weights for parameter in owner.parameters()}
-    return bits + sum(8 * p.itemsize * p.numel() for p in module.parameters() if p not in inside)
 
 
 def _parameters(module: nn.Module, kind: T.Kind) -> list[nn.Parameter]:

@@ -60,6 +60,7 @@ _LAZY = {
     "compressed": ("CompressedLUTFormat",),
     "lloyd_max": ("lut_lloyd_max", "scaled_int8_3d8_lloyd_max", "vlut_lloyd_max"),
     "encoded": ("Encoded",),
+    "files": ("load_encoded", "save_encoded"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

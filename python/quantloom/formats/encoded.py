@@ -272,6 +272,44 @@ def _with_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
 
 def encode(fmt: TensorFormat, tensor: Tensor) -> Encoded:
     """See ``TensorFormat.encode``."""
+    _require_encodable(tensor)
+    planes: dict[str, Tensor] = {}
+    fmt._encode(tensor.detach(), Planes(planes))
+    return Encoded(fmt, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), planes)
+
+
+def encode_parts(
+    fmt: TensorFormat,
+    tensor: Tensor,
+    scales: Tensor | None = None,
+    outliers: tuple[Tensor, Tensor] | None = None,
+) -> Encoded:
+    """What a ``LinearScalingFormat``, or a ``SparseFormat`` around one, stores where scales and outliers were
+    not computed from the tensor but trained.
+
+    Args:
+        scales: one for each block, in the shape of the blocks; rounded to the scale format. None: those that
+            the format computes.
+        outliers: places in row-major order, each once, in any order, and values. They replace what the tensor
+            has there; their number must be the format's for this shape. Needed by a ``SparseFormat``.
+    """
+    _require_encodable(tensor)
+    planes: dict[str, Tensor] = {}
+    root, linear = Planes(planes), fmt
+    if outliers is not None:
+        places, order = outliers[0].sort()
+        expected = fmt.n_sparse(tuple(tensor.shape), fmt.sparse_ratio)
+        if places.numel() != expected:
+            raise ValueError(f"outliers: got {places.numel()}, expected {expected}")
+        fmt.sparse_format._encode(outliers[1][order], root.child("sparse_format"))
+        root.put_places("outlier_indices", places)
+        root, linear = root.child("format"), fmt.format
+    stored = linear.scales(tensor) if scales is None else linear.scale_format.quantise(scales.float())
+    linear._encode_scaled(tensor, stored, root)
+    return Encoded(fmt, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), planes)
+
+
+def _require_encodable(tensor: Tensor) -> None:
     if isinstance(tensor, np.ndarray):
         raise TypeError("tensor: got a NumPy array, expected a torch tensor (torch.from_numpy)")
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -279,6 +317,3 @@ def encode(fmt: TensorFormat, tensor: Tensor) -> Encoded:
         raise TypeError(f"tensor: got {dtype}, expected one of {', '.join(_DTYPES)}")
     if tensor.isnan().any():
         raise ValueError("tensor: got NaN, expected numbers")
-    planes: dict[str, Tensor] = {}
-    fmt._encode(tensor.detach(), Planes(planes))
-    return Encoded(fmt, tuple(tensor.shape), dtype, planes)

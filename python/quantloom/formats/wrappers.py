@@ -212,7 +212,10 @@ class LinearScalingFormat(TensorFormat):
         return _numerics.round_values(coder._elements(), coder, tensor, grid)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
-        scales = self.scales(tensor)
+        self._encode_scaled(tensor, self.scales(tensor), planes)
+
+    def _encode_scaled(self, tensor: Tensor, scales: Tensor, planes: Planes) -> None:
+        """With scales in the shape of the blocks, which `scale_format` can hold."""
         self.scale_format._encode(scales, planes.child("scale_format"))
         coder = self.element_format._codes_of()
         elements = planes.child("element_format")
