@@ -224,6 +224,8 @@ def _without_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
         return node
     result = {key: _without_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
     tables = [name for name in planes if name == f"{prefix}codebook" or name.startswith(f"{prefix}codebook.")]
+    if node.get("_type") == "compressed_lut" and f"{prefix}model_logp" in planes:
+        result["model_logp"] = {"plane": f"{prefix}model_logp"}
     if node.get("_type") == "lut" and tables:
         result["values"] = {"plane": f"{prefix}codebook"}
     if node.get("_type") == "vlut" and tables:
@@ -238,21 +240,17 @@ def _with_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
     if not isinstance(node, dict):
         return node
     result = {key: _with_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
+    if isinstance(node.get("model_logp"), dict):
+        result["model_logp"] = _table_plane(node["model_logp"], f"{prefix}model_logp", planes)
     values = node.get("values")
     if not isinstance(values, dict):
         return result
     name = f"{prefix}codebook"
-    if values.get("plane") != name:
-        raise ValueError(f"values: got {values!r}, expected the plane {name!r}")
     if node.get("_type") == "lut":
-        if (
-            name not in planes
-            or planes[name].ndim != 1
-            or planes[name].dtype not in (torch.float32, torch.float64)
-        ):
-            raise ValueError(f"plane {name}: got none of floats, expected a table")
-        result["values"] = planes[name].double().tolist()
+        result["values"] = _table_plane(values, name, planes)
     elif node.get("_type") == "vlut":
+        if values.get("plane") != name:
+            raise ValueError(f"values: got {values!r}, expected the plane {name!r}")
         shape = values.get("shape")
         if (
             not isinstance(shape, list)
@@ -268,6 +266,16 @@ def _with_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
         )
         result["values"] = table.tolist()
     return result
+
+
+def _table_plane(reference: dict[str, Any], name: str, planes: dict[str, Tensor]) -> list[float]:
+    """The numbers of the plane that a description refers to."""
+    if reference.get("plane") != name:
+        raise ValueError(f"description: got {reference!r}, expected the plane {name!r}")
+    plane = planes.get(name)
+    if plane is None or plane.ndim != 1 or plane.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"plane {name}: got none of floats, expected a table")
+    return plane.double().tolist()
 
 
 def encode(fmt: TensorFormat, tensor: Tensor) -> Encoded:
