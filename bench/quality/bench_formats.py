@@ -206,7 +206,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, help="validation sequences, drawn with a fixed seed; all")
     parser.add_argument("--steps", type=int, default=200, help="of training; 0: no training")
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step")
-    parser.add_argument("--learning-rate", type=float, help="by default 2^(-9 - bits)")
+    parser.add_argument("--learning-rate", type=float, help="by default 2^(-10 - bits)")
     parser.add_argument("--centroids-rate", type=float, default=1.0, help="of tables, over that of weights")
     parser.add_argument(
         "--scaling",
@@ -216,7 +216,7 @@ def parsed() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     if arguments.learning_rate is None:
-        arguments.learning_rate = 2.0 ** (-9 - arguments.bits)
+        arguments.learning_rate = 2.0 ** (-10 - arguments.bits)
     unknown = set(arguments.formats) - set(formats(3))
     if unknown:
         parser.error(f"--formats: got {sorted(unknown)[0]!r}, expected some of {', '.join(formats(3))}")
