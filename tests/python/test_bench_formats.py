@@ -20,7 +20,8 @@ def run(output, *arguments):
     path = os.pathsep.join([str(Path(ql.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [
         sys.executable, ROOT / "bench" / "quality" / "bench_formats.py", TINY,
-        "--training", TINY / "calib.txt", "--validation", TINY / "valid.txt", "-o", output, "--sequence-length", 64, "--sequences", 8,
+        "--training", TINY / "calib.txt", "--validation", TINY / "valid.txt", "-o", output,
+        "--sequence-length", 64, "--sequences", 8,
         "--batch", 4, *arguments,
     ]  # fmt: skip
     return subprocess.run(
