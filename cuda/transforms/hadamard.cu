@@ -2,16 +2,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
-#include <map>
-#include <mutex>
 
 #include "common/check.cuh"
 #include "common/device.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/transforms/hadamard_cuda.hpp"
 #include "transforms/hadamard_dense.cuh"
-#include "transforms/hadamard_dense_ahead.cuh"
+#include "transforms/hadamard_dense_stream.hpp"
+#include "transforms/hadamard_launch.cuh"
 #include "transforms/hadamard_walsh.cuh"
 
 namespace quantloom {
@@ -27,43 +25,22 @@ constexpr int64_t kLargestBlock = 32768;
 constexpr int64_t kLargestOrder = 256;
 constexpr int kSmallestPower = 4;  // of blocks with a dense order
 
-unsigned grid_size(int64_t blocks) {
-  if (blocks > std::numeric_limits<int>::max()) {
-    throw Unsupported(text_of("hadamard_cuda: no kernel for ", blocks, " blocks of threads in one launch"));
-  }
-  return static_cast<unsigned>(blocks);
-}
-
-template <class Kernel, class... Arguments>
-void launch(Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "hadamard_cuda: shared memory");
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid_size(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "hadamard_cuda: launch");
-}
-
 template <class T, int kLog>
 void launch_walsh(const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
   using S = WalshShape<T, kLog>;
   constexpr int64_t kBytes = int64_t{4} * S::kFloats;
-  if constexpr (kLog >= 14) {
+  if constexpr (kLog >= 13) {
     // One that copies ahead, where shared memory has room for it.
     constexpr int64_t kAhead = kBytes + (int64_t{1} << kLog) * static_cast<int64_t>(sizeof(T));
-    const int resident = kLog == 14 && 2 * (kAhead + 1024) <= device.processor_memory ? 2 : 1;
+    const int64_t resident =
+        std::clamp<int64_t>(device.processor_memory / (kAhead + 1024), 1, int64_t{S::kBlocks});
     if (a.vectors && kAhead <= device.shared_memory && a.units > device.processors) {
-      const int64_t blocks = std::min<int64_t>(a.units, int64_t{resident} * device.processors);
-      return launch(cuda::walsh_ahead_kernel<T, kLog>, blocks, S::kThreads, kAhead, stream, a);
+      const int64_t blocks = std::min<int64_t>(a.units, resident * device.processors);
+      return cuda::launch_hadamard(cuda::walsh_ahead_kernel<T, kLog>, blocks, S::kThreads, kAhead, stream, a);
     }
   }
-  launch(cuda::walsh_kernel<T, kLog>, ceil_div(a.units, S::kTeams), S::kThreads, kBytes, stream, a);
+  cuda::launch_hadamard(cuda::walsh_kernel<T, kLog>, ceil_div(a.units, S::kTeams), S::kThreads, kBytes,
+                        stream, a);
 }
 
 template <class T>
@@ -96,18 +73,6 @@ void launch_walsh(int power, const HadamardArguments& a, const DeviceFacts& devi
   }
 }
 
-// Kept for the life of the process: building them takes longer than a launch.
-template <int kTiles>
-const DenseSigns<kTiles>& kept_signs(int64_t order, bool transposed) {
-  static std::mutex mutex;
-  static std::map<std::pair<int64_t, bool>, DenseSigns<kTiles>> kept;
-  const std::scoped_lock lock(mutex);
-  const std::pair<int64_t, bool> key{order, transposed};
-  auto found = kept.find(key);
-  if (found == kept.end()) found = kept.emplace(key, cuda::dense_signs<kTiles>(order, transposed)).first;
-  return found->second;
-}
-
 template <class T, int kTiles>
 void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t stream) {
   const int64_t columns = int64_t{1} << size.power;
@@ -117,38 +82,15 @@ void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t st
   const auto threads = static_cast<int>(
       std::clamp<int64_t>(std::min(columns / 8, ceil_div(elements, 1024)) * 32, 64, cuda::kDenseThreads));
   const DenseShape shape{static_cast<int>(size.order), size.power};
-  launch(cuda::dense_kernel<T, kTiles>, a.units, threads, bytes, stream, a, shape,
-         kept_signs<kTiles>(size.order, a.inverse));
-}
-
-template <class T, int kTiles>
-void launch_dense_ahead(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
-                        cudaStream_t stream) {
-  const DenseShape shape{static_cast<int>(size.order), size.power};
-  const int bytes = 4 * DenseSigns<kTiles>::kWords + cuda::dense_ahead_layout(shape).bytes;
-  const int threads = std::clamp(1 << size.power, 64, cuda::kAheadThreads);
-  const auto kernel = cuda::dense_ahead_kernel<T, kTiles>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             "hadamard_cuda: shared memory");
-  int resident = 0;
-  check_cuda(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, static_cast<size_t>(bytes)),
-      "hadamard_cuda: occupancy");
-  const int64_t blocks = std::min<int64_t>(a.units, int64_t{std::max(resident, 1)} * device.processors);
-  launch(kernel, blocks, threads, bytes, stream, a, shape, kept_signs<kTiles>(size.order, a.inverse));
+  cuda::launch_hadamard(cuda::dense_kernel<T, kTiles>, a.units, threads, bytes, stream, a, shape,
+                        cuda::kept_signs<kTiles>(size.order, a.inverse));
 }
 
 template <class T>
 void launch_dense(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                   cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    const DenseShape shape{static_cast<int>(size.order), size.power};
-    if (size.order <= 64 && cuda::dense_ahead_layout(shape).bytes + 2048 <= device.shared_memory) {
-      const int64_t tiles = ceil_div(size.order, 16);
-      if (tiles == 1) return launch_dense_ahead<T, 1>(size, a, device, stream);
-      if (tiles == 2) return launch_dense_ahead<T, 2>(size, a, device, stream);
-      return launch_dense_ahead<T, 4>(size, a, device, stream);
-    }
+    if (cuda::launch_dense_stream<T>(size, a, device, stream)) return;
   }
   const int64_t tiles = ceil_div(size.order, 16);
   if (tiles <= 1) return launch_dense<T, 1>(size, a, stream);

@@ -44,6 +44,10 @@ struct HadamardValues<__half> {
   static constexpr int kLogVector = 3;
   static __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
   static __device__ __forceinline__ __half from_float(float value) { return __float2half_rn(value); }
+  static __device__ __forceinline__ uint32_t pair(float low, float high) {
+    const __half2 values = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&values);
+  }
   static __device__ __forceinline__ void unpack(uint4 words, float (&values)[8]) {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -61,6 +65,10 @@ struct HadamardValues<__nv_bfloat16> {
   static __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) {
     return __float2bfloat16_rn(value);
+  }
+  static __device__ __forceinline__ uint32_t pair(float low, float high) {
+    const __nv_bfloat162 values = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&values);
   }
   static __device__ __forceinline__ void unpack(uint4 words, float (&values)[8]) {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};

@@ -147,9 +147,10 @@ TEST_P(HadamardCudaBlocks, EqualTheCpu) {
 INSTANTIATE_TEST_SUITE_P(Powers, HadamardCudaBlocks,
                          ::testing::Values(16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768));
 INSTANTIATE_TEST_SUITE_P(Orders, HadamardCudaBlocks,
-                         ::testing::Values(12 * 16, 12 * 2048, 20 * 32, 5120, 28 * 64, 14336, 28672, 36 * 16,
-                                           52 * 128, 60 * 512, 13824, 27648, 76 * 64, 11008, 18944, 204 * 32,
-                                           252 * 128));
+                         ::testing::Values(12 * 16, 12 * 256, 12288, 12 * 2048, 20 * 32, 2560, 5120, 10240,
+                                           20480, 28 * 16, 28 * 64, 28 * 128, 7168, 14336, 28672, 36 * 16,
+                                           44 * 32, 52 * 128, 60 * 256, 60 * 512, 68 * 64, 76 * 32, 100 * 64,
+                                           13824, 27648, 76 * 64, 11008, 22016, 18944, 204 * 32, 252 * 128));
 
 TEST_F(HadamardCudaSmall, EqualsTheCpu) {
   uint64_t seed = 900;

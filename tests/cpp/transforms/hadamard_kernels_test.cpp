@@ -12,7 +12,7 @@
 #include "quantloom/random.hpp"
 #include "quantloom/transforms/hadamard.hpp"
 #include "transforms/hadamard_dense.cuh"
-#include "transforms/hadamard_dense_ahead.cuh"
+#include "transforms/hadamard_dense_stream.cuh"
 #include "transforms/hadamard_walsh.cuh"
 
 namespace quantloom {
@@ -111,15 +111,19 @@ void expect_dense(int order, int power) {
   }
 }
 
-template <class T, int kTiles>
-void expect_dense_ahead(int order, int power) {
-  const cuda::DenseShape shape{order, power};
+template <class T, int kHalves, int kPower, int kGroups = 0>
+void expect_dense_stream(int order) {
+  using S = cuda::DenseStream<kHalves, kPower, kGroups>;
   for (int variant = 0; variant < 3; ++variant) {
-    const int64_t per_row = power > 8 ? 1 : 2;
-    Job<T> job(3, int64_t{order} << power, per_row, variant == 2, variant);
-    const auto signs = cuda::dense_signs<kTiles>(order, variant == 2);
-    const int64_t bytes = 4 * signs.kWords + cuda::dense_ahead_layout(shape).bytes;
-    emulated::launch(2, 64, bytes, [&] { cuda::dense_ahead_kernel<T, kTiles>(job.arguments, shape, signs); });
+    const int64_t per_row = variant == 1 && kPower < 8 ? 2 : 1;
+    Job<T> job(3, int64_t{order} << kPower, per_row, variant == 2, variant);
+    const auto signs = cuda::dense_signs<S::kTiles>(order, variant == 2);
+    const int stages = 2 - variant % 2;
+    // Blocks of threads that work through several blocks, some of which change their columns.
+    const int blocks = kPower < 8 ? 1 : 2;
+    emulated::launch(blocks, S::kThreads, S::bytes(order, stages), [&] {
+      cuda::dense_stream_kernel<T, kHalves, kPower, kGroups>(job.arguments, order, stages, signs);
+    });
     job.expect_equal();
   }
 }
@@ -150,6 +154,7 @@ TEST(HadamardKernels, LongBlocksEqualTheCpu) {
     emulated::launch(1, S::kThreads, bytes, [&] { cuda::walsh_ahead_kernel<T, kLog>(job.arguments); });
     job.expect_equal();
   };
+  expect_ahead(std::integral_constant<int, 13>(), __half{});
   expect_ahead(std::integral_constant<int, 14>(), __half{});
   expect_ahead(std::integral_constant<int, 14>(), 0.0F);
   expect_ahead(std::integral_constant<int, 15>(), __nv_bfloat16{});
@@ -166,16 +171,28 @@ TEST(HadamardKernels, DenseOrdersEqualTheCpu) {
   expect_dense<float, 1>(12, 9);
 }
 
-TEST(HadamardKernels, DenseOrdersThatCopyAheadEqualTheCpu) {
-  expect_dense_ahead<__half, 1>(12, 4);
-  expect_dense_ahead<__nv_bfloat16, 1>(12, 5);
-  expect_dense_ahead<__half, 2>(20, 6);
-  expect_dense_ahead<__half, 2>(28, 7);
-  expect_dense_ahead<__half, 2>(20, 8);
-  expect_dense_ahead<__half, 4>(36, 5);
-  expect_dense_ahead<__half, 4>(60, 4);
-  expect_dense_ahead<__half, 1>(12, 10);
-  expect_dense_ahead<__half, 1>(12, 11);
+TEST(HadamardKernels, DenseStreamsEqualTheCpu) {
+  expect_dense_stream<__half, 2, 4>(12);
+  expect_dense_stream<__nv_bfloat16, 3, 4>(20);
+  expect_dense_stream<__nv_bfloat16, 2, 5>(12);
+  expect_dense_stream<__half, 4, 6>(28);
+  expect_dense_stream<__half, 3, 7>(20);
+  expect_dense_stream<__half, 3, 8>(20);
+  expect_dense_stream<__half, 3, 8, 1>(20);
+  expect_dense_stream<__nv_bfloat16, 4, 9>(28);
+  expect_dense_stream<__half, 4, 9, 1>(28);
+  expect_dense_stream<__half, 4, 10>(28);
+  expect_dense_stream<__half, 3, 10>(20);
+  expect_dense_stream<__half, 2, 11>(12);
+}
+
+TEST(HadamardKernels, DenseStreamsOfLargeOrdersEqualTheCpu) {
+  expect_dense_stream<__half, 8, 4>(36);
+  expect_dense_stream<__nv_bfloat16, 8, 5>(60);
+  expect_dense_stream<__half, 8, 8>(44);
+  expect_dense_stream<__half, 14, 6>(108);
+  expect_dense_stream<__nv_bfloat16, 22, 5>(172);
+  expect_dense_stream<__half, 22, 6>(148);
 }
 
 // Lanes of a warp meet different banks in each access of the exchanges.

@@ -87,6 +87,12 @@ float __bfloat162float(__nv_bfloat16 value) {
 __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 low, __nv_bfloat16 high) {
   return {low.bits, high.bits};
 }
+__half2 __floats2half2_rn(float low, float high) {
+  return {quantloom::f16_from_float(low), quantloom::f16_from_float(high)};
+}
+__nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {quantloom::bf16_from_float(low), quantloom::bf16_from_float(high)};
+}
 float __uint_as_float(uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
