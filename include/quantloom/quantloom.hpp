@@ -27,6 +27,7 @@
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/entropy.hpp"
 #include "quantloom/formats/entropy_cuda.hpp"
+#include "quantloom/formats/trellis_cuda.hpp"
 #include "quantloom/formats/format.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/io/compressed_tensors.hpp"

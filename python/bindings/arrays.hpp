@@ -77,6 +77,7 @@ void bind_cuda_rounding(py::module_& module);
 void bind_fit(py::module_& module);
 void bind_elements(py::module_& module);
 void bind_cuda_fit(py::module_& module);
+void bind_cuda_trellis(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
 void bind_transforms(py::module_& module);

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, module) {
   bind_fit(module);
   bind_elements(module);
   bind_cuda_fit(module);
+  bind_cuda_trellis(module);
   bind_kernels(module);
   bind_cuda(module);
   bind_transforms(module);

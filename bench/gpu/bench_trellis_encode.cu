@@ -1,0 +1,194 @@
+// Encoding of trellis-coded rings on the device, in weights a second: both passes and the ways back, for
+// batches of 4224 rings and of 256 (a row of tiles of a matrix with 4096 outputs). The source is normal, in
+// units of the codebook times the scale that suits the bits.
+//
+// The yardstick is the issue limit of the search: each of the 2^16 states costs an add and a product, and
+// with its neighbour half a minimum, for two float16 costs in a register of 32 lanes.
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "common/device_buffer.hpp"
+#include "formats/trellis_passes.hpp"
+#include "gpu/device.cuh"
+#include "gpu/program.hpp"
+#include "quantloom/formats/trellis_cuda.hpp"
+#include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/random.hpp"
+
+namespace quantloom {
+namespace {
+
+using cuda::DeviceBuffer;
+
+constexpr int64_t kMany = 4224;
+constexpr int64_t kFew = 256;
+
+struct Case {
+  const char* codebook;
+  int bits;
+  TrellisSearch search;
+  int64_t rings;
+};
+
+double scale_for(int bits) {
+  return bits == 1 ? 1.15 : bits == 2 ? 1.0 : bits == 3 ? 0.95 : 0.9;
+}
+
+std::vector<float> normal_values(int64_t count) {
+  const CounterRandom random(1);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(random.normal(i));
+  return values;
+}
+
+double best_of(const bench::Stream& stream, int repeats, const auto& body) {
+  bench::Event begin;
+  bench::Event end;
+  body();
+  double best = 1e9;
+  for (int i = 0; i < repeats; ++i) {
+    begin.record(stream);
+    body();
+    end.record(stream);
+    stream.synchronize();
+    best = std::min(best, end.seconds_since(begin));
+  }
+  return best;
+}
+
+// Seconds of the two searches and the two ways back, for rings that fit one batch.
+std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const CudaRings& rings,
+                                 TrellisSearch search, void* workspace, int processors,
+                                 const bench::Stream& stream, int repeats) {
+  const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
+  cuda::SearchTask first = cuda::first_pass(rings.bits, search);
+  cuda::SearchTask second = cuda::second_pass(rings.bits);
+  for (cuda::SearchTask* task : {&first, &second}) {
+    task->targets = rings.targets;
+    task->table = codebook.weights();
+    task->count = static_cast<int>(rings.count);
+    task->history = static_cast<uint32_t*>(workspace);
+  }
+  first.ends = edges.data();
+  second.pins = edges.data() + rings.count;
+  cuda::TracebackResult seams;
+  seams.seams = edges.data() + rings.count;
+  cuda::TracebackResult result;
+  result.words = rings.words;
+  result.errors = rings.squared_errors;
+  return {best_of(stream, repeats, [&] { cuda::search_rings(first, processors, stream.get()); }),
+          best_of(stream, repeats, [&] { cuda::trace_back(first, seams, stream.get()); }),
+          best_of(stream, repeats, [&] { cuda::search_rings(second, processors, stream.get()); }),
+          best_of(stream, repeats, [&] { cuda::trace_back(second, result, stream.get()); })};
+}
+
+nlohmann::json measure(const Case& c, const std::vector<float>& source, double issue_limit, int repeats) {
+  const TrellisCodebook host = trellis_codebook(c.codebook);
+  const CudaTrellisCodebook codebook(host);
+  const double scale = scale_for(c.bits) * host.rms();
+  const int64_t weights = c.rings * cuda::kRingPositions;
+  std::vector<float> values(static_cast<size_t>(weights));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(scale * source[i]);
+
+  const bench::Stream stream;
+  DeviceBuffer<float> targets(weights, stream.get());
+  targets.upload(values.data(), weights);
+  const DeviceBuffer<uint32_t> words(c.rings * 8 * c.bits, stream.get());
+  const DeviceBuffer<float> errors(c.rings, stream.get());
+  const DeviceBuffer<float> decoded(weights, stream.get());
+  const int64_t bytes = trellis_workspace_cuda(c.bits, c.search, c.rings).fast_bytes;
+  const auto workspace = bench::device_memory(bytes);
+  CudaRings rings;
+  rings.targets = targets.data();
+  rings.count = c.rings;
+  rings.bits = c.bits;
+  rings.words = words.data();
+  rings.squared_errors = errors.data();
+  const double seconds = best_of(stream, repeats, [&] {
+    encode_rings_cuda(codebook, rings, c.search, workspace.get(), bytes, stream.get());
+  });
+  std::vector<float> sums(static_cast<size_t>(c.rings));
+  cuda::download(errors.data(), sums.data(), c.rings, stream.get());
+  double error = 0;
+  for (const float sum : sums) error += sum;
+  error /= static_cast<double>(weights) * scale * scale;
+  const double decoding = best_of(stream, repeats, [&] {
+    decode_rings_cuda(codebook, words.data(), c.rings, c.bits, decoded.data(), DType::f32, stream.get());
+  });
+
+  const double rate = static_cast<double>(weights) / seconds;
+  const std::string mode(name_of(c.search));
+  std::printf("%-6s %d bits, %-6s %5lld rings: %7.1f M weights/s (%5.1f%% of the issue limit), error %.6f",
+              c.codebook, c.bits, mode.c_str(), static_cast<long long>(c.rings), rate * 1e-6,
+              100 * rate / issue_limit, error);
+  nlohmann::json row = {
+      {"codebook", c.codebook},  {"bits", c.bits},
+      {"search", mode},          {"rings", c.rings},
+      {"seconds", seconds},      {"weights_per_second", rate},
+      {"error", error},          {"decoding_weights_per_second", static_cast<double>(weights) / decoding},
+      {"workspace_bytes", bytes}};
+  if (c.search != TrellisSearch::best) {
+    int device = 0;
+    int processors = 0;
+    check_cuda(cudaGetDevice(&device), "device");
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
+    rings.count = std::min<int64_t>(c.rings, int64_t{8} * processors);
+    const std::vector<double> steps =
+        step_seconds(codebook, rings, c.search, workspace.get(), processors, stream, repeats);
+    std::printf("; %lld rings: searches %.0f and %.0f us, ways back %.0f and %.0f us",
+                static_cast<long long>(rings.count), steps[0] * 1e6, steps[2] * 1e6, steps[1] * 1e6,
+                steps[3] * 1e6);
+    row["steps"] = {{"rings", rings.count},
+                    {"first_search_seconds", steps[0]},
+                    {"first_way_back_seconds", steps[1]},
+                    {"second_search_seconds", steps[2]},
+                    {"second_way_back_seconds", steps[3]}};
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+  return row;
+}
+
+nlohmann::json run(bool quick) {
+  int device = 0;
+  int kilohertz = 0;
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDevice(&device), "device");
+  check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
+  check_cuda(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device), "clock rate");
+  // Lanes that issue in a clock, over instructions of a candidate pair, pairs of a step, and two passes.
+  const double issue_limit = 128.0 * properties.multiProcessorCount * 1e3 * kilohertz / (2.5 * 65536 / 2 * 2);
+  std::printf("trellis encoding on %s, CUDA %s; issue limit %.0f M weights/s\n", properties.name,
+              cuda_toolkit_version().c_str(), issue_limit * 1e-6);
+  nlohmann::json report = {{"device", properties.name},
+                           {"cuda", cuda_toolkit_version()},
+                           {"issue_limit_weights_per_second", issue_limit},
+                           {"rows", nlohmann::json::array()}};
+  const std::vector<float> source = normal_values(kMany * cuda::kRingPositions);
+  std::vector<Case> cases;
+  const auto every = {TrellisSearch::fast, TrellisSearch::normal, TrellisSearch::best};
+  for (int bits = 1; bits <= 8; ++bits) {
+    if (quick && (bits < 2 || bits > 4)) continue;
+    for (const TrellisSearch search : every) {
+      if (quick && search != TrellisSearch::normal) continue;
+      for (const int64_t rings : {kMany, kFew}) cases.push_back({"mul1", bits, search, rings});
+    }
+  }
+  if (!quick) {
+    for (const char* codebook : {"3inst", "mcg", "1mad", "rptc"}) {
+      for (int bits = 1; bits <= 8; ++bits) cases.push_back({codebook, bits, TrellisSearch::normal, kMany});
+    }
+  }
+  for (const Case& c : cases) report["rows"].push_back(measure(c, source, issue_limit, quick ? 3 : 5));
+  return report;
+}
+
+}  // namespace
+}  // namespace quantloom
+
+int main(int argc, char** argv) {
+  return quantloom::bench::run_program("bench_trellis_encode", argc, argv, quantloom::run);
+}

@@ -1,0 +1,269 @@
+// Rings of trellis codes on the device: the passes of an encoding, and decoding.
+#include <algorithm>
+#include <vector>
+
+#include "common/device.hpp"
+#include "common/device_buffer.hpp"
+#include "common/device_pointer.hpp"
+#include "common/load_float.cuh"
+#include "formats/trellis_passes.hpp"
+#include "quantloom/checked_math.hpp"
+#include "quantloom/formats/trellis_cuda.hpp"
+
+namespace quantloom {
+namespace {
+
+using cuda::first_pass;
+using cuda::kRingPositions;
+using cuda::SearchTask;
+using cuda::second_pass;
+using cuda::TracebackResult;
+
+constexpr int64_t kStates = 65536;
+constexpr int64_t kRingsPerProcessor = 8;  // in a batch: enough to hide the ways back between the searches
+constexpr int64_t kAlignment = 256;
+constexpr int64_t kRingBytes = 2 * sizeof(uint16_t) + sizeof(int32_t);  // edges and list, of a ring
+
+// Bytes of the workspace for each group of rings.
+int64_t group_bytes(int bits, TrellisSearch search) {
+  const SearchTask first = first_pass(bits, search);
+  const int64_t words = std::max(first.history_words(), second_pass(bits).history_words());
+  return words * static_cast<int64_t>(sizeof(uint32_t)) + kRingBytes * first.group();
+}
+
+// Alignment of the history, the counter of open rings, and alignment of the arrays of rings.
+constexpr int64_t kFixedBytes = 3 * kAlignment;
+
+void require_bits(int bits) {
+  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
+}
+
+void require_count(int64_t count) {
+  if (count < 0 || count >= int64_t{1} << 31) {
+    throw InvalidArgument("count", text_of(count, " rings"), "0 to 2^31 - 1");
+  }
+}
+
+void require_device(const CudaTrellisCodebook& codebook) {
+  int current = 0;
+  check_cuda(cudaGetDevice(&current), "current CUDA device");
+  if (current != codebook.device()) {
+    throw InvalidArgument("codebook", text_of("the current CUDA device ", current),
+                          text_of("device ", codebook.device(), ", which holds the codebook"));
+  }
+}
+
+// Where the parts of a workspace begin, for `rings` rings at once.
+struct Parts {
+  uint32_t* history;
+  int32_t* open_size;
+  int32_t* open;
+  uint16_t* ends;
+  uint16_t* pins;
+};
+
+Parts divide(void* workspace, int64_t history_bytes, int64_t rings) {
+  const auto begin = reinterpret_cast<uintptr_t>(workspace);
+  auto* at = static_cast<std::byte*>(workspace) + (kAlignment - begin % kAlignment) % kAlignment;
+  Parts parts{};
+  parts.history = reinterpret_cast<uint32_t*>(at);
+  at += history_bytes;
+  parts.open_size = reinterpret_cast<int32_t*>(at);
+  at += kAlignment;
+  parts.open = reinterpret_cast<int32_t*>(at);
+  parts.ends = reinterpret_cast<uint16_t*>(parts.open + rings);
+  parts.pins = parts.ends + rings;
+  return parts;
+}
+
+// Encodes rings that fit the workspace.
+void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
+                  void* workspace, int processors, cudaStream_t stream) {
+  SearchTask first = first_pass(rings.bits, search);
+  SearchTask second = second_pass(rings.bits);
+  const int64_t words = std::max(first.history_words(), second.history_words());
+  const int64_t groups = ceil_div(rings.count, first.group());
+  const Parts parts = divide(workspace, words * 4 * groups, groups * first.group());
+  for (SearchTask* task : {&first, &second}) {
+    task->targets = rings.targets;
+    task->table = codebook.weights();
+    task->count = static_cast<int>(rings.count);
+    task->history = parts.history;
+  }
+  first.ends = parts.ends;
+  second.pins = parts.pins;
+
+  TracebackResult result;
+  result.words = rings.words;
+  result.errors = rings.squared_errors;
+  result.states = rings.states;
+  TracebackResult of_first = result;
+  if (search == TrellisSearch::best) {
+    check_cuda(cudaMemsetAsync(parts.open_size, 0, sizeof(int32_t), stream), "fill of the workspace");
+    of_first.open = parts.open;
+    of_first.open_size = parts.open_size;
+    of_first.open_pins = parts.pins;
+    second.list = parts.open;
+    second.list_size = parts.open_size;
+  } else {
+    of_first = {};
+    of_first.seams = parts.pins;
+  }
+  cuda::search_rings(first, processors, stream);
+  cuda::trace_back(first, of_first, stream);
+  cuda::search_rings(second, processors, stream);
+  cuda::trace_back(second, result, stream);
+}
+
+struct DecodeTask {
+  const uint32_t* words;
+  const uint16_t* table;
+  int64_t count;
+  int bits;
+};
+
+__device__ __forceinline__ void store_weight(__half value, __half* to) {
+  *to = value;
+}
+__device__ __forceinline__ void store_weight(__half value, __nv_bfloat16* to) {
+  *to = __float2bfloat16_rn(__half2float(value));
+}
+__device__ __forceinline__ void store_weight(__half value, float* to) {
+  *to = __half2float(value);
+}
+
+// A block for each ring, a thread for each of its weights.
+template <class T>
+__global__ void __launch_bounds__(kRingPositions) decode(const DecodeTask task, T* weights) {
+  const int position = static_cast<int>(threadIdx.x);
+  const int ring_words = 8 * task.bits;
+  for (int64_t ring = blockIdx.x; ring < task.count; ring += gridDim.x) {
+    const uint32_t* words = task.words + ring * ring_words;
+    // The state is the 16 bits before bit (position + 1) * bits of the ring.
+    const int first = ((position + 1) * task.bits - 16 + 32 * ring_words) % (32 * ring_words);
+    const int word = first / 32;
+    const uint32_t state =
+        __funnelshift_l(words[(word + 1) % ring_words], words[word], static_cast<uint32_t>(first % 32)) >> 16;
+    store_weight(__ushort_as_half(task.table[state]), weights + ring * kRingPositions + position);
+  }
+}
+
+template <class T>
+void launch_decode(const DecodeTask& task, void* weights, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(kRingPositions);
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(task.count, int64_t{1} << 16)));
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, decode<T>, task, static_cast<T*>(weights)), "launch of the decoder");
+}
+
+}  // namespace
+
+struct CudaTrellisCodebook::State {
+  cuda::DeviceBuffer<uint16_t> weights;
+  int device = 0;
+};
+
+CudaTrellisCodebook::CudaTrellisCodebook(const TrellisCodebook& codebook, void* stream) {
+  if (codebook.window != 16 || codebook.weights_per_step != 1) {
+    throw InvalidArgument(
+        "codebook",
+        text_of("a window of ", codebook.window, ", ", codebook.weights_per_step, " weights a step"),
+        "a window of 16 and one weight a step");
+  }
+  const std::vector<float> values = codebook.values();
+  std::vector<uint16_t> halves;
+  halves.reserve(values.size());
+  for (const float value : values) halves.push_back(f16_from_float(value));
+  auto state = std::make_shared<State>();
+  check_cuda(cudaGetDevice(&state->device), "current CUDA device");
+  const auto queue = static_cast<cudaStream_t>(stream);
+  state->weights = cuda::DeviceBuffer<uint16_t>(kStates, queue);
+  state->weights.upload(halves.data(), kStates);
+  check_cuda(cudaStreamSynchronize(queue), "work of the stream");
+  state_ = std::move(state);
+}
+
+const uint16_t* CudaTrellisCodebook::weights() const {
+  return state_->weights.data();
+}
+
+int CudaTrellisCodebook::device() const {
+  return state_->device;
+}
+
+TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t count) {
+  require_bits(bits);
+  require_count(count);
+  const int64_t at_once = std::min(count, current_device().processors * kRingsPerProcessor);
+  const int64_t each = group_bytes(bits, search);
+  TrellisWorkspace result;
+  result.least_bytes = count == 0 ? 0 : each + kFixedBytes;
+  result.fast_bytes = count == 0 ? 0 : ceil_div(at_once, second_pass(bits).group()) * each + kFixedBytes;
+  return result;
+}
+
+void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
+                       void* workspace, int64_t workspace_bytes, void* stream) {
+  require_bits(rings.bits);
+  require_count(rings.count);
+  require_device(codebook);
+  if (rings.count == 0) return;
+  cuda::require_device_memory(rings.targets, "targets");
+  cuda::require_device_memory(rings.words, "words");
+  if (rings.squared_errors != nullptr) cuda::require_device_memory(rings.squared_errors, "squared_errors");
+  if (rings.states != nullptr) cuda::require_device_memory(rings.states, "states");
+  const int64_t each = group_bytes(rings.bits, search);
+  if (workspace_bytes < each + kFixedBytes) {
+    throw InvalidArgument("workspace", text_of(workspace_bytes, " bytes"),
+                          text_of("at least ", each + kFixedBytes));
+  }
+  cuda::require_device_memory(workspace, "workspace");
+  if (reinterpret_cast<uintptr_t>(workspace) % 16 != 0) {
+    throw InvalidArgument("workspace", "an address that is not a multiple of 16", "an aligned address");
+  }
+
+  const DeviceFacts device = current_device();
+  if (cuda::search_memory(rings.bits) > device.shared_memory) {
+    throw Unsupported(text_of("encode_rings_cuda: a search with ", rings.bits, " bits needs ",
+                              cuda::search_memory(rings.bits), " bytes of shared memory, the device has ",
+                              device.shared_memory));
+  }
+  int64_t groups = (workspace_bytes - kFixedBytes) / each;
+  // Full rounds over the processors, where there is more than one.
+  if (groups > device.processors) groups -= groups % device.processors;
+  const int64_t batch = groups * second_pass(rings.bits).group();
+  for (int64_t begin = 0; begin < rings.count; begin += batch) {
+    CudaRings part = rings;
+    part.count = std::min(batch, rings.count - begin);
+    part.targets += begin * kRingPositions;
+    part.words += begin * 8 * rings.bits;
+    if (part.squared_errors != nullptr) part.squared_errors += begin;
+    if (part.states != nullptr) part.states += begin * kRingPositions;
+    encode_batch(codebook, part, search, workspace, device.processors, static_cast<cudaStream_t>(stream));
+  }
+}
+
+void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
+                       void* weights, DType dtype, void* stream) {
+  require_bits(bits);
+  require_count(count);
+  require_device(codebook);
+  if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
+    throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
+  }
+  if (count == 0) return;
+  cuda::require_device_memory(words, "words");
+  cuda::require_device_memory(weights, "weights");
+  const DecodeTask task{words, codebook.weights(), count, bits};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (dtype == DType::f16) {
+    launch_decode<__half>(task, weights, queue);
+  } else if (dtype == DType::bf16) {
+    launch_decode<__nv_bfloat16>(task, weights, queue);
+  } else {
+    launch_decode<float>(task, weights, queue);
+  }
+}
+
+}  // namespace quantloom

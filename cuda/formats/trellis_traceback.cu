@@ -1,0 +1,31 @@
+#include "common/check.cuh"
+#include "formats/trellis_walk.cuh"
+
+namespace quantloom::cuda {
+namespace {
+
+template <int kBits>
+__global__ void __launch_bounds__(32)
+    walk(const SearchTask task, const TracebackResult result, int64_t history_words) {
+  __shared__ PathMemory memory;
+  walk_back<kBits>(task, result, history_words, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x),
+                   memory);
+}
+
+template <int kBits>
+void launch(const SearchTask& task, const TracebackResult& result, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(32);
+  config.gridDim = dim3(static_cast<unsigned>(task.count));
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, walk<kBits>, task, result, task.history_words()),
+             "launch of the way back");
+}
+
+}  // namespace
+
+void trace_back(const SearchTask& task, const TracebackResult& result, cudaStream_t stream) {
+  with_bits(task.bits, [&]<int kBits>() { launch<kBits>(task, result, stream); });
+}
+
+}  // namespace quantloom::cuda

@@ -1,0 +1,63 @@
+// Trellis-coded rings on CUDA devices: encoding and decoding of rings of 256 weights with 16 bits of state,
+// one weight a step, 1 to 8 bits each.
+//
+// Arrays lie in memory of the current CUDA device. Encoding and decoding are enqueued on `stream` (a
+// cudaStream_t), allocate nothing, never wait, and can be captured in a graph. In a build without CUDA each
+// function throws Unsupported.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "quantloom/dtype.hpp"
+#include "quantloom/formats/trellis.hpp"
+
+namespace quantloom {
+
+// The weights of all states, in memory of the device that is current when it is made.
+class CudaTrellisCodebook {
+ public:
+  // Waits for the stream. Throws InvalidArgument unless `codebook` has a window of 16 and one weight a step.
+  explicit CudaTrellisCodebook(const TrellisCodebook& codebook, void* stream = nullptr);
+  const uint16_t* weights() const;  // float16 bits, [65536]
+  int device() const;
+
+ private:
+  struct State;
+  std::shared_ptr<const State> state_;
+};
+
+struct CudaRings {
+  // [count, 256] in the order of the ring, in units of the codebook. Beyond 16 from zero they are searched
+  // as 16, NaN as -16; errors are against the targets as they are.
+  const float* targets = nullptr;
+  int64_t count = 0;
+  int bits = 2;                     // 1 ... 8
+  uint32_t* words = nullptr;        // result, [count, 8 bits], as pack_rings() orders them
+  float* squared_errors = nullptr;  // result, [count] or null: the sum over a ring, NaN where a target is
+  uint16_t* states = nullptr;       // result, [count, 256] or null
+};
+
+// What encode_rings_cuda() needs to be fast with `count` rings (several GiB for thousands), and what it needs
+// to run at all.
+struct TrellisWorkspace {
+  int64_t fast_bytes = 0;
+  int64_t least_bytes = 0;
+};
+// Throws InvalidArgument for bits out of 1 ... 8 and a negative count.
+TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t count);
+
+// Encodes rings: a Viterbi search over all 65536 states with float16 costs, whose squared error is within
+// 0.03% of one with float32 costs on a normal source (2 to 4 bits). A ring's result depends on its targets
+// alone, not on its neighbours, the workspace or the device. `workspace` is aligned to 16 bytes.
+//
+// Throws InvalidArgument for bits, counts and workspaces out of range or null arrays, TypeMismatch for memory
+// elsewhere.
+void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
+                       void* workspace, int64_t workspace_bytes, void* stream);
+
+// The weights [count, 256] of packed rings [count, 8 bits], as float16, bfloat16 or float32.
+void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
+                       void* weights, DType dtype, void* stream);
+
+}  // namespace quantloom

@@ -1,0 +1,422 @@
+// Trellis-coded rings on the device: that they close, that they are as near as reported, and how near they
+// come to those of a plain float32 search.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+
+#include "cuda_streams.hpp"
+#include "device_memory.hpp"
+#include "quantloom/formats/trellis_cuda.hpp"
+#include "trellis_reference.hpp"
+
+namespace quantloom {
+namespace {
+
+constexpr int kPositions = 256;
+
+template <class T>
+class DeviceArray {
+ public:
+  // Filled with a byte that no result is made of.
+  explicit DeviceArray(int64_t count) : count_(count), memory_(device_bytes(bytes())) {
+    if (count > 0) check_cuda(cudaMemset(memory_.get(), 0x77, static_cast<size_t>(bytes())), "poison");
+  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) {
+    if (!values.empty()) upload(values.data(), memory_.get(), bytes());
+  }
+  int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
+  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
+  std::vector<T> host() const {
+    const std::vector<std::byte> raw = download(memory_.get(), bytes());
+    std::vector<T> values(static_cast<size_t>(count_));
+    if (!raw.empty()) std::memcpy(values.data(), raw.data(), raw.size());
+    return values;
+  }
+
+ private:
+  int64_t count_;
+  std::shared_ptr<std::byte> memory_;
+};
+
+struct Rings {
+  std::vector<uint32_t> words;
+  std::vector<float> errors;
+  std::vector<uint16_t> states;
+  bool operator==(const Rings&) const = default;
+};
+
+// A codebook in both memories.
+struct Twin {
+  explicit Twin(std::string_view name) : host(trellis_codebook(name)), values(host.values()), device(host) {}
+  TrellisCodebook host;
+  std::vector<float> values;
+  CudaTrellisCodebook device;
+};
+
+constexpr int64_t kFast = -1;
+constexpr int64_t kLeast = -2;
+
+Rings encode(const Twin& codebook, const std::vector<float>& targets, int bits, TrellisSearch search,
+             int64_t workspace_bytes = kFast) {
+  const auto count = static_cast<int64_t>(targets.size()) / kPositions;
+  const TrellisWorkspace sizes = trellis_workspace_cuda(bits, search, count);
+  if (workspace_bytes == kFast) workspace_bytes = sizes.fast_bytes;
+  if (workspace_bytes == kLeast) workspace_bytes = sizes.least_bytes;
+  const DeviceArray<float> wanted(targets);
+  const DeviceArray<uint32_t> words(count * 8 * bits);
+  const DeviceArray<float> errors(count);
+  const DeviceArray<uint16_t> states(count * kPositions);
+  const DeviceArray<std::byte> workspace(workspace_bytes);
+  CudaRings rings;
+  rings.targets = wanted.data();
+  rings.count = count;
+  rings.bits = bits;
+  rings.words = words.data();
+  rings.squared_errors = errors.data();
+  rings.states = states.data();
+  settle();
+  encode_rings_cuda(codebook.device, rings, search, workspace.data(), workspace_bytes, nullptr);
+  return {words.host(), errors.host(), states.host()};
+}
+
+std::vector<float> normal_targets(int64_t rings, double scale, uint64_t seed) {
+  const CounterRandom random(seed);
+  std::vector<float> targets(static_cast<size_t>(rings * kPositions));
+  for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<float>(scale * random.normal(i));
+  return targets;
+}
+
+// The state whose fresh bits end before bit (position + 1) * bits of a ring of words.
+uint32_t state_of(const uint32_t* words, int bits, int position) {
+  uint32_t state = 0;
+  const int ring_bits = kPositions * bits;
+  for (int i = 0; i < 16; ++i) {
+    const int bit = ((position + 1) * bits - 16 + i + ring_bits) % ring_bits;
+    state = state << 1 | (words[bit / 32] >> (31 - bit % 32) & 1U);
+  }
+  return state;
+}
+
+double error_of_states(const std::vector<float>& values, const float* targets, const uint16_t* states) {
+  double sum = 0;
+  for (int position = 0; position < kPositions; ++position) {
+    const double d = static_cast<double>(targets[position]) - values[states[position]];
+    sum += d * d;
+  }
+  return sum;
+}
+
+// The words are rings of the states, and the errors are those of their weights.
+void expect_rings(const Twin& codebook, const std::vector<float>& targets, int bits, const Rings& rings) {
+  const DeviceArray<uint32_t> words(rings.words);
+  const auto count = static_cast<int64_t>(rings.errors.size());
+  const DeviceArray<float> weights(count * kPositions);
+  decode_rings_cuda(codebook.device, words.data(), count, bits, weights.data(), DType::f32, nullptr);
+  const std::vector<float> decoded = weights.host();
+  for (int64_t ring = 0; ring < count; ++ring) {
+    const uint32_t* ring_words = rings.words.data() + ring * 8 * bits;
+    const uint16_t* states = rings.states.data() + ring * kPositions;
+    for (int position = 0; position < kPositions; ++position) {
+      ASSERT_EQ(state_of(ring_words, bits, position), states[position])
+          << bits << " bits, ring " << ring << ", position " << position;
+      ASSERT_EQ(decoded[static_cast<size_t>(ring * kPositions + position)], codebook.values[states[position]])
+          << bits << " bits, ring " << ring << ", position " << position;
+    }
+    const double sum = error_of_states(codebook.values, targets.data() + ring * kPositions, states);
+    ASSERT_NEAR(rings.errors[static_cast<size_t>(ring)], sum, 1e-5 * sum + 1e-12)
+        << bits << " bits, ring " << ring;
+  }
+}
+
+double mean_error(const Rings& rings) {
+  double sum = 0;
+  for (const float error : rings.errors) sum += error;
+  return sum / (static_cast<double>(rings.errors.size()) * kPositions);
+}
+
+class TrellisCuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_cuda_device()) GTEST_SKIP() << "no CUDA device in this machine";
+  }
+};
+
+class TrellisCudaSmall : public TrellisCuda {};
+
+TEST_F(TrellisCudaSmall, RingsClose) {
+  const Twin codebook("mul1");
+  for (int bits = 1; bits <= 8; ++bits) {
+    const std::vector<float> targets = normal_targets(3, 1, static_cast<uint64_t>(bits));
+    expect_rings(codebook, targets, bits, encode(codebook, targets, bits, TrellisSearch::fast));
+  }
+}
+
+TEST_F(TrellisCudaSmall, RingsCloseInOneRoundOrTwo) {
+  const Twin codebook("3inst");
+  const std::vector<float> targets = normal_targets(3, 1.2, 4);
+  for (const int bits : {2, 3}) {
+    expect_rings(codebook, targets, bits, encode(codebook, targets, bits, TrellisSearch::best, kLeast));
+  }
+}
+
+TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
+  uint64_t seed = 100;
+  for (const char* name : {"3inst", "mcg", "mul1", "1mad", "rptc"}) {
+    const Twin codebook(name);
+    for (int bits = 1; bits <= 8; ++bits) {
+      for (const TrellisSearch search : {TrellisSearch::fast, TrellisSearch::normal, TrellisSearch::best}) {
+        const int64_t count = 1 + static_cast<int64_t>(seed * 7 % 61);
+        const std::vector<float> targets = normal_targets(count, codebook.host.rms(), seed++);
+        expect_rings(codebook, targets, bits, encode(codebook, targets, bits, search));
+      }
+    }
+  }
+}
+
+TEST_F(TrellisCuda, NoRingsNeedNothing) {
+  const Twin codebook("mul1");
+  const TrellisWorkspace sizes = trellis_workspace_cuda(2, TrellisSearch::normal, 0);
+  EXPECT_EQ(sizes.fast_bytes, 0);
+  EXPECT_EQ(sizes.least_bytes, 0);
+  encode_rings_cuda(codebook.device, {}, TrellisSearch::normal, nullptr, 0, nullptr);
+  decode_rings_cuda(codebook.device, nullptr, 0, 2, nullptr, DType::f32, nullptr);
+}
+
+TEST_F(TrellisCuda, ValidRingsHaveNoLoss) {
+  for (const char* name : {"3inst", "mcg", "mul1", "1mad", "rptc"}) {
+    const Twin codebook(name);
+    for (int bits = 1; bits <= 8; ++bits) {
+      const CounterRandom random(static_cast<uint64_t>(bits));
+      constexpr int64_t kCount = 67;
+      std::vector<uint32_t> words(static_cast<size_t>(kCount * 8 * bits));
+      for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+      const DeviceArray<uint32_t> packed(words);
+      const DeviceArray<float> weights(kCount * kPositions);
+      decode_rings_cuda(codebook.device, packed.data(), kCount, bits, weights.data(), DType::f32, nullptr);
+      const std::vector<float> targets = weights.host();
+      for (const TrellisSearch search : {TrellisSearch::normal, TrellisSearch::best}) {
+        const Rings rings = encode(codebook, targets, bits, search);
+        expect_rings(codebook, targets, bits, rings);
+        for (const float error : rings.errors) {
+          ASSERT_EQ(error, 0) << name << ", " << bits << " bits, " << name_of(search);
+        }
+      }
+    }
+  }
+}
+
+// Paired with a plain search on the same rings.
+TEST_F(TrellisCuda, LossAgainstFloat32SearchIsAsStated) {
+  constexpr int64_t kCount = 1056;
+  for (const char* name : {"mul1", "3inst"}) {
+    const Twin codebook(name);
+    for (int bits = 1; bits <= 8; ++bits) {
+      const double scale = (bits <= 2 ? 1.0 : bits == 3 ? 0.95 : 0.9) * codebook.host.rms();
+      const std::vector<float> targets = normal_targets(kCount, scale, 7);
+      const std::vector<uint16_t> states =
+          testing::reference_rings(codebook.values, targets, bits, kPositions / 2);
+      double exact = 0;
+      for (int64_t ring = 0; ring < kCount; ++ring) {
+        exact += error_of_states(codebook.values, targets.data() + ring * kPositions,
+                                 states.data() + ring * kPositions);
+      }
+      exact /= static_cast<double>(kCount * kPositions);
+      std::map<TrellisSearch, double> ratio;
+      for (const TrellisSearch search : {TrellisSearch::fast, TrellisSearch::normal, TrellisSearch::best}) {
+        ratio[search] = mean_error(encode(codebook, targets, bits, search)) / exact;
+      }
+      std::printf("%-6s %d bits: float32 %.7f of the variance; fast %+.3f%%, normal %+.3f%%, best %+.3f%%\n",
+                  name, bits, exact / (scale * scale), 100 * (ratio[TrellisSearch::fast] - 1),
+                  100 * (ratio[TrellisSearch::normal] - 1), 100 * (ratio[TrellisSearch::best] - 1));
+      const bool stated = bits >= 2 && bits <= 4;
+      EXPECT_LE(ratio[TrellisSearch::normal], stated ? 1.0003 : 1.001) << name << ", " << bits << " bits";
+      EXPECT_LE(ratio[TrellisSearch::fast], 1.0125) << name << ", " << bits << " bits";
+      EXPECT_LE(ratio[TrellisSearch::best], ratio[TrellisSearch::normal]) << name << ", " << bits << " bits";
+      if (stated) {
+        EXPECT_LE(ratio[TrellisSearch::best], 0.9998) << name << ", " << bits << " bits";
+      }
+    }
+  }
+}
+
+// The distortion of a normal source, as published measurements have it.
+TEST_F(TrellisCuda, DistortionOfANormalSource) {
+  const Twin codebook("mul1");
+  const std::map<int, std::pair<double, double>> expected = {
+      {2, {1.0, 0.06826}}, {3, {0.95, 0.01735}}, {4, {0.9, 0.004445}}};
+  for (const auto& [bits, row] : expected) {
+    const double scale = row.first * codebook.host.rms();
+    const Rings rings = encode(codebook, normal_targets(4224, scale, 3), bits, TrellisSearch::normal);
+    EXPECT_NEAR(mean_error(rings) / (scale * scale), row.second, 0.01 * row.second) << bits << " bits";
+  }
+}
+
+TEST_F(TrellisCuda, EveryRunGivesTheSameBytes) {
+  const Twin codebook("mul1");
+  for (const int bits : {2, 3, 4, 7}) {
+    const std::vector<float> targets = normal_targets(301, 1, 11);
+    for (const TrellisSearch search : {TrellisSearch::normal, TrellisSearch::best}) {
+      const Rings first = encode(codebook, targets, bits, search);
+      for (int repeat = 0; repeat < 100; ++repeat) {
+        ASSERT_EQ(encode(codebook, targets, bits, search), first)
+            << bits << " bits, " << name_of(search) << ", repeat " << repeat;
+      }
+    }
+  }
+}
+
+// A ring's result depends on neither its place, its neighbours nor the workspace.
+TEST_F(TrellisCuda, RingsAreIndependent) {
+  const Twin codebook("mcg");
+  for (int bits = 1; bits <= 8; ++bits) {
+    constexpr int64_t kCount = 37;
+    const std::vector<float> targets = normal_targets(kCount, 1.2, 12);
+    for (const TrellisSearch search : {TrellisSearch::normal, TrellisSearch::best}) {
+      const Rings together = encode(codebook, targets, bits, search);
+      ASSERT_EQ(encode(codebook, targets, bits, search, kLeast), together) << bits << " bits";
+      for (const int64_t ring : {0, 1, 17, 36}) {
+        const auto begin = targets.begin() + ring * kPositions;
+        const Rings alone = encode(codebook, std::vector<float>(begin, begin + kPositions), bits, search);
+        EXPECT_EQ(alone.errors[0], together.errors[static_cast<size_t>(ring)]);
+        for (int w = 0; w < 8 * bits; ++w) {
+          ASSERT_EQ(alone.words[static_cast<size_t>(w)],
+                    together.words[static_cast<size_t>(ring * 8 * bits + w)])
+              << bits << " bits, ring " << ring;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(TrellisCuda, AnyTargetsGiveRings) {
+  const Twin codebook("mul1");
+  const std::vector<float> special = {0,
+                                      -0.0F,
+                                      1e-30F,
+                                      16,
+                                      -16,
+                                      20,
+                                      -1e6F,
+                                      1e38F,
+                                      1e-45F,
+                                      std::numeric_limits<float>::infinity(),
+                                      -std::numeric_limits<float>::infinity(),
+                                      std::numeric_limits<float>::quiet_NaN()};
+  for (int bits = 1; bits <= 8; ++bits) {
+    std::vector<float> targets = normal_targets(static_cast<int64_t>(special.size()) + 2, 1, 13);
+    const std::vector<float> plain = targets;
+    for (size_t ring = 0; ring < special.size(); ++ring) {
+      for (size_t i = 0; i < kPositions; i += ring % 2 + 1) targets[ring * kPositions + i] = special[ring];
+    }
+    const Rings rings = encode(codebook, targets, bits, TrellisSearch::normal);
+    const Rings expected = encode(codebook, plain, bits, TrellisSearch::normal);
+    for (size_t ring = 0; ring < special.size() + 2; ++ring) {
+      const uint32_t* words = rings.words.data() + ring * static_cast<size_t>(8 * bits);
+      for (int position = 0; position < kPositions; ++position) {
+        ASSERT_EQ(state_of(words, bits, position),
+                  rings.states[ring * kPositions + static_cast<size_t>(position)])
+            << bits << " bits, " << (ring < special.size() ? special[ring] : 1) << ", position " << position;
+      }
+      if (ring < special.size()) {
+        EXPECT_EQ(std::isnan(rings.errors[ring]), std::isnan(special[ring])) << bits << " bits, " << ring;
+      } else {
+        EXPECT_EQ(rings.errors[ring], expected.errors[ring]) << bits << " bits";
+      }
+    }
+  }
+}
+
+TEST_F(TrellisCuda, DecodesToEveryType) {
+  const Twin codebook("1mad");
+  const CounterRandom random(3);
+  std::vector<uint32_t> words(5 * 8 * 3);
+  for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+  const DeviceArray<uint32_t> packed(words);
+  const DeviceArray<float> floats(5 * kPositions);
+  const DeviceArray<uint16_t> halves(5 * kPositions);
+  const DeviceArray<uint16_t> brains(5 * kPositions);
+  decode_rings_cuda(codebook.device, packed.data(), 5, 3, floats.data(), DType::f32, nullptr);
+  decode_rings_cuda(codebook.device, packed.data(), 5, 3, halves.data(), DType::f16, nullptr);
+  decode_rings_cuda(codebook.device, packed.data(), 5, 3, brains.data(), DType::bf16, nullptr);
+  const auto f = floats.host();
+  const auto h = halves.host();
+  const auto b = brains.host();
+  for (size_t i = 0; i < f.size(); ++i) {
+    const size_t ring = i / kPositions;
+    ASSERT_EQ(f[i], codebook.values[state_of(words.data() + ring * 24, 3, static_cast<int>(i % kPositions))]);
+    ASSERT_EQ(h[i], f16_from_float(f[i]));
+    ASSERT_EQ(b[i], bf16_from_float(f[i]));
+  }
+}
+
+TEST_F(TrellisCuda, ACapturedEncodingCanBeRepeated) {
+  const Twin codebook("mul1");
+  const std::vector<float> targets = normal_targets(40, 1, 5);
+  const Rings expected = encode(codebook, targets, 2, TrellisSearch::best);
+  const DeviceArray<float> wanted(targets);
+  const DeviceArray<uint32_t> words(40 * 16);
+  const int64_t bytes = trellis_workspace_cuda(2, TrellisSearch::best, 40).fast_bytes;
+  const DeviceArray<std::byte> workspace(bytes);
+  CudaRings rings;
+  rings.targets = wanted.data();
+  rings.count = 40;
+  rings.words = words.data();
+  const Stream stream;
+  settle();
+  const Graph graph(stream, [&] {
+    encode_rings_cuda(codebook.device, rings, TrellisSearch::best, workspace.data(), bytes,
+                      static_cast<cudaStream_t>(stream));
+  });
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    check_cuda(cudaMemset(words.data(), 0x77, static_cast<size_t>(words.bytes())), "poison");
+    settle();
+    graph.launch(stream);
+    stream.synchronize();
+    EXPECT_EQ(words.host(), expected.words);
+  }
+}
+
+TEST_F(TrellisCuda, RefusesBadArguments) {
+  const Twin codebook("mul1");
+  const DeviceArray<float> targets(normal_targets(2, 1, 1));
+  const DeviceArray<uint32_t> words(2 * 8 * 8);
+  const int64_t least = trellis_workspace_cuda(2, TrellisSearch::normal, 2).least_bytes;
+  const DeviceArray<std::byte> workspace(least);
+  CudaRings good;
+  good.targets = targets.data();
+  good.count = 2;
+  good.words = words.data();
+  const auto run = [&](const CudaRings& rings, void* memory, int64_t bytes) {
+    encode_rings_cuda(codebook.device, rings, TrellisSearch::normal, memory, bytes, nullptr);
+  };
+  EXPECT_NO_THROW(run(good, workspace.data(), least));
+  EXPECT_THROW(run(good, workspace.data(), least - 1), InvalidArgument);
+  EXPECT_THROW(run(good, workspace.data() + 8, least), InvalidArgument);
+  for (const int bits : {-1, 0, 9}) {
+    CudaRings bad = good;
+    bad.bits = bits;
+    EXPECT_THROW(run(bad, workspace.data(), least), InvalidArgument);
+    EXPECT_THROW(trellis_workspace_cuda(bits, TrellisSearch::normal, 2), InvalidArgument);
+    EXPECT_THROW(decode_rings_cuda(codebook.device, words.data(), 2, bits, words.data(), DType::f32, nullptr),
+                 InvalidArgument);
+  }
+  for (const int64_t count : {int64_t{-1}, int64_t{1} << 31}) {
+    CudaRings bad = good;
+    bad.count = count;
+    EXPECT_THROW(run(bad, workspace.data(), least), InvalidArgument);
+  }
+  const std::vector<float> on_host(512);
+  CudaRings bad = good;
+  bad.targets = on_host.data();
+  EXPECT_THROW(run(bad, workspace.data(), least), TypeMismatch);
+  EXPECT_THROW(decode_rings_cuda(codebook.device, words.data(), 2, 2, targets.data(), DType::i32, nullptr),
+               TypeMismatch);
+  EXPECT_THROW(CudaTrellisCodebook(trellis_codebook("hyb")), InvalidArgument);
+  EXPECT_THROW(CudaTrellisCodebook(trellis_codebook("mul1", 12)), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace quantloom

@@ -1,0 +1,110 @@
+"""Trellis-coded rings on a CUDA device, against the definitions of their codebooks in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cuda_cases import needs_cuda
+from quantloom import _cuda_trellis
+
+pytestmark = needs_cuda
+
+STATES = np.arange(1 << 16, dtype=np.uint64)
+
+
+def _halves(hashes):
+    halves = ((hashes & 0x8FFF8FFF) ^ 0x3B603B60).astype(np.uint32)
+    parts = halves.view(np.uint16).view(np.float16).reshape(-1, 2).astype(np.float64)
+    return parts.sum(axis=1).astype(np.float16)
+
+
+def _byte_sum(hashes):
+    return sum((hashes >> shift & 255).astype(np.float64) for shift in (0, 8, 16, 24))
+
+
+def _weights(name):
+    if name == "3inst":
+        return _halves((89226354 * STATES + 64248484) & 0xFFFFFFFF)
+    if name == "mcg":
+        return _halves((0xCBAC1FED * STATES) & 0xFFFFFFFF)
+    if name == "mul1":
+        total = _byte_sum((0x83DCD12D * STATES) & 0xFFFFFFFF)
+        return ((1024 + total) * np.float64(0.00676727294921875) - 10.3828125).astype(np.float16)
+    total = _byte_sum((34038481 * STATES + 76625530) & 0xFFFFFFFF)
+    return ((total - 510) / 147.800537109375).astype(np.float16)
+
+
+def _decode(words, bits, weights):
+    """The rings' weights by strings of bits."""
+    rings = np.unpackbits(words.astype(">i4").view(np.uint8).reshape(len(words), -1), axis=1)
+    wrapped = np.concatenate([rings[:, -16:], rings], axis=1)
+    states = np.zeros((len(words), 256), dtype=np.int64)
+    for i in range(16):
+        # Bit -16 + i of the 16 before the end of each position, 16 further on in `wrapped`.
+        states = states * 2 + wrapped[:, bits * np.arange(1, 257) + i]
+    return weights[states]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1", "1mad"])
+def test_words_decode_to_the_weights_of_the_definition(rng, codebook, bits):
+    words = rng.integers(-(2**31), 2**31, size=(5, 8 * bits)).astype(np.int32)
+    decoded = _cuda_trellis.decode_rings(torch.from_numpy(words).cuda(), bits, codebook)
+    np.testing.assert_array_equal(decoded.cpu().numpy(), _decode(words, bits, _weights(codebook)))
+
+
+@pytest.mark.parametrize("search", ["fast", "normal", "best"])
+@pytest.mark.parametrize(("bits", "least"), [(2, 0.0683), (3, 0.0175), (4, 0.00457)])
+def test_errors_are_those_of_the_weights(rng, bits, least, search):
+    targets = torch.from_numpy(rng.standard_normal((300, 256)).astype(np.float32)).cuda()
+    words, errors = _cuda_trellis.encode_rings(targets, bits, search=search)
+    weights = _cuda_trellis.decode_rings(words, bits)
+    torch.testing.assert_close(errors, (targets - weights).square().sum(dim=1), rtol=1e-4, atol=0)
+    assert float(errors.mean()) / 256 == pytest.approx(least, rel=0.03)
+
+
+def test_a_table_is_a_codebook(rng):
+    table = rng.standard_normal(1 << 16).astype(np.float16)
+    words = torch.from_numpy(rng.integers(-(2**31), 2**31, size=(7, 24)).astype(np.int32)).cuda()
+    decoded = _cuda_trellis.decode_rings(words, 3, table)
+    np.testing.assert_array_equal(decoded.cpu().numpy(), _decode(words.cpu().numpy(), 3, table))
+    again, errors = _cuda_trellis.encode_rings(decoded, 3, table)
+    assert torch.equal(again, words)
+    assert not errors.any()
+
+
+def test_dtypes_and_empty_inputs():
+    words, errors = _cuda_trellis.encode_rings(torch.empty((0, 256), device="cuda"), 2)
+    assert words.shape == (0, 16) and errors.shape == (0,)
+    assert _cuda_trellis.decode_rings(words, 2, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_the_workspace_does_not_change_the_rings(rng):
+    targets = torch.from_numpy(rng.standard_normal((50, 256)).astype(np.float32)).cuda()
+    words, errors = _cuda_trellis.encode_rings(targets, 2, "mcg")
+    for size in (8 << 20, 50 << 20):
+        other = _cuda_trellis.encode_rings(targets, 2, "mcg", workspace_bytes=size)
+        assert torch.equal(other[0], words) and torch.equal(other[1], errors)
+
+
+def test_bad_input_is_named():
+    targets = torch.zeros((3, 256), device="cuda")
+    with pytest.raises(TypeError, match="targets: got Tensor, expected a torch tensor on a CUDA device"):
+        _cuda_trellis.encode_rings(targets.cpu(), 2)
+    with pytest.raises(ValueError, match=r"targets: got shape \[3, 255\]"):
+        _cuda_trellis.encode_rings(targets[:, :255], 2)
+    with pytest.raises(ValueError, match="targets: got NaN"):
+        _cuda_trellis.encode_rings(targets / 0, 2)
+    with pytest.raises(ValueError, match="bits: got 9"):
+        _cuda_trellis.encode_rings(targets, 9)
+    with pytest.raises(ValueError, match="search: got 'slow'"):
+        _cuda_trellis.encode_rings(targets, 2, search="slow")
+    with pytest.raises(ValueError, match="workspace_bytes: got 5"):
+        _cuda_trellis.encode_rings(targets, 2, workspace_bytes=5)
+    with pytest.raises(ValueError, match="4mad"):
+        _cuda_trellis.encode_rings(targets, 2, "4mad")
+    with pytest.raises(ValueError, match=r"codebook: got shape \[3\]"):
+        _cuda_trellis.encode_rings(targets, 2, np.zeros(3))
+    with pytest.raises(TypeError, match="words: got"):
+        _cuda_trellis.decode_rings(targets[:, :16], 2)
