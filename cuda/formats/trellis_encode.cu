@@ -1,11 +1,11 @@
-// Rings of trellis codes on the device: the passes of an encoding, and decoding.
+// Rings of trellis codes on the device: the passes of an encoding.
 #include <algorithm>
 #include <vector>
 
 #include "common/device.hpp"
 #include "common/device_buffer.hpp"
 #include "common/device_pointer.hpp"
-#include "common/load_float.cuh"
+#include "formats/trellis_checks.hpp"
 #include "formats/trellis_passes.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/formats/trellis_cuda.hpp"
@@ -33,25 +33,6 @@ int64_t group_bytes(int bits, TrellisSearch search) {
 
 // Alignment of the history, the counter of open rings, and alignment of the arrays of rings.
 constexpr int64_t kFixedBytes = 3 * kAlignment;
-
-void require_bits(int bits) {
-  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
-}
-
-void require_count(int64_t count) {
-  if (count < 0 || count >= int64_t{1} << 31) {
-    throw InvalidArgument("count", text_of(count, " rings"), "0 to 2^31 - 1");
-  }
-}
-
-void require_device(const CudaTrellisCodebook& codebook) {
-  int current = 0;
-  check_cuda(cudaGetDevice(&current), "current CUDA device");
-  if (current != codebook.device()) {
-    throw InvalidArgument("codebook", text_of("the current CUDA device ", current),
-                          text_of("device ", codebook.device(), ", which holds the codebook"));
-  }
-}
 
 // Where the parts of a workspace begin, for `rings` rings at once.
 struct Parts {
@@ -115,48 +96,6 @@ void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, T
   cuda::trace_back(second, result, stream);
 }
 
-struct DecodeTask {
-  const uint32_t* words;
-  const uint16_t* table;
-  int64_t count;
-  int bits;
-};
-
-__device__ __forceinline__ void store_weight(__half value, __half* to) {
-  *to = value;
-}
-__device__ __forceinline__ void store_weight(__half value, __nv_bfloat16* to) {
-  *to = __float2bfloat16_rn(__half2float(value));
-}
-__device__ __forceinline__ void store_weight(__half value, float* to) {
-  *to = __half2float(value);
-}
-
-// A block for each ring, a thread for each of its weights.
-template <class T>
-__global__ void __launch_bounds__(kRingPositions) decode(const DecodeTask task, T* weights) {
-  const int position = static_cast<int>(threadIdx.x);
-  const int ring_words = 8 * task.bits;
-  for (int64_t ring = blockIdx.x; ring < task.count; ring += gridDim.x) {
-    const uint32_t* words = task.words + ring * ring_words;
-    // The state is the 16 bits before bit (position + 1) * bits of the ring.
-    const int first = ((position + 1) * task.bits - 16 + 32 * ring_words) % (32 * ring_words);
-    const int word = first / 32;
-    const uint32_t state =
-        __funnelshift_l(words[(word + 1) % ring_words], words[word], static_cast<uint32_t>(first % 32)) >> 16;
-    store_weight(__ushort_as_half(task.table[state]), weights + ring * kRingPositions + position);
-  }
-}
-
-template <class T>
-void launch_decode(const DecodeTask& task, void* weights, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(kRingPositions);
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(task.count, int64_t{1} << 16)));
-  config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, decode<T>, task, static_cast<T*>(weights)), "launch of the decoder");
-}
-
 }  // namespace
 
 struct CudaTrellisCodebook::State {
@@ -193,8 +132,8 @@ int CudaTrellisCodebook::device() const {
 }
 
 TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t count) {
-  require_bits(bits);
-  require_count(count);
+  cuda::require_ring_bits(bits);
+  cuda::require_ring_count(count);
   const int64_t at_once = std::min(count, current_device().processors * kRingsPerProcessor);
   const int64_t each = group_bytes(bits, search);
   TrellisWorkspace result;
@@ -205,9 +144,9 @@ TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t 
 
 void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
                        void* workspace, int64_t workspace_bytes, void* stream) {
-  require_bits(rings.bits);
-  require_count(rings.count);
-  require_device(codebook);
+  cuda::require_ring_bits(rings.bits);
+  cuda::require_ring_count(rings.count);
+  cuda::require_same_device(codebook);
   if (rings.count == 0) return;
   cuda::require_device_memory(rings.targets, "targets");
   cuda::require_device_memory(rings.words, "words");
@@ -241,28 +180,6 @@ void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rin
     if (part.squared_errors != nullptr) part.squared_errors += begin;
     if (part.states != nullptr) part.states += begin * kRingPositions;
     encode_batch(codebook, part, search, workspace, device.processors, static_cast<cudaStream_t>(stream));
-  }
-}
-
-void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
-                       void* weights, DType dtype, void* stream) {
-  require_bits(bits);
-  require_count(count);
-  require_device(codebook);
-  if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
-    throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
-  }
-  if (count == 0) return;
-  cuda::require_device_memory(words, "words");
-  cuda::require_device_memory(weights, "weights");
-  const DecodeTask task{words, codebook.weights(), count, bits};
-  const auto queue = static_cast<cudaStream_t>(stream);
-  if (dtype == DType::f16) {
-    launch_decode<__half>(task, weights, queue);
-  } else if (dtype == DType::bf16) {
-    launch_decode<__nv_bfloat16>(task, weights, queue);
-  } else {
-    launch_decode<float>(task, weights, queue);
   }
 }
 

@@ -67,8 +67,9 @@ struct TrellisShape {
 template <int kBits>
 constexpr int kCopyStride = copy_stride(kBits);
 
-// The search adds costs in float16: no target may be so far from all weights that a ring overflows.
-constexpr float kFarthestTarget = 16;
+// The search adds costs in float16: no target may be so far from all weights that the longest search
+// overflows. 448 squares of 12 do not, even if all weights are zero.
+constexpr float kFarthestTarget = 12;
 __device__ __forceinline__ float bounded_target(float target) {
   return fminf(fmaxf(target, -kFarthestTarget), kFarthestTarget);
 }

@@ -93,6 +93,24 @@ void decode(const CudaTrellisCodebook& codebook, const ArrayRef& words, int64_t 
   decode_rings_cuda(codebook, from, count, each, to, dtype, to_stream(stream));
 }
 
+void gather(const ArrayRef& matrix, double factor, const ArrayRef& targets, uintptr_t stream) {
+  const CudaMatrix from = matrix.cuda_matrix("matrix");
+  auto* const to =
+      static_cast<float*>(device_array(targets, "targets", DType::f32, checked_mul(from.rows, from.cols)));
+  const py::gil_scoped_release release;
+  gather_tiles_cuda(from, static_cast<float>(factor), to, to_stream(stream));
+}
+
+void decode_tiles(const CudaTrellisCodebook& codebook, const ArrayRef& words, int64_t bits,
+                  const ArrayRef& matrix, uintptr_t stream) {
+  const CudaMatrix to = matrix.cuda_matrix("matrix");
+  const int each = to_int("bits", bits);
+  const auto* const from = static_cast<const uint32_t*>(
+      device_array(words, "words", DType::i32, checked_mul(to.rows * to.cols / kRing, int64_t{8} * each)));
+  const py::gil_scoped_release release;
+  decode_tiles_cuda(codebook, from, each, to, to_stream(stream));
+}
+
 }  // namespace
 
 void bind_cuda_trellis(py::module_& module) {
@@ -106,6 +124,10 @@ void bind_cuda_trellis(py::module_& module) {
              py::arg("stream"));
   module.def("decode_rings_cuda", &decode, py::arg("codebook"), py::arg("words"), py::arg("bits"),
              py::arg("weights"), py::arg("stream"));
+  module.def("gather_tiles_cuda", &gather, py::arg("matrix"), py::arg("factor"), py::arg("targets"),
+             py::arg("stream"));
+  module.def("decode_tiles_cuda", &decode_tiles, py::arg("codebook"), py::arg("words"), py::arg("bits"),
+             py::arg("matrix"), py::arg("stream"));
 }
 
 }  // namespace quantloom::python

@@ -67,7 +67,7 @@ def encode_rings(
     """Rings near targets ``[rings, 256]``, which are in units of the codebook and in the order of the ring.
 
     Args:
-        targets: finite floats on a CUDA device. Beyond 16 from zero they are searched as 16.
+        targets: finite floats on a CUDA device. Beyond 12 from zero they are searched as 12.
         bits: a weight, 1 to 8.
         codebook: a name (``"3inst"``, ``"mcg"``, ``"mul1"``, ``"1mad"``, ...), or 65536 weights.
         search: ``"fast"`` (0.5 to 0.8% more error than ``"normal"`` on a normal source, in 3/4 of the
@@ -138,3 +138,70 @@ def decode_rings(
             stream,
         )
     return weights
+
+
+def _tiled(argument: str, shape: Any) -> tuple[int, int]:
+    n, k = (_checks.integer(argument, size, 0) for size in shape)
+    if n % 16 or k % 16:
+        raise ValueError(f"{argument}: got [{n}, {k}], expected multiples of 16")
+    return n, k
+
+
+def gather_tiles(matrix: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """The tiles of a matrix ``[n, k]`` times `factor`, as targets ``[k / 16 * n / 16, 256]`` in ring order.
+
+    Tiles are 16 x 16, those of the same 16 columns next to each other.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(matrix, torch.Tensor) or matrix.device.type != "cuda":
+        raise TypeError(f"matrix: got {_checks.type_name(matrix)}, expected a torch tensor on a CUDA device")
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix: got shape {_arrays.shape_text(matrix.shape)}, expected [n, k]")
+    n, k = _tiled("matrix", matrix.shape)
+    factor = _checks.real("factor", factor)
+    matrix = matrix.contiguous()
+    targets = torch.empty((n * k // RING, RING), dtype=torch.float32, device=matrix.device)
+    with _devices.current(str(matrix.device)) as stream:
+        _core.gather_tiles_cuda(
+            _arrays.describe("matrix", matrix).core,
+            factor,
+            _arrays.describe("targets", targets).core,
+            stream,
+        )
+    return targets
+
+
+def decode_tiles(
+    words: torch.Tensor,
+    shape: tuple[int, int],
+    bits: int,
+    codebook: Any = "mul1",
+    dtype: Any = torch.float32,
+) -> torch.Tensor:
+    """The matrix ``[n, k]`` of packed tiles ``[k / 16 * n / 16, 8 * bits]``, as ``gather_tiles`` orders them.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    bits = _bits(bits)
+    words = _rows("words", words, 8 * bits)
+    if words.dtype != torch.int32:
+        raise TypeError(f"words: got {words.dtype}, expected torch.int32")
+    n, k = _tiled("shape", shape)
+    if words.shape[0] * RING != n * k:
+        raise ValueError(f"words: got {words.shape[0]} tiles, expected {n * k // RING} for [{n}, {k}]")
+    name = _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+    words = words.contiguous()
+    matrix = torch.empty((n, k), dtype=_arrays.torch_dtype(name), device=words.device)
+    table = codebook_on(codebook, str(words.device))
+    with _devices.current(str(words.device)) as stream:
+        _core.decode_tiles_cuda(
+            table,
+            _arrays.describe("words", words).core,
+            bits,
+            _arrays.describe("matrix", matrix).core,
+            stream,
+        )
+    return matrix

@@ -39,4 +39,13 @@ void decode_rings_cuda(const CudaTrellisCodebook& /*codebook*/, const uint32_t* 
   refuse("decode_rings_cuda");
 }
 
+void gather_tiles_cuda(const CudaMatrix& /*matrix*/, float /*factor*/, float* /*targets*/, void* /*stream*/) {
+  refuse("gather_tiles_cuda");
+}
+
+void decode_tiles_cuda(const CudaTrellisCodebook& /*codebook*/, const uint32_t* /*words*/, int /*bits*/,
+                       const CudaMatrix& /*matrix*/, void* /*stream*/) {
+  refuse("decode_tiles_cuda");
+}
+
 }  // namespace quantloom

@@ -352,6 +352,51 @@ TEST_F(TrellisCuda, DecodesToEveryType) {
   }
 }
 
+// The place of a ring's position in its tile, by the tensor core's order: pairs of inputs 8 apart, lanes
+// along the outputs.
+int input_of(int position) {
+  const int lane = position / 8;
+  return 2 * (lane % 4) + position % 2 + 8 * (position / 2 % 2);
+}
+int output_of(int position) {
+  return position / 8 / 4 + 8 * (position % 8 / 4);
+}
+
+TEST_F(TrellisCudaSmall, TilesAreRings) {
+  const Twin codebook("mul1");
+  for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{16, 16}, {48, 80}, {0, 32}, {32, 0}}) {
+    const int64_t tiles = n * k / kPositions;
+    const int64_t stride = k + 5;
+    const CounterRandom random(static_cast<uint64_t>(n));
+    std::vector<uint32_t> words(static_cast<size_t>(tiles * 8 * 3));
+    for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+    const DeviceArray<uint32_t> packed(words);
+    const DeviceArray<float> matrix(n * stride);
+    const CudaMatrix view{matrix.data(), DType::f32, n, k, stride};
+    decode_tiles_cuda(codebook.device, packed.data(), 3, view, nullptr);
+    const DeviceArray<float> targets(tiles * kPositions);
+    gather_tiles_cuda(view, 2, targets.data(), nullptr);
+    const DeviceArray<uint16_t> halves(n * k);
+    decode_tiles_cuda(codebook.device, packed.data(), 3, {halves.data(), DType::f16, n, k, k}, nullptr);
+    const std::vector<float> values = matrix.host();
+    const std::vector<float> rings = targets.host();
+    const std::vector<uint16_t> narrow = halves.host();
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int position = 0; position < kPositions; ++position) {
+        const int64_t row = tile % (n / 16) * 16 + output_of(position);
+        const int64_t column = tile / (n / 16) * 16 + input_of(position);
+        const float expected = codebook.values[state_of(words.data() + tile * 24, 3, position)];
+        ASSERT_EQ(values[static_cast<size_t>(row * stride + column)], expected) << row << ", " << column;
+        ASSERT_EQ(narrow[static_cast<size_t>(row * k + column)], f16_from_float(expected));
+        ASSERT_EQ(rings[static_cast<size_t>(tile * kPositions + position)], 2 * expected);
+      }
+    }
+  }
+  const DeviceArray<float> odd(17 * 16);
+  EXPECT_THROW(gather_tiles_cuda({odd.data(), DType::f32, 17, 16, 16}, 1, odd.data(), nullptr),
+               InvalidArgument);
+}
+
 TEST_F(TrellisCuda, ACapturedEncodingCanBeRepeated) {
   const Twin codebook("mul1");
   const std::vector<float> targets = normal_targets(40, 1, 5);

@@ -74,6 +74,23 @@ def test_a_table_is_a_codebook(rng):
     assert not errors.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tiles_go_to_rings_and_back(rng, dtype):
+    matrix = torch.from_numpy(rng.standard_normal((48, 80)).astype(np.float32)).cuda().to(dtype)
+    targets = _cuda_trellis.gather_tiles(matrix, 0.5)
+    assert targets.shape == (15, 256)
+    # Tile 4 is at block row 1, block column 1; lane 5 holds its positions 40 to 47.
+    tile = matrix[16:32, 16:32].float().cpu().numpy() / 2
+    lane = [tile[row, column] for row in (1, 9) for column in (2, 3, 10, 11)]
+    np.testing.assert_array_equal(targets[4, 40:48].cpu().numpy(), lane)
+    words, errors = _cuda_trellis.encode_rings(targets, 4, "mcg")
+    decoded = _cuda_trellis.decode_tiles(words, (48, 80), 4, "mcg")
+    expected = (0.5 * matrix.float() - decoded).double().square().sum()
+    torch.testing.assert_close(errors.double().sum(), expected, rtol=1e-5, atol=0)
+    rounded = _cuda_trellis.decode_tiles(words, (48, 80), 4, "mcg", dtype)
+    assert torch.equal(rounded, decoded.to(dtype))
+
+
 def test_dtypes_and_empty_inputs():
     words, errors = _cuda_trellis.encode_rings(torch.empty((0, 256), device="cuda"), 2)
     assert words.shape == (0, 16) and errors.shape == (0,)
@@ -108,3 +125,8 @@ def test_bad_input_is_named():
         _cuda_trellis.encode_rings(targets, 2, np.zeros(3))
     with pytest.raises(TypeError, match="words: got"):
         _cuda_trellis.decode_rings(targets[:, :16], 2)
+    with pytest.raises(ValueError, match=r"matrix: got \[3, 256\], expected multiples of 16"):
+        _cuda_trellis.gather_tiles(targets)
+    words = torch.zeros((2, 16), dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="words: got 2 tiles, expected 1 "):
+        _cuda_trellis.decode_tiles(words, (16, 16), 2)

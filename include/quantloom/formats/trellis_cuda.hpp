@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "quantloom/cuda_matrix.hpp"
 #include "quantloom/dtype.hpp"
 #include "quantloom/formats/trellis.hpp"
 
@@ -28,8 +29,8 @@ class CudaTrellisCodebook {
 };
 
 struct CudaRings {
-  // [count, 256] in the order of the ring, in units of the codebook. Beyond 16 from zero they are searched
-  // as 16, NaN as -16; errors are against the targets as they are.
+  // [count, 256] in the order of the ring, in units of the codebook. Beyond 12 from zero they are searched
+  // as 12, NaN as -12; errors are against the targets as they are.
   const float* targets = nullptr;
   int64_t count = 0;
   int bits = 2;                     // 1 ... 8
@@ -59,5 +60,17 @@ void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rin
 // The weights [count, 256] of packed rings [count, 8 bits], as float16, bfloat16 or float32.
 void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
                        void* weights, DType dtype, void* stream);
+
+// ---- Tiles of a matrix ----
+//
+// Tiles are 16 x 16, those of the same 16 columns next to each other: tile i * (n / 16) + j of a matrix [n,
+// k] has columns 16 i ... and rows 16 j ..., in the order of a ring (that of the file formats). n and k are
+// multiples of 16.
+
+// Targets [(k / 16) * (n / 16), 256] = factor * the matrix, rounded to float32.
+void gather_tiles_cuda(const CudaMatrix& matrix, float factor, float* targets, void* stream);
+// The weights of packed rings, [k / 16, n / 16, 8 bits], to the matrix; its memory is written.
+void decode_tiles_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int bits,
+                       const CudaMatrix& matrix, void* stream);
 
 }  // namespace quantloom
