@@ -304,7 +304,10 @@ class Scaled(TensorFormat):
         )
 
     def _fit_compressed(self, tensor: Tensor) -> CompressedLUTFormat:
-        """A uniform grid over the normalised values, of the odd size whose measured bits are closest."""
+        """A uniform grid over the normalised values, of the odd size whose measured bits are closest.
+
+        Values that repeat can take fewer bits on any grid: then the smallest of powers of two that takes as
+        many as the finest."""
         out, train = (self.compressor,) * 2 if isinstance(self.compressor, str) else self.compressor
         values = self._sample(tensor, (-1.0, 1.0), None).values
         limit = float(values.abs().max()) if self.scaling == "rms" and values.numel() else 1.0
@@ -325,13 +328,17 @@ class Scaled(TensorFormat):
                 total = bits_of_counts(counts, None, train)
             return total / max(1, values.numel())
 
-        low, high = 1, 2
-        while bits(high) < self.element_bits:
+        low, high, most = 1, 2, (_MOST_GRID_POINTS - 1) // 2
+        while high < most and bits(high) < self.element_bits:
             low, high = high, 2 * high
-            if 2 * high + 1 > _MOST_GRID_POINTS:
+        if bits(high) < self.element_bits:
+            reached = bits(high)
+            if reached > bits(low):
                 raise ValueError(
-                    f"element_bits: got {self.element_bits}, more than a grid of {2 * low + 1} points gives"
+                    f"element_bits: got {self.element_bits}, more than a grid of {2 * high + 1} points gives"
                 )
+            half = next(half for half in (1 << step for step in range(21)) if bits(half) >= reached)
+            return CompressedLUTFormat.train(grid(half), values, compressor=out, **self.args)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if bits(middle) < self.element_bits else (low, middle)

@@ -164,3 +164,21 @@ def test_what_is_refused(x):
         F.Scaled(4, "int", Q.BFLOAT16, (33,), "rms").fit(x)
     with pytest.raises(ValueError, match="element_bits"):
         F.Scaled(2, "fp", Q.BFLOAT16, TENSOR, "rms").fit(x)
+
+
+def test_values_that_repeat_take_fewer_bits():
+    """No grid reaches the entropy that is asked for: the smallest one that tells the values apart."""
+    spec = F.Scaled(3, "int", Q.BFLOAT16, (None, None), "rms", compressor="optimal")
+    for values, points in (
+        (torch.zeros(8, 8), 3),
+        (torch.ones(8, 8), 3),
+        (torch.arange(4.0).repeat(4, 4), 9),
+    ):
+        fmt = spec.fit(values)
+        assert len(fmt.element_format.lut.values) == points
+        assert fmt.quantise(values).sub(values).abs().max() < 0.5
+        assert fmt.encode(values).decode().equal(fmt.quantise(values))
+        assert fmt.count_bits_tensor(values) / values.numel() < 3
+    many = torch.linspace(-1, 1, 1 << 21)
+    with pytest.raises(ValueError, match="element_bits"):
+        F.Scaled(21, "int", Q.FP32, (None,), "rms", compressor="optimal").fit(many)
