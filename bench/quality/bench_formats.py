@@ -98,6 +98,20 @@ def losses(model, data) -> dict[str, float]:
     return {"kl": means["kl_div"], "cross_entropy": means["cross_entropy"]}
 
 
+def fitted_formats(spec, reference, file: Path | None) -> dict:
+    """The format of each matrix; from the file if it has them, else fitted, and put into the file."""
+    from quantloom import formats as Q
+    from quantloom import model_quantisation as M
+
+    known = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    if str(spec) not in known:
+        fits = {name: spec.fit(parameter) for name, parameter in M.named_matrices(reference)}
+        known[str(spec)] = Q.TensorFormat.save(fits)
+        if file:
+            file.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    return Q.TensorFormat.load(known[str(spec)])
+
+
 def measure(spec, reference, data, training, arguments, folder: Path) -> dict:
     """One row: the direct cast, and training from it."""
     import torch
@@ -106,13 +120,15 @@ def measure(spec, reference, data, training, arguments, folder: Path) -> dict:
     from quantloom.experiments import qat
 
     model = copy.deepcopy(reference)
-    log = M.quantise_2d_fixed(model, spec, verbose_log=True, encoded=True)
+    fitted = fitted_formats(spec, reference, arguments.fits)
+    for name, parameter in M.named_matrices(model):
+        M.quantise_parameter_(parameter, fitted[name], encoded=True)
+    log = M.no_quantisation(model)
     encoded = {name: entry["encoded"] for name, entry in log["params"].items()}
     row = {"nominal_bits": log["bits_per_param"], "cast": evaluated(model, encoded, data, folder)}
     if not arguments.steps:
         return row
     student = copy.deepcopy(reference)
-    fitted = {name: entry["fmt"] for name, entry in log["params"].items()}
     T.convert(student, by_layer(student, fitted), arguments.scaling, clip_gradient=False)
     steps = qat.train(
         student,
@@ -202,6 +218,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT), help=f"of {', '.join(formats(3))}")
     parser.add_argument("--bits", type=float, default=3, help="bits of an element, or its entropy")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--fits", type=Path, help="JSON file that keeps fitted formats: fits can be made on another machine"
+    )
+    parser.add_argument("--fit-only", action="store_true", help="fill the file of --fits and end")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--sequences", type=int, help="validation sequences, drawn with a fixed seed; all")
     parser.add_argument("--steps", type=int, default=200, help="of training; 0: no training")
@@ -217,6 +237,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.learning_rate is None:
         arguments.learning_rate = 2.0 ** (-10 - arguments.bits)
+    if arguments.fit_only and not arguments.fits:
+        parser.error("--fit-only: got no --fits, expected the file to fill")
     unknown = set(arguments.formats) - set(formats(3))
     if unknown:
         parser.error(f"--formats: got {sorted(unknown)[0]!r}, expected some of {', '.join(formats(3))}")
@@ -240,6 +262,11 @@ def main() -> None:
         for name in ("training", "validation")
     }
     reference = RequantisableModel.load(arguments.model, arguments.device).model
+    chosen = formats(arguments.bits)
+    if arguments.fit_only:
+        for name in arguments.formats:
+            fitted_formats(chosen[name], reference, arguments.fits)
+        return
     size = {"sequence_length": arguments.sequence_length}
     data = token_prediction.Dataset.load(
         reference, texts["validation"], **size, batch_size=8, sequence_limit=arguments.sequences
@@ -257,7 +284,6 @@ def main() -> None:
             sys.exit(f"error: {arguments.output} was measured under other conditions; choose another file")
         document = earlier
     known = {row["name"] for row in document["rows"]}
-    chosen = formats(arguments.bits)
     for name in dict.fromkeys(arguments.formats):
         if name in known:
             continue

@@ -52,14 +52,21 @@ def test_cast_and_training(tmp_path):
     assert len(lines) == 6
     assert f"{sparse['trained']['kl']:.4f}" in lines[-1]
 
-    assert run(tmp_path / "b.json", *arguments).returncode == 0
-    for suffix in ("json", "md"):
-        assert (tmp_path / f"b.{suffix}").read_bytes() == (tmp_path / f"a.{suffix}").read_bytes()
+    assert run(tmp_path / "b.json", *arguments[:3], "sparse").returncode == 0
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert again == {**document, "rows": [sparse]}
 
 
 def test_rows_join_the_file(tmp_path):
-    arguments = ["--steps", 0, "--sequences", 2, "--bits", 2]
+    """Formats that are measured already are left out, and fits are taken from their file."""
+    arguments = ["--steps", 0, "--sequences", 2, "--bits", 2, "--fits", tmp_path / "fits.json"]
+    done = run(tmp_path / "a.json", *arguments, "--formats", "tensor-rms", "--fit-only")
+    assert done.returncode == 0, done.stderr
+    fits = (tmp_path / "fits.json").read_text()
+    assert list(json.loads(fits)) == ["2b-t(mode=asymmetric){*,*:BFLOAT16:rms:search}"]
+    assert not (tmp_path / "a.json").exists()
     assert run(tmp_path / "a.json", *arguments, "--formats", "tensor-rms").returncode == 0
+    assert (tmp_path / "fits.json").read_text() == fits
     done = run(tmp_path / "a.json", *arguments, "--formats", "tensor-rms", "vectors", "block-signmax")
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["vectors", "block-signmax"]
