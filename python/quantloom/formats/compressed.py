@@ -75,9 +75,9 @@ class CompressedLUTFormat(TensorFormat):
                 f"smoothing: got {smoothing} for {data.numel()} values, expected positive counts"
             )
         with np.errstate(divide="ignore"):
-            # As float32, which files store in half the bytes.
-            logp = np.log(counts / counts.sum()).astype(np.float32)
-            return cls(lut, tuple(logp.tolist()), compressor)
+            logp = np.log(counts / counts.sum()).tolist()
+        # Descriptions hold them as text; more digits than these change no bit in a million.
+        return cls(lut, tuple(float(f"{value:.7g}") for value in logp), compressor)
 
     @classmethod
     def train_grid(cls, data: Tensor, resolution: float, **train_args: Any) -> CompressedLUTFormat:
@@ -121,7 +121,6 @@ class CompressedLUTFormat(TensorFormat):
 
     def _put_codes(self, codes: Tensor, planes: Planes) -> None:
         planes.child("lut").put_table("codebook", self.lut.values)
-        planes.put_table("model_logp", self.model_logp)
         width = np.uint8 if len(self.lut.values) <= 256 else np.uint16
         symbols = codes.reshape(-1).to(torch.int32).cpu().numpy().astype(width)
         coder = "huffman" if self.compressor == "huffman" else "rans"
@@ -129,7 +128,6 @@ class CompressedLUTFormat(TensorFormat):
 
     def _get_codes(self, planes: Planes, count: int) -> Tensor:
         planes.child("lut").check_table("codebook", self.lut.values)
-        planes.check_table("model_logp", self.model_logp)
         stream = planes.get("stream", torch.uint8, None).contiguous()
         symbols = _core.entropy_decode(stream.numpy(), expected=count)
         return torch.from_numpy(symbols.astype(np.int32))

@@ -224,8 +224,6 @@ def _without_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
         return node
     result = {key: _without_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
     tables = [name for name in planes if name == f"{prefix}codebook" or name.startswith(f"{prefix}codebook.")]
-    if node.get("_type") == "compressed_lut" and f"{prefix}model_logp" in planes:
-        result["model_logp"] = {"plane": f"{prefix}model_logp"}
     if node.get("_type") == "lut" and tables:
         result["values"] = {"plane": f"{prefix}codebook"}
     if node.get("_type") == "vlut" and tables:
@@ -240,8 +238,6 @@ def _with_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
     if not isinstance(node, dict):
         return node
     result = {key: _with_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
-    if isinstance(node.get("model_logp"), dict):
-        result["model_logp"] = _table_plane(node["model_logp"], f"{prefix}model_logp", planes)
     values = node.get("values")
     if not isinstance(values, dict):
         return result
