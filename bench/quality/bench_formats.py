@@ -165,15 +165,13 @@ def markdown(document: dict) -> str:
             f" Training: {facts['steps']} steps of {facts['batch']} sequences of `{facts['training']}`,"
             f" learning rate {facts['learning_rate']:.3g}, scales {facts['scaling']}."
         )
-    lines += [
-        "",
-        "| format | nominal bits | measured bits | KL | cross-entropy | bits, trained | KL, trained |"
-        " cross-entropy, trained |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ["format", "nominal bits", "measured bits", "KL", "cross-entropy"]
+    if facts["steps"]:
+        columns += ["bits, trained", "KL, trained", "cross-entropy, trained"]
+    lines += ["", f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for row in document["rows"]:
         cells = [f"{row['name']}: `{row['format']}`", f"{row['nominal_bits']:.3f}", *figures(row["cast"])]
-        cells += figures(row["trained"]) if "trained" in row else [""] * 3
+        cells += figures(row["trained"]) if "trained" in row else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
