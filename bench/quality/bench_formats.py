@@ -228,9 +228,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--centroids-rate", type=float, default=1.0, help="of tables, over that of weights")
     parser.add_argument(
         "--scaling",
-        choices=("parameter", "dynamic"),
-        default="parameter",
-        help="train scales, or compute them",
+        choices=("dynamic", "parameter"),
+        default="dynamic",
+        help="compute scales, or train them: a trained scale of an entropy-coded grid shrinks, so that its"
+        " codes take more bits",
     )
     arguments = parser.parse_args()
     if arguments.learning_rate is None:
