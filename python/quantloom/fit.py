@@ -154,8 +154,10 @@ class Scaled(TensorFormat):
             error_weight: a weight >= 0 for the squared error of each element, such as diagonal Fisher
                 information.
 
-        Raises ValueError if the format cannot take weights, or sizes do not fit.
+        Raises ValueError if the format cannot take weights, sizes do not fit, or there is no element.
         """
+        if not tensor.numel():
+            raise ValueError(f"tensor: got shape {list(tensor.shape)}, expected at least one element")
         if error_weight is not None:
             if not self.supports_error_weight:
                 raise ValueError(f"error_weight: got one, expected None for {self}")

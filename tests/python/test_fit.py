@@ -152,6 +152,8 @@ def test_what_is_refused(x):
         F.Scaled(4, "cauchy", Q.BFLOAT16, TENSOR, "rms")
     with pytest.raises(ValueError, match="compressor"):
         F.Scaled(4, "t", Q.BFLOAT16, TENSOR, "rms", compressor="optimal")
+    with pytest.raises(ValueError, match="tensor"):
+        F.Scaled(4, "t", Q.BFLOAT16, TENSOR, "rms").fit(x[:0])
     with pytest.raises(ValueError, match="vq_length"):
         F.Scaled(4, "t", Q.BFLOAT16, TENSOR, "rms", vq_length=2)
     with pytest.raises(ValueError, match="sparse_format"):
