@@ -6,6 +6,7 @@
 #include "arrays.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 
 namespace quantloom::python {
 namespace {
@@ -74,6 +75,13 @@ void bind_formats(py::module_& module) {
     const auto format = std::dynamic_pointer_cast<const Codebook>(format_from_json(json));
     if (format == nullptr) throw InvalidArgument("format", "another format", "a codebook");
     return format->table;
+  });
+
+  // `table`: codebooks * entries * dim values, or none.
+  module.def("vector_codebook_json", [](int64_t entries, int64_t dim, int64_t group_size, int64_t codebooks,
+                                        const std::string& scale_dtype, const std::vector<float>& table) {
+    const DType dtype = dtype_from_name(scale_dtype);
+    return VectorCodebook(entries, dim, group_size, dtype, codebooks, table).to_json();
   });
 
   py::class_<PackedTensor, std::shared_ptr<PackedTensor>>(module, "Packed")

@@ -21,7 +21,15 @@ from typing import Any as _Any
 from quantloom import layouts
 from quantloom._core import __version__
 from quantloom.calibration import Hessian, proxy_loss
-from quantloom.formats import Codebook, Format, Uniform, format_from_json, format_table, parse_format
+from quantloom.formats import (
+    Codebook,
+    Format,
+    Uniform,
+    VectorCodebook,
+    format_from_json,
+    format_table,
+    parse_format,
+)
 from quantloom.info import build_info
 from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
 from quantloom.recipes import Recipe
@@ -62,6 +70,7 @@ __all__ = [
     "ScaleSearch",
     "Transform",
     "Uniform",
+    "VectorCodebook",
     "__version__",
     "build_info",
     "can_matmul",

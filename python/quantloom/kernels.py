@@ -305,7 +305,7 @@ def _can_matmul_on_cpu(format: Format, activations: str) -> Possible:
         if (
             (row["operation"], row["device"], row["activations"]) == ("matmul", "cpu", stands_for)
             and row["format"] == fields["format"]
-            and int(first) <= fields["bits"] <= int(last or first)
+            and int(first) <= fields.get("bits", int(first)) <= int(last or first)
         ):
             return Possible(True, "")
     return Possible(False, f"no CPU kernel multiplies {format.spec} with {activations} activations")

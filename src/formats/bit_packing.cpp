@@ -7,8 +7,22 @@
 namespace quantloom {
 namespace {
 
-void require_bits(int bits) {
-  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
+void require_bits(int bits, int most) {
+  if (bits < 1 || bits > most) throw InvalidArgument("bits", text_of(bits), text_of("1 to ", most));
+}
+
+void require_words(std::span<uint32_t> words, int64_t count, int bits) {
+  if (static_cast<int64_t>(words.size()) != packed_words(count, bits)) {
+    throw InvalidArgument("words", text_of(words.size(), " words"),
+                          text_of(packed_words(count, bits), " for ", count, " codes of ", bits, " bits"));
+  }
+}
+
+void require_range(std::span<const uint32_t> words, int64_t first, int64_t count, int bits) {
+  if (first < 0 || packed_words(checked_add(first, count), bits) > static_cast<int64_t>(words.size())) {
+    throw InvalidArgument("codes", text_of("[", first, ", ", first, " + ", count, ") of ", bits, " bits"),
+                          text_of("a range inside ", words.size(), " words"));
+  }
 }
 
 uint8_t code_at(const uint32_t* words, int bits, int64_t index) {
@@ -68,12 +82,9 @@ constexpr UnpackBlocks kUnpackBlocks[8] = {unpack_blocks<1>, unpack_blocks<2>, u
 }  // namespace
 
 void pack_bits(std::span<const uint8_t> codes, int bits, std::span<uint32_t> words) {
-  require_bits(bits);
+  require_bits(bits, 8);
   const auto count = static_cast<int64_t>(codes.size());
-  if (static_cast<int64_t>(words.size()) != packed_words(count, bits)) {
-    throw InvalidArgument("words", text_of(words.size(), " words"),
-                          text_of(packed_words(count, bits), " for ", count, " codes of ", bits, " bits"));
-  }
+  require_words(words, count, bits);
   const int64_t blocks = count / 32;
   kPackBlocks[bits - 1](codes.data(), blocks, words.data());
   std::fill(words.begin() + blocks * bits, words.end(), 0U);
@@ -88,12 +99,9 @@ void pack_bits(std::span<const uint8_t> codes, int bits, std::span<uint32_t> wor
 }
 
 void unpack_bits(std::span<const uint32_t> words, int bits, int64_t first, std::span<uint8_t> codes) {
-  require_bits(bits);
+  require_bits(bits, 8);
   const auto count = static_cast<int64_t>(codes.size());
-  if (first < 0 || packed_words(checked_add(first, count), bits) > static_cast<int64_t>(words.size())) {
-    throw InvalidArgument("codes", text_of("[", first, ", ", first, " + ", count, ") of ", bits, " bits"),
-                          text_of("a range inside ", words.size(), " words"));
-  }
+  require_range(words, first, count, bits);
   int64_t i = 0;
   for (; i < count && (first + i) % 32 != 0; ++i) codes[i] = code_at(words.data(), bits, first + i);
   const int64_t blocks = (count - i) / 32;
@@ -102,6 +110,42 @@ void unpack_bits(std::span<const uint32_t> words, int bits, int64_t first, std::
     i += blocks * 32;
   }
   for (; i < count; ++i) codes[i] = code_at(words.data(), bits, first + i);
+}
+
+void pack_wide_bits(std::span<const uint16_t> codes, int bits, std::span<uint32_t> words) {
+  require_bits(bits, 16);
+  const auto count = static_cast<int64_t>(codes.size());
+  require_words(words, count, bits);
+  const uint64_t mask = (uint64_t{1} << bits) - 1;
+  uint64_t window = 0;  // bits that are not stored yet
+  int held = 0;
+  size_t word = 0;
+  for (const uint16_t code : codes) {
+    window |= (code & mask) << held;
+    held += bits;
+    if (held < 32) continue;
+    words[word++] = static_cast<uint32_t>(window);
+    window >>= 32;
+    held -= 32;
+  }
+  if (held > 0) words[word] = static_cast<uint32_t>(window);
+}
+
+void unpack_wide_bits(std::span<const uint32_t> words, int bits, int64_t first, std::span<uint16_t> codes) {
+  require_bits(bits, 16);
+  const auto count = static_cast<int64_t>(codes.size());
+  require_range(words, first, count, bits);
+  const uint32_t mask = (1U << bits) - 1U;
+  int64_t bit = first * bits;
+  for (uint16_t& code : codes) {
+    const auto word = static_cast<size_t>(bit / 32);
+    const int offset = static_cast<int>(bit % 32);
+    uint64_t window = words[word];
+    // Never past the last word, as a code's bits end inside.
+    if (offset + bits > 32) window |= static_cast<uint64_t>(words[word + 1]) << 32;
+    code = static_cast<uint16_t>((window >> offset) & mask);
+    bit += bits;
+  }
 }
 
 void pack_row_tile(const uint8_t* tile, int64_t columns, int bits, int64_t rows, uint32_t* words,

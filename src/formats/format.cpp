@@ -5,8 +5,14 @@
 #include "formats/description.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 
 namespace quantloom {
+
+std::shared_ptr<const Format> Format::fitted(std::shared_ptr<const Format> self, const FloatMatrix& /*w*/,
+                                             int /*threads*/) const {
+  return self;
+}
 
 const std::vector<FormatEntry>& format_table() {
   static const std::vector<FormatEntry> table = {
@@ -23,6 +29,12 @@ const std::vector<FormatEntry>& format_table() {
        &Codebook::from_spec,
        {"codebook:nf4:g64", "codebook:nf3:g16:bf16", "codebook:sf4:channel", "codebook:fp4:g32:f32",
         "codebook:nf4:tensor"}},
+      {"vector_codebook",
+       "tables of up to 65536 vectors of up to 16 weights, fitted to the matrix",
+       &VectorCodebook::from_json,
+       &VectorCodebook::from_spec,
+       {"vector_codebook:64x2:g64", "vector_codebook:256x4:g128:bf16", "vector_codebook:256x8:channel",
+        "vector_codebook:100x4:tensor:f32", "vector_codebook:2x16x4:g32"}},
   };
   return table;
 }

@@ -19,15 +19,19 @@ uint32_t padding_mask(int64_t count, int bits) {
 
 }  // namespace
 
-GroupedFormat::GroupedFormat(int bits_given, int64_t group_size_given, DType scale_dtype_given)
-    : bits(bits_given), group_size(group_size_given), scale_dtype(scale_dtype_given) {
-  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
+ScaledFormat::ScaledFormat(int64_t group_size_given, DType scale_dtype_given)
+    : group_size(group_size_given), scale_dtype(scale_dtype_given) {
   if (group_size <= 0 && group_size != kPerChannel && group_size != kPerTensor) {
     throw InvalidArgument("group_size", text_of(group_size), "a positive number, kPerChannel or kPerTensor");
   }
   if (!is_float16_or_32(scale_dtype)) {
     throw TypeMismatch("scale_dtype", name_of(scale_dtype), "float16, bfloat16 or float32");
   }
+}
+
+GroupedFormat::GroupedFormat(int bits_given, int64_t group_size_given, DType scale_dtype_given)
+    : ScaledFormat(group_size_given, scale_dtype_given), bits(bits_given) {
+  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
 }
 
 std::string group_text(int64_t group_size) {
@@ -96,13 +100,16 @@ bool GroupParts::take(std::string_view part) {
   return false;
 }
 
+PlaneSpec scales_plane(const ScaledFormat& format, int64_t n, int64_t k) {
+  const bool per_tensor = format.group_size == ScaledFormat::kPerTensor;
+  return {"scales", format.scale_dtype, {per_tensor ? 1 : n, per_tensor ? 1 : format.group_count(k)}};
+}
+
 std::vector<PlaneSpec> grouped_planes(const GroupedFormat& format, int64_t n, int64_t k) {
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes >= 0");
-  const bool per_tensor = format.group_size == GroupedFormat::kPerTensor;
   std::vector<PlaneSpec> specs;
   specs.push_back({"codes", DType::i32, {n, packed_words(k, format.bits)}});
-  specs.push_back(
-      {"scales", format.scale_dtype, {per_tensor ? 1 : n, per_tensor ? 1 : format.group_count(k)}});
+  specs.push_back(scales_plane(format, n, k));
   if (format.group_size > 0) specs.push_back({"group_index", DType::i32, {k}, true});
   return specs;
 }
@@ -113,8 +120,7 @@ void require_countable(const std::vector<PlaneSpec>& specs) {
   }
 }
 
-void validate_grouped(const GroupedFormat& format, const PackedTensor& packed) {
-  const Tensor& scales = packed.plane("scales");
+void require_finite_scales(const Tensor& scales) {
   for (int64_t i = 0; i < scales.element_count(); ++i) {
     if (!std::isfinite(scale_at(scales, i))) {
       const int64_t groups = scales.shape()[1];
@@ -123,6 +129,10 @@ void validate_grouped(const GroupedFormat& format, const PackedTensor& packed) {
                             "finite scales");
     }
   }
+}
+
+void validate_grouped(const GroupedFormat& format, const PackedTensor& packed) {
+  require_finite_scales(packed.plane("scales"));
   require_zero_padding(packed.plane("codes"), "codes", packed.k, format.bits);
   if (packed.planes.contains("group_index")) {
     require_group_index(packed.plane("group_index").values<int32_t>(), format.group_count(packed.k),

@@ -1,4 +1,4 @@
-// What the formats with scalar codes share: their descriptions, planes and checks.
+// What the formats with one scale per group share: their descriptions, planes and checks.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
@@ -27,6 +27,9 @@ std::string group_text(int64_t group_size);
 // "" for float16, else ":bf16" or ":f32".
 std::string_view scale_dtype_suffix(DType scale_dtype);
 
+PlaneSpec scales_plane(const ScaledFormat& format, int64_t n, int64_t k);
+// Throws InvalidArgument naming the first scale that is not finite.
+void require_finite_scales(const Tensor& scales);
 // Planes "codes", "scales" and (optional) "group_index".
 std::vector<PlaneSpec> grouped_planes(const GroupedFormat& format, int64_t n, int64_t k);
 // Throws InvalidArgument if the bytes of a plane cannot be counted.

@@ -1,5 +1,6 @@
 #include "quantloom/kernels/kernel_table.hpp"
 
+#include "algebra/dense.hpp"
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/prepared_strips.hpp"
 #include "kernels/strip_job.hpp"
@@ -23,9 +24,13 @@ std::vector<KernelEntry> kernel_table() {
     table.push_back({"matmul", "codebook", std::to_string(bits), "any", "cpu", "float32", "any",
                      "float32 strip loop with table, " + width, cpu_target()});
   }
+  table.push_back({"matmul", "vector_codebook", "1-16", "any", "cpu", "float32", "any",
+                   "rows decoded, then multiplied", algebra::instruction_set()});
   for (const char* format : {"uniform", "codebook"}) {
     table.push_back({"dequantize", format, "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   }
+  table.push_back(
+      {"dequantize", "vector_codebook", "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
   return table;
 }

@@ -5,8 +5,10 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
 #include "kernels/strip_job.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/parallel.hpp"
 
 namespace quantloom {
@@ -222,7 +224,8 @@ void check_shapes(const FloatMatrix& x, int64_t n, int64_t k, MatrixView<float> 
 std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int threads) {
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
-  if (dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
+  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
+  if (!by_rows && dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }
@@ -237,23 +240,29 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
     throw Unsupported(text_of("prepare: got k = ", packed.k, ", expected at most ",
                               std::numeric_limits<int32_t>::max() / 2));
   }
+  if (by_rows) return kernels::prepare_rows(packed);
   return kernels::prepare_strips(packed, threads);
 }
 
 void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
             const MatmulOptions& options) {
   const int threads = resolve_threads(options.threads);
+  const auto* rows = dynamic_cast<const kernels::PreparedRows*>(&w);
   const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
-  if (prepared == nullptr) throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
-  if (options.activations == Activations::int8 && !prepared->table.empty()) {
+  if (rows == nullptr && prepared == nullptr) {
+    throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
+  }
+  if (options.activations == Activations::int8 && (rows != nullptr || !prepared->table.empty())) {
     throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid, and w is ",
-                              prepared->format->spec(), "; use exact activations"));
+                              rows != nullptr ? rows->packed.format->spec() : prepared->format->spec(),
+                              "; use exact activations"));
   }
   kernels::check_shapes(x, w.n(), w.k(), y);
+  if (y.rows() == 0 || y.cols() == 0) return;
+  if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
   // A single batch is checked as it is rounded, before y is touched.
   if (options.activations == Activations::int8 && x.rows() > kernels::kBatchTokens)
     require_finite(x, "x", threads);
-  if (y.rows() == 0 || y.cols() == 0) return;
   for (int64_t first = 0; first < x.rows(); first += kernels::kBatchTokens) {
     const int64_t count = std::min(kernels::kBatchTokens, x.rows() - first);
     kernels::multiply_batch(x, first, count, *prepared, y, options.activations, threads);

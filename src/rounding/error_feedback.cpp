@@ -268,15 +268,17 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   require_valid(options);
   const int64_t n = w.rows();
   const int64_t k = w.cols();
+  static_cast<void>(format->planes(n, k));
+  require_usable(hessian, k);
+  if (options.held_out != nullptr) require_hessian(*options.held_out, k, "held_out");
+  require_finite(w, "w", options.threads);
+  format = format->fitted(format, w, options.threads);
   std::unique_ptr<ColumnEncoder> encoder = format->column_encoder(format, n, k, {});
   const int64_t step = encoder->columns_per_step();
   if (k % step != 0) {
     throw InvalidArgument("w", text_of(k, " columns"),
                           text_of("a multiple of ", step, ", the format's step"));
   }
-  require_usable(hessian, k);
-  if (options.held_out != nullptr) require_hessian(*options.held_out, k, "held_out");
-  require_finite(w, "w", options.threads);
 
   const std::vector<double> diagonal = hessian.diagonal();
   std::vector<int64_t> order = walk_order(diagonal, step, options.act_order);

@@ -74,8 +74,10 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   }
   const int64_t n = w.rows();
   const int64_t k = w.cols();
-  const auto encoder = format->column_encoder(format, n, k, {});
+  static_cast<void>(format->planes(n, k));
   require_finite(w, "w", options.threads);
+  format = format->fitted(format, w, options.threads);
+  const auto encoder = format->column_encoder(format, n, k, {});
 
   std::vector<float> weights;
   if (options.hessian != nullptr && options.scale_search) weights = column_weights(*options.hessian);

@@ -52,12 +52,28 @@ def scales_and_zeros(q) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(q) -> np.ndarray:
-    """W', float32: scale * (code - zero_point), or scale * table[code]."""
+    """W', float32: scale * (code - zero_point), scale * table[code], or scale * a sum of vectors."""
     group = group_of_column(q)
+    if hasattr(q.format, "codebooks"):
+        return scales_of(q)[:, group] * vectors(q)
     if "codebook" in q.planes:
         return scales_of(q)[:, group] * np.asarray(q.planes["codebook"]).astype(np.float32)[codes(q)]
     scales, zeros = scales_and_zeros(q)
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+
+
+def vectors(q) -> np.ndarray:
+    """What the codes of a vector codebook stand for, before scaling, float32, [n, k]."""
+    n, k = q.shape
+    form, stream = q.format, np.asarray(q.planes["codes"])
+    count = -(-k // form.dim)
+    tables = np.asarray(q.planes["codebook"]).astype(np.float32)
+    rows = [unpack_bits(stream[r], form.bits, count * form.codebooks) for r in range(n)]
+    codes = np.array(rows, dtype=np.int64).reshape(n, count, form.codebooks)
+    total = np.zeros((n, count, form.dim), dtype=np.float32)
+    for book in range(form.codebooks):
+        total = total + tables[book][codes[:, :, book]]
+    return total.reshape(n, count * form.dim)[:, :k]
 
 
 def nearest_column(

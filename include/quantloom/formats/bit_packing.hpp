@@ -18,5 +18,8 @@ inline int64_t packed_words(int64_t count, int bits) {
 void pack_bits(std::span<const uint8_t> codes, int bits, std::span<uint32_t> words);
 // Unpacks codes [first, first + codes.size()) of the stream.
 void unpack_bits(std::span<const uint32_t> words, int bits, int64_t first, std::span<uint8_t> codes);
+// The same for codes of 1 to 16 bits.
+void pack_wide_bits(std::span<const uint16_t> codes, int bits, std::span<uint32_t> words);
+void unpack_wide_bits(std::span<const uint32_t> words, int bits, int64_t first, std::span<uint16_t> codes);
 
 }  // namespace quantloom

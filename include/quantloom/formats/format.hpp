@@ -68,6 +68,10 @@ class Format {
   virtual void validate_values(const PackedTensor& packed) const = 0;
   // Decodes rows [first_row, first_row + out.rows()) to `out` [rows, k].
   virtual void decode(const PackedTensor& packed, int64_t first_row, MatrixView<float> out) const = 0;
+  // The format with what it takes from a whole matrix before a group is fitted, such as tables; `self` for
+  // those that take nothing. w must be finite, of a size that planes() takes.
+  virtual std::shared_ptr<const Format> fitted(std::shared_ptr<const Format> self, const FloatMatrix& w,
+                                               int threads) const;
   // `group_of_column`: empty for groups of consecutive columns, else k entries in
   // [0, group_count) with at most group_size columns each; stored as plane "group_index".
   virtual std::unique_ptr<ColumnEncoder> column_encoder(std::shared_ptr<const Format> self, int64_t n,

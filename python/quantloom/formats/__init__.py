@@ -1,6 +1,6 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform`` and ``Codebook`` are the formats that ``ql.quantize`` packs matrices to and that
+Two families. ``Uniform``, ``Codebook`` and ``VectorCodebook`` are the formats that ``ql.quantize`` packs matrices to and that
 kernels multiply with; they need NumPy only. The others are a vocabulary to compare formats with, for torch
 tensors of any shape: element formats (floats, integers, tables, vector tables), density-based tables,
 Lloyd-Max, and wrappers that add block scales, outliers, rotations and entropy coding::
@@ -25,6 +25,7 @@ from quantloom.formats.packed import (
     Codebook,
     Format,
     Uniform,
+    VectorCodebook,
     format_from_json,
     format_table,
     group_columns,
@@ -68,6 +69,7 @@ __all__ = [
     "Codebook",
     "Format",
     "Uniform",
+    "VectorCodebook",
     "format_from_json",
     "format_table",
     "group_columns",

@@ -11,9 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from quantloom import _checks, _core
 
-__all__ = ["Codebook", "Format", "Uniform", "format_from_json", "format_table", "parse_format"]
+__all__ = [
+    "Codebook",
+    "Format",
+    "Uniform",
+    "VectorCodebook",
+    "format_from_json",
+    "format_table",
+    "parse_format",
+]
 
 _NAMED_GROUPS = {"channel": -1, "tensor": -2}  # as the C++ side counts them
 
@@ -148,6 +158,94 @@ class Codebook(Format):
         return self._json
 
 
+@dataclass(frozen=True)
+class VectorCodebook(Format):
+    """Tables of short vectors: ``values = scale * (table[0][code 0] + table[1][code 1] + ...)``.
+
+    The weights of `dim` consecutive columns are one code of each table; with one table (the usual case) that
+    is vector quantization, at ``log2(entries) / dim`` bits per weight beside scales and the table.
+
+    Args:
+        entries: of each table, 2 to 65536; a code takes as few bits as number them.
+        dim: columns of a vector, 1 to 16. CUDA kernels take 2, 4 and 8.
+        group_size: columns along in_features that share a scale: a multiple of `dim` (the last group of a
+            row may be shorter), ``"channel"`` (one scale per row) or ``"tensor"`` (one for the matrix). The
+            scale of a group is its largest magnitude, and tables are in units of it.
+        codebooks: tables whose entries are added, 1 to 8.
+        scale_dtype: the dtype in which scales are stored: ``"float16"``, ``"bfloat16"`` or
+            ``"float32"``. Codes are chosen against the scale as stored.
+        table: None: ``quantize`` fits tables to each matrix (k-means of an even subset of its vectors over
+            their scales, one table after the other). Else values ``[entries, dim]`` or
+            ``[codebooks, entries, dim]``, which are rounded to float16; afterwards a read-only float16 array
+            ``[codebooks, entries, dim]``. A packed tensor holds its tables in the plane ``codebook``, not in
+            its format.
+
+    Codes are the nearest entries of one table after the other: with one table, the nearest vector.
+
+    Only formats without a table have a short form that ``parse_format`` reads; others are described by their
+    values in JSON.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    entries: int
+    dim: int
+    group_size: int | str = 64
+    codebooks: int = 1
+    scale_dtype: str = "float16"
+    table: Any = field(default=None, compare=False)
+    _json: str = field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        for name, most in (("entries", 65536), ("dim", 16), ("codebooks", 8)):
+            least = 2 if name == "entries" else 1
+            value = _checks.integer(name, getattr(self, name), expected=f"an integer from {least} to {most}")
+            set_field(self, name, value)
+        columns = group_columns(self.group_size)
+        if columns > 0:
+            set_field(self, "group_size", columns)
+        set_field(self, "scale_dtype", _scale_dtype(self.scale_dtype))
+        values: list[float] = []
+        if self.table is not None:
+            table = _vector_tables(self.table, self.codebooks, self.entries, self.dim)
+            values = table.ravel().tolist()
+            set_field(self, "table", table)
+        text = _core.vector_codebook_json(
+            self.entries, self.dim, columns, self.codebooks, self.scale_dtype, values
+        )
+        set_field(self, "_json", text)
+
+    @property
+    def bits(self) -> int:
+        """The width of a code."""
+        return (self.entries - 1).bit_length()
+
+    def to_json(self) -> str:
+        return self._json
+
+
+def _vector_tables(table: Any, codebooks: int, entries: int, dim: int) -> np.ndarray:
+    shapes = [(codebooks, entries, dim), *([(entries, dim)] if codebooks == 1 else [])]
+    expected = "numbers of shape " + " or ".join(map(str, shapes))
+    if hasattr(table, "detach"):  # a torch tensor
+        table = table.detach().cpu()
+        table = table.float() if table.is_floating_point() else table
+    try:
+        values = np.asarray(table)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"table: got rows of different lengths, expected {expected}") from None
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"table: got {values.dtype.name} values, expected {expected}")
+    if values.shape not in shapes:
+        raise ValueError(f"table: got shape {values.shape}, expected {expected}")
+    if not np.isfinite(values).all() or (np.abs(values) > 65504).any():
+        raise ValueError("table: got values that float16 cannot hold, expected finite ones of at most 65504")
+    values = values.astype(np.float16).reshape(shapes[0]) + np.float16(0)  # -0 becomes 0
+    values.setflags(write=False)
+    return values
+
+
 def _scale_dtype(dtype: Any) -> str:
     if not isinstance(dtype, str):  # np.float16, np.dtype("float16"), torch.float16
         name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
@@ -184,6 +282,8 @@ def parse_format(spec: str | Format) -> Format:
     - ``uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]``; defaults: g128, sym, f16
     - ``codebook:TABLE[:gN|:channel|:tensor][:f16|:bf16|:f32]`` with TABLE nf4, nf3, sf4 or fp4; defaults:
       g64, f16
+    - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
+      each matrix; defaults: g64 (or the next multiple of DIM), f16
 
     Raises ValueError naming what was not understood.
     """
@@ -203,4 +303,10 @@ def _from_fields(entry: dict[str, Any]) -> Format:
         return Uniform(entry["bits"], entry["group_size"], entry["symmetric"], entry["scale_dtype"])
     if entry["format"] == "codebook":
         return Codebook(entry["table"], entry["bits"], entry["group_size"], entry["scale_dtype"])
+    if entry["format"] == "vector_codebook":
+        codebooks, entries, dim = (entry[name] for name in ("codebooks", "entries", "dim"))
+        table = entry.get("table")
+        if table is not None:
+            table = np.array(table, dtype=np.float16).reshape(codebooks, entries, dim)
+        return VectorCodebook(entries, dim, entry["group_size"], codebooks, entry["scale_dtype"], table)
     raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")

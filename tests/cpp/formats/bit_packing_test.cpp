@@ -40,6 +40,45 @@ const std::vector<int64_t>& sizes() {
   return all;
 }
 
+TEST(BitPacking, WideCodesMatchTheDefinitionForEveryWidthAndSize) {
+  for (int bits = 1; bits <= 16; ++bits) {
+    for (const int64_t count : sizes()) {
+      const CounterRandom random(static_cast<uint64_t>(100 * count + bits));
+      std::vector<uint16_t> codes(static_cast<size_t>(count));
+      for (size_t i = 0; i < codes.size(); ++i) {
+        codes[i] = static_cast<uint16_t>(random.bits(i) & ((1U << bits) - 1U));
+      }
+      std::vector<uint32_t> expected(static_cast<size_t>(packed_words(count, bits)));
+      for (size_t i = 0; i < codes.size(); ++i) {
+        for (int b = 0; b < bits; ++b) {
+          const size_t position = i * static_cast<size_t>(bits) + static_cast<size_t>(b);
+          if (((codes[i] >> b) & 1) != 0) expected[position / 32] |= 1U << (position % 32);
+        }
+      }
+      std::vector<uint32_t> words(expected.size() + 1, kCanary);
+      pack_wide_bits(codes, bits, std::span(words).first(expected.size()));
+      EXPECT_EQ(words.back(), kCanary);
+      words.pop_back();
+      ASSERT_EQ(words, expected) << bits << " bits, " << count;
+      std::vector<uint16_t> back(codes.size());
+      unpack_wide_bits(words, bits, 0, back);
+      ASSERT_EQ(back, codes);
+      for (size_t first = 0; first < codes.size(); first += 37) {
+        std::vector<uint16_t> some(std::min<size_t>(5, codes.size() - first));
+        unpack_wide_bits(words, bits, static_cast<int64_t>(first), some);
+        ASSERT_TRUE(std::equal(some.begin(), some.end(), codes.begin() + static_cast<int64_t>(first)));
+      }
+      EXPECT_THROW(unpack_wide_bits(words, bits, 40 * std::max<int64_t>(count, 1), back), InvalidArgument);
+    }
+  }
+  std::vector<uint16_t> codes(3);
+  std::vector<uint32_t> words(3);
+  EXPECT_THROW(pack_wide_bits(codes, 17, words), InvalidArgument);
+  EXPECT_THROW(pack_wide_bits(codes, 0, words), InvalidArgument);
+  EXPECT_THROW(pack_wide_bits(codes, 8, words), InvalidArgument);
+  EXPECT_THROW(unpack_wide_bits(words, 16, -1, codes), InvalidArgument);
+}
+
 TEST(BitPacking, MatchesTheDefinitionForEveryWidthAndSize) {
   for (int bits = 1; bits <= 8; ++bits) {
     for (const int64_t count : sizes()) {
