@@ -93,6 +93,16 @@ if(QUANTLOOM_HAS_CUDA)
       endforeach()
     endforeach()
   endforeach()
+  # Vector codebooks: weights of a vector, bits of a weight, and whether the table is in shared memory.
+  set(decoder_header "formats/vector_fragments.cuh")
+  foreach(sizes "2, 2, true" "2, 3, true" "2, 4, true" "2, 5, true" "2, 6, true" "4, 1, true" "4, 2, true"
+      "4, 3, true" "4, 4, false" "8, 1, true" "8, 2, true" "8, 2, false")
+    set(decoder "VectorFragments<${sizes}>")
+    string(REPLACE ", " "_" name "${sizes}")
+    set(instance ${PROJECT_BINARY_DIR}/cuda/vector_products_${name}.cu)
+    configure_file(${PROJECT_SOURCE_DIR}/cuda/kernels/vector_products.cu.in ${instance} @ONLY)
+    list(APPEND cuda_instances ${instance})
+  endforeach()
   target_sources(quantloom PRIVATE ${cuda_sources} ${cuda_instances})
   target_include_directories(quantloom PRIVATE ${PROJECT_SOURCE_DIR}/cuda)
   set_target_properties(quantloom PROPERTIES

@@ -27,35 +27,44 @@ std::string token_range(const CudaProduct& product) {
   return product.min_tokens > 1 ? text_of(product.min_tokens, "-") : "any";
 }
 
+KernelEntry product_entry(const char* format, const std::string& bits, const CudaProduct& product,
+                          DType dtype) {
+  return {.operation = "matmul",
+          .format = format,
+          .bits = bits,
+          .groups = "any",
+          .device = "cuda",
+          .activations = std::string(name_of(dtype)),
+          .tokens = token_range(product),
+          .kernel = std::string(product.name),
+          .target = text_of("sm_", product.min_architecture, " and later, built for ", cuda_architectures())};
+}
+
 }  // namespace
 
 std::vector<KernelEntry> cuda_kernel_table() {
   std::vector<KernelEntry> table;
-  for (const char* format : {"uniform", "codebook"}) {
-    for (int bits = 1; bits <= 8; ++bits) {
-      for (const CudaProduct& product : cuda_products()) {
-        for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
-          if (dtype == DType::f32 && !product.float32) continue;
-          const int least = product.min_architecture;
-          table.push_back({.operation = "matmul",
-                           .format = format,
-                           .bits = std::to_string(bits),
-                           .groups = "any",
-                           .device = "cuda",
-                           .activations = std::string(name_of(dtype)),
-                           .tokens = token_range(product),
-                           .kernel = std::string(product.name),
-                           .target = text_of("sm_", least, " and later, built for ", cuda_architectures())});
-        }
+  const auto add = [&](const char* format, const std::string& bits, bool vectors) {
+    for (const CudaProduct& product : cuda_products()) {
+      if (vectors && !product.vectors) continue;
+      for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+        if (dtype == DType::f32 && !product.float32) continue;
+        table.push_back(product_entry(format, bits, product, dtype));
       }
     }
+  };
+  for (const char* format : {"uniform", "codebook"}) {
+    for (int bits = 1; bits <= 8; ++bits) add(format, std::to_string(bits), false);
   }
+  // One table of vectors of 2 (codes of up to 12 bits), 4 or 8 weights.
+  add("vector_codebook", "1-16", true);
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
-       {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments")}) {
+       {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
+        std::pair("vector_codebook", "decode_fragments")}) {
     table.push_back({.operation = "dequantize",
                      .format = format,
-                     .bits = "1-8",
+                     .bits = format == std::string_view("vector_codebook") ? "1-16" : "1-8",
                      .groups = "any",
                      .device = "cuda",
                      .activations = "",

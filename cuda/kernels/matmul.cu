@@ -10,6 +10,7 @@
 #include "common/device.hpp"
 #include "formats/codebook_fragments.cuh"
 #include "formats/uniform_fragments.cuh"
+#include "formats/vector_fragments.cuh"
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/overlap.cuh"
@@ -35,11 +36,13 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .description = "streaming loop, parts added in a cluster",
      .max_tokens = cuda::kMaxStreamTokens,
      .min_architecture = 90,
-     .needs_clusters = true},
+     .needs_clusters = true,
+     .vectors = true},
     {.name = "stream_partials",
      .description = "streaming loop, parts added in memory",
      .max_tokens = cuda::kMaxStreamTokens,
-     .workspace = true},
+     .workspace = true,
+     .vectors = true},
     {.name = "tiles_wgmma",
      .description = "tiles through shared memory, wgmma",
      .min_architecture = 90,
@@ -49,13 +52,15 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
     {.name = "decode",
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
-     .workspace = true},
+     .workspace = true,
+     .vectors = true},
 }};
 
-// Why `product` cannot run, or nothing.
-std::optional<std::string> why_not(const CudaProduct& product, int64_t m, DType dtype,
+// Why `product` cannot run, or nothing. `vectors`: the codes are of vectors.
+std::optional<std::string> why_not(const CudaProduct& product, bool vectors, int64_t m, DType dtype,
                                    const DeviceFacts& device, const CudaMatmulOptions& options) {
   const std::string name(product.name);
+  if (vectors && !product.vectors) return text_of("kernel ", name, " takes no vector codebooks");
   if (dtype != DType::f16 && dtype != DType::bf16 && !(product.float32 && dtype == DType::f32)) {
     return text_of("kernel ", name, " takes no ", name_of(dtype), " activations");
   }
@@ -89,8 +94,8 @@ struct Choice {
   std::string reason;  // why none
 };
 
-// `weights`: n * k.
-Choice choose(int64_t weights, int64_t m, DType dtype, const DeviceFacts& device,
+// `weights`: n * k. `vectors`: the codes are of vectors.
+Choice choose(int64_t weights, bool vectors, int64_t m, DType dtype, const DeviceFacts& device,
               const CudaMatmulOptions& options) {
   const int64_t decode_from = weights < kSmallWeights ? kDecodeFromTokensIfSmall : kDecodeFromTokens;
   if (options.splits < 0 || options.splits > kMaxSplits) {
@@ -102,7 +107,7 @@ Choice choose(int64_t weights, int64_t m, DType dtype, const DeviceFacts& device
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
     if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
-    const auto reason = why_not(product, std::max<int64_t>(m, 1), dtype, device, options);
+    const auto reason = why_not(product, vectors, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
       return choice;
@@ -244,7 +249,30 @@ constexpr std::array<Launchers, 8> all_launchers() {
           launchers<Fragments<7>>(), launchers<Fragments<8>>()};
 }
 
+// Without tile loops.
+template <int kDim, int kWords, bool kInShared>
+constexpr Launchers vector_launchers() {
+  using Decoder = cuda::VectorFragments<kDim, kWords, kInShared>;
+  return {Decoder::kSharedBytes,          &cuda::launch_stream<Decoder>,          nullptr, nullptr,
+          &cuda::launch_decoded<Decoder>, &cuda::launch_decode_fragments<Decoder>};
+}
+
+const Launchers& vector_launchers_of(const FragmentLayout& layout) {
+  static constexpr std::array<Launchers, 5> kTwo = {
+      vector_launchers<2, 2, true>(), vector_launchers<2, 3, true>(), vector_launchers<2, 4, true>(),
+      vector_launchers<2, 5, true>(), vector_launchers<2, 6, true>()};
+  static constexpr std::array<Launchers, 4> kFour = {
+      vector_launchers<4, 1, true>(), vector_launchers<4, 2, true>(), vector_launchers<4, 3, true>(),
+      vector_launchers<4, 4, false>()};
+  static constexpr std::array<Launchers, 3> kEight = {
+      vector_launchers<8, 1, true>(), vector_launchers<8, 2, true>(), vector_launchers<8, 2, false>()};
+  if (layout.dim == 2) return kTwo[static_cast<size_t>(layout.bits - 2)];
+  if (layout.dim == 4) return kFour[static_cast<size_t>(layout.bits - 1)];
+  return kEight[layout.bits == 1 ? 0 : layout.code_bits <= 12 ? 1 : 2];
+}
+
 const Launchers& launchers_of(const FragmentLayout& layout) {
+  if (layout.dim > 1) return vector_launchers_of(layout);
   static constexpr auto kUniform = all_launchers<cuda::UniformFragments>();
   static constexpr auto kCodebook = all_launchers<cuda::CodebookFragments>();
   return (layout.table_entries > 0 ? kCodebook : kUniform)[static_cast<size_t>(layout.bits - 1)];
@@ -333,8 +361,8 @@ std::span<const CudaProduct> cuda_products() {
 std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, DType dtype,
                                                const CudaMatmulOptions& options) {
   try {
-    static_cast<void>(fragment_layout(format, 1, 1, false));
-    Choice choice = choose(0, m, dtype, current_device(), options);
+    Choice choice =
+        choose(0, fragment_layout(format, 1, 1, false).dim > 1, m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -345,8 +373,8 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
 std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
                                const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
-  static_cast<void>(fragment_layout(*w.format, w.n, w.k, w.has("group_index")));
-  const Choice choice = choose(w.n * w.k, m, dtype, current_device(), options);
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
 }
@@ -356,7 +384,7 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, m, dtype, device, options);
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
@@ -370,7 +398,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   require_arguments(w, arguments);
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, arguments.m, arguments.dtype, device, options);
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
   cuda::FragmentMatrix matrix = matrix_of(layout);

@@ -4,7 +4,7 @@
 
 #include "common/check.cuh"
 #include "common/device.hpp"
-#include "formats/fragment_order.hpp"
+#include "formats/vector_order.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
@@ -17,6 +17,8 @@ constexpr int kThreads = 256;
 struct Orders {
   fragments::CodeOrder code_order = fragments::CodeOrder::halves;
   int bits = 0;
+  int dim = 1;        // weights of a code
+  int code_bits = 0;  // of a packed code
   int64_t n = 0;
   int64_t k = 0;
   int64_t column_blocks = 0;
@@ -33,6 +35,14 @@ __device__ uint32_t read_code(const uint32_t* words, int bits, int64_t index) {
   uint64_t window = words[bit / 32];
   if (shift + bits > 32) window |= static_cast<uint64_t>(words[bit / 32 + 1]) << 32;
   return static_cast<uint32_t>(window >> shift) & ((1U << bits) - 1U);
+}
+
+// Into words that were zeroed before; other threads put codes into them too.
+__device__ void put_code(uint32_t* words, int bits, int64_t index, uint32_t code) {
+  const int64_t bit = index * bits;
+  const uint64_t field = static_cast<uint64_t>(code) << (bit % 32);
+  atomicOr(words + bit / 32, static_cast<uint32_t>(field));
+  if ((field >> 32) != 0) atomicOr(words + bit / 32 + 1, static_cast<uint32_t>(field >> 32));
 }
 
 // Where code `i` of a thread's unit lies in the matrix; row or column out of range: padding.
@@ -71,6 +81,53 @@ __global__ void __launch_bounds__(kThreads)
   for (int w = 0; w < orders.bits; ++w) *unit_words(orders, prepared, unit_index, w) = words[w];
 }
 
+// Where the vector in field `field` of a thread's unit lies in the matrix; row or column out of range:
+// padding.
+__device__ void locate_vector(const Orders& orders, int64_t unit_index, int field, int64_t& row,
+                              int64_t& column) {
+  const int lane = static_cast<int>(unit_index % 32);
+  const int unit = static_cast<int>(unit_index / 32 % 4);
+  const int64_t block = unit_index / 128;
+  row = block / orders.column_blocks * 64 + unit * 16 + fragments::vector_row(orders.dim, lane, field);
+  column = block % orders.column_blocks * 64 + fragments::vector_column(orders.dim, lane, field);
+  if (orders.source != nullptr) column = orders.source[column];
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prepare_vectors(Orders orders, int64_t units, const uint32_t* __restrict__ packed,
+                    uint32_t* __restrict__ prepared) {
+  const int64_t unit_index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit_index >= units) return;
+  uint32_t words[9] = {};
+  for (int field = 0; field < 32 / orders.dim; ++field) {
+    int64_t row = 0;
+    int64_t column = 0;
+    locate_vector(orders, unit_index, field, row, column);
+    if (row >= orders.n || column < 0 || column >= orders.k) continue;
+    const uint32_t code = read_code(packed + row * orders.row_words, orders.code_bits, column / orders.dim);
+    fragments::put_field(words, orders.dim * orders.bits, field, code);
+  }
+  for (int w = 0; w < orders.bits; ++w) *unit_words(orders, prepared, unit_index, w) = words[w];
+}
+
+// `packed` is zeroed before; several units write bits of one word.
+__global__ void __launch_bounds__(kThreads)
+    unprepare_vectors(Orders orders, int64_t units, uint32_t* __restrict__ prepared,
+                      uint32_t* __restrict__ packed) {
+  const int64_t unit_index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit_index >= units) return;
+  uint32_t words[9] = {};
+  for (int w = 0; w < orders.bits; ++w) words[w] = *unit_words(orders, prepared, unit_index, w);
+  for (int field = 0; field < 32 / orders.dim; ++field) {
+    int64_t row = 0;
+    int64_t column = 0;
+    locate_vector(orders, unit_index, field, row, column);
+    if (row >= orders.n || column < 0 || column >= orders.k) continue;
+    put_code(packed + row * orders.row_words, orders.code_bits, column / orders.dim,
+             fragments::field_of(words, orders.dim * orders.bits, field));
+  }
+}
+
 // `packed` is zeroed before; several units write bits of one word.
 __global__ void __launch_bounds__(kThreads)
     unprepare_codes(Orders orders, int64_t units, uint32_t* __restrict__ prepared,
@@ -86,11 +143,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t column = 0;
     locate(orders, unit_index, i, row, column);
     if (row >= orders.n || column < 0 || column >= orders.k) continue;
-    const int64_t bit = column * orders.bits;
-    const uint64_t field = static_cast<uint64_t>(codes[i]) << (bit % 32);
-    uint32_t* at = packed + row * orders.row_words + bit / 32;
-    atomicOr(at, static_cast<uint32_t>(field));
-    if ((field >> 32) != 0) atomicOr(at + 1, static_cast<uint32_t>(field >> 32));
+    put_code(packed + row * orders.row_words, orders.bits, column, codes[i]);
   }
 }
 
@@ -131,11 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t from = parameter_at(orders, row, group);
   scales[row * orders.group_count + group] = prepared_scales[from];
   if (zeros != nullptr) {
-    const int64_t bit = row * orders.bits;
-    const uint64_t field = static_cast<uint64_t>(prepared_zeros[from]) << (bit % 32);
-    uint32_t* at = zeros + group * orders.zero_words + bit / 32;
-    atomicOr(at, static_cast<uint32_t>(field));
-    if ((field >> 32) != 0) atomicOr(at + 1, static_cast<uint32_t>(field >> 32));
+    put_code(zeros + group * orders.zero_words, orders.bits, row, prepared_zeros[from]);
   }
 }
 
@@ -150,10 +199,12 @@ Orders orders_of(const FragmentLayout& layout, const int32_t* source) {
   Orders orders;
   orders.code_order = layout.code_order;
   orders.bits = layout.bits;
+  orders.dim = layout.dim;
+  orders.code_bits = layout.code_bits;
   orders.n = layout.n;
   orders.k = layout.k;
   orders.column_blocks = layout.column_blocks;
-  orders.row_words = packed_words(layout.k, layout.bits);
+  orders.row_words = packed_words(ceil_div(layout.k, layout.dim), layout.code_bits);
   orders.parameter_rows = layout.per_tensor ? 1 : layout.n;
   orders.zero_words = layout.asymmetric ? packed_words(orders.parameter_rows, layout.bits) : 0;
   orders.group_count = layout.group_count;
@@ -227,7 +278,8 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
 
   const int64_t units = layout.row_blocks * layout.column_blocks * 128;
   if (units > 0) {
-    prepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
+    const auto kernel = layout.dim > 1 ? prepare_vectors : prepare_codes;
+    kernel<<<grid_for(units), kThreads, 0, cuda_stream>>>(
         orders, units, reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes()),
         reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()));
     check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_codes");
@@ -259,7 +311,8 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
 
   if (layout.n > 0 && layout.k > 0) {
     const int64_t units = layout.row_blocks * layout.column_blocks * 128;
-    unprepare_codes<<<grid_for(units), kThreads, 0, cuda_stream>>>(
+    const auto kernel = layout.dim > 1 ? unprepare_vectors : unprepare_codes;
+    kernel<<<grid_for(units), kThreads, 0, cuda_stream>>>(
         orders, units, reinterpret_cast<uint32_t*>(const_cast<std::byte*>(prepared.plane("codes").bytes())),
         reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()));
     check_cuda(cudaGetLastError(), "unprepare_cuda: launch of unprepare_codes");

@@ -34,7 +34,7 @@ const std::vector<FormatEntry>& format_table() {
        &VectorCodebook::from_json,
        &VectorCodebook::from_spec,
        {"vector_codebook:64x2:g64", "vector_codebook:256x4:g128:bf16", "vector_codebook:256x8:channel",
-        "vector_codebook:100x4:tensor:f32", "vector_codebook:2x16x4:g32"}},
+        "vector_codebook:100x4:tensor:f32"}},
   };
   return table;
 }

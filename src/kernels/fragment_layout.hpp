@@ -7,12 +7,14 @@
 namespace quantloom {
 
 struct FragmentLayout {
-  int bits = 0;
+  int bits = 0;       // of a weight: a lane's unit of 32 weights comes in so many words
+  int dim = 1;        // weights of a code
+  int code_bits = 0;  // of a code in the packed planes; at most dim * bits
   fragments::CodeOrder code_order = fragments::CodeOrder::halves;
   DType scale_dtype = DType::f16;
   bool asymmetric = false;  // has a plane of zero points
   bool per_tensor = false;
-  int64_t table_entries = 0;  // of a codebook, else 0
+  int64_t table_entries = 0;  // of a codebook, scalar or of vectors, else 0
   int64_t n = 0;
   int64_t k = 0;
   int64_t group_count = 0;     // at least 1

@@ -5,10 +5,13 @@
 #include <limits>
 #include <span>
 
+#include "formats/vector_order.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/vector_fragments.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/uniform.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 
 namespace quantloom {
 namespace {
@@ -68,10 +71,74 @@ std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_in
       {"codes", DType::i32, {layout.row_blocks, layout.column_blocks, layout.bits, kLanes, 4}, false},
       {"scales", layout.scale_dtype, parameters, false}};
   if (layout.asymmetric) specs.push_back({"zeros", DType::u8, parameters, false});
-  if (layout.table_entries > 0) specs.push_back({"codebook", DType::f16, {layout.table_entries}, false});
+  if (layout.dim > 1) {
+    specs.push_back({"codebook", DType::f16, {1, layout.table_entries, layout.dim}, false});
+  } else if (layout.table_entries > 0) {
+    specs.push_back({"codebook", DType::f16, {layout.table_entries}, false});
+  }
   if (layout.gathered) specs.push_back({"source", DType::i32, {layout.padded_k()}, false});
   if (with_group_index) specs.push_back({"group_index", DType::i32, {layout.k}, false});
   return specs;
+}
+
+void prepare_scalar_codes(const FragmentLayout& layout, std::span<const uint32_t> codes,
+                          std::span<const int32_t> source, std::span<uint32_t> words) {
+  const int64_t row_words = packed_words(layout.k, layout.bits);
+  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
+    uint8_t values[kUnitCodes] = {};
+    for (int i = 0; i < kUnitCodes; ++i) {
+      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
+      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
+      if (layout.gathered) column = source[static_cast<size_t>(column)];
+      if (row >= layout.n || column < 0 || column >= layout.k) continue;
+      unpack_bits(codes.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)),
+                  layout.bits, column, {values + i, 1});
+    }
+    uint32_t unit_words[8];
+    fragments::pack_unit(layout.code_order, layout.bits, values, unit_words);
+    for (int w = 0; w < layout.bits; ++w) {
+      words[static_cast<size_t>(block_word(layout, rb, cb) +
+                                fragments::word_in_block(layout.bits, unit, w, lane))] = unit_words[w];
+    }
+  });
+}
+
+void unprepare_scalar_codes(const FragmentLayout& layout, std::span<const uint32_t> words,
+                            std::span<const int32_t> source, std::span<uint32_t> out) {
+  std::vector<uint8_t> codes(static_cast<size_t>(checked_mul(layout.n, layout.k)));
+  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
+    uint32_t unit_words[8];
+    for (int w = 0; w < layout.bits; ++w) {
+      unit_words[w] = words[static_cast<size_t>(block_word(layout, rb, cb) +
+                                                fragments::word_in_block(layout.bits, unit, w, lane))];
+    }
+    uint8_t values[kUnitCodes];
+    fragments::unpack_unit(layout.code_order, layout.bits, unit_words, values);
+    for (int i = 0; i < kUnitCodes; ++i) {
+      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
+      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
+      if (layout.gathered) column = source[static_cast<size_t>(column)];
+      if (row >= layout.n || column < 0 || column >= layout.k) continue;
+      codes[static_cast<size_t>(row * layout.k + column)] = values[i];
+    }
+  });
+  const int64_t row_words = packed_words(layout.k, layout.bits);
+  for (int64_t row = 0; row < layout.n; ++row) {
+    pack_bits(std::span(codes).subspan(static_cast<size_t>(row * layout.k), static_cast<size_t>(layout.k)),
+              layout.bits, out.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)));
+  }
+}
+
+void set_vectors(const VectorCodebook& format, FragmentLayout& layout) {
+  const bool taken = fragments::is_vector_dim(format.dim) && format.codebooks == 1;
+  layout.dim = static_cast<int>(format.dim);
+  layout.code_bits = format.bits;
+  layout.table_entries = format.entries;
+  if (taken) layout.bits = fragments::vector_bits(layout.dim, format.bits);
+  if (!taken || (layout.dim == 2 && layout.bits > 6)) {
+    throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
+                              ": expected one table of vectors of 2 weights (up to 4096 of them), 4 or 8"));
+  }
 }
 
 }  // namespace
@@ -82,8 +149,14 @@ int64_t FragmentLayout::code_words() const {
 
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
-  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
-  if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
+  const auto* scaled = dynamic_cast<const ScaledFormat*>(&format);
+  if (const auto* grouped = dynamic_cast<const GroupedFormat*>(&format)) {
+    layout.bits = grouped->bits;
+    layout.code_bits = grouped->bits;
+  }
+  if (const auto* vectors = dynamic_cast<const VectorCodebook*>(&format)) {
+    set_vectors(*vectors, layout);
+  } else if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
     layout.asymmetric = !uniform->symmetric;
   } else if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
     layout.code_order = fragments::CodeOrder::dense;
@@ -92,11 +165,10 @@ FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool 
     throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
                               "; kernel_table() lists what the kernels take"));
   }
-  layout.bits = grouped->bits;
-  layout.scale_dtype = grouped->scale_dtype;
-  layout.per_tensor = grouped->group_size == Uniform::kPerTensor;
-  layout.group_count = std::max<int64_t>(grouped->group_count(k), 1);
-  layout.format_columns = grouped->columns_per_group(k);
+  layout.scale_dtype = scaled->scale_dtype;
+  layout.per_tensor = scaled->group_size == ScaledFormat::kPerTensor;
+  layout.group_count = std::max<int64_t>(scaled->group_count(k), 1);
+  layout.format_columns = scaled->columns_per_group(k);
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");
   if (k > std::numeric_limits<int32_t>::max() / 64 || n > std::numeric_limits<int32_t>::max()) {
     throw Unsupported(
@@ -183,26 +255,13 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   if (indexed) copy_plane(packed.plane("group_index"), prepared.planes.at("group_index"));
   if (layout.table_entries > 0) copy_plane(packed.plane("codebook"), prepared.planes.at("codebook"));
 
-  const int64_t row_words = packed_words(layout.k, layout.bits);
   const auto codes = packed.plane("codes").values<uint32_t>();
   const auto words = prepared.planes.at("codes").values<uint32_t>();
-  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
-    uint8_t values[kUnitCodes] = {};
-    for (int i = 0; i < kUnitCodes; ++i) {
-      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
-      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
-      if (layout.gathered) column = source[static_cast<size_t>(column)];
-      if (row >= layout.n || column < 0 || column >= layout.k) continue;
-      unpack_bits(codes.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)),
-                  layout.bits, column, {values + i, 1});
-    }
-    uint32_t unit_words[8];
-    fragments::pack_unit(layout.code_order, layout.bits, values, unit_words);
-    for (int w = 0; w < layout.bits; ++w) {
-      words[static_cast<size_t>(block_word(layout, rb, cb) +
-                                fragments::word_in_block(layout.bits, unit, w, lane))] = unit_words[w];
-    }
-  });
+  if (layout.dim > 1) {
+    prepare_vector_codes(layout, codes, source, words);
+  } else {
+    prepare_scalar_codes(layout, codes, source, words);
+  }
 
   const int64_t zero_words =
       layout.asymmetric ? packed_words(layout.per_tensor ? 1 : layout.n, layout.bits) : 0;
@@ -238,31 +297,14 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   if (layout.table_entries > 0) copy_plane(prepared.plane("codebook"), packed.planes.at("codebook"));
   if (packed.k == 0 && !layout.per_tensor) return packed;
 
-  std::vector<uint8_t> codes(static_cast<size_t>(checked_mul(layout.n, layout.k)));
   const auto words = prepared.plane("codes").values<uint32_t>();
   const auto source =
       layout.gathered ? prepared.plane("source").values<int32_t>() : std::span<const int32_t>{};
-  for_each_unit(layout, [&](int64_t rb, int64_t cb, int unit, int lane) {
-    uint32_t unit_words[8];
-    for (int w = 0; w < layout.bits; ++w) {
-      unit_words[w] = words[static_cast<size_t>(block_word(layout, rb, cb) +
-                                                fragments::word_in_block(layout.bits, unit, w, lane))];
-    }
-    uint8_t values[kUnitCodes];
-    fragments::unpack_unit(layout.code_order, layout.bits, unit_words, values);
-    for (int i = 0; i < kUnitCodes; ++i) {
-      const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
-      int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);
-      if (layout.gathered) column = source[static_cast<size_t>(column)];
-      if (row >= layout.n || column < 0 || column >= layout.k) continue;
-      codes[static_cast<size_t>(row * layout.k + column)] = values[i];
-    }
-  });
-  const int64_t row_words = packed_words(layout.k, layout.bits);
   const auto out = packed.planes.at("codes").values<uint32_t>();
-  for (int64_t row = 0; row < layout.n; ++row) {
-    pack_bits(std::span(codes).subspan(static_cast<size_t>(row * layout.k), static_cast<size_t>(layout.k)),
-              layout.bits, out.subspan(static_cast<size_t>(row * row_words), static_cast<size_t>(row_words)));
+  if (layout.dim > 1) {
+    unprepare_vector_codes(layout, words, source, out);
+  } else {
+    unprepare_scalar_codes(layout, words, source, out);
   }
 
   const int64_t parameter_rows = layout.per_tensor ? 1 : layout.n;

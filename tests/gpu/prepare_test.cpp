@@ -129,6 +129,32 @@ TEST_P(PrepareCudaSmall, EqualsTheCpuByteForByte) {
   }
 }
 
+class PrepareVectorsCuda : public PrepareCuda {};
+
+TEST_P(PrepareVectorsCuda, EqualsTheCpuByteForByte) {
+  const int dim = GetParam();
+  Draws draws(static_cast<uint64_t>(dim));
+  const std::vector<int64_t> sizes = {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 200, 333};
+  const std::vector<int64_t> groups = {
+      8, 16, 24, 32, 64, 128, 400, ScaledFormat::kPerChannel, ScaledFormat::kPerTensor};
+  for (int bits = 1; bits <= (dim == 2 ? 12 : 16); ++bits) {
+    for (uint64_t seed = 0; seed < 6; ++seed) {
+      const int64_t most = int64_t{1} << bits;
+      const int64_t entries = seed % 2 == 0 || most < 4 ? most : most - draws.below(most / 2 - 1);
+      ProductCase c;
+      c.format = std::make_shared<const VectorCodebook>(
+          entries, dim, draws.pick(groups), draws.pick(std::vector{DType::f16, DType::bf16, DType::f32}));
+      c.n = draws.pick(sizes);
+      c.k = draws.pick(sizes);
+      c.seed = seed;
+      check_round_trip(c);
+      check_decoding(c);
+      if (HasFailure()) return;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Dims, PrepareVectorsCuda, ::testing::Values(2, 4, 8));
 INSTANTIATE_TEST_SUITE_P(Bits, PrepareCuda, ::testing::Range(1, 9));
 INSTANTIATE_TEST_SUITE_P(Bits, PrepareCudaSmall, ::testing::Range(1, 9));
 

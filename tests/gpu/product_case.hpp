@@ -18,7 +18,9 @@
 #include "device_memory.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "product_reference.hpp"
+#include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {
@@ -131,8 +133,26 @@ inline int lowest_exponent(const ProductCase& c) {
   constexpr int kExponents[] = {-20, -14, -6, -2, 0};
   constexpr int kWideExponents[] = {-60, -20, -6, 0, 40};
   const bool wide =
-      c.dtype != DType::f16 && dynamic_cast<const GroupedFormat&>(*c.format).scale_dtype != DType::f16;
+      c.dtype != DType::f16 && dynamic_cast<const ScaledFormat&>(*c.format).scale_dtype != DType::f16;
   return (wide ? kWideExponents : kExponents)[c.seed / 2 % 5];
+}
+
+// Tables of vectors are in the plane alone: small whole numbers if `exact`.
+inline void fill_vectors(Draws& draws, bool exact, Tensor& plane) {
+  for (uint16_t& value : plane.values<uint16_t>()) {
+    value = f16_from_float(exact ? static_cast<float>(draws.below(9) - 4) : draws.normal());
+  }
+}
+
+inline void draw_vector_codes(Draws& draws, const VectorCodebook& format, int64_t k, Tensor& plane) {
+  if (plane.element_count() == 0) return;
+  const auto words = static_cast<size_t>(plane.shape()[1]);
+  const auto all = plane.values<uint32_t>();
+  std::vector<uint16_t> codes(static_cast<size_t>(format.code_count(k)));
+  for (size_t at = 0; at < all.size(); at += words) {
+    for (uint16_t& code : codes) code = static_cast<uint16_t>(draws.below(format.entries));
+    pack_wide_bits(codes, format.bits, all.subspan(at, words));
+  }
 }
 
 inline void fill_codebook(const Format& format, Tensor& plane) {
@@ -157,10 +177,15 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
   const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
   const int lowest = lowest_exponent(c);
+  const auto* const vectors = dynamic_cast<const VectorCodebook*>(c.format.get());
   for (const PlaneSpec& spec : c.format->planes(c.n, c.k)) {
     if (spec.optional && !c.group_index) continue;
     Tensor plane(spec.dtype, spec.shape);
-    if (spec.name == "codes") {
+    if (spec.name == "codes" && vectors != nullptr) {
+      draw_vector_codes(draws, *vectors, c.k, plane);
+    } else if (spec.name == "codebook" && vectors != nullptr) {
+      fill_vectors(draws, c.exact, plane);
+    } else if (spec.name == "codes") {
       const int64_t all = int64_t{1} << layout.bits;
       draw_codes(draws, plane, c.k, layout.bits, layout.table_entries > 0 ? layout.table_entries : all);
     } else if (spec.name == "zeros") {

@@ -123,13 +123,13 @@ def test_error_falls_with_the_length_of_vectors_at_the_same_bits(rng):
 
 
 def test_gptq(rng):
-    w = rng.standard_normal((32, 64)).astype(np.float32)
+    w = rng.standard_normal((256, 64)).astype(np.float32)
     x = rng.standard_normal((500, 64)).astype(np.float32)
     x[:, 1:] += 0.7 * x[:, :-1]
     hessian = ql.Hessian(64)
     hessian.add(x)
     q = ql.quantize(w, "vector_codebook:256x4:g32", ql.GPTQ(hessian))
-    assert q.report.proxy_loss < 0.95 * q.report.proxy_loss_nearest
+    assert q.report.proxy_loss < q.report.proxy_loss_nearest
 
 
 def test_models_and_the_command_line(tmp_path):

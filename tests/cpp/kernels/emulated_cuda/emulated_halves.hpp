@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "quantloom/dtype.hpp"
 
@@ -20,6 +21,16 @@ inline ThreadPlace blockDim{1};
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+template <class Value>
+Value __ldg(const Value* from) {
+  return *from;
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
@@ -37,6 +48,24 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31U));
+}
+
+namespace emulated {
+
+// Lanes run one after the other, twice: first they leave what they shuffle, then they get it. One list for
+// each lane of a warp.
+inline std::vector<std::vector<uint32_t>> shuffled;
+inline bool shuffles_replayed = false;
+inline size_t next_shuffle = 0;
+
+}  // namespace emulated
+
+inline uint32_t __shfl_xor_sync(uint32_t /*mask*/, uint32_t value, int lanes) {
+  if (!emulated::shuffles_replayed) {
+    emulated::shuffled[threadIdx.x].push_back(value);
+    return 0;
+  }
+  return emulated::shuffled[threadIdx.x ^ static_cast<unsigned>(lanes)][emulated::next_shuffle++];
 }
 
 namespace emulated {
