@@ -20,7 +20,7 @@ using cuda::second_pass;
 using cuda::TracebackResult;
 
 constexpr int64_t kStates = 65536;
-constexpr int64_t kRingsPerProcessor = 8;  // in a batch: enough to hide the ways back between the searches
+constexpr int64_t kRingsPerProcessor = 16;  // in a batch: then the ways back are short beside the searches
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kRingBytes = 2 * sizeof(uint16_t) + sizeof(int32_t);  // edges and list, of a ring
 
