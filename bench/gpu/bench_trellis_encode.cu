@@ -28,14 +28,14 @@ constexpr int64_t kFew = 256;
 
 struct Case {
   const char* codebook;
-  int bits;
+  double bits;
   TrellisSearch search;
   int64_t rings;
   int64_t batch = 0;  // memory for so many rings at once; 0: what the library asks for
 };
 
-double scale_for(int bits) {
-  return bits == 1 ? 1.15 : bits == 2 ? 1.0 : bits == 3 ? 0.95 : 0.9;
+double scale_for(double bits) {
+  return bits < 2 ? 1.15 : bits < 3 ? 1.0 : bits < 4 ? 0.95 : 0.9;
 }
 
 std::vector<float> normal_values(int64_t count) {
@@ -65,8 +65,8 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
                                  TrellisSearch search, void* workspace, int processors,
                                  const bench::Stream& stream, int repeats) {
   const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
-  cuda::SearchTask first = cuda::first_pass(rings.bits, search);
-  cuda::SearchTask second = cuda::second_pass(rings.bits);
+  cuda::SearchTask first = cuda::first_pass(rings.shape, search);
+  cuda::SearchTask second = cuda::second_pass(rings.shape);
   for (cuda::SearchTask* task : {&first, &second}) {
     task->targets = rings.targets;
     task->table = codebook.weights();
@@ -97,17 +97,20 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
   const bench::Stream stream;
   DeviceBuffer<float> targets(weights, stream.get());
   targets.upload(values.data(), weights);
-  const DeviceBuffer<uint32_t> words(c.rings * 8 * c.bits, stream.get());
+  TrellisShape shape;
+  shape.half_bits = static_cast<int>(2 * c.bits);
+  shape.weights_per_step = host.weights_per_step;
+  const DeviceBuffer<uint32_t> words(c.rings * shape.words(), stream.get());
   const DeviceBuffer<float> errors(c.rings, stream.get());
   const DeviceBuffer<float> decoded(weights, stream.get());
-  const TrellisWorkspace sizes = trellis_workspace_cuda(c.bits, c.search, c.rings);
-  const int64_t groups = ceil_div(c.batch, cuda::second_pass(c.bits).group());
+  const TrellisWorkspace sizes = trellis_workspace_cuda(shape, c.search, c.rings);
+  const int64_t groups = ceil_div(c.batch, cuda::second_pass(shape).group());
   const int64_t bytes = c.batch == 0 ? sizes.fast_bytes : sizes.least_bytes * groups;
   const auto workspace = bench::device_memory(bytes);
   CudaRings rings;
   rings.targets = targets.data();
   rings.count = c.rings;
-  rings.bits = c.bits;
+  rings.shape = shape;
   rings.words = words.data();
   rings.squared_errors = errors.data();
   const double seconds = best_of(stream, repeats, [&] {
@@ -119,13 +122,13 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
   for (const float sum : sums) error += sum;
   error /= static_cast<double>(weights) * scale * scale;
   const double decoding = best_of(stream, repeats, [&] {
-    decode_rings_cuda(codebook, words.data(), c.rings, c.bits, decoded.data(), DType::f32, stream.get());
+    decode_rings_cuda(codebook, words.data(), c.rings, shape, decoded.data(), DType::f32, stream.get());
   });
 
   const double rate = static_cast<double>(weights) / seconds;
   const std::string mode(name_of(c.search));
   std::printf(
-      "%-6s %d bits, %-6s %5lld rings in %5.2f GiB: %7.1f M weights/s (%5.1f%% of the issue limit), error "
+      "%-6s %.1f bits, %-6s %5lld rings in %5.2f GiB: %7.1f M weights/s (%5.1f%% of the issue limit), error "
       "%.6f",
       c.codebook, c.bits, mode.c_str(), static_cast<long long>(c.rings),
       static_cast<double>(bytes) / 1073741824.0, rate * 1e-6, 100 * rate / issue_limit, error);
@@ -177,18 +180,24 @@ nlohmann::json run(bool quick) {
   const auto every = {TrellisSearch::fast, TrellisSearch::normal, TrellisSearch::best};
   for (int bits = 1; bits <= 8; ++bits) {
     if (quick && (bits < 2 || bits > 4)) continue;
+    const double whole = bits;
     for (const TrellisSearch search : every) {
       if (quick && search != TrellisSearch::normal) continue;
-      for (const int64_t rings : {kMany, kFew}) cases.push_back({"mul1", bits, search, rings});
+      for (const int64_t rings : {kMany, kFew}) cases.push_back({"mul1", whole, search, rings});
     }
     for (const int64_t batch : {kMany / 4, kMany}) {
-      cases.push_back({"mul1", bits, TrellisSearch::normal, kMany, batch});
+      cases.push_back({"mul1", whole, TrellisSearch::normal, kMany, batch});
     }
   }
   if (!quick) {
     for (const char* codebook : {"3inst", "mcg", "1mad", "rptc"}) {
-      for (int bits = 1; bits <= 8; ++bits) cases.push_back({codebook, bits, TrellisSearch::normal, kMany});
+      for (int bits = 1; bits <= 8; ++bits) {
+        cases.push_back({codebook, static_cast<double>(bits), TrellisSearch::normal, kMany});
+      }
     }
+    for (const double bits : {1.5, 2.5, 3.5, 4.5})
+      cases.push_back({"mul1", bits, TrellisSearch::normal, kMany});
+    for (const double bits : {2.0, 3.0, 4.0}) cases.push_back({"hyb", bits, TrellisSearch::normal, kMany});
   }
   for (const Case& c : cases) report["rows"].push_back(measure(c, source, issue_limit, quick ? 3 : 5));
   return report;

@@ -8,8 +8,16 @@
 
 namespace quantloom::cuda {
 
-inline void require_ring_bits(int bits) {
-  if (bits < 1 || bits > 8) throw InvalidArgument("bits", text_of(bits), "1 to 8");
+inline void require_ring_shape(const TrellisShape& shape) {
+  if (shape.window != 16) throw InvalidArgument("shape", text_of("a window of ", shape.window), "16");
+  if (shape.length != 256) throw InvalidArgument("shape", text_of("rings of ", shape.length), "256");
+  if (shape.weights_per_step != 1 && shape.weights_per_step != 2) {
+    throw InvalidArgument("shape", text_of(shape.weights_per_step, " weights a step"), "1 or 2");
+  }
+  const int most = 16 / shape.weights_per_step;
+  if (shape.half_bits < 2 || shape.half_bits > most) {
+    throw InvalidArgument("shape", text_of(shape.half_bits, "/2 bits"), text_of("1 to ", most / 2));
+  }
 }
 
 inline void require_ring_count(int64_t count) {
@@ -18,7 +26,12 @@ inline void require_ring_count(int64_t count) {
   }
 }
 
-inline void require_same_device(const CudaTrellisCodebook& codebook) {
+// The codebook lies on the current device, and is for rings of the shape.
+inline void require_codebook(const CudaTrellisCodebook& codebook, const TrellisShape& shape) {
+  if (codebook.weights_per_step() != shape.weights_per_step) {
+    throw InvalidArgument("shape", text_of(shape.weights_per_step, " weights a step"),
+                          text_of(codebook.weights_per_step(), ", as the codebook has"));
+  }
   int current = 0;
   check_cuda(cudaGetDevice(&current), "current CUDA device");
   if (current != codebook.device()) {

@@ -19,15 +19,14 @@ using cuda::SearchTask;
 using cuda::second_pass;
 using cuda::TracebackResult;
 
-constexpr int64_t kStates = 65536;
 constexpr int64_t kRingsPerProcessor = 16;  // in a batch: then the ways back are short beside the searches
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kRingBytes = 2 * sizeof(uint16_t) + sizeof(int32_t);  // edges and list, of a ring
 
 // Bytes of the workspace for each group of rings.
-int64_t group_bytes(int bits, TrellisSearch search) {
-  const SearchTask first = first_pass(bits, search);
-  const int64_t words = std::max(first.history_words(), second_pass(bits).history_words());
+int64_t group_bytes(const TrellisShape& shape, TrellisSearch search) {
+  const SearchTask first = first_pass(shape, search);
+  const int64_t words = std::max(first.history_words(), second_pass(shape).history_words());
   return words * static_cast<int64_t>(sizeof(uint32_t)) + kRingBytes * first.group();
 }
 
@@ -60,8 +59,8 @@ Parts divide(void* workspace, int64_t history_bytes, int64_t rings) {
 // Encodes rings that fit the workspace.
 void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
                   void* workspace, int processors, cudaStream_t stream) {
-  SearchTask first = first_pass(rings.bits, search);
-  SearchTask second = second_pass(rings.bits);
+  SearchTask first = first_pass(rings.shape, search);
+  SearchTask second = second_pass(rings.shape);
   const int64_t words = std::max(first.history_words(), second.history_words());
   const int64_t groups = ceil_div(rings.count, first.group());
   const Parts parts = divide(workspace, words * 4 * groups, groups * first.group());
@@ -100,15 +99,13 @@ void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, T
 
 struct CudaTrellisCodebook::State {
   cuda::DeviceBuffer<uint16_t> weights;
+  int weights_per_step = 1;
   int device = 0;
 };
 
 CudaTrellisCodebook::CudaTrellisCodebook(const TrellisCodebook& codebook, void* stream) {
-  if (codebook.window != 16 || codebook.weights_per_step != 1) {
-    throw InvalidArgument(
-        "codebook",
-        text_of("a window of ", codebook.window, ", ", codebook.weights_per_step, " weights a step"),
-        "a window of 16 and one weight a step");
+  if (codebook.window != 16) {
+    throw InvalidArgument("codebook", text_of("a window of ", codebook.window), "16");
   }
   const std::vector<float> values = codebook.values();
   std::vector<uint16_t> halves;
@@ -117,8 +114,10 @@ CudaTrellisCodebook::CudaTrellisCodebook(const TrellisCodebook& codebook, void* 
   auto state = std::make_shared<State>();
   check_cuda(cudaGetDevice(&state->device), "current CUDA device");
   const auto queue = static_cast<cudaStream_t>(stream);
-  state->weights = cuda::DeviceBuffer<uint16_t>(kStates, queue);
-  state->weights.upload(halves.data(), kStates);
+  const auto count = static_cast<int64_t>(halves.size());
+  state->weights_per_step = codebook.weights_per_step;
+  state->weights = cuda::DeviceBuffer<uint16_t>(count, queue);
+  state->weights.upload(halves.data(), count);
   check_cuda(cudaStreamSynchronize(queue), "work of the stream");
   state_ = std::move(state);
 }
@@ -127,32 +126,36 @@ const uint16_t* CudaTrellisCodebook::weights() const {
   return state_->weights.data();
 }
 
+int CudaTrellisCodebook::weights_per_step() const {
+  return state_->weights_per_step;
+}
+
 int CudaTrellisCodebook::device() const {
   return state_->device;
 }
 
-TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t count) {
-  cuda::require_ring_bits(bits);
+TrellisWorkspace trellis_workspace_cuda(const TrellisShape& shape, TrellisSearch search, int64_t count) {
+  cuda::require_ring_shape(shape);
   cuda::require_ring_count(count);
   const int64_t at_once = std::min(count, current_device().processors * kRingsPerProcessor);
-  const int64_t each = group_bytes(bits, search);
+  const int64_t each = group_bytes(shape, search);
   TrellisWorkspace result;
   result.least_bytes = count == 0 ? 0 : each + kFixedBytes;
-  result.fast_bytes = count == 0 ? 0 : ceil_div(at_once, second_pass(bits).group()) * each + kFixedBytes;
+  result.fast_bytes = count == 0 ? 0 : ceil_div(at_once, second_pass(shape).group()) * each + kFixedBytes;
   return result;
 }
 
 void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
                        void* workspace, int64_t workspace_bytes, void* stream) {
-  cuda::require_ring_bits(rings.bits);
+  cuda::require_ring_shape(rings.shape);
   cuda::require_ring_count(rings.count);
-  cuda::require_same_device(codebook);
+  cuda::require_codebook(codebook, rings.shape);
   if (rings.count == 0) return;
   cuda::require_device_memory(rings.targets, "targets");
   cuda::require_device_memory(rings.words, "words");
   if (rings.squared_errors != nullptr) cuda::require_device_memory(rings.squared_errors, "squared_errors");
   if (rings.states != nullptr) cuda::require_device_memory(rings.states, "states");
-  const int64_t each = group_bytes(rings.bits, search);
+  const int64_t each = group_bytes(rings.shape, search);
   if (workspace_bytes < each + kFixedBytes) {
     throw InvalidArgument("workspace", text_of(workspace_bytes, " bytes"),
                           text_of("at least ", each + kFixedBytes));
@@ -163,22 +166,23 @@ void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rin
   }
 
   const DeviceFacts device = current_device();
-  if (cuda::search_memory(rings.bits) > device.shared_memory) {
-    throw Unsupported(text_of("encode_rings_cuda: a search with ", rings.bits, " bits needs ",
-                              cuda::search_memory(rings.bits), " bytes of shared memory, the device has ",
-                              device.shared_memory));
+  const int64_t shared = std::max(cuda::search_memory(first_pass(rings.shape, search)),
+                                  cuda::search_memory(second_pass(rings.shape)));
+  if (shared > device.shared_memory) {
+    throw Unsupported(text_of("encode_rings_cuda: the search needs ", shared,
+                              " bytes of shared memory, the device has ", device.shared_memory));
   }
   int64_t groups = (workspace_bytes - kFixedBytes) / each;
   // Full rounds over the processors, where there is more than one.
   if (groups > device.processors) groups -= groups % device.processors;
-  const int64_t batch = groups * second_pass(rings.bits).group();
+  const int64_t batch = groups * second_pass(rings.shape).group();
   for (int64_t begin = 0; begin < rings.count; begin += batch) {
     CudaRings part = rings;
     part.count = std::min(batch, rings.count - begin);
     part.targets += begin * kRingPositions;
-    part.words += begin * 8 * rings.bits;
+    part.words += begin * rings.shape.words();
     if (part.squared_errors != nullptr) part.squared_errors += begin;
-    if (part.states != nullptr) part.states += begin * kRingPositions;
+    if (part.states != nullptr) part.states += begin * rings.shape.steps();
     encode_batch(codebook, part, search, workspace, device.processors, static_cast<cudaStream_t>(stream));
   }
 }

@@ -1,5 +1,5 @@
-// The two kernels of the trellis encoder: forward searches that keep copies of the costs of all edges, and
-// the way back from the best end through those copies.
+// The kernels of the trellis encoder: forward searches that keep copies of the costs of all edges, and the
+// way back from the best end through those copies.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -41,9 +41,9 @@ void with_bits(int bits, const Body& body) {
   }
 }
 
-// A batch of rings and a run over their positions. All pointers are to memory of the device.
+// A batch of rings and a run over their steps. All pointers are to memory of the device.
 struct SearchTask {
-  int bits = 0;                        // 1 ... 8
+  TrellisShape shape;                  // of 16 bits of state and 256 weights
   const float* targets = nullptr;      // [tiles, 256], in units of the codebook
   const uint16_t* table = nullptr;     // float16 weights of the 65536 states
   const int32_t* list = nullptr;       // tiles to search, or null: 0 ... count - 1
@@ -52,64 +52,76 @@ struct SearchTask {
   const uint16_t* pins = nullptr;      // [tiles], the edge at which a run begins and ends; null: any
   uint16_t* ends = nullptr;            // [tiles], written if a run may end anywhere: its best last edge
   uint32_t* history = nullptr;         // history_words() for each group of rings
-  int first_position = 0;
-  int steps = 0;  // at most kLongestSearch
-  int stop = 0;   // the way back ends after that many steps from the beginning
+  int first_position = 0;              // the ring's step at which the run begins
+  int steps = 0;                       // at most kLongestSearch
+  int stop = 0;                        // the way back ends after that many steps from the beginning
 
-  // Of rings that share a block.
-  int group() const { return bits == 1 ? 1 : 2; }
-  // Words of the copies of a group of rings: those of steps stop, stop + copy_stride, ... without 0 and
-  // `steps`.
+  // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
+  bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
+  int bits() const { return shape.half_bits / 2; }
+  // Rings that share a block.
+  int group() const { return plain() && bits() == 1 ? 1 : 2; }
+  int stride() const { return plain() ? copy_stride(bits()) : 1; }
+  // Words of a copy of the costs of a group of rings.
+  QUANTLOOM_TRELLIS int64_t copy_words() const {
+    const int least_bits = shape.step_bits(0) < shape.step_bits(1) ? shape.step_bits(0) : shape.step_bits(1);
+    return 65536 >> least_bits;
+  }
+  // Words of the copies of a group of rings: those of steps stop, stop + stride(), ... without 0 and `steps`.
   int64_t history_words() const {
-    const int64_t copies = (steps - stop) / copy_stride(bits) - (stop == 0 ? 1 : 0);
-    return copies * (int64_t{65536} >> bits) / 2 * group();
+    const int64_t copies = (steps - stop) / stride() - (stop == 0 ? 1 : 0);
+    return copies * (plain() ? copy_words() / 2 * group() : copy_words());
   }
 };
 
 // What the way back leaves.
 struct TracebackResult {
   uint16_t* seams = nullptr;   // [tiles], the edge at `stop`; or null, and then:
-  uint32_t* words = nullptr;   // [tiles, 8 bits], the ring's bits
+  uint32_t* words = nullptr;   // [tiles, shape.words()], the ring's bits
   float* errors = nullptr;     // [tiles] or null: the squared error of a ring
-  uint16_t* states = nullptr;  // [tiles, 256] or null
-  // If a run is longer than a ring: it closes where an edge comes back after 256 steps. Tiles where none
-  // does are listed, with the edge at step 256 as their pin.
+  uint16_t* states = nullptr;  // [tiles, shape.steps()] or null
+  // If a run is longer than a ring: it closes where an edge comes back after a round. Tiles where none
+  // does are listed, with the edge after the first round as their pin.
   int32_t* open = nullptr;
   int32_t* open_size = nullptr;
   uint16_t* open_pins = nullptr;
 };
 
-// Steps of the first pass to each side of the seam; of `best`, after the ring's first round.
+// Weights of the first pass to each side of the seam; of `best`, after the ring's first round.
 constexpr int kFastSide = 64;
 constexpr int kNormalSide = 128;
 constexpr int kOverlap = 192;
 
 // The pass that finds where rings close.
-inline SearchTask first_pass(int bits, TrellisSearch search) {
+inline SearchTask first_pass(const TrellisShape& shape, TrellisSearch search) {
   SearchTask task;
-  task.bits = bits;
+  task.shape = shape;
+  const int ring_steps = shape.steps();
   if (search == TrellisSearch::best) {
-    task.steps = kRingPositions + kOverlap;
+    task.steps = ring_steps + kOverlap / shape.weights_per_step;
     return task;
   }
-  const int side = search == TrellisSearch::fast ? kFastSide : kNormalSide;
-  task.first_position = kRingPositions - side;
+  const int side = (search == TrellisSearch::fast ? kFastSide : kNormalSide) / shape.weights_per_step;
+  task.first_position = ring_steps - side;
   task.steps = 2 * side;
   task.stop = side;
   return task;
 }
 
 // The pass around the whole ring, from an edge back to it.
-inline SearchTask second_pass(int bits) {
+inline SearchTask second_pass(const TrellisShape& shape) {
   SearchTask task;
-  task.bits = bits;
-  task.steps = kRingPositions;
+  task.shape = shape;
+  task.steps = shape.steps();
   return task;
 }
 
 // Shared memory that a block of search_rings() needs.
-int search_memory(int bits);
+int64_t search_memory(const SearchTask& task);
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream);
+// The same for shapes that are not plain().
+int64_t general_search_memory(const SearchTask& task);
+void search_general(const SearchTask& task, int processors, cudaStream_t stream);
 void trace_back(const SearchTask& task, const TracebackResult& result, cudaStream_t stream);
 
 }  // namespace quantloom::cuda

@@ -14,7 +14,7 @@ constexpr int kWarps = kSearchThreads / 32;
 
 template <int kBits>
 struct SearchMemory {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   alignas(16) uint32_t costs[2][Shape::kCostWords];
   alignas(16) uint32_t high[kLongestSearch][Shape::kRings];  // targets, in the order of the steps
   alignas(16) uint32_t low[Shape::kExactTargets ? kLongestSearch : 1][Shape::kRings];
@@ -32,7 +32,7 @@ __device__ __forceinline__ int tile_of(const SearchTask& task, int index) {
 
 template <int kBits>
 __device__ __forceinline__ Targets targets_at(const SearchMemory<kBits>& memory, int step) {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   Targets targets{};
   if constexpr (Shape::kRings == 2) {
     const uint2 high = *reinterpret_cast<const uint2*>(memory.high[step]);
@@ -52,7 +52,7 @@ __device__ __forceinline__ Targets targets_at(const SearchMemory<kBits>& memory,
 // Targets and first costs of the rings whose first is `first` of `count`; a missing second repeats the last.
 template <int kBits>
 __device__ void prepare(const SearchTask& task, int first, int count, SearchMemory<kBits>& memory) {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < Shape::kRings * task.steps; i += kSearchThreads) {
     const int ring = i % Shape::kRings;
@@ -80,7 +80,7 @@ __device__ void prepare(const SearchTask& task, int first, int count, SearchMemo
 template <int kBits>
 __device__ void find_ends(const SearchTask& task, int first, int count, const uint32_t* costs,
                           SearchMemory<kBits>& memory) {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   const int thread = static_cast<int>(threadIdx.x);
   const auto* const halves = reinterpret_cast<const uint16_t*>(costs);
 #pragma unroll
@@ -107,8 +107,8 @@ __device__ void find_ends(const SearchTask& task, int first, int count, const ui
 template <int kBits, int kFrom>
 __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (&values)[kValueWords],
                                         int step, SearchMemory<kBits>& memory, uint32_t*& history) {
-  using Shape = TrellisShape<kBits>;
-  using Step = TrellisStep<kBits>;
+  using Shape = SearchShape<kBits>;
+  using Step = SearchStep<kBits>;
   const int thread = static_cast<int>(threadIdx.x);
   typename Step::Outputs outputs;
   Step::run(values, targets_at(memory, step), memory.costs[kFrom], thread, outputs);
@@ -133,12 +133,12 @@ __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (
 
 template <int kBits>
 __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask task, int64_t history_words) {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   auto& memory = *dynamic_shared_memory<SearchMemory<kBits>>();
   const int thread = static_cast<int>(threadIdx.x);
   const int count = task.list == nullptr ? task.count : *task.list_size;
   uint32_t values[kValueWords];
-  TrellisStep<kBits>::load_values(task.table, thread, memory.staging[thread], values);
+  SearchStep<kBits>::load_values(task.table, thread, memory.staging[thread], values);
 
   for (int group = static_cast<int>(blockIdx.x); group * Shape::kRings < count;
        group += static_cast<int>(gridDim.x)) {
@@ -159,7 +159,7 @@ void launch(const SearchTask& task, int processors, cudaStream_t stream) {
   const auto bytes = static_cast<int>(sizeof(SearchMemory<kBits>));
   check_cuda(cudaFuncSetAttribute(search<kBits>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "shared memory of the trellis search");
-  const auto groups = static_cast<int>(ceil_div(task.count, TrellisShape<kBits>::kRings));
+  const auto groups = static_cast<int>(ceil_div(task.count, SearchShape<kBits>::kRings));
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(kSearchThreads);
   config.gridDim = dim3(static_cast<unsigned>(groups < processors ? groups : processors));
@@ -171,14 +171,16 @@ void launch(const SearchTask& task, int processors, cudaStream_t stream) {
 
 }  // namespace
 
-int search_memory(int bits) {
-  int bytes = 0;
-  with_bits(bits, [&]<int kBits>() { bytes = static_cast<int>(sizeof(SearchMemory<kBits>)); });
+int64_t search_memory(const SearchTask& task) {
+  if (!task.plain()) return general_search_memory(task);
+  int64_t bytes = 0;
+  with_bits(task.bits(), [&]<int kBits>() { bytes = sizeof(SearchMemory<kBits>); });
   return bytes;
 }
 
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {
-  with_bits(task.bits, [&]<int kBits>() { launch<kBits>(task, processors, stream); });
+  if (!task.plain()) return search_general(task, processors, stream);
+  with_bits(task.bits(), [&]<int kBits>() { launch<kBits>(task, processors, stream); });
 }
 
 }  // namespace quantloom::cuda

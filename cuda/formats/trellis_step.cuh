@@ -21,7 +21,7 @@ constexpr int kValueWords = kStates / 2 / kSearchThreads;  // registers with wei
 
 // A word holds two costs of one ring. The words of the kRings rings of a block lie side by side.
 template <int kBits>
-struct TrellisShape {
+struct SearchShape {
   static constexpr int kInputs = 1 << kBits;  // of a group, and its outputs
   static constexpr int kEdges = kStates >> kBits;
   static constexpr int kGroups = kEdges >> kBits;
@@ -92,14 +92,14 @@ template <int kBits>
 __device__ __forceinline__ uint32_t candidate(uint32_t value, uint32_t cost, const Targets& targets,
                                               int ring) {
   uint32_t d = pair_subtract(targets.high[ring], value);
-  if constexpr (TrellisShape<kBits>::kExactTargets) d = pair_add(d, targets.low[ring]);
+  if constexpr (SearchShape<kBits>::kExactTargets) d = pair_add(d, targets.low[ring]);
   return pair_square_add(d, cost);
 }
 
 // 1 to 4 bits. A thread has kPairs pairs of groups, of each kOutputs outputs and every input.
 template <int kBits>
 struct GroupPairStep {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   static constexpr int kRings = Shape::kRings;
   static constexpr int kInputs = Shape::kInputs;
   static constexpr int kThreadsOfPair = kBits <= 2 ? 1 : kBits == 3 ? 2 : 8;
@@ -224,7 +224,7 @@ struct GroupPairStep {
 // 5 to 8 bits. A thread has kOutputs outputs of one group, and of their inputs every kParts-th four.
 template <int kBits>
 struct InputPairStep {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   static constexpr int kRings = Shape::kRings;
   static constexpr int kOutputs = kBits == 5 ? 2 : 1;
   static constexpr int kParts = kBits <= 6 ? 1 : kBits == 7 ? 2 : 4;  // threads that share an output
@@ -306,10 +306,10 @@ struct StepOf {
   using Type = InputPairStep<kBits>;
 };
 template <int kBits>
-requires(TrellisShape<kBits>::kPairsOfGroups) struct StepOf<kBits> {
+requires(SearchShape<kBits>::kPairsOfGroups) struct StepOf<kBits> {
   using Type = GroupPairStep<kBits>;
 };
 template <int kBits>
-using TrellisStep = typename StepOf<kBits>::Type;
+using SearchStep = typename StepOf<kBits>::Type;
 
 }  // namespace quantloom::cuda

@@ -20,7 +20,7 @@ struct RingWords {
   const uint32_t* words;
   const uint16_t* weights;  // of the states
   int64_t count;
-  int bits;
+  TrellisShape shape;
 };
 
 __device__ __forceinline__ void store_weight(float value, __half* to) {
@@ -33,15 +33,18 @@ __device__ __forceinline__ void store_weight(float value, float* to) {
   *to = value;
 }
 
-// The state is the 16 bits before bit (position + 1) * bits of the ring.
+// The state is the 16 bits before the end of the step's fresh bits.
 __device__ __forceinline__ float weight_at(const RingWords& rings, int64_t ring, int position) {
-  const int ring_words = 8 * rings.bits;
+  const int ring_words = rings.shape.words();
+  const int per_step = rings.shape.weights_per_step;
   const uint32_t* words = rings.words + ring * ring_words;
-  const int first = ((position + 1) * rings.bits - 16 + 32 * ring_words) % (32 * ring_words);
+  const int end = rings.shape.first_bit(position / per_step + 1);
+  const int first = end >= 16 ? end - 16 : end - 16 + 32 * ring_words;
   const int word = first / 32;
   const uint32_t next = words[word + 1 < ring_words ? word + 1 : 0];
   const uint32_t state = __funnelshift_l(next, words[word], static_cast<uint32_t>(first % 32)) >> 16;
-  return __half2float(__ushort_as_half(rings.weights[state]));
+  const uint32_t place = state * static_cast<uint32_t>(per_step) + static_cast<uint32_t>(position % per_step);
+  return __half2float(__ushort_as_half(rings.weights[place]));
 }
 
 // A block for each ring, a thread for each of its weights.
@@ -125,30 +128,30 @@ int64_t require_tiles(const CudaMatrix& matrix, const std::string& argument) {
 
 }  // namespace
 
-void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
-                       void* weights, DType dtype, void* stream) {
-  cuda::require_ring_bits(bits);
+void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count,
+                       const TrellisShape& shape, void* weights, DType dtype, void* stream) {
+  cuda::require_ring_shape(shape);
   cuda::require_ring_count(count);
-  cuda::require_same_device(codebook);
+  cuda::require_codebook(codebook, shape);
   with_type(dtype, weights, [&](auto* to) {
     if (count == 0) return;
     cuda::require_device_memory(words, "words");
     cuda::require_device_memory(weights, "weights");
-    const RingWords rings{words, codebook.weights(), count, bits};
+    const RingWords rings{words, codebook.weights(), count, shape};
     launch(decode<std::remove_pointer_t<decltype(to)>>, count, stream, rings, to);
   });
 }
 
-void decode_tiles_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int bits,
+void decode_tiles_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, const TrellisShape& shape,
                        const CudaMatrix& matrix, void* stream) {
-  cuda::require_ring_bits(bits);
-  cuda::require_same_device(codebook);
+  cuda::require_ring_shape(shape);
+  cuda::require_codebook(codebook, shape);
   const int64_t tile_rows = require_tiles(matrix, "matrix");
   const int64_t tiles = tile_rows * (matrix.cols / kTileSide);
   with_type(matrix.dtype, const_cast<void*>(matrix.data), [&](auto* to) {
     if (tiles == 0) return;
     cuda::require_device_memory(words, "words");
-    const RingWords rings{words, codebook.weights(), tiles, bits};
+    const RingWords rings{words, codebook.weights(), tiles, shape};
     launch(decode_matrix<std::remove_pointer_t<decltype(to)>>, tiles, stream, rings, tile_rows, to,
            matrix.stride);
   });

@@ -19,61 +19,103 @@ __device__ __forceinline__ float weight_of_state(const uint16_t* table, uint32_t
   return __half2float(__ushort_as_half(table[state]));
 }
 
-// The bits of the ring with these states at its positions.
-template <int kBits>
-__device__ inline void write_words(const uint16_t* states, int lane, uint32_t* words) {
-  for (int w = lane; w < 8 * kBits; w += 32) {
+// The bits of the ring with these states.
+__device__ inline void write_words(const TrellisShape& shape, const uint16_t* states, int lane,
+                                   uint32_t* words) {
+  for (int w = lane; w < shape.words(); w += 32) {
+    const int end = 32 * (w + 1);
     uint32_t word = 0;
-    for (int position = 32 * w / kBits; position <= (32 * w + 31) / kBits; ++position) {
-      const uint32_t fresh = states[position] & ((1U << kBits) - 1);
-      const int left = 32 * (w + 1) - (position + 1) * kBits;  // bits of the word behind these
-      word |= left >= 0 ? fresh << left : fresh >> -left;
+    // A step may begin in the word before.
+    int step = 64 * w / (shape.half_bits * shape.weights_per_step);
+    if (step > 0) --step;
+    for (; step < shape.steps() && shape.first_bit(step) < end; ++step) {
+      const int behind = end - shape.first_bit(step + 1);  // bits of the word behind those of the step
+      if (behind >= 32) continue;
+      const uint32_t fresh = states[step] & ((1U << shape.step_bits(step)) - 1);
+      word |= behind >= 0 ? fresh << behind : fresh >> -behind;
     }
     words[w] = word;
   }
 }
 
-// The sum in the same order for every ring.
-__device__ inline float squared_error(const PathMemory& memory, const float* targets, const uint16_t* table,
-                                      int lane) {
+// The squared error of a state at a step, in float32.
+__device__ __forceinline__ float state_error(const uint16_t* table, int per_step, uint32_t state,
+                                             const float* targets) {
   float sum = 0;
-  for (int position = lane; position < kRingPositions; position += 32) {
-    const float d = targets[position] - weight_of_state(table, memory.states[position]);
+  for (int w = 0; w < per_step; ++w) {
+    const uint32_t place = state * static_cast<uint32_t>(per_step) + static_cast<uint32_t>(w);
+    const float d = targets[w] - weight_of_state(table, place);
     sum = fmaf(d, d, sum);
   }
-#pragma unroll
-  for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
   return sum;
 }
 
-// The edge before step `step` of a path with these states and this last edge.
-template <int kBits>
-__device__ __forceinline__ int edge_before(const PathMemory& memory, int step, int steps, int last) {
-  return step < steps ? memory.states[step] >> kBits : last;
-}
-
-// Of a run that began at position 0 and is longer than a ring: the step at which an edge comes back 256 steps
-// later, nearest to the middle of those that can, or -1.
-template <int kBits>
-__device__ inline int closing_step(const PathMemory& memory, int steps, int last, int lane) {
-  const int overlap = steps - kRingPositions;
+// Of a run that began at the ring's first step and is longer than a round: the step at which an edge comes
+// back a round later, nearest to the middle of those that can, or -1.
+__device__ inline int closing_step(const SearchTask& task, const PathMemory& memory, uint32_t last,
+                                   int lane) {
+  const TrellisShape shape = task.shape;
+  const int round = shape.steps();
+  const int overlap = task.steps - round;
   uint32_t nearest = 0xFFFFFFFFU;
   for (int step = lane; step <= overlap; step += 32) {
-    if (edge_before<kBits>(memory, step, steps, last) ==
-        edge_before<kBits>(memory, step + kRingPositions, steps, last)) {
-      const uint32_t away = static_cast<uint32_t>(abs(2 * step - overlap));
-      nearest = min(nearest, away << 16 | static_cast<uint32_t>(step));
-    }
+    const int fresh_bits = shape.step_bits(step % round);
+    const uint32_t edge = static_cast<uint32_t>(memory.states[step]) >> fresh_bits;
+    const uint32_t later =
+        step < overlap ? static_cast<uint32_t>(memory.states[step + round]) >> fresh_bits : last;
+    if (edge != later) continue;
+    const auto away = static_cast<uint32_t>(abs(2 * step - overlap));
+    nearest = min(nearest, away << 16 | static_cast<uint32_t>(step));
   }
   nearest = __reduce_min_sync(kAllLanes, nearest);
   return nearest == 0xFFFFFFFFU ? -1 : static_cast<int>(nearest & 0xFFFFU);
+}
+
+// What a warp makes of the states of a path from `edge` to `last`.
+__device__ inline void finish_walk(const SearchTask& task, const TracebackResult& result, int64_t tile,
+                                   uint32_t edge, uint32_t last, int lane, PathMemory& memory) {
+  const TrellisShape shape = task.shape;
+  const int round = shape.steps();
+  if (result.seams != nullptr) {
+    if (lane == 0) result.seams[tile] = static_cast<uint16_t>(edge);
+    return;
+  }
+  if (task.steps > round) {
+    const int closing = closing_step(task, memory, last, lane);
+    if (closing < 0) {
+      if (lane == 0) {
+        result.open_pins[tile] = static_cast<uint16_t>(memory.states[round] >> shape.step_bits(0));
+        result.open[atomicAdd(result.open_size, 1)] = static_cast<int32_t>(tile);
+      }
+      return;
+    }
+    // Steps before the closing one are taken from the second round.
+    for (int i = lane; i < closing; i += 32) memory.states[i] = memory.states[round + i];
+    __syncwarp();
+  }
+  write_words(shape, memory.states, lane, result.words + tile * shape.words());
+  if (result.errors != nullptr) {
+    // The sum in the same order for every ring.
+    const float* targets = task.targets + tile * kRingPositions;
+    const int per_step = shape.weights_per_step;
+    float sum = 0;
+    for (int step = lane; step < round; step += 32) {
+      sum += state_error(task.table, per_step, memory.states[step], targets + step * per_step);
+    }
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+    if (lane == 0) result.errors[tile] = sum;
+  }
+  if (result.states != nullptr) {
+    for (int i = lane; i < round; i += 32) result.states[tile * round + i] = memory.states[i];
+  }
 }
 
 // The ring at place `index` of the task, by a warp. A ring's copies of costs lie with those of its group.
 template <int kBits>
 __device__ void walk_back(const SearchTask& task, const TracebackResult& result, int64_t history_words,
                           int index, int lane, PathMemory& memory) {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   constexpr int kStride = kCopyStride<kBits>;
   if (task.list != nullptr && index >= *task.list_size) return;
   const int64_t tile = task.list == nullptr ? index : task.list[index];
@@ -140,34 +182,7 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
     edge = string >> (kStride * kBits);
   }
   __syncwarp();
-
-  if (result.seams != nullptr) {
-    if (lane == 0) result.seams[tile] = static_cast<uint16_t>(edge);
-    return;
-  }
-  if (task.steps > kRingPositions) {
-    const int closing = closing_step<kBits>(memory, task.steps, static_cast<int>(last), lane);
-    if (closing < 0) {
-      if (lane == 0) {
-        result.open_pins[tile] = static_cast<uint16_t>(memory.states[kRingPositions] >> kBits);
-        result.open[atomicAdd(result.open_size, 1)] = static_cast<int32_t>(tile);
-      }
-      return;
-    }
-    // Positions before the closing one are taken from the second time around.
-    for (int i = lane; i < closing; i += 32) memory.states[i] = memory.states[kRingPositions + i];
-    __syncwarp();
-  }
-  write_words<kBits>(memory.states, lane, result.words + tile * 8 * kBits);
-  if (result.errors != nullptr) {
-    const float error = squared_error(memory, targets, task.table, lane);
-    if (lane == 0) result.errors[tile] = error;
-  }
-  if (result.states != nullptr) {
-    for (int i = lane; i < kRingPositions; i += 32) {
-      result.states[tile * kRingPositions + i] = memory.states[i];
-    }
-  }
+  finish_walk(task, result, tile, edge, last, lane, memory);
 }
 
 }  // namespace quantloom::cuda

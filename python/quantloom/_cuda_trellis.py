@@ -38,18 +38,31 @@ def codebook_on(codebook: Any, device: str) -> _core.CudaTrellisCodebook:
         return _core.CudaTrellisCodebook.from_table(_arrays.describe("codebook", weights).core, stream)
 
 
-def _bits(bits: Any) -> int:
-    number = _checks.integer("bits", bits)
-    if not 1 <= number <= 8:
-        raise ValueError(f"bits: got {number}, expected 1 to 8")
-    return number
+def _half_bits(bits: Any, codebook: _core.CudaTrellisCodebook) -> int:
+    number = _checks.real("bits", bits)
+    most = 8 // codebook.weights_per_step
+    if not 1 <= number <= most or 2 * number != round(2 * number):
+        raise ValueError(f"bits: got {bits}, expected 1 to {most} in steps of 1/2")
+    return round(2 * number)
 
 
-def _rows(argument: str, value: Any, columns: int) -> torch.Tensor:
+def _words(words: Any, half_bits: int) -> torch.Tensor:
+    words = _rows("words", words, RING * half_bits // 64)
+    if words.dtype != torch.int32:
+        raise TypeError(f"words: got {words.dtype}, expected torch.int32")
+    return words.contiguous()
+
+
+def _on_cuda(argument: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
         raise TypeError(
             f"{argument}: got {_checks.type_name(value)}, expected a torch tensor on a CUDA device"
         )
+    return value
+
+
+def _rows(argument: str, value: Any, columns: int) -> torch.Tensor:
+    value = _on_cuda(argument, value)
     if value.ndim != 2 or value.shape[1] != columns:
         raise ValueError(
             f"{argument}: got shape {_arrays.shape_text(value.shape)}, expected [rings, {columns}]"
@@ -59,7 +72,7 @@ def _rows(argument: str, value: Any, columns: int) -> torch.Tensor:
 
 def encode_rings(
     targets: torch.Tensor,
-    bits: int,
+    bits: float,
     codebook: Any = "mul1",
     search: str = "normal",
     workspace_bytes: int | None = None,
@@ -68,8 +81,9 @@ def encode_rings(
 
     Args:
         targets: finite floats on a CUDA device. Beyond 12 from zero they are searched as 12.
-        bits: a weight, 1 to 8.
-        codebook: a name (``"3inst"``, ``"mcg"``, ``"mul1"``, ``"1mad"``, ...), or 65536 weights.
+        bits: a weight, 1 to 8 in steps of 1/2; at most 4 for codebooks with two weights a step. Whole bits
+            and one weight a step are fast.
+        codebook: a name as ``quantloom.trellis.codebook`` takes it, or 65536 weights.
         search: ``"fast"`` (0.5 to 0.8% more error than ``"normal"`` on a normal source, in 3/4 of the
             time), ``"normal"`` (within 0.03% of a float32 search), or ``"best"`` (0.1 to 0.3% less).
         workspace_bytes: memory to work in; None for what is fast, at most half of what is free.
@@ -81,17 +95,17 @@ def encode_rings(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    bits = _bits(bits)
     search = _checks.choice("search", search, SEARCHES)
     targets = _rows("targets", targets, RING).float().contiguous()
     if not bool(torch.isfinite(targets).all()):
         raise ValueError("targets: got NaN or infinity, expected finite numbers")
     device, count = targets.device, targets.shape[0]
-    words = torch.empty((count, 8 * bits), dtype=torch.int32, device=device)
-    errors = torch.empty(count, dtype=torch.float32, device=device)
     table = codebook_on(codebook, str(device))
+    half_bits = _half_bits(bits, table)
+    words = torch.empty((count, RING * half_bits // 64), dtype=torch.int32, device=device)
+    errors = torch.empty(count, dtype=torch.float32, device=device)
     with _devices.current(str(device)) as stream:
-        fast, least = _core.trellis_workspace_cuda(bits, search, count)
+        fast, least = _core.trellis_workspace_cuda(table, half_bits, search, count)
         if workspace_bytes is None:
             free = torch.cuda.mem_get_info(device)[0]
             size = min(fast, max(least, free // 2))
@@ -103,7 +117,7 @@ def encode_rings(
         _core.encode_rings_cuda(
             table,
             _arrays.describe("targets", targets).core,
-            bits,
+            half_bits,
             search,
             _arrays.describe("words", words).core,
             _arrays.describe("squared_errors", errors).core,
@@ -114,26 +128,23 @@ def encode_rings(
 
 
 def decode_rings(
-    words: torch.Tensor, bits: int, codebook: Any = "mul1", dtype: Any = torch.float32
+    words: torch.Tensor, bits: float, codebook: Any = "mul1", dtype: Any = torch.float32
 ) -> torch.Tensor:
     """The weights ``[rings, 256]`` of rings ``[rings, 8 * bits]`` of int32 on a CUDA device.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    bits = _bits(bits)
-    words = _rows("words", words, 8 * bits)
-    if words.dtype != torch.int32:
-        raise TypeError(f"words: got {words.dtype}, expected torch.int32")
+    table = codebook_on(codebook, str(_on_cuda("words", words).device))
+    half_bits = _half_bits(bits, table)
+    words = _words(words, half_bits)
     name = _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
-    words = words.contiguous()
     weights = torch.empty((words.shape[0], RING), dtype=_arrays.torch_dtype(name), device=words.device)
-    table = codebook_on(codebook, str(words.device))
     with _devices.current(str(words.device)) as stream:
         _core.decode_rings_cuda(
             table,
             _arrays.describe("words", words).core,
-            bits,
+            half_bits,
             _arrays.describe("weights", weights).core,
             stream,
         )
@@ -155,8 +166,7 @@ def gather_tiles(matrix: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(matrix, torch.Tensor) or matrix.device.type != "cuda":
-        raise TypeError(f"matrix: got {_checks.type_name(matrix)}, expected a torch tensor on a CUDA device")
+    matrix = _on_cuda("matrix", matrix)
     if matrix.ndim != 2:
         raise ValueError(f"matrix: got shape {_arrays.shape_text(matrix.shape)}, expected [n, k]")
     n, k = _tiled("matrix", matrix.shape)
@@ -176,7 +186,7 @@ def gather_tiles(matrix: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
 def decode_tiles(
     words: torch.Tensor,
     shape: tuple[int, int],
-    bits: int,
+    bits: float,
     codebook: Any = "mul1",
     dtype: Any = torch.float32,
 ) -> torch.Tensor:
@@ -185,22 +195,19 @@ def decode_tiles(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    bits = _bits(bits)
-    words = _rows("words", words, 8 * bits)
-    if words.dtype != torch.int32:
-        raise TypeError(f"words: got {words.dtype}, expected torch.int32")
+    table = codebook_on(codebook, str(_on_cuda("words", words).device))
+    half_bits = _half_bits(bits, table)
+    words = _words(words, half_bits)
     n, k = _tiled("shape", shape)
     if words.shape[0] * RING != n * k:
         raise ValueError(f"words: got {words.shape[0]} tiles, expected {n * k // RING} for [{n}, {k}]")
     name = _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
-    words = words.contiguous()
     matrix = torch.empty((n, k), dtype=_arrays.torch_dtype(name), device=words.device)
-    table = codebook_on(codebook, str(words.device))
     with _devices.current(str(words.device)) as stream:
         _core.decode_tiles_cuda(
             table,
             _arrays.describe("words", words).core,
-            bits,
+            half_bits,
             _arrays.describe("matrix", matrix).core,
             stream,
         )

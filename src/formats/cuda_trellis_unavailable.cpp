@@ -20,11 +20,15 @@ CudaTrellisCodebook::CudaTrellisCodebook(const TrellisCodebook& /*codebook*/, vo
 const uint16_t* CudaTrellisCodebook::weights() const {
   refuse("CudaTrellisCodebook");
 }
+int CudaTrellisCodebook::weights_per_step() const {
+  refuse("CudaTrellisCodebook");
+}
 int CudaTrellisCodebook::device() const {
   refuse("CudaTrellisCodebook");
 }
 
-TrellisWorkspace trellis_workspace_cuda(int /*bits*/, TrellisSearch /*search*/, int64_t /*count*/) {
+TrellisWorkspace trellis_workspace_cuda(const TrellisShape& /*shape*/, TrellisSearch /*search*/,
+                                        int64_t /*count*/) {
   refuse("trellis_workspace_cuda");
 }
 
@@ -35,7 +39,7 @@ void encode_rings_cuda(const CudaTrellisCodebook& /*codebook*/, const CudaRings&
 }
 
 void decode_rings_cuda(const CudaTrellisCodebook& /*codebook*/, const uint32_t* /*words*/, int64_t /*count*/,
-                       int /*bits*/, void* /*weights*/, DType /*dtype*/, void* /*stream*/) {
+                       const TrellisShape& /*shape*/, void* /*weights*/, DType /*dtype*/, void* /*stream*/) {
   refuse("decode_rings_cuda");
 }
 
@@ -43,8 +47,8 @@ void gather_tiles_cuda(const CudaMatrix& /*matrix*/, float /*factor*/, float* /*
   refuse("gather_tiles_cuda");
 }
 
-void decode_tiles_cuda(const CudaTrellisCodebook& /*codebook*/, const uint32_t* /*words*/, int /*bits*/,
-                       const CudaMatrix& /*matrix*/, void* /*stream*/) {
+void decode_tiles_cuda(const CudaTrellisCodebook& /*codebook*/, const uint32_t* /*words*/,
+                       const TrellisShape& /*shape*/, const CudaMatrix& /*matrix*/, void* /*stream*/) {
   refuse("decode_tiles_cuda");
 }
 

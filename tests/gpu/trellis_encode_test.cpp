@@ -41,6 +41,13 @@ class DeviceArray {
   std::shared_ptr<std::byte> memory_;
 };
 
+TrellisShape shape_of(double bits, int weights_per_step = 1) {
+  TrellisShape shape;
+  shape.half_bits = static_cast<int>(2 * bits);
+  shape.weights_per_step = weights_per_step;
+  return shape;
+}
+
 struct Rings {
   std::vector<uint32_t> words;
   std::vector<float> errors;
@@ -59,21 +66,22 @@ struct Twin {
 constexpr int64_t kFast = -1;
 constexpr int64_t kLeast = -2;
 
-Rings encode(const Twin& codebook, const std::vector<float>& targets, int bits, TrellisSearch search,
+Rings encode(const Twin& codebook, const std::vector<float>& targets, double bits, TrellisSearch search,
              int64_t workspace_bytes = kFast) {
+  const TrellisShape shape = shape_of(bits, codebook.host.weights_per_step);
   const auto count = static_cast<int64_t>(targets.size()) / kPositions;
-  const TrellisWorkspace sizes = trellis_workspace_cuda(bits, search, count);
+  const TrellisWorkspace sizes = trellis_workspace_cuda(shape, search, count);
   if (workspace_bytes == kFast) workspace_bytes = sizes.fast_bytes;
   if (workspace_bytes == kLeast) workspace_bytes = sizes.least_bytes;
   const DeviceArray<float> wanted(targets);
-  const DeviceArray<uint32_t> words(count * 8 * bits);
+  const DeviceArray<uint32_t> words(count * shape.words());
   const DeviceArray<float> errors(count);
-  const DeviceArray<uint16_t> states(count * kPositions);
+  const DeviceArray<uint16_t> states(count * shape.steps());
   const DeviceArray<std::byte> workspace(workspace_bytes);
   CudaRings rings;
   rings.targets = wanted.data();
   rings.count = count;
-  rings.bits = bits;
+  rings.shape = shape;
   rings.words = words.data();
   rings.squared_errors = errors.data();
   rings.states = states.data();
@@ -89,43 +97,53 @@ std::vector<float> normal_targets(int64_t rings, double scale, uint64_t seed) {
   return targets;
 }
 
-// The state whose fresh bits end before bit (position + 1) * bits of a ring of words.
-uint32_t state_of(const uint32_t* words, int bits, int position) {
+// The state of a step by its definition.
+uint32_t state_of(const uint32_t* words, const TrellisShape& shape, int step) {
   uint32_t state = 0;
-  const int ring_bits = kPositions * bits;
+  const int ring_bits = shape.ring_bits();
   for (int i = 0; i < 16; ++i) {
-    const int bit = ((position + 1) * bits - 16 + i + ring_bits) % ring_bits;
+    const int bit = (shape.first_bit(step + 1) - 16 + i + ring_bits) % ring_bits;
     state = state << 1 | (words[bit / 32] >> (31 - bit % 32) & 1U);
   }
   return state;
 }
 
-double error_of_states(const std::vector<float>& values, const float* targets, const uint16_t* states) {
+// The weight at a position of a ring of states.
+float weight_of(const Twin& codebook, const uint16_t* states, int position) {
+  const int per_step = codebook.host.weights_per_step;
+  return codebook.values[static_cast<size_t>(states[position / per_step] * per_step + position % per_step)];
+}
+
+double error_of_states(const Twin& codebook, const float* targets, const uint16_t* states) {
   double sum = 0;
   for (int position = 0; position < kPositions; ++position) {
-    const double d = static_cast<double>(targets[position]) - values[states[position]];
+    const double d = static_cast<double>(targets[position]) - weight_of(codebook, states, position);
     sum += d * d;
   }
   return sum;
 }
 
 // The words are rings of the states, and the errors are those of their weights.
-void expect_rings(const Twin& codebook, const std::vector<float>& targets, int bits, const Rings& rings) {
+void expect_rings(const Twin& codebook, const std::vector<float>& targets, double bits, const Rings& rings) {
+  const TrellisShape shape = shape_of(bits, codebook.host.weights_per_step);
   const DeviceArray<uint32_t> words(rings.words);
   const auto count = static_cast<int64_t>(rings.errors.size());
   const DeviceArray<float> weights(count * kPositions);
-  decode_rings_cuda(codebook.device, words.data(), count, bits, weights.data(), DType::f32, nullptr);
+  decode_rings_cuda(codebook.device, words.data(), count, shape, weights.data(), DType::f32, nullptr);
   const std::vector<float> decoded = weights.host();
   for (int64_t ring = 0; ring < count; ++ring) {
-    const uint32_t* ring_words = rings.words.data() + ring * 8 * bits;
-    const uint16_t* states = rings.states.data() + ring * kPositions;
+    const uint32_t* ring_words = rings.words.data() + ring * shape.words();
+    const uint16_t* states = rings.states.data() + ring * shape.steps();
+    for (int step = 0; step < shape.steps(); ++step) {
+      ASSERT_EQ(state_of(ring_words, shape, step), states[step])
+          << bits << " bits, ring " << ring << ", step " << step;
+    }
     for (int position = 0; position < kPositions; ++position) {
-      ASSERT_EQ(state_of(ring_words, bits, position), states[position])
-          << bits << " bits, ring " << ring << ", position " << position;
-      ASSERT_EQ(decoded[static_cast<size_t>(ring * kPositions + position)], codebook.values[states[position]])
+      ASSERT_EQ(decoded[static_cast<size_t>(ring * kPositions + position)],
+                weight_of(codebook, states, position))
           << bits << " bits, ring " << ring << ", position " << position;
     }
-    const double sum = error_of_states(codebook.values, targets.data() + ring * kPositions, states);
+    const double sum = error_of_states(codebook, targets.data() + ring * kPositions, states);
     ASSERT_NEAR(rings.errors[static_cast<size_t>(ring)], sum, 1e-5 * sum + 1e-12)
         << bits << " bits, ring " << ring;
   }
@@ -176,13 +194,49 @@ TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
   }
 }
 
+TEST_F(TrellisCudaSmall, RingsOfOtherShapesClose) {
+  const Twin one("mul1");
+  const Twin two("hyb");
+  const std::vector<float> targets = normal_targets(3, 1, 5);
+  expect_rings(one, targets, 2.5, encode(one, targets, 2.5, TrellisSearch::fast));
+  expect_rings(two, targets, 3, encode(two, targets, 3, TrellisSearch::best, kLeast));
+}
+
+TEST_F(TrellisCuda, RingsOfOtherShapes) {
+  uint64_t seed = 900;
+  for (const char* name : {"mul1", "3inst", "hyb", "rptc2"}) {
+    const Twin codebook(name);
+    const int per_step = codebook.host.weights_per_step;
+    for (int half_bits = 2; half_bits <= 16 / per_step; ++half_bits) {
+      if (per_step == 1 && half_bits % 2 == 0) continue;
+      const double bits = half_bits / 2.0;
+      for (const TrellisSearch search : {TrellisSearch::fast, TrellisSearch::normal, TrellisSearch::best}) {
+        const int64_t count = 1 + static_cast<int64_t>(seed * 7 % 61);
+        const std::vector<float> targets = normal_targets(count, codebook.host.rms(), seed++);
+        expect_rings(codebook, targets, bits, encode(codebook, targets, bits, search));
+      }
+      // Valid rings come back without loss.
+      const TrellisShape shape = shape_of(bits, per_step);
+      const CounterRandom random(seed);
+      std::vector<uint32_t> words(static_cast<size_t>(19 * shape.words()));
+      for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+      const DeviceArray<uint32_t> packed(words);
+      const DeviceArray<float> weights(19 * kPositions);
+      decode_rings_cuda(codebook.device, packed.data(), 19, shape, weights.data(), DType::f32, nullptr);
+      for (const float error : encode(codebook, weights.host(), bits, TrellisSearch::normal).errors) {
+        ASSERT_EQ(error, 0) << name << ", " << bits << " bits";
+      }
+    }
+  }
+}
+
 TEST_F(TrellisCuda, NoRingsNeedNothing) {
   const Twin codebook("mul1");
-  const TrellisWorkspace sizes = trellis_workspace_cuda(2, TrellisSearch::normal, 0);
+  const TrellisWorkspace sizes = trellis_workspace_cuda(shape_of(2), TrellisSearch::normal, 0);
   EXPECT_EQ(sizes.fast_bytes, 0);
   EXPECT_EQ(sizes.least_bytes, 0);
   encode_rings_cuda(codebook.device, {}, TrellisSearch::normal, nullptr, 0, nullptr);
-  decode_rings_cuda(codebook.device, nullptr, 0, 2, nullptr, DType::f32, nullptr);
+  decode_rings_cuda(codebook.device, nullptr, 0, shape_of(2), nullptr, DType::f32, nullptr);
 }
 
 TEST_F(TrellisCuda, ValidRingsHaveNoLoss) {
@@ -195,7 +249,8 @@ TEST_F(TrellisCuda, ValidRingsHaveNoLoss) {
       for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
       const DeviceArray<uint32_t> packed(words);
       const DeviceArray<float> weights(kCount * kPositions);
-      decode_rings_cuda(codebook.device, packed.data(), kCount, bits, weights.data(), DType::f32, nullptr);
+      decode_rings_cuda(codebook.device, packed.data(), kCount, shape_of(bits), weights.data(), DType::f32,
+                        nullptr);
       const std::vector<float> targets = weights.host();
       for (const TrellisSearch search : {TrellisSearch::normal, TrellisSearch::best}) {
         const Rings rings = encode(codebook, targets, bits, search);
@@ -220,8 +275,8 @@ TEST_F(TrellisCuda, LossAgainstFloat32SearchIsAsStated) {
           testing::reference_rings(codebook.values, targets, bits, kPositions / 2);
       double exact = 0;
       for (int64_t ring = 0; ring < kCount; ++ring) {
-        exact += error_of_states(codebook.values, targets.data() + ring * kPositions,
-                                 states.data() + ring * kPositions);
+        exact +=
+            error_of_states(codebook, targets.data() + ring * kPositions, states.data() + ring * kPositions);
       }
       exact /= static_cast<double>(kCount * kPositions);
       std::map<TrellisSearch, double> ratio;
@@ -316,7 +371,7 @@ TEST_F(TrellisCuda, AnyTargetsGiveRings) {
     for (size_t ring = 0; ring < special.size() + 2; ++ring) {
       const uint32_t* words = rings.words.data() + ring * static_cast<size_t>(8 * bits);
       for (int position = 0; position < kPositions; ++position) {
-        ASSERT_EQ(state_of(words, bits, position),
+        ASSERT_EQ(state_of(words, shape_of(bits), position),
                   rings.states[ring * kPositions + static_cast<size_t>(position)])
             << bits << " bits, " << (ring < special.size() ? special[ring] : 1) << ", position " << position;
       }
@@ -338,15 +393,17 @@ TEST_F(TrellisCuda, DecodesToEveryType) {
   const DeviceArray<float> floats(5 * kPositions);
   const DeviceArray<uint16_t> halves(5 * kPositions);
   const DeviceArray<uint16_t> brains(5 * kPositions);
-  decode_rings_cuda(codebook.device, packed.data(), 5, 3, floats.data(), DType::f32, nullptr);
-  decode_rings_cuda(codebook.device, packed.data(), 5, 3, halves.data(), DType::f16, nullptr);
-  decode_rings_cuda(codebook.device, packed.data(), 5, 3, brains.data(), DType::bf16, nullptr);
+  decode_rings_cuda(codebook.device, packed.data(), 5, shape_of(3), floats.data(), DType::f32, nullptr);
+  decode_rings_cuda(codebook.device, packed.data(), 5, shape_of(3), halves.data(), DType::f16, nullptr);
+  decode_rings_cuda(codebook.device, packed.data(), 5, shape_of(3), brains.data(), DType::bf16, nullptr);
   const auto f = floats.host();
   const auto h = halves.host();
   const auto b = brains.host();
   for (size_t i = 0; i < f.size(); ++i) {
     const size_t ring = i / kPositions;
-    ASSERT_EQ(f[i], codebook.values[state_of(words.data() + ring * 24, 3, static_cast<int>(i % kPositions))]);
+    ASSERT_EQ(
+        f[i],
+        codebook.values[state_of(words.data() + ring * 24, shape_of(3), static_cast<int>(i % kPositions))]);
     ASSERT_EQ(h[i], f16_from_float(f[i]));
     ASSERT_EQ(b[i], bf16_from_float(f[i]));
   }
@@ -373,11 +430,12 @@ TEST_F(TrellisCudaSmall, TilesAreRings) {
     const DeviceArray<uint32_t> packed(words);
     const DeviceArray<float> matrix(n * stride);
     const CudaMatrix view{matrix.data(), DType::f32, n, k, stride};
-    decode_tiles_cuda(codebook.device, packed.data(), 3, view, nullptr);
+    decode_tiles_cuda(codebook.device, packed.data(), shape_of(3), view, nullptr);
     const DeviceArray<float> targets(tiles * kPositions);
     gather_tiles_cuda(view, 2, targets.data(), nullptr);
     const DeviceArray<uint16_t> halves(n * k);
-    decode_tiles_cuda(codebook.device, packed.data(), 3, {halves.data(), DType::f16, n, k, k}, nullptr);
+    decode_tiles_cuda(codebook.device, packed.data(), shape_of(3), {halves.data(), DType::f16, n, k, k},
+                      nullptr);
     const std::vector<float> values = matrix.host();
     const std::vector<float> rings = targets.host();
     const std::vector<uint16_t> narrow = halves.host();
@@ -385,7 +443,7 @@ TEST_F(TrellisCudaSmall, TilesAreRings) {
       for (int position = 0; position < kPositions; ++position) {
         const int64_t row = tile % (n / 16) * 16 + output_of(position);
         const int64_t column = tile / (n / 16) * 16 + input_of(position);
-        const float expected = codebook.values[state_of(words.data() + tile * 24, 3, position)];
+        const float expected = codebook.values[state_of(words.data() + tile * 24, shape_of(3), position)];
         ASSERT_EQ(values[static_cast<size_t>(row * stride + column)], expected) << row << ", " << column;
         ASSERT_EQ(narrow[static_cast<size_t>(row * k + column)], f16_from_float(expected));
         ASSERT_EQ(rings[static_cast<size_t>(tile * kPositions + position)], 2 * expected);
@@ -403,7 +461,7 @@ TEST_F(TrellisCuda, ACapturedEncodingCanBeRepeated) {
   const Rings expected = encode(codebook, targets, 2, TrellisSearch::best);
   const DeviceArray<float> wanted(targets);
   const DeviceArray<uint32_t> words(40 * 16);
-  const int64_t bytes = trellis_workspace_cuda(2, TrellisSearch::best, 40).fast_bytes;
+  const int64_t bytes = trellis_workspace_cuda(shape_of(2), TrellisSearch::best, 40).fast_bytes;
   const DeviceArray<std::byte> workspace(bytes);
   CudaRings rings;
   rings.targets = wanted.data();
@@ -428,7 +486,7 @@ TEST_F(TrellisCuda, RefusesBadArguments) {
   const Twin codebook("mul1");
   const DeviceArray<float> targets(normal_targets(2, 1, 1));
   const DeviceArray<uint32_t> words(2 * 8 * 8);
-  const int64_t least = trellis_workspace_cuda(2, TrellisSearch::normal, 2).least_bytes;
+  const int64_t least = trellis_workspace_cuda(shape_of(2), TrellisSearch::normal, 2).least_bytes;
   const DeviceArray<std::byte> workspace(least);
   CudaRings good;
   good.targets = targets.data();
@@ -440,14 +498,25 @@ TEST_F(TrellisCuda, RefusesBadArguments) {
   EXPECT_NO_THROW(run(good, workspace.data(), least));
   EXPECT_THROW(run(good, workspace.data(), least - 1), InvalidArgument);
   EXPECT_THROW(run(good, workspace.data() + 8, least), InvalidArgument);
-  for (const int bits : {-1, 0, 9}) {
+  std::vector<TrellisShape> bad_shapes;
+  for (const double bits : {-1.0, 0.0, 0.5, 8.5, 9.0}) bad_shapes.push_back(shape_of(bits));
+  bad_shapes.push_back(shape_of(4.5, 2));
+  bad_shapes.push_back(shape_of(2, 3));
+  bad_shapes.push_back({12, 4, 1, 256});
+  bad_shapes.push_back({16, 4, 1, 160});
+  for (const TrellisShape& shape : bad_shapes) {
     CudaRings bad = good;
-    bad.bits = bits;
+    bad.shape = shape;
     EXPECT_THROW(run(bad, workspace.data(), least), InvalidArgument);
-    EXPECT_THROW(trellis_workspace_cuda(bits, TrellisSearch::normal, 2), InvalidArgument);
-    EXPECT_THROW(decode_rings_cuda(codebook.device, words.data(), 2, bits, words.data(), DType::f32, nullptr),
-                 InvalidArgument);
+    EXPECT_THROW(trellis_workspace_cuda(shape, TrellisSearch::normal, 2), InvalidArgument);
+    EXPECT_THROW(
+        decode_rings_cuda(codebook.device, words.data(), 2, shape, words.data(), DType::f32, nullptr),
+        InvalidArgument);
   }
+  // The codebook has one weight a step.
+  CudaRings two = good;
+  two.shape = shape_of(2, 2);
+  EXPECT_THROW(run(two, workspace.data(), least), InvalidArgument);
   for (const int64_t count : {int64_t{-1}, int64_t{1} << 31}) {
     CudaRings bad = good;
     bad.count = count;
@@ -457,9 +526,9 @@ TEST_F(TrellisCuda, RefusesBadArguments) {
   CudaRings bad = good;
   bad.targets = on_host.data();
   EXPECT_THROW(run(bad, workspace.data(), least), TypeMismatch);
-  EXPECT_THROW(decode_rings_cuda(codebook.device, words.data(), 2, 2, targets.data(), DType::i32, nullptr),
-               TypeMismatch);
-  EXPECT_THROW(CudaTrellisCodebook(trellis_codebook("hyb")), InvalidArgument);
+  EXPECT_THROW(
+      decode_rings_cuda(codebook.device, words.data(), 2, shape_of(2), targets.data(), DType::i32, nullptr),
+      TypeMismatch);
   EXPECT_THROW(CudaTrellisCodebook(trellis_codebook("mul1", 12)), InvalidArgument);
 }
 

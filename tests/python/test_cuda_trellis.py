@@ -64,6 +64,18 @@ def test_errors_are_those_of_the_weights(rng, bits, least, search):
     assert float(errors.mean()) / 256 == pytest.approx(least, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("codebook", "bits", "error"), [("mul1", 2.5, 0.0345), ("hyb", 2, 0.0705), ("mul1", 3.5, 0.0089)]
+)
+def test_half_bits_and_two_weights_a_step(rng, codebook, bits, error):
+    targets = torch.from_numpy(rng.standard_normal((200, 256)).astype(np.float32)).cuda()
+    words, errors = _cuda_trellis.encode_rings(targets, bits, codebook)
+    assert words.shape == (200, round(8 * bits))
+    weights = _cuda_trellis.decode_rings(words, bits, codebook)
+    torch.testing.assert_close(errors, (targets - weights).square().sum(dim=1), rtol=1e-4, atol=0)
+    assert float(errors.mean()) / 256 == pytest.approx(error, rel=0.05)
+
+
 def test_a_table_is_a_codebook(rng):
     table = rng.standard_normal(1 << 16).astype(np.float16)
     words = torch.from_numpy(rng.integers(-(2**31), 2**31, size=(7, 24)).astype(np.int32)).cuda()
@@ -113,8 +125,11 @@ def test_bad_input_is_named():
         _cuda_trellis.encode_rings(targets[:, :255], 2)
     with pytest.raises(ValueError, match="targets: got NaN"):
         _cuda_trellis.encode_rings(targets / 0, 2)
-    with pytest.raises(ValueError, match="bits: got 9"):
-        _cuda_trellis.encode_rings(targets, 9)
+    for bits in (0.5, 2.25, 9):
+        with pytest.raises(ValueError, match=f"bits: got {bits}, expected 1 to 8"):
+            _cuda_trellis.encode_rings(targets, bits)
+    with pytest.raises(ValueError, match="bits: got 5, expected 1 to 4"):
+        _cuda_trellis.encode_rings(targets, 5, "hyb")
     with pytest.raises(ValueError, match="search: got 'slow'"):
         _cuda_trellis.encode_rings(targets, 2, search="slow")
     with pytest.raises(ValueError, match="workspace_bytes: got 5"):

@@ -1,5 +1,5 @@
 // Trellis-coded rings on CUDA devices: encoding and decoding of rings of 256 weights with 16 bits of state,
-// one weight a step, 1 to 8 bits each.
+// of 1 to 8 bits a weight in steps of 1/2, and with two weights a step at most 4.
 //
 // Arrays lie in memory of the current CUDA device. Encoding and decoding are enqueued on `stream` (a
 // cudaStream_t), allocate nothing, never wait, and can be captured in a graph. In a build without CUDA each
@@ -18,9 +18,10 @@ namespace quantloom {
 // The weights of all states, in memory of the device that is current when it is made.
 class CudaTrellisCodebook {
  public:
-  // Waits for the stream. Throws InvalidArgument unless `codebook` has a window of 16 and one weight a step.
+  // Waits for the stream. Throws InvalidArgument unless `codebook` has a window of 16.
   explicit CudaTrellisCodebook(const TrellisCodebook& codebook, void* stream = nullptr);
-  const uint16_t* weights() const;  // float16 bits, [65536]
+  const uint16_t* weights() const;  // float16 bits, [65536, weights_per_step]
+  int weights_per_step() const;
   int device() const;
 
  private:
@@ -33,10 +34,10 @@ struct CudaRings {
   // as 12, NaN as -12; errors are against the targets as they are.
   const float* targets = nullptr;
   int64_t count = 0;
-  int bits = 2;                     // 1 ... 8
-  uint32_t* words = nullptr;        // result, [count, 8 bits], as pack_rings() orders them
+  TrellisShape shape;               // of a window of 16 and 256 weights
+  uint32_t* words = nullptr;        // result, [count, shape.words()], as pack_rings() orders them
   float* squared_errors = nullptr;  // result, [count] or null: the sum over a ring, NaN where a target is
-  uint16_t* states = nullptr;       // result, [count, 256] or null
+  uint16_t* states = nullptr;       // result, [count, shape.steps()] or null
 };
 
 // What encode_rings_cuda() needs to be fast with `count` rings (several GiB for thousands), and what it needs
@@ -45,21 +46,22 @@ struct TrellisWorkspace {
   int64_t fast_bytes = 0;
   int64_t least_bytes = 0;
 };
-// Throws InvalidArgument for bits out of 1 ... 8 and a negative count.
-TrellisWorkspace trellis_workspace_cuda(int bits, TrellisSearch search, int64_t count);
+// Throws InvalidArgument for another shape or count.
+TrellisWorkspace trellis_workspace_cuda(const TrellisShape& shape, TrellisSearch search, int64_t count);
 
 // Encodes rings: a Viterbi search over all 65536 states with float16 costs, whose squared error is within
-// 0.03% of one with float32 costs on a normal source (2 to 4 bits). A ring's result depends on its targets
-// alone, not on its neighbours, the workspace or the device. `workspace` is aligned to 16 bytes.
+// 0.03% of one with float32 costs on a normal source (2 to 4 bits). Whole bits and one weight a step are
+// fast; other shapes take several times as long. A ring's result depends on its targets alone, not on its
+// neighbours, the workspace or the device. `workspace` is aligned to 16 bytes.
 //
-// Throws InvalidArgument for bits, counts and workspaces out of range or null arrays, TypeMismatch for memory
-// elsewhere.
+// Throws InvalidArgument for shapes, counts and workspaces out of range and a codebook with other steps,
+// TypeMismatch for null arrays and memory elsewhere.
 void encode_rings_cuda(const CudaTrellisCodebook& codebook, const CudaRings& rings, TrellisSearch search,
                        void* workspace, int64_t workspace_bytes, void* stream);
 
-// The weights [count, 256] of packed rings [count, 8 bits], as float16, bfloat16 or float32.
-void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count, int bits,
-                       void* weights, DType dtype, void* stream);
+// The weights [count, 256] of packed rings [count, shape.words()], as float16, bfloat16 or float32.
+void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int64_t count,
+                       const TrellisShape& shape, void* weights, DType dtype, void* stream);
 
 // ---- Tiles of a matrix ----
 //
@@ -69,8 +71,8 @@ void decode_rings_cuda(const CudaTrellisCodebook& codebook, const uint32_t* word
 
 // Targets [(k / 16) * (n / 16), 256] = factor * the matrix, rounded to float32.
 void gather_tiles_cuda(const CudaMatrix& matrix, float factor, float* targets, void* stream);
-// The weights of packed rings, [k / 16, n / 16, 8 bits], to the matrix; its memory is written.
-void decode_tiles_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, int bits,
+// The weights of packed rings, [k / 16, n / 16, shape.words()], to the matrix; its memory is written.
+void decode_tiles_cuda(const CudaTrellisCodebook& codebook, const uint32_t* words, const TrellisShape& shape,
                        const CudaMatrix& matrix, void* stream);
 
 }  // namespace quantloom

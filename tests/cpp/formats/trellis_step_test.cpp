@@ -5,13 +5,12 @@
 #include <limits>
 #include <memory>
 
+#include "formats/trellis_general.cuh"
 #include "formats/trellis_walk.cuh"
 #include "quantloom/random.hpp"
 
 namespace quantloom::cuda {
 namespace {
-
-constexpr int kLanes = 32;
 
 uint32_t twice(float value) {
   return f16_from_float(value) * 0x10001U;
@@ -29,8 +28,8 @@ std::vector<uint16_t> random_table(uint64_t seed) {
 template <int kBits>
 class EmulatedBlock {
  public:
-  using Shape = TrellisShape<kBits>;
-  using Step = TrellisStep<kBits>;
+  using Shape = SearchShape<kBits>;
+  using Step = SearchStep<kBits>;
 
   explicit EmulatedBlock(const std::vector<uint16_t>& table)
       : values_(kSearchThreads), outputs_(kSearchThreads) {
@@ -95,7 +94,7 @@ Targets make_targets(float first, float second) {
 
 template <int kBits>
 void expect_a_step() {
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
   const std::vector<uint16_t> table = random_table(kBits);
   const CounterRandom random(77);
   EmulatedBlock<kBits> block(table);
@@ -145,7 +144,7 @@ TEST(TrellisStep, IsTheLeastOfAllCandidates) {
 template <int kBits>
 class EmulatedEncoder {
  public:
-  using Shape = TrellisShape<kBits>;
+  using Shape = SearchShape<kBits>;
 
   EmulatedEncoder(const std::vector<uint16_t>& table, const std::vector<float>& targets)
       : table_(table), targets_(targets), block_(table) {}
@@ -188,7 +187,7 @@ class EmulatedEncoder {
  private:
   SearchTask make_task() {
     SearchTask task;
-    task.bits = kBits;
+    task.shape.half_bits = 2 * kBits;
     task.targets = targets_.data();
     task.table = table_.data();
     task.count = Shape::kRings;
@@ -248,54 +247,225 @@ class EmulatedEncoder {
   std::vector<uint16_t> pins_ = std::vector<uint16_t>(2);
 };
 
-uint32_t state_of(const std::vector<uint32_t>& words, size_t ring, int bits, int position) {
+// The state of a step by its definition.
+uint32_t state_of(const std::vector<uint32_t>& words, size_t ring, const TrellisShape& shape, int step) {
   uint32_t state = 0;
-  const int ring_bits = kRingPositions * bits;
+  const int ring_bits = shape.ring_bits();
   for (int i = 0; i < 16; ++i) {
-    const int bit = ((position + 1) * bits - 16 + i + ring_bits) % ring_bits;
-    state =
-        state << 1 |
-        (words[ring * static_cast<size_t>(8 * bits) + static_cast<size_t>(bit / 32)] >> (31 - bit % 32) & 1U);
+    const int bit = (shape.first_bit(step + 1) - 16 + i + ring_bits) % ring_bits;
+    const uint32_t word = words[ring * static_cast<size_t>(shape.words()) + static_cast<size_t>(bit / 32)];
+    state = state << 1 | (word >> (31 - bit % 32) & 1U);
   }
   return state;
 }
 
 // The words hold the states, and the error is theirs.
-template <int kBits>
-void expect_rings(const EmulatedEncoder<kBits>& encoder, const std::vector<uint16_t>& table,
+template <class Encoder>
+void expect_rings(const Encoder& encoder, const TrellisShape& shape, const std::vector<uint16_t>& table,
                   const std::vector<float>& targets) {
+  const int per_step = shape.weights_per_step;
   for (size_t ring = 0; ring < encoder.errors.size(); ++ring) {
     double sum = 0;
-    for (int position = 0; position < kRingPositions; ++position) {
-      const size_t at = ring * kRingPositions + static_cast<size_t>(position);
-      const uint32_t state = state_of(encoder.words, ring, kBits, position);
-      ASSERT_EQ(state, encoder.states[at]) << kBits << " bits, ring " << ring << ", position " << position;
-      const double d = static_cast<double>(targets[at]) - float_from_f16(table[state]);
-      sum += d * d;
+    for (int step = 0; step < shape.steps(); ++step) {
+      const uint32_t state = state_of(encoder.words, ring, shape, step);
+      const size_t at = ring * static_cast<size_t>(shape.steps()) + static_cast<size_t>(step);
+      ASSERT_EQ(state, encoder.states[at])
+          << shape.half_bits << "/2 bits, ring " << ring << ", step " << step;
+      for (int w = 0; w < per_step; ++w) {
+        const double d =
+            static_cast<double>(targets[at * static_cast<size_t>(per_step) + static_cast<size_t>(w)]) -
+            float_from_f16(table[state * static_cast<uint32_t>(per_step) + static_cast<uint32_t>(w)]);
+        sum += d * d;
+      }
     }
-    EXPECT_NEAR(encoder.errors[ring], sum, 1e-5 * sum + 1e-9) << kBits << " bits, ring " << ring;
+    EXPECT_NEAR(encoder.errors[ring], sum, 1e-5 * sum + 1e-9) << shape.half_bits << "/2 bits, ring " << ring;
   }
 }
 
-// Rings of random bits come back without loss.
-template <int kBits>
-void expect_no_loss(int side) {
-  const CounterRandom random(5);
-  const std::vector<uint16_t> table = random_table(40 + kBits);
-  const size_t rings = TrellisShape<kBits>::kRings;
-  std::vector<uint32_t> words(rings * 8 * kBits);
-  for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+// Rings of random bits, and the weights that they stand for.
+struct RandomRings {
+  std::vector<uint32_t> words;
   std::vector<float> targets;
-  for (size_t ring = 0; ring < rings; ++ring) {
-    for (int position = 0; position < kRingPositions; ++position) {
-      targets.push_back(float_from_f16(table[state_of(words, ring, kBits, position)]));
+  RandomRings(const TrellisShape& shape, size_t rings, const std::vector<uint16_t>& table) {
+    const CounterRandom random(5);
+    words.resize(rings * static_cast<size_t>(shape.words()));
+    for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
+    for (size_t ring = 0; ring < rings; ++ring) {
+      for (int step = 0; step < shape.steps(); ++step) {
+        const uint32_t state =
+            state_of(words, ring, shape, step) * static_cast<uint32_t>(shape.weights_per_step);
+        for (int w = 0; w < shape.weights_per_step; ++w) {
+          targets.push_back(float_from_f16(table[state + static_cast<uint32_t>(w)]));
+        }
+      }
     }
   }
-  EmulatedEncoder<kBits> encoder(table, targets);
+};
+
+template <int kBits>
+void expect_no_loss(int side) {
+  const std::vector<uint16_t> table = random_table(40 + kBits);
+  TrellisShape shape;
+  shape.half_bits = 2 * kBits;
+  const RandomRings rings(shape, SearchShape<kBits>::kRings, table);
+  EmulatedEncoder<kBits> encoder(table, rings.targets);
   encoder.encode(side);
-  expect_rings(encoder, table, targets);
+  expect_rings(encoder, shape, table, rings.targets);
   for (const float error : encoder.errors) EXPECT_EQ(error, 0) << kBits << " bits";
-  EXPECT_EQ(encoder.words, words) << kBits << " bits";
+  EXPECT_EQ(encoder.words, rings.words) << kBits << " bits";
+}
+
+// The search of other shapes, an edge after the other.
+class GeneralEncoder {
+ public:
+  GeneralEncoder(const TrellisShape& shape, const std::vector<uint16_t>& table,
+                 const std::vector<float>& targets)
+      : words(static_cast<size_t>(2 * shape.words())),
+        states(static_cast<size_t>(2 * shape.steps())),
+        shape_(shape),
+        table_(table),
+        targets_(targets) {}
+
+  std::vector<uint32_t> words;
+  std::vector<float> errors = std::vector<float>(2);
+  std::vector<uint16_t> states;
+  int open = 0;
+
+  void encode(TrellisSearch search) {
+    SearchTask first = first_pass(shape_, search);
+    run(first);
+    TracebackResult result;
+    result.words = words.data();
+    result.errors = errors.data();
+    result.states = states.data();
+    TracebackResult of_first = result;
+    std::vector<int32_t> list(2);
+    if (search == TrellisSearch::best) {
+      of_first.open = list.data();
+      of_first.open_size = &open;
+      of_first.open_pins = pins_.data();
+    } else {
+      of_first.seams = pins_.data();
+    }
+    walk(first, of_first);
+    SearchTask second = second_pass(shape_);
+    second.pins = pins_.data();
+    if (search == TrellisSearch::best) {
+      second.list = list.data();
+      second.list_size = &open;
+      if (open == 0) return;
+    }
+    run(second);
+    walk(second, result);
+  }
+
+ private:
+  void run(SearchTask& task) {
+    task.targets = targets_.data();
+    task.table = table_.data();
+    task.count = 2;
+    task.ends = ends_.data();
+    history_.assign(static_cast<size_t>(task.history_words()), 0xFFFFFFFFU);
+    task.history = history_.data();
+    const int count = task.list == nullptr ? 2 : *task.list_size;
+    const size_t tiles[2] = {task.list == nullptr ? 0 : static_cast<size_t>(task.list[0]),
+                             task.list == nullptr ? 1 : static_cast<size_t>(task.list[count - 1])};
+    const int per_step = shape_.weights_per_step;
+    int position = task.first_position;
+    std::vector<uint32_t> costs(static_cast<size_t>(kStates >> shape_.step_bits(position)));
+    for (size_t edge = 0; edge < costs.size() && task.pins != nullptr; ++edge) {
+      costs[edge] =
+          (task.pins[tiles[0]] == edge ? 0 : 0x7C00U) | (task.pins[tiles[1]] == edge ? 0 : 0x7C000000U);
+    }
+    uint32_t* copy = history_.data();
+    for (int step = 0; step < task.steps; ++step) {
+      const int next = (position + 1) % shape_.steps();
+      PairTarget wanted[2] = {};
+      for (int w = 0; w < per_step; ++w) {
+        for (size_t ring = 0; ring < 2; ++ring) {
+          const float value =
+              targets_[tiles[ring] * kRingPositions + static_cast<size_t>(position * per_step + w)];
+          const uint16_t high = f16_from_float(bounded_target(value));
+          wanted[w].high |= static_cast<uint32_t>(high) << (16 * ring);
+          wanted[w].low |= static_cast<uint32_t>(f16_from_float(bounded_target(value) - float_from_f16(high)))
+                           << (16 * ring);
+        }
+      }
+      std::vector<uint32_t> after(static_cast<size_t>(kStates >> shape_.step_bits(next)));
+      for (size_t edge = 0; edge < after.size(); ++edge) {
+        after[edge] = least_cost(table_.data(), per_step, shape_.step_bits(position), shape_.step_bits(next),
+                                 static_cast<uint32_t>(edge), costs.data(), wanted);
+      }
+      costs = after;
+      if (step + 1 >= task.stop && step + 1 < task.steps) {
+        std::copy(costs.begin(), costs.end(), copy);
+        copy += task.copy_words();
+      }
+      position = next;
+    }
+    ASSERT_EQ(copy - history_.data(), task.history_words());
+    for (int ring = 0; ring < 2 && task.pins == nullptr; ++ring) {
+      const auto cost = [&](size_t edge) { return costs[edge] >> (16 * ring) & 0xFFFFU; };
+      size_t best = 0;
+      for (size_t edge = 1; edge < costs.size(); ++edge) {
+        if (cost(edge) < cost(best)) best = edge;
+      }
+      ends_[static_cast<size_t>(ring)] = static_cast<uint16_t>(best);
+    }
+  }
+
+  void walk(const SearchTask& task, const TracebackResult& result) {
+    for (int index = 0; index < 2; ++index) {
+      PathMemory memory{};
+      emulated::run_warp(
+          [&](int lane) { walk_back_general(task, result, task.history_words(), index, lane, memory); });
+    }
+  }
+
+  TrellisShape shape_;
+  const std::vector<uint16_t>& table_;
+  const std::vector<float>& targets_;
+  std::vector<uint32_t> history_;
+  std::vector<uint16_t> ends_ = std::vector<uint16_t>(2);
+  std::vector<uint16_t> pins_ = std::vector<uint16_t>(2);
+};
+
+TrellisShape general_shape(int half_bits, int weights_per_step) {
+  TrellisShape shape;
+  shape.half_bits = half_bits;
+  shape.weights_per_step = weights_per_step;
+  return shape;
+}
+
+std::vector<uint16_t> general_table(int weights_per_step) {
+  std::vector<uint16_t> table = random_table(90);
+  if (weights_per_step == 2) {
+    const std::vector<uint16_t> more = random_table(91);
+    table.insert(table.end(), more.begin(), more.end());
+  }
+  return table;
+}
+
+void expect_general(int half_bits, int weights_per_step, TrellisSearch search, float low, float high) {
+  const TrellisShape shape = general_shape(half_bits, weights_per_step);
+  const std::vector<uint16_t> table = general_table(weights_per_step);
+  const RandomRings rings(shape, 2, table);
+  GeneralEncoder again(shape, table, rings.targets);
+  again.encode(search);
+  expect_rings(again, shape, table, rings.targets);
+  EXPECT_EQ(again.words, rings.words) << half_bits << "/2 bits";
+  for (const float error : again.errors) EXPECT_EQ(error, 0) << half_bits << "/2 bits";
+
+  const CounterRandom random(9);
+  std::vector<float> targets(2 * kRingPositions);
+  for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<float>(random.normal(i));
+  GeneralEncoder encoder(shape, table, targets);
+  encoder.encode(search);
+  expect_rings(encoder, shape, table, targets);
+  for (const float error : encoder.errors) {
+    EXPECT_GT(error / kRingPositions, low) << half_bits << "/2 bits, " << weights_per_step;
+    EXPECT_LT(error / kRingPositions, high) << half_bits << "/2 bits, " << weights_per_step;
+  }
 }
 
 TEST(TrellisStep, ValidRingsHaveNoLoss) {
@@ -308,17 +478,23 @@ TEST(TrellisStep, RingsCloseAfterOneRound) {
   const std::vector<uint16_t> table = random_table(44);
   std::vector<float> targets(2 * kRingPositions);
   for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<float>(random.normal(i));
+  const TrellisShape shape = general_shape(8, 1);
   EmulatedEncoder<4> twice_around(table, targets);
   twice_around.encode(128);
-  expect_rings(twice_around, table, targets);
+  expect_rings(twice_around, shape, table, targets);
   EmulatedEncoder<4> wrapped(table, targets);
   wrapped.encode_wrapped(192);
   ASSERT_EQ(wrapped.open, 0);
-  expect_rings(wrapped, table, targets);
+  expect_rings(wrapped, shape, table, targets);
   for (size_t ring = 0; ring < 2; ++ring) {
     EXPECT_NEAR(wrapped.errors[ring], twice_around.errors[ring], 0.02F * twice_around.errors[ring]);
     EXPECT_NEAR(wrapped.errors[ring] / kRingPositions, 0.0047F, 0.001F);
   }
+}
+
+TEST(TrellisStep, OtherShapes) {
+  expect_general(5, 1, TrellisSearch::fast, 0.03F, 0.045F);
+  expect_general(6, 2, TrellisSearch::fast, 0.015F, 0.022F);
 }
 
 }  // namespace

@@ -1,0 +1,104 @@
+// The search for shapes that the registers of a block cannot hold the codebook for: bits in halves, and two
+// weights a step. Plain, and slower: weights come from memory, and costs are copied at every step.
+//
+// Before step t, which takes b(t) fresh bits, a path is at an edge of 16 - b(t) bits: the newest bits of the
+// state before it. Costs of both rings of a block share a word.
+#pragma once
+
+#include "formats/trellis_passes.hpp"
+#include "formats/trellis_step.cuh"
+#include "formats/trellis_walk.cuh"
+
+namespace quantloom::cuda {
+
+// Both weights of a state of a codebook with two, or twice the one.
+struct StateWeights {
+  uint32_t first;  // in both halves
+  uint32_t second;
+};
+
+__device__ __forceinline__ StateWeights weights_of_state(const uint16_t* table, int per_step,
+                                                         uint32_t state) {
+  if (per_step == 1) return {table[state] * 0x10001U, 0};
+  const uint32_t pair = reinterpret_cast<const uint32_t*>(table)[state];
+  return {low_halves(pair, pair), high_halves(pair, pair)};
+}
+
+// Targets of both rings in a word: float16, and what it lacks.
+struct PairTarget {
+  uint32_t high;
+  uint32_t low;
+};
+
+// The least cost of an edge after a step, for both rings.
+__device__ inline uint32_t least_cost(const uint16_t* table, int per_step, int fresh_bits, int next_bits,
+                                      uint32_t edge, const uint32_t* costs, const PairTarget* targets) {
+  uint32_t least = 0x7C007C00U;
+  const uint32_t inputs = 1U << next_bits;
+#pragma unroll 4
+  for (uint32_t input = 0; input < inputs; ++input) {
+    const uint32_t state = input << (16 - next_bits) | edge;
+    const StateWeights weights = weights_of_state(table, per_step, state);
+    uint32_t cost = costs[state >> fresh_bits];
+    cost = pair_square_add(pair_add(pair_subtract(targets[0].high, weights.first), targets[0].low), cost);
+    if (per_step == 2) {
+      cost = pair_square_add(pair_add(pair_subtract(targets[1].high, weights.second), targets[1].low), cost);
+    }
+    least = pair_min(least, cost);
+  }
+  return least;
+}
+
+// walk_back() for any shape.
+__device__ inline void walk_back_general(const SearchTask& task, const TracebackResult& result,
+                                         int64_t history_words, int index, int lane, PathMemory& memory) {
+  const TrellisShape shape = task.shape;
+  const int per_step = shape.weights_per_step;
+  const int ring_steps = shape.steps();
+  if (task.list != nullptr && index >= *task.list_size) return;
+  const int64_t tile = task.list == nullptr ? index : task.list[index];
+  const float* targets = task.targets + tile * kRingPositions;
+  for (int i = lane; i < kRingPositions; i += 32) memory.targets[i] = bounded_target(targets[i]);
+  __syncwarp();
+
+  const int ring = index % 2;
+  const auto* const history =
+      reinterpret_cast<const uint16_t*>(task.history + index / 2 * history_words) + ring;
+  const int first_copy = task.stop > 0 ? task.stop : 1;
+  const int64_t copy_halves = 2 * task.copy_words();
+  const uint32_t last = task.pins != nullptr ? task.pins[tile] : task.ends[tile];
+  uint32_t edge = last;
+  for (int step = task.steps - 1; step >= task.stop; --step) {
+    const int position = (task.first_position + step) % ring_steps;
+    const int fresh_bits = shape.step_bits(position);
+    const int next_bits = shape.step_bits((position + 1) % ring_steps);
+    const uint16_t* costs = history + (step - first_copy) * copy_halves;
+    uint32_t least = 0xFFFFFFFFU;
+    uint32_t best_state = 0;
+    for (uint32_t input = static_cast<uint32_t>(lane); input < 1U << next_bits; input += 32) {
+      const uint32_t state = input << (16 - next_bits) | edge;
+      const uint32_t before = state >> fresh_bits;
+      float cost = 0;
+      if (step > 0) {
+        cost = __half2float(__ushort_as_half(costs[2 * before]));
+      } else if (task.pins != nullptr && before != last) {
+        cost = INFINITY;
+      }
+      cost += state_error(task.table, per_step, state, memory.targets + position * per_step);
+      // Not negative: bits order as the numbers do.
+      const uint32_t bits = __float_as_uint(cost);
+      if (bits < least) {
+        least = bits;
+        best_state = state;
+      }
+    }
+    const uint32_t best = __reduce_min_sync(kAllLanes, least);
+    const uint32_t state = __reduce_min_sync(kAllLanes, least == best ? best_state : 0xFFFFFFFFU);
+    if (lane == 0) memory.states[step] = static_cast<uint16_t>(state);
+    edge = state >> fresh_bits;
+  }
+  __syncwarp();
+  finish_walk(task, result, tile, edge, last, lane, memory);
+}
+
+}  // namespace quantloom::cuda
