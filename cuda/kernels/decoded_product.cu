@@ -7,6 +7,7 @@
 
 #include "common/check.cuh"
 #include "common/libraries.hpp"
+#include "kernels/dense_product.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
@@ -16,7 +17,6 @@ namespace quantloom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kLibraryBytes = int64_t{32} << 20;   // of workspace for cuBLASLt
 constexpr int64_t kDecodedBytes = int64_t{256} << 20;  // of decoded rows at a time
 constexpr int kGatheredTokens = 8192;                  // tokens whose columns are put in order at a time
 constexpr size_t kCachedAlgorithms = 512;
@@ -68,21 +68,6 @@ uint32_t alignment_of(const void* pointer, int64_t row_bytes) {
   const uint64_t bits = reinterpret_cast<uintptr_t>(pointer) | static_cast<uint64_t>(row_bytes) | 256U;
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
-
-// y [m, n] = x [m, k] W[n, k]^T + bias; rows follow each other at the strides.
-struct DenseProduct {
-  int64_t n;
-  int64_t k;
-  int64_t m;
-  const void* w;
-  int64_t w_stride;
-  const void* x;
-  int64_t x_stride;
-  const void* bias;
-  void* y;
-  int64_t y_stride;
-  DType dtype;
-};
 
 // Objects of cuBLASLt, destroyed with their owner.
 class Descriptions {
@@ -170,8 +155,10 @@ MatmulAlgorithm algorithm_for(const CublasLt& library, CublasLtHandle handle, in
   return result.algorithm;
 }
 
+}  // namespace
+
 // cuBLASLt sees the transposes, column by column: y^T [n, m] = W [n, k] x^T [k, m].
-void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream) {
+void multiply_dense(const DenseProduct& product, void* workspace, cudaStream_t stream) {
   const CublasLt& library = cublas_lt();
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -207,8 +194,6 @@ void multiply(const DenseProduct& product, void* workspace, cudaStream_t stream)
                               &algorithm, workspace, static_cast<size_t>(kLibraryBytes), stream),
                "matmul_cuda: cublasLtMatmul");
 }
-
-}  // namespace
 
 DecodedPlan decoded_plan(const FragmentMatrix& w, int m, DType dtype, int splits) {
   static_cast<void>(cublas_lt());
@@ -263,7 +248,7 @@ void multiply_decoded(const ProductLaunch& part, const DecodedPlan& plan, bool f
                "matmul_cuda: copy of the bias");
     product.bias = bytes + plan.bias;
   }
-  if (p.w.source == nullptr) return multiply(product, bytes + plan.library, part.stream);
+  if (p.w.source == nullptr) return multiply_dense(product, bytes + plan.library, part.stream);
 
   product.k = columns;
   product.x = bytes + plan.gathered;
@@ -282,7 +267,7 @@ void multiply_decoded(const ProductLaunch& part, const DecodedPlan& plan, bool f
     }
     product.m = tokens;
     product.y = static_cast<unsigned char*>(p.y) + int64_t{first} * p.y_stride * size_of_value(part.dtype);
-    multiply(product, bytes + plan.library, part.stream);
+    multiply_dense(product, bytes + plan.library, part.stream);
   }
 }
 

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_core, module) {
   bind_cuda_trellis(module);
   bind_kernels(module);
   bind_cuda(module);
+  bind_coded(module);
   bind_transforms(module);
   bind_io(module);
 }

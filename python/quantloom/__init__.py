@@ -21,6 +21,7 @@ from typing import Any as _Any
 from quantloom import layouts
 from quantloom._core import __version__
 from quantloom.calibration import Hessian, proxy_loss
+from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
     Codebook,
     Format,
@@ -58,6 +59,7 @@ from quantloom.transforms import (
 __all__ = [
     "GPTQ",
     "Codebook",
+    "CodedTensor",
     "Format",
     "Hadamard",
     "Hessian",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "build_info",
     "can_matmul",
+    "code",
     "format_from_json",
     "format_table",
     "hadamard",

@@ -6,12 +6,16 @@ import json
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantloom import _arrays, _checks, _core, _devices
+from quantloom import _arrays, _checks, _core, _devices, coded
+from quantloom.coded import CodedTensor
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform
+
+if TYPE_CHECKING:
+    from quantloom.formats.encoded import Encoded
 
 __all__ = ["Possible", "PreparedTensor", "can_matmul", "kernel_table", "matmul", "prepare"]
 
@@ -177,7 +181,7 @@ def prepare_now(q: PackedTensor, threads: int = 0) -> PreparedTensor:
 
 def matmul(
     x: Any,
-    q: PackedTensor | PreparedTensor,
+    q: PackedTensor | PreparedTensor | CodedTensor | Encoded,
     activations: str = "exact",
     threads: int = 0,
     *,
@@ -189,7 +193,8 @@ def matmul(
         x: ``[..., k]``, float32, float16 or bfloat16, NumPy or torch, on the device of `q`.
         q: W ``[n, k]``, a ``PackedTensor`` or what ``prepare`` made of one. A packed tensor is prepared in
             the first call and keeps the result, which takes about as much memory again; use ``prepare``
-            to own that memory.
+            to own that memory. Or entropy-coded weights: what ``code`` made, or an ``Encoded`` matrix, which
+            is coded in the first call on a device and keeps the result.
         activations: ``"exact"``: x enters as it is, sums are taken in float32. ``"int8"`` (on the CPU): x is
             rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
             8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
@@ -203,10 +208,15 @@ def matmul(
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
     takes the product (``can_matmul`` tells why).
     """
-    if not isinstance(q, (PackedTensor, PreparedTensor)):
-        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor or a PreparedTensor")
     _checks.choice("activations", activations, ACTIVATIONS)
     threads = _checks.thread_count(threads)
+    if coded.is_encoded(q):
+        device = _arrays.describe("x", x).device
+        q = coded.coded_of(q, device, threads)
+    if not isinstance(q, (PackedTensor, PreparedTensor, CodedTensor)):
+        raise TypeError(
+            f"q: got {_checks.type_name(q)}, expected a PackedTensor, a PreparedTensor or coded weights"
+        )
     n, k = q.shape
     on_cpu = q.device == "cpu"
     tokens = _arrays.tokens("x", x, k, cpu=on_cpu)
@@ -216,6 +226,10 @@ def matmul(
         raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
     if not on_cpu and activations != "exact":
         raise RuntimeError(f"activations: got {activations!r}, but on a CUDA device there is only 'exact'")
+    if isinstance(q, CodedTensor):
+        if activations != "exact":
+            raise RuntimeError(f"activations: got {activations!r}, but coded weights take only 'exact'")
+        return coded.multiply(tokens, q, added, threads).reshape(shape)
     prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
     transform = prepared.transform
     if transform is not None:

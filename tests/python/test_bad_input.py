@@ -113,6 +113,13 @@ TABLE = [
     (ql.format_from_json, (Q.format.to_json().replace("32", "0"),), {}, ValueError, "group_size"),
     (ql.format_from_json, (Q.format.to_json().replace('n":1', 'n":2'),), {}, ValueError, "version"),
     # transforms
+    (ql.code, (3,), {}, TypeError, "q int PackedTensor Encoded"),
+    (ql.code, (Q,), {"splits": 17}, ValueError, "splits 17 16"),
+    (ql.code, (Q,), {"table_bits": 4}, ValueError, "table_bits 4 8 14"),
+    (ql.code, (Q,), {"overhead": "1"}, TypeError, "overhead str"),
+    (ql.code, (Q,), {"overhead": -0.5}, ValueError, "overhead -0.5"),
+    (ql.code, (Q,), {"device": "tpu"}, ValueError, "device tpu cpu cuda"),
+    (ql.CodedTensor, (3,), {}, TypeError, "CodedTensor int code()"),
     (ql.hadamard, (3,), {}, TypeError, "x int NumPy"),
     (ql.hadamard, (W.astype(np.float64),), {}, TypeError, "x float64 float32"),
     (ql.hadamard, (W, 3), {}, ValueError, "block 3 64 columns 64"),

@@ -124,6 +124,49 @@ class Encoded:
         except (NotImplementedError, AttributeError) as error:
             raise ValueError(f"format: got {self.format}, which does not decode ({error})") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what products keep here.
+        return {name: value for name, value in self.__dict__.items() if name != "_coded"}
+
+    def scaled_codes(self) -> tuple[np.ndarray, tuple[float, ...], np.ndarray, tuple[int, int]]:
+        """A matrix as codes of one table under block scales, as kernels take it.
+
+        Returns codes (uint8 or uint16 ``[n, k]``), the value of each code, float32 scales ``[blocks of rows,
+        blocks of columns]``, and the rows and columns of a block: values are
+        ``table[code] * scale``, which ``decode`` rounds to the dtype of the tensor.
+
+        Raises RuntimeError for formats of other kinds, ValueError for planes that do not fit.
+        """
+        from quantloom.formats.wrappers import LinearScalingFormat
+
+        fmt, planes, shape = self.format, Planes(self.planes), self.shape
+        if len(shape) != 2:
+            raise ValueError(f"shape: got {list(shape)}, expected a matrix")
+        scales, block = np.ones((1, 1), np.float32), (max(1, shape[0]), max(1, shape[1]))
+        if isinstance(fmt, LinearScalingFormat):
+            blocks = fmt._blocked(shape)
+            stored = fmt.scale_format._decode(
+                planes.child("scale_format"), blocks[::2], torch.float32, torch.device("cpu")
+            )
+            block = (max(1, blocks[1]), max(1, blocks[3]))
+            scales = stored.reshape(blocks[0], blocks[2]).numpy()
+            fmt, planes = fmt.element_format, planes.child("element_format")
+        coder = fmt._codes_of()
+        if coder is None:
+            raise RuntimeError(f"format: got {self.format}, expected codes of one table under block scales")
+        try:
+            table = coder._elements()
+            codes = fmt._get_codes(planes, math.prod(shape))
+        except (NotImplementedError, AttributeError) as error:
+            raise ValueError(f"format: got {self.format}, which does not decode ({error})") from None
+        if table.count > 65536:
+            raise RuntimeError(f"format: got {fmt} with {table.count} values, expected at most 65536")
+        values = _numerics.decode(table, torch.arange(table.count, dtype=torch.int32), torch.float32)
+        if coder._factor != 1:
+            values = values * torch.tensor(coder._factor, dtype=torch.float32)
+        width = np.uint8 if table.count <= 256 else np.uint16
+        return codes.numpy().astype(width).reshape(shape), tuple(values.tolist()), scales, block
+
     @property
     def nbytes(self) -> int:
         """Bytes of all planes; a file has the description as well (``len(to_bytes())``)."""
