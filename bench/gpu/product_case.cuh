@@ -8,6 +8,7 @@
 
 #include "device.cuh"
 #include "quantloom/formats/uniform.hpp"
+#include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -227,6 +228,8 @@ class ProductCase {
     } else if (name == "scales") {
       const float unit = std::exp2(uniform != nullptr ? -3.0F - static_cast<float>(uniform->bits) : -4.0F);
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), unit / 2, unit, 0, seed, stream.get());
+    } else if (name == "codebook" && dynamic_cast<const VectorCodebook*>(format_.get()) != nullptr) {
+      fill_values(plane.bytes(), plane.dtype(), plane.element_count(), -1, 1, 0, seed, stream.get());
     } else if (name == "codebook") {
       const Tensor table = format_codebook();
       check_cuda(cudaMemcpy(plane.bytes(), table.bytes(), static_cast<size_t>(table.byte_count()),

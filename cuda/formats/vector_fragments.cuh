@@ -18,6 +18,7 @@ class VectorFragments {
   static constexpr float kUnit = 1.0F;
   static constexpr float kCenter = 0.0F;
   static constexpr bool kHasZeros = false;
+  static constexpr bool kQuads = false;
   static constexpr int kFieldBits = kDim * kWords;
   static constexpr int kEntries = 1 << (kFieldBits < 12 ? kFieldBits : 12);
   static constexpr int kEntryBytes = 2 * kDim;

@@ -227,7 +227,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
 
 // The products of one decoder.
 struct Launchers {
-  int table_bytes;  // of shared memory, in the streaming loop
+  int table_bytes = 0;  // of shared memory, in the streaming loop
   void (*stream)(const ProductLaunch&);
   void (*tiles)(const ProductLaunch&, void*);
   void (*tiles_wgmma)(const ProductLaunch&, void*);
@@ -253,8 +253,12 @@ constexpr std::array<Launchers, 8> all_launchers() {
 template <int kDim, int kWords, bool kInShared>
 constexpr Launchers vector_launchers() {
   using Decoder = cuda::VectorFragments<kDim, kWords, kInShared>;
-  return {Decoder::kSharedBytes,          &cuda::launch_stream<Decoder>,          nullptr, nullptr,
-          &cuda::launch_decoded<Decoder>, &cuda::launch_decode_fragments<Decoder>};
+  return {.table_bytes = Decoder::kSharedBytes,
+          .stream = &cuda::launch_stream<Decoder>,
+          .tiles = nullptr,
+          .tiles_wgmma = nullptr,
+          .decoded = &cuda::launch_decoded<Decoder>,
+          .decode = &cuda::launch_decode_fragments<Decoder>};
 }
 
 const Launchers& vector_launchers_of(const FragmentLayout& layout) {

@@ -5,6 +5,7 @@
 
 #include "arrays.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -82,6 +83,12 @@ void bind_formats(py::module_& module) {
                                         const std::string& scale_dtype, const std::vector<float>& table) {
     const DType dtype = dtype_from_name(scale_dtype);
     return VectorCodebook(entries, dim, group_size, dtype, codebooks, table).to_json();
+  });
+
+  module.def("outliers_json", [](const std::string& dense, std::optional<double> percent, int64_t count) {
+    auto format = format_from_json(dense);
+    return percent ? Outliers(std::move(format), *percent).to_json()
+                   : Outliers(std::move(format), count).to_json();
   });
 
   py::class_<PackedTensor, std::shared_ptr<PackedTensor>>(module, "Packed")

@@ -25,6 +25,7 @@ from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
     Codebook,
     Format,
+    Outliers,
     Uniform,
     VectorCodebook,
     format_from_json,
@@ -64,6 +65,7 @@ __all__ = [
     "Hadamard",
     "Hessian",
     "Nearest",
+    "Outliers",
     "PackedTensor",
     "PreparedTensor",
     "Recipe",

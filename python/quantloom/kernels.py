@@ -313,6 +313,8 @@ def can_matmul(
 
 def _can_matmul_on_cpu(format: Format, activations: str) -> Possible:
     fields = json.loads(format.to_json())
+    if fields["format"] == "outliers":  # added to the product of the dense format
+        fields = fields["dense"]
     stands_for = "float32" if activations == "exact" else activations
     for row in kernel_table():
         first, _, last = row["bits"].partition("-")

@@ -4,6 +4,7 @@
 
 #include "formats/description.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -35,6 +36,12 @@ const std::vector<FormatEntry>& format_table() {
        &VectorCodebook::from_spec,
        {"vector_codebook:64x2:g64", "vector_codebook:256x4:g128:bf16", "vector_codebook:256x8:channel",
         "vector_codebook:100x4:tensor:f32"}},
+      {"outliers",
+       "another format, and the weights of the largest magnitude beside it as float16",
+       &Outliers::from_json,
+       &Outliers::from_spec,
+       {"outliers:0.5%:uniform:4:g128:sym", "outliers:2%:codebook:nf3:g64",
+        "outliers:1%:vector_codebook:256x4:g64", "outliers:1.25%:uniform:3:channel:asym:bf16"}},
   };
   return table;
 }

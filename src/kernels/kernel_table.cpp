@@ -26,6 +26,9 @@ std::vector<KernelEntry> kernel_table() {
   }
   table.push_back({"matmul", "vector_codebook", "1-16", "any", "cpu", "float32", "any",
                    "rows decoded, then multiplied", algebra::instruction_set()});
+  // Of any dense format: with int8 activations where the dense format takes them.
+  table.push_back({"matmul", "outliers", "1-16", "any", "cpu", "float32", "any",
+                   "that of the dense format, outliers added", "portable"});
   for (const char* format : {"uniform", "codebook"}) {
     table.push_back({"dequantize", format, "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   }

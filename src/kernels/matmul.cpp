@@ -5,9 +5,11 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/prepared_outliers.hpp"
 #include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
 #include "kernels/strip_job.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/parallel.hpp"
 
@@ -224,8 +226,9 @@ void check_shapes(const FloatMatrix& x, int64_t n, int64_t k, MatrixView<float> 
 std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int threads) {
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
+  const bool with_outliers = dynamic_cast<const Outliers*>(packed.format.get()) != nullptr;
   const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
-  if (!by_rows && dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
+  if (!with_outliers && !by_rows && dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }
@@ -240,6 +243,7 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
     throw Unsupported(text_of("prepare: got k = ", packed.k, ", expected at most ",
                               std::numeric_limits<int32_t>::max() / 2));
   }
+  if (with_outliers) return kernels::prepare_outliers(packed, prepare(dense_part(packed), threads));
   if (by_rows) return kernels::prepare_rows(packed);
   return kernels::prepare_strips(packed, threads);
 }
@@ -247,6 +251,10 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
 void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
             const MatmulOptions& options) {
   const int threads = resolve_threads(options.threads);
+  if (const auto* outliers = dynamic_cast<const kernels::PreparedOutliers*>(&w)) {
+    matmul(x, *outliers->dense, y, options);
+    return kernels::add_outliers(x, *outliers, y, threads);
+  }
   const auto* rows = dynamic_cast<const kernels::PreparedRows*>(&w);
   const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
   if (rows == nullptr && prepared == nullptr) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -53,6 +54,8 @@ def scales_and_zeros(q) -> tuple[np.ndarray, np.ndarray]:
 
 def decode(q) -> np.ndarray:
     """W', float32: scale * (code - zero_point), scale * table[code], or scale * a sum of vectors."""
+    if hasattr(q.format, "dense"):
+        return with_outliers(q)
     group = group_of_column(q)
     if hasattr(q.format, "codebooks"):
         return scales_of(q)[:, group] * vectors(q)
@@ -60,6 +63,17 @@ def decode(q) -> np.ndarray:
         return scales_of(q)[:, group] * np.asarray(q.planes["codebook"]).astype(np.float32)[codes(q)]
     scales, zeros = scales_and_zeros(q)
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+
+
+def with_outliers(q) -> np.ndarray:
+    """The dense part, and what the planes of outliers add to it, float32, [n, k]."""
+    planes = {name: plane for name, plane in q.planes.items() if not name.startswith("outlier_")}
+    values = decode(SimpleNamespace(shape=q.shape, format=q.format.dense, planes=planes)).copy()
+    offsets, columns, added = (q.planes[f"outlier_{name}"] for name in ("offsets", "columns", "values"))
+    for row in range(q.shape[0] if q.shape[1] else 0):
+        mine = slice(offsets[row], offsets[row + 1])
+        values[row, columns[mine]] += added[mine].astype(np.float32)
+    return values
 
 
 def vectors(q) -> np.ndarray:

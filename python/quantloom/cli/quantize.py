@@ -166,6 +166,7 @@ def quantize(
         uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]
+        outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]

@@ -1,9 +1,10 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform``, ``Codebook`` and ``VectorCodebook`` are the formats that ``ql.quantize`` packs
-matrices to and that kernels multiply with; they need NumPy only. The others are a vocabulary to compare
-formats with, for torch tensors of any shape: element formats (floats, integers, tables, vector tables),
-density-based tables, Lloyd-Max, and wrappers that add block scales, outliers, rotations and entropy coding::
+Two families. ``Uniform``, ``Codebook``, ``VectorCodebook`` and ``Outliers`` are the formats that
+``ql.quantize`` packs matrices to and that kernels multiply with; they need NumPy only. The others are a
+vocabulary to compare formats with, for torch tensors of any shape: element formats (floats, integers, tables,
+vector tables), density-based tables, Lloyd-Max, and wrappers that add block scales, outliers, rotations and
+entropy coding::
 
     import quantloom.formats as Q
 
@@ -24,6 +25,7 @@ from typing import Any as _Any
 from quantloom.formats.packed import (
     Codebook,
     Format,
+    Outliers,
     Uniform,
     VectorCodebook,
     format_from_json,
@@ -68,6 +70,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "Codebook",
     "Format",
+    "Outliers",
     "Uniform",
     "VectorCodebook",
     "format_from_json",

@@ -18,6 +18,7 @@ from quantloom import _checks, _core
 __all__ = [
     "Codebook",
     "Format",
+    "Outliers",
     "Uniform",
     "VectorCodebook",
     "format_from_json",
@@ -225,6 +226,53 @@ class VectorCodebook(Format):
         return self._json
 
 
+@dataclass(frozen=True)
+class Outliers(Format):
+    """Another format, and a few weights more exactly: ``value = dense value + outlier``.
+
+    Args:
+        dense: the format of all weights, or its short form.
+        percent: of the weights, above 0 and below 100: those of the largest magnitude in the matrix become
+            outliers. The dense format is fitted to the others; an outlier is what the dense value lacks, in
+            float16, with its column in 16 bits (32 where in_features is above 65536).
+        count: of the outliers, in place of `percent`: the format of a packed tensor. ``quantize`` does not
+            take it, as it does not say which weights are meant.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    dense: Format | str
+    percent: float | None = None
+    count: int | None = None
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "dense", parse_format(self.dense))
+        if (self.percent is None) == (self.count is None):
+            raise ValueError("percent, count: got both or none, expected one of them")
+        if self.percent is not None:
+            set_field(
+                self, "percent", _checks.real("percent", self.percent, "a number above 0 and below 100")
+            )
+        else:
+            set_field(self, "count", _checks.integer("count", self.count, 0))
+        set_field(self, "_json", _core.outliers_json(self.dense.to_json(), self.percent, self.count or 0))
+
+    @property
+    def group_size(self) -> int | str:
+        """That of the dense format."""
+        return self.dense.group_size
+
+    @property
+    def scale_dtype(self) -> str:
+        """That of the dense format."""
+        return self.dense.scale_dtype
+
+    def to_json(self) -> str:
+        return self._json
+
+
 def _vector_tables(table: Any, codebooks: int, entries: int, dim: int) -> np.ndarray:
     shapes = [(codebooks, entries, dim), *([(entries, dim)] if codebooks == 1 else [])]
     expected = "numbers of shape " + " or ".join(map(str, shapes))
@@ -285,6 +333,9 @@ def parse_format(spec: str | Format) -> Format:
     - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
       each matrix; defaults: g64 (or the next multiple of DIM), f16
 
+    - ``outliers:PERCENT%:DENSE`` with the short form of another format; ``outliers:nCOUNT:DENSE`` for the
+      format of a packed tensor
+
     Raises ValueError naming what was not understood.
     """
     if isinstance(spec, Format):
@@ -309,4 +360,6 @@ def _from_fields(entry: dict[str, Any]) -> Format:
         if table is not None:
             table = np.array(table, dtype=np.float16).reshape(codebooks, entries, dim)
         return VectorCodebook(entries, dim, entry["group_size"], codebooks, entry["scale_dtype"], table)
+    if entry["format"] == "outliers":
+        return Outliers(_from_fields(entry["dense"]), entry.get("percent"), entry.get("count"))
     raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")
