@@ -1,4 +1,5 @@
-// Rounding of short runs to each kind of element: codes from float32, values from codes.
+// Rounding of short runs to each kind of element, one at a time: codes from float32, values from codes. For
+// the sets that element_runs.hpp does not take, and as its reference.
 #pragma once
 
 #include <bit>
@@ -23,14 +24,6 @@ struct TableRounder {
         boundary_count(static_cast<int64_t>(table.boundaries.size())) {}
 
   void codes(const float* x, int count, uint32_t* out) const {
-    if (boundary_count <= 64) {  // counting vectorizes
-      for (int i = 0; i < count; ++i) out[i] = 0;
-      for (int64_t b = 0; b < boundary_count; ++b) {
-        const float boundary = boundaries[b];
-        for (int i = 0; i < count; ++i) out[i] += static_cast<uint32_t>(x[i] > boundary);
-      }
-      return;
-    }
     for (int i = 0; i < count; ++i) {
       int64_t first = 0;  // boundaries before `first` are below x
       for (int64_t length = boundary_count; length > 0;) {
@@ -146,17 +139,18 @@ struct PowerRounder {
   int highest;
 };
 
-inline TableRounder rounder_of(const TableElements& elements) {
-  return TableRounder(elements);
-}
-inline FloatRounder rounder_of(const FloatElements& elements) {
-  return FloatRounder(elements);
-}
-inline IntRounder rounder_of(const IntElements& elements) {
-  return IntRounder(elements);
-}
-inline PowerRounder rounder_of(const PowerElements& elements) {
-  return PowerRounder(elements);
-}
+// The interface of element_runs.hpp around a rounder.
+template <class Rounder>
+struct OneByOne {
+  Rounder rounder;
+
+  void codes(const float* x, int count, uint32_t* out) const {
+    rounder.codes(x, count, out);
+    for (int i = 0; i < count; ++i) out[i] = std::isnan(x[i]) ? 0 : out[i];
+  }
+  void values(const uint32_t* codes, int count, float* out) const {
+    for (int i = 0; i < count; ++i) out[i] = rounder.value(codes[i]);
+  }
+};
 
 }  // namespace quantloom::element_rounding

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <string>
 
 #include "element_rounding.hpp"
+#include "formats/element_runs.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/parallel.hpp"
 
@@ -90,26 +90,40 @@ void store(const float* values, int count, void* out, DType dtype, int64_t first
   }
 }
 
-// Few floats are rounded by counting boundaries, like tables, several at a time. A tie goes toward zero:
-// below zero to the upper value, so the boundary itself must count there. Empty where a midpoint is not exact
-// in float32, and for many values.
-std::optional<TableElements> as_table(const FloatElements& floats) {
-  constexpr uint64_t kMostValues = 65;
-  const uint64_t count = code_count(floats);
-  if (count > kMostValues || floats.rounding != FloatRounding::nearest) return std::nullopt;
-  const element_rounding::FloatRounder rounder(floats);
-  std::vector<float> values(count);
-  for (uint64_t code = 0; code < count; ++code) values[code] = rounder.value(static_cast<uint32_t>(code));
-  TableElements table(values);
-  for (size_t i = 0; i < table.boundaries.size(); ++i) {
-    const double middle = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) / 2;
-    float& boundary = table.boundaries[i];
-    boundary = static_cast<float>(middle);
-    if (static_cast<double>(boundary) != middle) return std::nullopt;
-    if (middle < 0) boundary = std::nextafter(boundary, -std::numeric_limits<float>::infinity());
+// Calls body(rounder) with what rounds runs to the set.
+template <class Body>
+void with_rounder(const Elements& elements, const Body& body) {
+  using element_rounding::OneByOne;
+  if (const auto* table = std::get_if<TableElements>(&elements)) {
+    if (static_cast<int64_t>(table->boundaries.size()) <= element_runs::BoundaryTable::kMostBoundaries) {
+      return body(element_runs::BoundaryTable(*table));
+    }
+    return body(OneByOne<element_rounding::TableRounder>{element_rounding::TableRounder(*table)});
   }
-  return table;
+  if (const auto* floats = std::get_if<FloatElements>(&elements)) {
+    const element_rounding::FloatRounder rounder(*floats);
+    if (floats->exponent_bits > 7) return body(OneByOne<element_rounding::FloatRounder>{rounder});
+    return body(element_runs::FloatRuns{rounder.mantissa_bits, rounder.bias, rounder.rounding,
+                                        rounder.has_sign, rounder.largest_code, rounder.zero_code,
+                                        static_cast<float>(rounder.largest)});
+  }
+  if (const auto* ints = std::get_if<IntElements>(&elements)) {
+    const element_rounding::IntRounder rounder(*ints);
+    if (ints->count > int64_t{1} << 31) return body(OneByOne<element_rounding::IntRounder>{rounder});
+    return body(element_runs::IntRuns{rounder.offset, rounder.lowest, rounder.top});
+  }
+  const element_rounding::PowerRounder rounder(std::get<PowerElements>(elements));
+  body(OneByOne<element_rounding::PowerRounder>{rounder});
 }
+
+// Whole vectors for `count` elements of a run; those after `count` are zeros.
+template <class T>
+int fill_vector(T* run, int count) {
+  const auto padded = static_cast<int>(ceil_div(count, element_runs::kRunVector) * element_runs::kRunVector);
+  std::fill(run + count, run + padded, T{0});
+  return padded;
+}
+static_assert(kRun % element_runs::kRunVector == 0);
 
 }  // namespace
 
@@ -176,48 +190,33 @@ int64_t BlockGrid::cols(const FloatMatrix& x) const {
 
 void round_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
                     RoundedElements out, int threads) {
-  if (const auto* floats = std::get_if<FloatElements>(&elements)) {
-    if (const std::optional<TableElements> table = as_table(*floats)) {
-      round_elements(*table, x, scaling, out, threads);
-      return;
-    }
-  }
   require_scales(scaling, x.rows(), x.cols());
   const std::span<const float> scales = scaling.scales;
   const float factor = scaling.factor;
   const RunScales run_scales(scales, scaling.grid, x.cols());
-  std::visit(
-      [&](const auto& set) {
-        const auto rounder = element_rounding::rounder_of(set);
-        for_runs(x.rows(), x.cols(), threads, [&](int64_t row, int64_t col, int count) {
-          float values[kRun];
-          float run_scale[kRun];
-          uint32_t codes[kRun];
-          x.read(row, col, count, values);
-          if (!scales.empty()) {
-            run_scales.read(row, col, count, run_scale);
-            for (int i = 0; i < count; ++i) {
-              values[i] = run_scale[i] != 0 ? values[i] / run_scale[i] : values[i];
-            }
-          }
-          if (factor != 1) {
-            for (int i = 0; i < count; ++i) values[i] /= factor;
-          }
-          rounder.codes(values, count, codes);
-          for (int i = 0; i < count; ++i) codes[i] = std::isnan(values[i]) ? 0 : codes[i];
-          const int64_t first = row * x.cols() + col;
-          if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
-          if (out.values == nullptr) return;
-          for (int i = 0; i < count; ++i) {
-            values[i] = std::isnan(values[i]) ? values[i] : rounder.value(codes[i]) * factor;
-          }
-          if (!scales.empty()) {
-            for (int i = 0; i < count; ++i) values[i] *= run_scale[i];
-          }
-          store(values, count, out.values, x.dtype(), first);
-        });
-      },
-      elements);
+  with_rounder(elements, [&](const auto& rounder) {
+    for_runs(x.rows(), x.cols(), threads, [&](int64_t row, int64_t col, int count) {
+      float divided[kRun];
+      float run_scale[kRun];
+      float values[kRun];
+      uint32_t codes[kRun];
+      x.read(row, col, count, divided);
+      const int padded = fill_vector(divided, count);
+      const float* scale = scales.empty() ? nullptr : run_scale;
+      if (scale != nullptr) {
+        run_scales.read(row, col, count, run_scale);
+        fill_vector(run_scale, count);
+      }
+      element_runs::divide_run(divided, scale, factor, padded);
+      rounder.codes(divided, padded, codes);
+      const int64_t first = row * x.cols() + col;
+      if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
+      if (out.values == nullptr) return;
+      rounder.values(codes, padded, values);
+      element_runs::multiply_run(values, divided, scale, factor, padded);
+      store(values, count, out.values, x.dtype(), first);
+    });
+  });
 }
 
 void decode_elements(const Elements& elements, std::span<const uint32_t> codes, const BlockScales& scaling,
@@ -230,27 +229,28 @@ void decode_elements(const Elements& elements, std::span<const uint32_t> codes, 
   }
   const RunScales run_scales(scales, scaling.grid, cols);
   const uint64_t count_of_codes = code_count(elements);
-  std::visit(
-      [&](const auto& set) {
-        const auto rounder = element_rounding::rounder_of(set);
-        for_runs(rows, cols, threads, [&](int64_t row, int64_t col, int count) {
-          float values[kRun];
-          const int64_t first = row * cols + col;
-          const uint32_t* run = codes.data() + first;
-          const uint32_t highest = *std::max_element(run, run + count);
-          if (highest >= count_of_codes) {
-            throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
-          }
-          for (int i = 0; i < count; ++i) values[i] = rounder.value(run[i]) * scaling.factor;
-          if (!scales.empty()) {
-            float run_scale[kRun];
-            run_scales.read(row, col, count, run_scale);
-            for (int i = 0; i < count; ++i) values[i] *= run_scale[i];
-          }
-          store(values, count, out, dtype, first);
-        });
-      },
-      elements);
+  with_rounder(elements, [&](const auto& rounder) {
+    for_runs(rows, cols, threads, [&](int64_t row, int64_t col, int count) {
+      uint32_t run[kRun];
+      float values[kRun];
+      float run_scale[kRun];
+      const int64_t first = row * cols + col;
+      std::copy_n(codes.data() + first, count, run);
+      const int padded = fill_vector(run, count);
+      const uint32_t highest = *std::max_element(run, run + count);
+      if (highest >= count_of_codes) {
+        throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
+      }
+      rounder.values(run, padded, values);
+      const float* scale = scales.empty() ? nullptr : run_scale;
+      if (scale != nullptr) {
+        run_scales.read(row, col, count, run_scale);
+        fill_vector(run_scale, count);
+      }
+      element_runs::multiply_run(values, values, scale, scaling.factor, padded);
+      store(values, count, out, dtype, first);
+    });
+  });
 }
 
 }  // namespace quantloom
