@@ -67,6 +67,31 @@ void decode_values(const ElementSet& set, const ArrayRef& codes, const ArrayRef*
                   out.data(), out.dtype(), matrix.rows(), matrix.cols(), team);
 }
 
+void encode_values(const ElementSet& set, const ArrayRef& x, const ArrayRef* scales, int64_t row_block,
+                   int64_t col_block, double factor, const ArrayRef& bytes, int64_t threads) {
+  const FloatMatrix matrix = x.float_matrix("x");
+  const std::span<uint8_t> target = memory<uint8_t>(bytes, DType::u8, "bytes");
+  const std::span<const float> scale_span = scale_memory(scales);
+  const int team = to_int("threads", threads);
+  const py::gil_scoped_release release;
+  encode_elements(set.elements, matrix, {scale_span, {row_block, col_block}, static_cast<float>(factor)},
+                  target, team);
+}
+
+void decode_packed_values(const ElementSet& set, const ArrayRef& bytes, const ArrayRef* scales,
+                          int64_t row_block, int64_t col_block, double factor, const ArrayRef& out,
+                          int64_t threads) {
+  const FloatMatrix matrix = out.float_matrix("out");
+  if (!out.contiguous()) throw InvalidArgument("out", "an array with gaps", "a contiguous array");
+  const std::span<const uint8_t> source = memory<const uint8_t>(bytes, DType::u8, "bytes");
+  const std::span<const float> scale_span = scale_memory(scales);
+  const int team = to_int("threads", threads);
+  const py::gil_scoped_release release;
+  decode_packed_elements(set.elements, source,
+                         {scale_span, {row_block, col_block}, static_cast<float>(factor)}, out.data(),
+                         out.dtype(), matrix.rows(), matrix.cols(), team);
+}
+
 void statistics_of(const ArrayRef& x, int64_t row_block, int64_t col_block, const std::string& statistic,
                    const ArrayRef& out, int64_t threads) {
   const FloatMatrix matrix = x.float_matrix("x");
@@ -103,8 +128,23 @@ void bind_elements(py::module_& module) {
   module.def("decode_elements", &decode_values, py::arg("elements"), py::arg("codes"),
              py::arg("scales").none(true), py::arg("row_block"), py::arg("col_block"), py::arg("factor"),
              py::arg("out"), py::arg("threads"));
+  module.def("encode_elements", &encode_values, py::arg("elements"), py::arg("x"),
+             py::arg("scales").none(true), py::arg("row_block"), py::arg("col_block"), py::arg("factor"),
+             py::arg("bytes"), py::arg("threads"));
+  module.def("decode_packed_elements", &decode_packed_values, py::arg("elements"), py::arg("bytes"),
+             py::arg("scales").none(true), py::arg("row_block"), py::arg("col_block"), py::arg("factor"),
+             py::arg("out"), py::arg("threads"));
   module.def("block_statistics", &statistics_of, py::arg("x"), py::arg("row_block"), py::arg("col_block"),
              py::arg("statistic"), py::arg("out"), py::arg("threads"));
+  module.def(
+      "has_nan",
+      [](const ArrayRef& x, int64_t threads) {
+        const FloatMatrix matrix = x.float_matrix("x");
+        const int team = to_int("threads", threads);
+        const py::gil_scoped_release release;
+        return has_nan(matrix, team);
+      },
+      py::arg("x"), py::arg("threads"));
   module.def("packed_code_bytes", &packed_code_bytes, py::arg("codes"), py::arg("count"));
   module.def(
       "pack_codes",

@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 
+#include "formats/element_runs.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/formats/elements.hpp"
 #include "quantloom/parallel.hpp"
@@ -12,24 +14,16 @@ namespace {
 constexpr int64_t kBlocks = 4096;    // blocks of a piece of work
 constexpr int64_t kSegment = 65536;  // elements of a row that are reduced at a time
 
-// What a statistic needs of a part of a block. Magnitudes are compared as the bits of float32, which order
-// them like numbers, with NaN above all: such loops vectorize.
+// What a statistic needs of a part of a block. Magnitudes are compared as bits, with NaN above all.
 struct Partial {
   int32_t positive = 0;
   int32_t negative = 0;
   double squares = 0;
 
   void add_extremes(const float* x, int64_t count) {
-    int32_t above = positive;
-    int32_t below = negative;
-    for (int64_t i = 0; i < count; ++i) {
-      const auto bits = std::bit_cast<int32_t>(x[i]);
-      const int32_t sign = bits >> 31;
-      above = std::max(above, bits & ~sign);
-      below = std::max(below, bits & sign & 0x7fffffff);
-    }
-    positive = above;
-    negative = below;
+    const element_runs::Extremes here = element_runs::extremes(x, count);
+    positive = std::max(positive, here.positive);
+    negative = std::max(negative, here.negative);
   }
   void add_squares(const float* x, int64_t count) {
     double sums[8] = {};
@@ -112,6 +106,32 @@ std::vector<float> block_statistics(const FloatMatrix& x, BlockGrid grid, BlockS
     for (int64_t i = piece * kBlocks; i < std::min(blocks, (piece + 1) * kBlocks); ++i) combine(i);
   });
   return result;
+}
+
+bool has_nan(const FloatMatrix& x, int threads) {
+  constexpr int64_t kPiece = 16384;
+  constexpr int64_t kRun = 1024;
+  const int64_t cols = x.cols();
+  if (cols == 0) return false;
+  const int64_t pieces = ceil_div(cols, kPiece);
+  const int64_t rows_each = pieces > 1 ? 1 : std::max<int64_t>(1, kPiece / cols);
+  std::atomic<bool> found = false;
+  parallel_for(ceil_div(x.rows(), rows_each) * pieces, threads, [&](int64_t index) {
+    const int64_t row = index / pieces * rows_each;
+    const int64_t end = std::min(cols, (index % pieces + 1) * kPiece);
+    float values[kRun];
+    bool here = false;
+    for (int64_t r = row; r < std::min(x.rows(), row + rows_each); ++r) {
+      for (int64_t col = index % pieces * kPiece; col < end; col += kRun) {
+        const int64_t count = std::min(kRun, end - col);
+        x.read(r, col, count, values);
+        const element_runs::Extremes sides = element_runs::extremes(values, count);
+        here |= std::max(sides.positive, sides.negative) > 0x7f800000;
+      }
+    }
+    if (here) found = true;
+  });
+  return found;
 }
 
 }  // namespace quantloom

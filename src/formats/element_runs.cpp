@@ -57,6 +57,28 @@ void multiply_run(float* values, const float* x, const float* scales, float fact
   }
 }
 
+Extremes extremes(const float* x, int64_t count) {
+  const DI d;
+  const auto all = hn::Set(d, 0x7fffffff);
+  auto positive = hn::Zero(d);
+  auto negative = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto bits = hn::BitCast(d, hn::LoadU(DF(), x + i));
+    const auto size = hn::And(bits, all);
+    const auto below = hn::BroadcastSignBit(bits);
+    positive = hn::Max(positive, hn::AndNot(below, size));
+    negative = hn::Max(negative, hn::And(below, size));
+  }
+  Extremes result{hn::GetLane(hn::MaxOfLanes(d, positive)), hn::GetLane(hn::MaxOfLanes(d, negative))};
+  for (; i < count; ++i) {
+    const auto bits = std::bit_cast<int32_t>(x[i]);
+    int32_t& side = bits < 0 ? result.negative : result.positive;
+    side = std::max(side, bits & 0x7fffffff);
+  }
+  return result;
+}
+
 // Entries of a table by their places; `first` holds the first kLanes, `second` those after.
 HWY_INLINE VF pick(VU places, VF first) {
   return hn::TableLookupLanes(first, hn::IndicesFromVec(DF(), places));
@@ -221,6 +243,7 @@ namespace quantloom::element_runs {
 
 HWY_EXPORT(divide_run);
 HWY_EXPORT(multiply_run);
+HWY_EXPORT(extremes);
 HWY_EXPORT(boundary_codes);
 HWY_EXPORT(boundary_values);
 HWY_EXPORT(float_codes);
@@ -234,6 +257,10 @@ void divide_run(float* x, const float* scales, float factor, int count) {
 
 void multiply_run(float* values, const float* x, const float* scales, float factor, int count) {
   HWY_DYNAMIC_DISPATCH(multiply_run)(values, x, scales, factor, count);
+}
+
+Extremes extremes(const float* x, int64_t count) {
+  return HWY_DYNAMIC_DISPATCH(extremes)(x, count);
 }
 
 BoundaryTable::BoundaryTable(const TableElements& table)

@@ -16,6 +16,14 @@ void divide_run(float* x, const float* scales, float factor, int count);
 // value * factor * scale, or x where that is NaN. `scales` is null for none.
 void multiply_run(float* values, const float* x, const float* scales, float factor, int count);
 
+// The largest magnitudes above and below zero as bits of float32, which order them like numbers, with NaN
+// above all.
+struct Extremes {
+  int32_t positive = 0;
+  int32_t negative = 0;
+};
+Extremes extremes(const float* x, int64_t count);  // any count
+
 // A table for searches by halves: level l holds the boundaries that are met after l steps, in order, so that
 // short levels and short tables stay in registers.
 class BoundaryTable {

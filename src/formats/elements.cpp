@@ -6,6 +6,7 @@
 #include <string>
 
 #include "element_rounding.hpp"
+#include "formats/code_layout.hpp"
 #include "formats/element_runs.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/parallel.hpp"
@@ -45,21 +46,23 @@ void for_runs(int64_t rows, int64_t cols, int threads, const Body& body) {
 // The scales of the elements of a run, one for each.
 class RunScales {
  public:
-  RunScales(std::span<const float> scales, BlockGrid grid, int64_t cols)
-      : scales_(scales), grid_(grid), blocks_(ceil_div(cols, grid.col_block)) {}
+  RunScales(const BlockScales& scaling, int64_t cols)
+      : scaling_(scaling), blocks_(ceil_div(cols, scaling.grid.col_block)) {}
+  bool empty() const { return scaling_.scales.empty(); }
+  float factor() const { return scaling_.factor; }
   void read(int64_t row, int64_t col, int count, float* out) const {
-    const float* of_row = scales_.data() + row / grid_.row_block * blocks_;
-    int64_t block = col / grid_.col_block;
+    const int64_t col_block = scaling_.grid.col_block;
+    const float* of_row = scaling_.scales.data() + row / scaling_.grid.row_block * blocks_;
+    int64_t block = col / col_block;
     for (int i = 0; i < count; ++block) {
-      const int64_t end = std::min<int64_t>(count, (block + 1) * grid_.col_block - col);
+      const int64_t end = std::min<int64_t>(count, (block + 1) * col_block - col);
       const float scale = of_row[block];
       for (; i < end; ++i) out[i] = scale;
     }
   }
 
  private:
-  std::span<const float> scales_;
-  BlockGrid grid_;
+  const BlockScales& scaling_;
   int64_t blocks_;
 };
 
@@ -124,6 +127,65 @@ int fill_vector(T* run, int count) {
   return padded;
 }
 static_assert(kRun % element_runs::kRunVector == 0);
+
+// The buffers of a run. Only what a step writes is set.
+struct Run {
+  float x[kRun];
+  float scales[kRun];
+  float values[kRun];
+  uint32_t codes[kRun];
+  const float* scale;  // `scales`, or null for none
+  int padded;
+
+  void read_scales(const RunScales& run_scales, int64_t row, int64_t col, int count) {
+    scale = run_scales.empty() ? nullptr : scales;
+    if (scale == nullptr) return;
+    run_scales.read(row, col, count, scales);
+    fill_vector(scales, count);
+  }
+  // x divided by its scales, in `x`.
+  void divide(const FloatMatrix& matrix, const RunScales& run_scales, int64_t row, int64_t col, int count) {
+    matrix.read(row, col, count, x);
+    padded = fill_vector(x, count);
+    read_scales(run_scales, row, col, count);
+    element_runs::divide_run(x, scale, run_scales.factor(), padded);
+  }
+  // `values` of `codes`.
+  template <class Rounder>
+  void decode(const Rounder& rounder, const RunScales& run_scales, int64_t row, int64_t col, int count) {
+    padded = fill_vector(codes, count);
+    rounder.values(codes, padded, values);
+    read_scales(run_scales, row, col, count);
+    element_runs::multiply_run(values, values, scale, run_scales.factor(), padded);
+  }
+};
+
+void require_bytes(const CodeLayout& layout, int64_t codes, size_t bytes) {
+  const int64_t expected = checked_mul(layout.words(codes), 8);
+  if (static_cast<int64_t>(bytes) != expected) {
+    throw InvalidArgument("bytes", text_of(bytes, " bytes"), text_of(expected));
+  }
+}
+
+// Calls body(begin, end) for pieces of codes that fill whole words, in parallel.
+template <class Body>
+void for_pieces(const CodeLayout& layout, int64_t total, int threads, const Body& body) {
+  const int64_t codes = layout.piece_codes();
+  parallel_for(ceil_div(total, codes), threads,
+               [&](int64_t piece) { body(piece * codes, std::min(total, (piece + 1) * codes)); });
+}
+
+// Calls body(row, col, count, first) for the runs of elements [begin, end) in row-major order.
+template <class Body>
+void for_runs_between(int64_t begin, int64_t end, int64_t cols, const Body& body) {
+  for (int64_t first = begin; first < end;) {
+    const int64_t row = first / cols;
+    const int64_t col = first - row * cols;
+    const auto count = static_cast<int>(std::min({int64_t{kRun}, cols - col, end - first}));
+    body(row, col, count, first);
+    first += count;
+  }
+}
 
 }  // namespace
 
@@ -191,30 +253,18 @@ int64_t BlockGrid::cols(const FloatMatrix& x) const {
 void round_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
                     RoundedElements out, int threads) {
   require_scales(scaling, x.rows(), x.cols());
-  const std::span<const float> scales = scaling.scales;
-  const float factor = scaling.factor;
-  const RunScales run_scales(scales, scaling.grid, x.cols());
+  const RunScales run_scales(scaling, x.cols());
   with_rounder(elements, [&](const auto& rounder) {
     for_runs(x.rows(), x.cols(), threads, [&](int64_t row, int64_t col, int count) {
-      float divided[kRun];
-      float run_scale[kRun];
-      float values[kRun];
-      uint32_t codes[kRun];
-      x.read(row, col, count, divided);
-      const int padded = fill_vector(divided, count);
-      const float* scale = scales.empty() ? nullptr : run_scale;
-      if (scale != nullptr) {
-        run_scales.read(row, col, count, run_scale);
-        fill_vector(run_scale, count);
-      }
-      element_runs::divide_run(divided, scale, factor, padded);
-      rounder.codes(divided, padded, codes);
+      Run run;
+      run.divide(x, run_scales, row, col, count);
+      rounder.codes(run.x, run.padded, run.codes);
       const int64_t first = row * x.cols() + col;
-      if (out.codes != nullptr) std::copy_n(codes, count, out.codes + first);
+      if (out.codes != nullptr) std::copy_n(run.codes, count, out.codes + first);
       if (out.values == nullptr) return;
-      rounder.values(codes, padded, values);
-      element_runs::multiply_run(values, divided, scale, factor, padded);
-      store(values, count, out.values, x.dtype(), first);
+      rounder.values(run.codes, run.padded, run.values);
+      element_runs::multiply_run(run.values, run.x, run.scale, scaling.factor, run.padded);
+      store(run.values, count, out.values, x.dtype(), first);
     });
   });
 }
@@ -222,33 +272,70 @@ void round_elements(const Elements& elements, const FloatMatrix& x, const BlockS
 void decode_elements(const Elements& elements, std::span<const uint32_t> codes, const BlockScales& scaling,
                      void* out, DType dtype, int64_t rows, int64_t cols, int threads) {
   require_scales(scaling, rows, cols);
-  const std::span<const float> scales = scaling.scales;
   if (!is_float16_or_32(dtype)) throw TypeMismatch("dtype", name_of(dtype), "a float of 16 or 32 bits");
   if (static_cast<int64_t>(codes.size()) != checked_mul(rows, cols)) {
     throw InvalidArgument("codes", text_of(codes.size()), text_of(rows, " x ", cols));
   }
-  const RunScales run_scales(scales, scaling.grid, cols);
+  const RunScales run_scales(scaling, cols);
   const uint64_t count_of_codes = code_count(elements);
   with_rounder(elements, [&](const auto& rounder) {
     for_runs(rows, cols, threads, [&](int64_t row, int64_t col, int count) {
-      uint32_t run[kRun];
-      float values[kRun];
-      float run_scale[kRun];
+      Run run;
       const int64_t first = row * cols + col;
-      std::copy_n(codes.data() + first, count, run);
-      const int padded = fill_vector(run, count);
-      const uint32_t highest = *std::max_element(run, run + count);
+      std::copy_n(codes.data() + first, count, run.codes);
+      const uint32_t highest = *std::max_element(run.codes, run.codes + count);
       if (highest >= count_of_codes) {
         throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
       }
-      rounder.values(run, padded, values);
-      const float* scale = scales.empty() ? nullptr : run_scale;
-      if (scale != nullptr) {
-        run_scales.read(row, col, count, run_scale);
-        fill_vector(run_scale, count);
+      run.decode(rounder, run_scales, row, col, count);
+      store(run.values, count, out, dtype, first);
+    });
+  });
+}
+
+void encode_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
+                     std::span<uint8_t> bytes, int threads) {
+  require_scales(scaling, x.rows(), x.cols());
+  const RunScales run_scales(scaling, x.cols());
+  const CodeLayout layout(code_count(elements));
+  const int64_t total = checked_mul(x.rows(), x.cols());
+  require_bytes(layout, total, bytes.size());
+  with_rounder(elements, [&](const auto& rounder) {
+    for_pieces(layout, total, threads, [&](int64_t begin, int64_t end) {
+      uint32_t codes[CodeLayout::kPieceCodes];
+      for_runs_between(begin, end, x.cols(), [&](int64_t row, int64_t col, int count, int64_t first) {
+        Run run;
+        run.divide(x, run_scales, row, col, count);
+        rounder.codes(run.x, run.padded, run.codes);
+        std::copy_n(run.codes, count, codes + (first - begin));
+      });
+      layout.pack(codes, end - begin, bytes.data() + 8 * layout.words(begin));
+    });
+  });
+}
+
+void decode_packed_elements(const Elements& elements, std::span<const uint8_t> bytes,
+                            const BlockScales& scaling, void* out, DType dtype, int64_t rows, int64_t cols,
+                            int threads) {
+  require_scales(scaling, rows, cols);
+  if (!is_float16_or_32(dtype)) throw TypeMismatch("dtype", name_of(dtype), "a float of 16 or 32 bits");
+  const RunScales run_scales(scaling, cols);
+  const uint64_t count_of_codes = code_count(elements);
+  const CodeLayout layout(count_of_codes);
+  const int64_t total = checked_mul(rows, cols);
+  require_bytes(layout, total, bytes.size());
+  with_rounder(elements, [&](const auto& rounder) {
+    for_pieces(layout, total, threads, [&](int64_t begin, int64_t end) {
+      uint32_t codes[CodeLayout::kPieceCodes];
+      if (!layout.unpack(bytes.data() + 8 * layout.words(begin), end - begin, codes)) {
+        throw InvalidArgument("codes", "one that is too large", text_of("codes below ", count_of_codes));
       }
-      element_runs::multiply_run(values, values, scale, scaling.factor, padded);
-      store(values, count, out, dtype, first);
+      for_runs_between(begin, end, cols, [&](int64_t row, int64_t col, int count, int64_t first) {
+        Run run;
+        std::copy_n(codes + (first - begin), count, run.codes);
+        run.decode(rounder, run_scales, row, col, count);
+        store(run.values, count, out, dtype, first);
+      });
     });
   });
 }

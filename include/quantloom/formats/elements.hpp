@@ -90,6 +90,14 @@ void round_elements(const Elements& elements, const FloatMatrix& x, const BlockS
 void decode_elements(const Elements& elements, std::span<const uint32_t> codes, const BlockScales& scaling,
                      void* out, DType dtype, int64_t rows, int64_t cols, int threads = 0);
 
+// The same without codes of 32 bits in between: the bytes of pack_codes, packed_code_bytes of them, from
+// values, and values from such bytes.
+void encode_elements(const Elements& elements, const FloatMatrix& x, const BlockScales& scaling,
+                     std::span<uint8_t> bytes, int threads = 0);
+void decode_packed_elements(const Elements& elements, std::span<const uint8_t> bytes,
+                            const BlockScales& scaling, void* out, DType dtype, int64_t rows, int64_t cols,
+                            int threads = 0);
+
 enum class BlockStatistic : uint8_t { absmax, mean_square, signed_extreme };
 BlockStatistic block_statistic_from_name(std::string_view name);
 
@@ -98,6 +106,9 @@ BlockStatistic block_statistic_from_name(std::string_view name);
 // that does not exist (a matrix without rows) gives no block.
 std::vector<float> block_statistics(const FloatMatrix& x, BlockGrid grid, BlockStatistic statistic,
                                     int threads = 0);
+
+// Whether an element is NaN.
+bool has_nan(const FloatMatrix& x, int threads = 0);
 
 // Codes below `count` as bytes: a dense stream of ceil(log2 count) bits each, or, where that takes fewer
 // bits, numbers in base `count`, as many as fit a word of 64 bits. Both little-endian, lowest code first,

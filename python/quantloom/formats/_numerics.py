@@ -59,15 +59,94 @@ def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: b
     _core.round_elements(
         elements,
         array("tensor", x),
-        None if grid is None else array("scales", grid.scales),
-        1 if grid is None else grid.rows,
-        1 if grid is None else grid.cols,
-        fmt._factor,
+        *_scaling(grid, fmt._factor),
         None if out_values is None else array("values", out_values),
         None if out_codes is None else array("codes", out_codes),
         0,
     )
     return out_values, out_codes
+
+
+class Rounded:
+    """The codes of a tensor, chosen when they are needed: as int32, or at once as bytes."""
+
+    def __init__(self, elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = None) -> None:
+        self._elements, self._fmt, self._tensor, self._grid = elements, fmt, tensor, grid
+
+    def codes(self) -> Tensor:
+        """As ``round_codes``."""
+        return round_codes(self._elements, self._fmt, self._tensor, self._grid)
+
+    def pack(self, count: int) -> Tensor:
+        """As ``pack_codes`` of the codes."""
+        x = matrix(native(self._tensor))
+        if x.device.type != "cpu" or count != self._elements.count or not x.numel():
+            return pack_codes(self.codes(), count)
+        out = torch.empty(_core.packed_code_bytes(x.numel(), count), dtype=torch.uint8)
+        _core.encode_elements(
+            self._elements,
+            array("tensor", x),
+            *_scaling(self._grid, self._fmt._factor),
+            array("bytes", out),
+            0,
+        )
+        return out
+
+
+class Packed:
+    """Bytes of ``pack_codes``: unpacked when they are needed, or decoded at once.
+
+    Args:
+        error: what names the plane in an error, before its text.
+
+    Raises ValueError unless there are as many bytes as such codes take.
+    """
+
+    def __init__(self, data: Tensor, codes: int, count: int, error: str) -> None:
+        expected = _core.packed_code_bytes(codes, count)
+        if data.numel() != expected:
+            raise ValueError(f"{error}: got {data.numel()} bytes, expected {expected}")
+        self._data, self._codes, self._count, self._error = data, codes, count, error
+
+    def unpack(self) -> Tensor:
+        try:
+            return unpack_codes(self._data, self._codes, self._count)
+        except ValueError as error:
+            raise ValueError(f"{self._error}: {error}") from None
+
+    def decode_into(self, elements: Any, out: Tensor, grid: Grid | None, factor: float) -> None:
+        """Values of a matrix."""
+        if not out.numel():
+            return
+        try:
+            _core.decode_packed_elements(
+                elements,
+                array("codes", self._data.contiguous()),
+                *_scaling(grid, factor),
+                array("out", out),
+                0,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self._error}: {error}") from None
+
+
+def as_codes(codes: Tensor | Rounded | Packed) -> Tensor:
+    """int32 codes."""
+    if isinstance(codes, Rounded):
+        return codes.codes()
+    return codes.unpack() if isinstance(codes, Packed) else codes
+
+
+def _scaling(grid: Grid | None, factor: float) -> tuple[Any, int, int, float]:
+    if grid is None:
+        return None, 1, 1, factor
+    return array("scales", grid.scales), grid.rows, grid.cols, factor
+
+
+def has_nan(tensor: Tensor) -> bool:
+    if tensor.device.type != "cpu" or tensor.dtype not in NATIVE or not tensor.numel():
+        return bool(tensor.isnan().any())
+    return _core.has_nan(array("tensor", matrix(native(tensor))), 0)
 
 
 def divided(values: Tensor, divisor: float) -> Tensor:
@@ -118,26 +197,23 @@ def round_codes(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None = Non
 
 
 def decode(
-    elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None = None, factor: float = 1.0
+    elements: Any,
+    codes: Tensor | Packed,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    grid: Grid | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """The values of int32 codes on the CPU, in their shape."""
-    codes = codes.contiguous()
-    flat = matrix(codes)
+    """The values of codes on the CPU, int32 or packed."""
     kept = dtype if dtype in NATIVE else torch.float32
-    out = torch.empty(flat.shape, dtype=kept)
-    if not out.numel():
-        return out.reshape(codes.shape).to(dtype)
-    _core.decode_elements(
-        elements,
-        array("codes", flat),
-        None if grid is None else array("scales", grid.scales),
-        1 if grid is None else grid.rows,
-        1 if grid is None else grid.cols,
-        factor,
-        array("out", out),
-        0,
-    )
-    return out.reshape(codes.shape).to(dtype)
+    out = torch.empty(shape, dtype=kept)
+    flat = matrix(out)
+    if isinstance(codes, Packed):
+        codes.decode_into(elements, flat, grid, factor)
+    elif out.numel():
+        codes = codes.contiguous().reshape(flat.shape)
+        _core.decode_elements(elements, array("codes", codes), *_scaling(grid, factor), array("out", flat), 0)
+    return out.to(dtype)
 
 
 def block_statistics(tensor: Tensor, rows: int, cols: int, statistic: str) -> Tensor:

@@ -71,10 +71,10 @@ class TensorFormat:
         """The scalar format that chooses the codes, which `_put_codes` stores, if each element has one."""
         return None
 
-    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+    def _put_codes(self, codes: Tensor | _numerics.Rounded, planes: Planes) -> None:
         raise NotImplementedError
 
-    def _get_codes(self, planes: Planes, count: int) -> Tensor:
+    def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
         raise NotImplementedError
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
@@ -151,7 +151,7 @@ def _load_tensor(fields: dict[str, Any]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _all_centroids(kind: type, key: Any, elements: _core.Elements) -> tuple[float, ...]:
     codes = torch.arange(elements.count, dtype=torch.int32)
-    return tuple(_numerics.decode(elements, codes, torch.float32).tolist())
+    return tuple(_numerics.decode(elements, codes, tuple(codes.shape), torch.float32).tolist())
 
 
 class ScalarFormat(TensorFormat):
@@ -203,16 +203,15 @@ class ScalarFormat(TensorFormat):
     def _codes_of(self) -> ScalarFormat | None:
         return self
 
-    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+    def _put_codes(self, codes: Tensor | _numerics.Rounded, planes: Planes) -> None:
         planes.put_codes("codes", codes, self._elements().count)
 
-    def _get_codes(self, planes: Planes, count: int) -> Tensor:
-        return planes.get_codes("codes", count, self._elements().count)
+    def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
+        return planes.get_packed("codes", count, self._elements().count)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
-        self._put_codes(_numerics.round_codes(self._elements(), self, tensor), planes)
+        self._put_codes(_numerics.Rounded(self._elements(), self, tensor), planes)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         codes = self._get_codes(planes, math.prod(shape))
-        values = _numerics.decode(self._elements(), codes, dtype, factor=self._factor)
-        return values.reshape(shape).to(device)
+        return _numerics.decode(self._elements(), codes, shape, dtype, factor=self._factor).to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantloom import _checks, _core
+from quantloom.formats import _numerics
 from quantloom.formats.base import Compressor, ScalarFormat, Shape, TensorFormat
 from quantloom.formats.tables import LUTFormat, lut_grid, numbers
 
@@ -119,7 +120,8 @@ class CompressedLUTFormat(TensorFormat):
     def _codes_of(self) -> ScalarFormat:
         return self.lut
 
-    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+    def _put_codes(self, codes: Tensor | _numerics.Rounded, planes: Planes) -> None:
+        codes = _numerics.as_codes(codes)
         planes.child("lut").put_table("codebook", self.lut.values)
         width = np.uint8 if len(self.lut.values) <= 256 else np.uint16
         symbols = codes.reshape(-1).to(torch.int32).cpu().numpy().astype(width)
@@ -136,10 +138,8 @@ class CompressedLUTFormat(TensorFormat):
         self._put_codes(self.lut.to_idx(tensor), planes)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        from quantloom.formats import _numerics
-
         codes = self._get_codes(planes, math.prod(shape))
-        return _numerics.decode(self.lut._elements(), codes, dtype).reshape(shape).to(device)
+        return _numerics.decode(self.lut._elements(), codes, shape, dtype).to(device)
 
 
 def bits_of_counts(counts: np.ndarray, logp: np.ndarray | None, compressor: Compressor) -> int:

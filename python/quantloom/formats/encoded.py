@@ -59,15 +59,18 @@ class Planes:
             raise ValueError(f"plane {full}: got {tensor.dtype} {list(tensor.shape)}, expected {expected}")
         return tensor
 
-    def put_codes(self, name: str, codes: Tensor, count: int) -> None:
-        self.put(name, _numerics.pack_codes(codes, count))
+    def put_codes(self, name: str, codes: Tensor | _numerics.Rounded, count: int) -> None:
+        packed = codes.pack(count) if isinstance(codes, _numerics.Rounded) else None
+        self.put(name, _numerics.pack_codes(codes, count) if packed is None else packed)
 
     def get_codes(self, name: str, codes: int, count: int) -> Tensor:
         """int32 codes, checked to be below `count`."""
-        try:
-            return _numerics.unpack_codes(self.get(name, torch.uint8, None), codes, count)
-        except ValueError as error:
-            raise ValueError(f"plane {self._prefix}{name}: {error}") from None
+        return self.get_packed(name, codes, count).unpack()
+
+    def get_packed(self, name: str, codes: int, count: int) -> _numerics.Packed:
+        """The same, unpacked and checked later."""
+        data = self.get(name, torch.uint8, None)
+        return _numerics.Packed(data, codes, count, f"plane {self._prefix}{name}")
 
     def put_table(self, name: str, values: tuple[float, ...]) -> None:
         exact = torch.tensor(values, dtype=torch.float64)
@@ -156,12 +159,13 @@ class Encoded:
             raise RuntimeError(f"format: got {self.format}, expected codes of one table under block scales")
         try:
             table = coder._elements()
-            codes = fmt._get_codes(planes, math.prod(shape))
+            codes = _numerics.as_codes(fmt._get_codes(planes, math.prod(shape)))
         except (NotImplementedError, AttributeError) as error:
             raise ValueError(f"format: got {self.format}, which does not decode ({error})") from None
         if table.count > 65536:
             raise RuntimeError(f"format: got {fmt} with {table.count} values, expected at most 65536")
-        values = _numerics.decode(table, torch.arange(table.count, dtype=torch.int32), torch.float32)
+        every = torch.arange(table.count, dtype=torch.int32)
+        values = _numerics.decode(table, every, tuple(every.shape), torch.float32)
         if coder._factor != 1:
             values = values * torch.tensor(coder._factor, dtype=torch.float32)
         width = np.uint8 if table.count <= 256 else np.uint16
@@ -362,5 +366,5 @@ def _require_encodable(tensor: Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise TypeError(f"tensor: got {dtype}, expected one of {', '.join(_DTYPES)}")
-    if tensor.isnan().any():
+    if _numerics.has_nan(tensor):
         raise ValueError("tensor: got NaN, expected numbers")

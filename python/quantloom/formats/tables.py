@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantloom import _checks, _core
+from quantloom.formats import _numerics
 from quantloom.formats.base import ScalarFormat
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ class LUTFormat(ScalarFormat):
     def _reference_values(self, codes: Tensor) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float32, device=codes.device)[codes]
 
-    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+    def _put_codes(self, codes: Tensor | _numerics.Rounded, planes: Planes) -> None:
         planes.put_table("codebook", self.values)
         super()._put_codes(codes, planes)
 
-    def _get_codes(self, planes: Planes, count: int) -> Tensor:
+    def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
         planes.check_table("codebook", self.values)
         return super()._get_codes(planes, count)
 

@@ -121,10 +121,10 @@ class ScaledFormat(ScalarFormat):
             tensor.dtype
         )
 
-    def _put_codes(self, codes: Tensor, planes: Planes) -> None:
+    def _put_codes(self, codes: Tensor | _numerics.Rounded, planes: Planes) -> None:
         self.format._put_codes(codes, planes.child("format"))
 
-    def _get_codes(self, planes: Planes, count: int) -> Tensor:
+    def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
         return self.format._get_codes(planes.child("format"), count)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
@@ -223,8 +223,7 @@ class LinearScalingFormat(TensorFormat):
             self.element_format._encode(self._normalised(tensor, scales), elements)
             return
         grid = self._grid(scales, tuple(tensor.shape))
-        codes = _numerics.round_codes(coder._elements(), coder, tensor, grid)
-        self.element_format._put_codes(codes, elements)
+        self.element_format._put_codes(_numerics.Rounded(coder._elements(), coder, tensor, grid), elements)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
         blocks = self._blocked(shape)[::2]
@@ -236,8 +235,7 @@ class LinearScalingFormat(TensorFormat):
             return (values * self._spread(scales, shape)).to(dtype)
         codes = self.element_format._get_codes(elements, math.prod(shape))
         grid = self._grid(scales.cpu(), shape)
-        values = _numerics.decode(coder._elements(), codes.reshape(shape), dtype, grid, coder._factor)
-        return values.to(device)
+        return _numerics.decode(coder._elements(), codes, shape, dtype, grid, coder._factor).to(device)
 
 
 @dataclass

@@ -3,11 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "formats/element_rounding.hpp"
+#include "formats/element_runs.hpp"
 #include "quantloom/random.hpp"
+#include "simd_targets.hpp"
 
 namespace quantloom {
 namespace {
@@ -282,6 +286,168 @@ TEST(PackedCodes, RefuseBadBytesAndCodes) {
   EXPECT_THROW(pack_codes(codes, 9, bytes), InvalidArgument);
   codes.assign(16, 0);
   EXPECT_THROW(unpack_codes(bytes, 11, codes), InvalidArgument);
+}
+
+// Values around every boundary of the sets below, and all kinds of extremes.
+std::vector<float> hard_values(const std::vector<float>& boundaries) {
+  std::vector<float> x = random_values(4000, 23);
+  for (const float boundary : boundaries) {
+    for (const float value :
+         {std::nextafter(boundary, -INFINITY), boundary, std::nextafter(boundary, INFINITY)}) {
+      x.push_back(value);
+    }
+  }
+  x.insert(x.end(), {0.0F, -0.0F, 1e-45F, -1e-45F, 0x1p-126F, -0x1p-127F, 3.4e38F, -3.4e38F, INFINITY,
+                     -INFINITY, NAN});
+  x.resize((x.size() + element_runs::kRunVector - 1) / element_runs::kRunVector * element_runs::kRunVector);
+  return x;
+}
+
+template <class Runs, class Rounder>
+void expect_runs(const Runs& runs, const Rounder& rounder, const std::vector<float>& x) {
+  const auto count = static_cast<int>(x.size());
+  const element_rounding::OneByOne<Rounder> reference{rounder};
+  std::vector<uint32_t> expected(x.size());
+  std::vector<float> expected_values(x.size());
+  reference.codes(x.data(), count, expected.data());
+  reference.values(expected.data(), count, expected_values.data());
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    std::vector<uint32_t> codes(x.size());
+    std::vector<float> values(x.size());
+    runs.codes(x.data(), count, codes.data());
+    runs.values(codes.data(), count, values.data());
+    hwy::SetSupportedTargetsForTest(0);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    for (size_t i = 0; i < x.size(); ++i) {
+      ASSERT_EQ(codes[i], expected[i]) << x[i] << " target " << target;
+      ASSERT_EQ(values[i], expected_values[i]) << x[i] << " target " << target;
+    }
+  }
+}
+
+TEST(Elements, RunsEqualRoundingOneByOneOnEveryInstructionSet) {
+  for (const size_t entries : {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 256, 5000}) {
+    const TableElements table(random_table(entries, entries));
+    SCOPED_TRACE(entries);
+    expect_runs(element_runs::BoundaryTable(table), element_rounding::TableRounder(table),
+                hard_values(table.boundaries));
+  }
+  for (int exponent_bits = 2; exponent_bits <= 7; ++exponent_bits) {
+    for (const int mantissa_bits : {0, 1, 3, 10, 22, 23}) {
+      for (const FloatRounding rounding :
+           {FloatRounding::nearest, FloatRounding::to_zero, FloatRounding::to_inf}) {
+        for (const bool has_sign : {false, true}) {
+          SCOPED_TRACE(text_of("E", exponent_bits, "M", mantissa_bits, " ", static_cast<int>(rounding)));
+          const element_rounding::FloatRounder rounder(
+              FloatElements(exponent_bits, mantissa_bits, rounding, has_sign));
+          std::vector<float> boundaries;
+          const uint32_t last = rounder.zero_code + rounder.largest_code;
+          for (uint32_t i = 0; i <= 200; ++i) {
+            const auto code = static_cast<uint32_t>(uint64_t{last} * i / 200);
+            boundaries.push_back(rounder.value(code));
+            boundaries.push_back((rounder.value(code) + rounder.value(std::min(code + 1, last))) / 2);
+          }
+          const element_runs::FloatRuns runs{rounder.mantissa_bits,
+                                             rounder.bias,
+                                             rounding,
+                                             has_sign,
+                                             rounder.largest_code,
+                                             rounder.zero_code,
+                                             static_cast<float>(rounder.largest)};
+          expect_runs(runs, rounder, hard_values(boundaries));
+        }
+      }
+    }
+  }
+  for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{9}, int64_t{16}, int64_t{1} << 31}) {
+    for (const bool symmetric : {false, true}) {
+      SCOPED_TRACE(count);
+      const element_rounding::IntRounder rounder(IntElements(count, symmetric));
+      expect_runs(element_runs::IntRuns{rounder.offset, rounder.lowest, rounder.top}, rounder,
+                  hard_values({-7.5F, -0.5F, 0.5F, 1.5F, 7.5F, 1e9F, -1e9F, 0x1p30F, 0x1p31F}));
+    }
+  }
+}
+
+TEST(Elements, EncodeToTheBytesOfTheirCodes) {
+  for (const Elements& elements : some_elements()) {
+    const uint64_t count = code_count(elements);
+    for (const auto& [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{
+             {1, 1}, {37, 130}, {1, 9001}, {4099, 1}, {3, 4096}, {0, 5}, {5, 0}}) {
+      const std::vector<float> x = random_values(rows * cols, 29);
+      const FloatMatrix matrix(x.data(), DType::f32, rows, cols, cols);
+      const BlockGrid grid{1, 32};
+      std::vector<float> scales = random_values(grid.rows(matrix) * grid.cols(matrix), 31);
+      const BlockScales scaling{scales, grid, 1.5F};
+      std::vector<uint32_t> codes(x.size());
+      std::vector<float> values(x.size());
+      round_elements(elements, matrix, scaling, {.values = values.data(), .codes = codes.data()}, 1);
+      std::vector<uint8_t> expected(static_cast<size_t>(packed_code_bytes(rows * cols, count)));
+      pack_codes(codes, count, expected, 1);
+      for (const int threads : {1, 3}) {
+        std::vector<uint8_t> bytes(expected.size());
+        encode_elements(elements, matrix, scaling, bytes, threads);
+        ASSERT_EQ(bytes, expected);
+        std::vector<float> decoded(x.size());
+        decode_packed_elements(elements, bytes, scaling, decoded.data(), DType::f32, rows, cols, threads);
+        ASSERT_EQ(std::memcmp(decoded.data(), values.data(), 4 * values.size()), 0);
+      }
+      if (expected.empty()) continue;
+      std::vector<uint8_t> bytes(expected.size() + 8);
+      EXPECT_THROW(encode_elements(elements, matrix, scaling, bytes), InvalidArgument);
+      EXPECT_THROW(decode_packed_elements(elements, bytes, scaling, values.data(), DType::f32, rows, cols),
+                   InvalidArgument);
+      bytes.assign(expected.size(), 0xff);
+      const bool full = std::has_single_bit(count) && count > 1;
+      if (!full) {
+        EXPECT_THROW(decode_packed_elements(elements, bytes, scaling, values.data(), DType::f32, rows, cols),
+                     InvalidArgument);
+      }
+    }
+  }
+}
+
+// One code at a time, by the description in the header.
+TEST(Elements, CodesLieInWordsAsDescribed) {
+  const CounterRandom random(37);
+  for (const uint64_t count : {2,   3,   4,   5,   6,   7,   8,   9,   11,   16,    17,    31,     64,
+                               100, 127, 128, 129, 255, 256, 257, 641, 4095, 65535, 65537, 1 << 24}) {
+    for (const int64_t codes : {1, 63, 64, 65, 4095, 4096, 4097, 20000}) {
+      std::vector<uint32_t> values(static_cast<size_t>(codes));
+      for (size_t i = 0; i < values.size(); ++i) {
+        values[i] = static_cast<uint32_t>(i % 5 == 0 ? count - 1 : random.below(i, count));
+      }
+      std::vector<uint8_t> bytes(static_cast<size_t>(packed_code_bytes(codes, count)));
+      pack_codes(values, count, bytes, 2);
+      int per_word = 0;
+      for (unsigned __int128 power = count; power <= UINT64_MAX; power *= count) per_word += 1;
+      const int width = static_cast<int>(std::bit_width(count - 1));
+      const bool dense = std::has_single_bit(count) || per_word * width <= 64;
+      for (int64_t i = 0; i < codes; ++i) {
+        uint64_t code = 0;
+        if (dense) {
+          for (int bit = 0; bit < width; ++bit) {
+            const int64_t at = i * width + bit;
+            code |= static_cast<uint64_t>(bytes[static_cast<size_t>(at / 8)] >> (at % 8) & 1) << bit;
+          }
+        } else {
+          uint64_t word = 0;
+          for (int b = 0; b < 8; ++b) {
+            word |= static_cast<uint64_t>(bytes[static_cast<size_t>(i / per_word * 8 + b)]) << (8 * b);
+          }
+          for (int64_t skip = i % per_word; skip > 0; --skip) word /= count;
+          code = word % count;
+        }
+        ASSERT_EQ(code, values[static_cast<size_t>(i)])
+            << "count " << count << " code " << i << " of " << codes;
+      }
+      std::vector<uint32_t> back(values.size());
+      unpack_codes(bytes, count, back, 2);
+      ASSERT_EQ(back, values) << count;
+    }
+  }
 }
 
 }  // namespace
