@@ -17,7 +17,7 @@ import numpy as np
 
 from quantloom import _checks
 from quantloom.formats import Format, format_from_json, parse_format
-from quantloom.rounding import quantize
+from quantloom.rounding import Nearest, Rounding, parse_rounding, quantize
 from quantloom.transforms import Transform, hadamard, parse_transform
 
 __all__ = ["RotationRow", "outlier_matrix", "quantize_blocks", "rotation_table"]
@@ -82,11 +82,14 @@ def _blocks_row(w: np.ndarray, bits: int, group: int, block: int | None) -> Rota
     return RotationRow(name, transform, bits + 32 / group, squares / w.size, worst)
 
 
-def _format_row(w: np.ndarray, format: Format, transform: Transform | None, threads: int) -> RotationRow:
-    q = quantize(w, format, transform=transform, threads=threads)
+def _format_row(
+    w: np.ndarray, format: Format, transform: Transform | None, rounding: Rounding, threads: int
+) -> RotationRow:
+    q = quantize(w, format, rounding, transform=transform, threads=threads)
     error = q.dequantize(threads=threads) - w
+    searched = getattr(rounding, "scale_search", None)
     return RotationRow(
-        q.format.spec,
+        q.format.spec + ("" if searched is None else f", scales by search over {searched.steps}"),
         "none" if transform is None else transform.spec,
         q.bits_per_weight,
         float(np.square(error, dtype=np.float64).mean()),
@@ -94,7 +97,9 @@ def _format_row(w: np.ndarray, format: Format, transform: Transform | None, thre
     )
 
 
-def _tensor_format_row(w: np.ndarray, format: Any, transform: Transform | None, threads: int) -> RotationRow:
+def _tensor_format_row(
+    w: np.ndarray, format: Any, transform: Transform | None, _: Rounding, threads: int
+) -> RotationRow:
     import torch
 
     x = torch.from_numpy(w if transform is None else transform.rotate_weight(w, threads=threads))
@@ -135,16 +140,19 @@ def rotation_table(
     block: int = 128,
     seed: int = 0,
     threads: int = 0,
+    rounding: Rounding | str = "nearest",
 ) -> list[RotationRow]:
     """Errors with and without rotation.
 
     Args:
         bits: of ``quantize_blocks``, in blocks of `group`, rotated in blocks of `block` without signs.
-        formats: without and with `transform`: a ``Format`` or its short form, rounded to nearest; a
-            ``TensorFormat`` of ``quantloom.formats`` or a rule of ``quantloom.fit`` that is fitted to the
-            matrix; or either format's JSON.
+        formats: without and with `transform`: a ``Format`` or its short form; a ``TensorFormat`` of
+            ``quantloom.formats`` or a rule of ``quantloom.fit`` that is fitted to the matrix; or either
+            format's JSON.
         size: rows and columns of ``outlier_matrix``, a multiple of `group` and `block`.
         seed: of the matrix.
+        rounding: of each ``Format``: ``Nearest``, or a short form such as ``"nearest:search"``, which chooses
+            each step by its squared error instead of by the largest value.
     """
     size = _checks.integer("size", size, 1)
     group, block = _checks.integer("group", group, 1), _checks.integer("block", block, 1)
@@ -154,6 +162,9 @@ def rotation_table(
     widths = [_checks.integer("bits", width, 2) for width in bits]
     if any(width > 16 for width in widths):
         raise ValueError(f"bits: got {max(widths)}, expected at most 16")
+    rounding = parse_rounding(rounding)
+    if not isinstance(rounding, Nearest):
+        raise ValueError(f"rounding: got {rounding}, expected nearest, which needs no calibration")
     chosen = [_parse(format) for format in formats]
     basis: Any = parse_transform(transform)
     w = outlier_matrix(size, size, seed)
@@ -161,5 +172,5 @@ def rotation_table(
     bases = [None] if basis is None else [None, basis]
     for format in chosen:
         measure = _format_row if isinstance(format, Format) else _tensor_format_row
-        rows += [measure(w, format, how, threads) for how in bases]
+        rows += [measure(w, format, how, rounding, threads) for how in bases]
     return rows

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import quantloom.fit as F
 import quantloom.formats as Q
 from quantloom.cli import app
 from quantloom.rotation import outlier_matrix, quantize_blocks, rotation_table
@@ -73,6 +74,27 @@ def test_any_format_can_be_asked_for():
     assert rows[5].mean_squared_error < rows[4].mean_squared_error
     with pytest.raises(ValueError, match="block"):
         rotation_table(size=100, group=4)
+
+
+def test_a_search_for_steps_errs_less_in_both_bases():
+    formats = ["uniform:2:g32", "uniform:3:g32"]
+    largest = rotation_table([], formats, size=1024)
+    searched = rotation_table([], formats, size=1024, rounding="nearest:search")
+    for row, plain in zip(searched, largest, strict=True):
+        assert row.mean_squared_error < 0.9 * plain.mean_squared_error
+        assert row.bits_per_weight == plain.bits_per_weight
+        assert row.format == f"{plain.format}, scales by search over 40"
+    with pytest.raises(ValueError, match="rounding"):
+        rotation_table([], formats, size=512, rounding="gptq")
+
+
+def test_rules_are_fitted_in_each_basis():
+    rule = F.Scaled(2, "lloyd_max", Q.BFLOAT16, (1, 32), "rms")
+    text = json.dumps(Q.TensorFormat.save(rule))
+    plain, rotated, *others = rotation_table([], [rule, text], size=512)
+    assert plain.format == rotated.format == str(rule)
+    assert plain.mean_squared_error != rotated.mean_squared_error
+    assert others == [plain, rotated]
 
 
 def test_the_command_prints_the_table():

@@ -20,7 +20,7 @@ def rotation(
             "--format",
             "-f",
             metavar="FORMAT",
-            help="Also this format, rounded to nearest. Repeatable.",
+            help="Also this format. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -33,6 +33,12 @@ def rotation(
     transform: Annotated[
         str, typer.Option(metavar="TRANSFORM", help="How weights of --format are rotated.")
     ] = "hadamard:b128",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            metavar="ROUNDING", help="Of --format: nearest, or nearest:search, which searches for the steps."
+        ),
+    ] = "nearest",
     size: Annotated[int, typer.Option(min=1, help="Rows and columns of the matrix.")] = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of the matrix.")] = 0,
     threads: common.Threads = 0,
@@ -48,10 +54,14 @@ def rotation(
     **Example**
 
         quantloom bench rotation --format uniform:4:g32 --format codebook:nf4:g32
+
+        quantloom bench rotation --format uniform:2:g32 --rounding nearest:search
     """
     from quantloom.rotation import rotation_table
 
-    rows = rotation_table(bits or (4, 3, 2), format or (), transform, size=size, seed=seed, threads=threads)
+    rows = rotation_table(
+        bits or (4, 3, 2), format or (), transform, size=size, seed=seed, threads=threads, rounding=rounding
+    )
     if json:
         common.print_json({"size": size, "seed": seed, "rows": rows})
         return
