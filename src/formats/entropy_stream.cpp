@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "formats/entropy_coding.hpp"
+#include "formats/model_code.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/parallel.hpp"
@@ -20,7 +21,7 @@ void refuse_chunk(int64_t chunk, const char* why) {
 namespace {
 
 constexpr uint32_t kMagic = 0x4e454c51;  // "QLEN"
-constexpr uint8_t kVersion = 1;
+constexpr uint8_t kVersion = 2;
 constexpr int64_t kHeaderBytes = 32;
 constexpr double kTableLoss = 0.0005;  // bits per code that a smaller table may cost
 // Tables of 2^12 slots decode faster than larger ones and may cost more.
@@ -47,35 +48,6 @@ T load(std::span<const std::byte> bytes, int64_t at) {
   T value{};
   std::memcpy(&value, bytes.data() + at, sizeof(T));
   return value;
-}
-
-// A model as it is stored: groups of 7 bits, lowest first, the highest bit set in all but the last.
-std::vector<std::byte> pack_model(std::span<const uint32_t> model) {
-  std::vector<std::byte> bytes;
-  for (uint32_t value : model) {
-    for (; value >= 0x80; value >>= 7) bytes.push_back(static_cast<std::byte>(value | 0x80));
-    bytes.push_back(static_cast<std::byte>(value));
-  }
-  return bytes;
-}
-
-std::vector<uint32_t> unpack_model(std::span<const std::byte> bytes, int64_t alphabet) {
-  std::vector<uint32_t> model(static_cast<size_t>(alphabet));
-  size_t at = 0;
-  for (uint32_t& value : model) {
-    for (int shift = 0;; shift += 7) {
-      if (at >= bytes.size()) refuse("the model ends early");
-      if (shift > 14) refuse("the model has a number of more than 21 bits");
-      const auto byte = std::to_integer<uint32_t>(bytes[at++]);
-      value |= (byte & 0x7fU) << shift;
-      if (byte < 0x80) {
-        if (byte == 0 && shift > 0) refuse("the model has a number with leading zeros");
-        break;
-      }
-    }
-  }
-  if (at != bytes.size()) refuse(text_of("the model has ", bytes.size() - at, " bytes too many"));
-  return model;
 }
 
 struct Model {
@@ -215,7 +187,7 @@ std::vector<std::byte> encode(std::span<const Code> codes, const EntropyOptions&
     model = fit_huffman(counts, used, options.table_bits);
   }
 
-  const std::vector<std::byte> packed_model = pack_model(model.values);
+  const std::vector<std::byte> packed_model = entropy::pack_model(model.values, options.coder);
   int64_t chunk = options.chunk;
   if (chunk == 0 && rans) {
     const double fixed = loss + 8.0 * static_cast<double>(packed_model.size()) /
@@ -318,8 +290,9 @@ EntropyStream::EntropyStream(std::span<const std::byte> bytes) : bytes_(bytes) {
   const int64_t size = std::ssize(bytes);
   if (size < kHeaderBytes) refuse(text_of(size, " bytes, expected a header of ", kHeaderBytes));
   if (load<uint32_t>(bytes, 0) != kMagic) refuse("the first bytes are not QLEN");
-  if (load<uint8_t>(bytes, 4) != kVersion) {
-    refuse(text_of("version ", int{load<uint8_t>(bytes, 4)}, ", expected ", int{kVersion}));
+  const int version = load<uint8_t>(bytes, 4);
+  if (version < 1 || version > kVersion) {
+    refuse(text_of("version ", version, ", expected 1 to ", int{kVersion}));
   }
   const auto coder = load<uint8_t>(bytes, 5);
   if (coder > 1) refuse(text_of("coder ", int{coder}, ", expected 0 (rANS) or 1 (Huffman)"));
@@ -351,7 +324,9 @@ EntropyStream::EntropyStream(std::span<const std::byte> bytes) : bytes_(bytes) {
   for (int64_t i = kHeaderBytes + table; i < offsets_offset_; ++i) {
     if (load<uint8_t>(bytes, i) != 0) refuse("padding that is not 0");
   }
-  model_ = unpack_model(bytes.subspan(kHeaderBytes, static_cast<size_t>(table)), alphabet_);
+  const auto packed_model = bytes.subspan(kHeaderBytes, static_cast<size_t>(table));
+  model_ = version == 1 ? entropy::unpack_model_1(packed_model, alphabet_)
+                        : entropy::unpack_model(packed_model, alphabet_, coder_);
   // An escape must have slots; Huffman codes have none.
   if (escape >= 0 &&
       (coder_ != EntropyCoder::rans || escape >= alphabet_ || model_[static_cast<size_t>(escape)] == 0)) {

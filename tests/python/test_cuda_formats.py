@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 import quantloom.fit as F
 import quantloom.formats as Q
 from quantloom import _core
+from quantloom.formats.encoded import Planes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_kernels = pytest.mark.skipif(not _core.built_with_cuda(), reason="needs a build with CUDA")
@@ -74,6 +75,21 @@ def test_encoded_on_the_device(dtype, rng):
                     assert encoded.decode().equal(quantised.cpu())
     s3d8 = Q.scaled_int8_3d8_lloyd_max(x, Q.BFLOAT16, (1, None), 1e-2)
     assert s3d8.encode(x).decode("cuda").equal(s3d8.quantise(x))
+
+
+@needs_kernels
+def test_entropy_coded_on_the_device():
+    x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(12))
+    for step, compressor in ((0.3, "rans"), (0.3, "huffman"), (0.01, "rans")):
+        fmt = Q.CompressedLUTFormat.train_grid(x, step, compressor=compressor)
+        encoded = fmt.encode(x)
+        codes = fmt._get_codes_on(Planes(encoded.planes), x.numel(), torch.device("cuda"))
+        assert codes.is_cuda and codes.dtype == (torch.uint8 if len(fmt.lut.values) <= 256 else torch.int32)
+        assert encoded.decode("cuda").cpu().equal(encoded.decode())
+        stream = encoded.planes["stream"]
+        stream[-9:] ^= 0x5A
+        with pytest.raises((ValueError, OSError), match="chunk"):
+            encoded.decode("cuda")
 
 
 @needs_kernels

@@ -291,3 +291,18 @@ def test_damaged_files_of_many_tensors(tmp_path):
     save_tensors(file, {}, {"quantloom.encoded_tensors": good})
     with pytest.raises(ValueError, match="codes"):
         Q.load_encoded(file)["w"].decode()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decoding_in_torch_operations_is_that_of_the_cpu(dtype):
+    """What CUDA tensors are decoded with."""
+    from quantloom.formats import _numerics
+
+    generator = torch.Generator().manual_seed(11)
+    for fmt in (Q.NF4, Q.parse("E2M1"), Q.parse("E0M7"), Q.parse("E5M14"), Q.ScaledFormat.create(Q.NF4, 0.3)):
+        elements = fmt._codes_of()._elements()
+        codes = torch.randint(0, min(elements.count, 2**24), (12, 30), generator=generator, dtype=torch.int32)
+        scales = torch.randn(4, 5, generator=generator)
+        for grid in (None, _numerics.Grid(scales, 3, 6)):
+            expected = _numerics.decode(elements, codes, (12, 30), dtype, grid, fmt._factor)
+            assert _numerics._decode_reference(elements, codes, dtype, grid, fmt._factor).equal(expected)

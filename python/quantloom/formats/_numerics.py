@@ -204,7 +204,9 @@ def decode(
     grid: Grid | None = None,
     factor: float = 1.0,
 ) -> Tensor:
-    """The values of codes on the CPU, int32 or packed."""
+    """The values of codes: on the CPU int32 or packed, on other devices any integers."""
+    if isinstance(codes, Tensor) and codes.device.type != "cpu":
+        return _decode_reference(elements, codes.reshape(shape), dtype, grid, factor)
     kept = dtype if dtype in NATIVE else torch.float32
     out = torch.empty(shape, dtype=kept)
     flat = matrix(out)
@@ -214,6 +216,26 @@ def decode(
         codes = codes.contiguous().reshape(flat.shape)
         _core.decode_elements(elements, array("codes", codes), *_scaling(grid, factor), array("out", flat), 0)
     return out.to(dtype)
+
+
+_LONGEST_TABLE = 2**16
+
+
+def _decode_reference(
+    elements: Any, codes: Tensor, dtype: torch.dtype, grid: Grid | None, factor: float
+) -> Tensor:
+    """The same in torch operations, each of them rounding as C++ does."""
+    if elements.count > _LONGEST_TABLE:
+        scales = None if grid is None else grid._replace(scales=grid.scales.cpu())
+        on_cpu = codes.to("cpu", torch.int32)
+        return decode(elements, on_cpu, tuple(codes.shape), dtype, scales, factor).to(codes.device)
+    every = torch.arange(elements.count, dtype=torch.int32)
+    table = decode(elements, every, tuple(every.shape), torch.float32, factor=factor)
+    flat = matrix(codes)
+    values = table.to(codes.device)[flat.to(torch.int32)]
+    if grid is not None:
+        values = values * element_scales(grid, tuple(flat.shape)).to(codes.device)
+    return values.reshape(codes.shape).to(dtype)
 
 
 def block_statistics(tensor: Tensor, rows: int, cols: int, statistic: str) -> Tensor:

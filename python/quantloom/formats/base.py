@@ -77,6 +77,10 @@ class TensorFormat:
     def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
         raise NotImplementedError
 
+    def _get_codes_on(self, planes: Planes, count: int, device: torch.device) -> Tensor | _numerics.Packed:
+        """`_get_codes` or, where they can be decoded on the device, integers that lie there."""
+        return self._get_codes(planes, count)
+
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
         raise NotImplementedError(f"{self}: this format has no encoding")
 
@@ -213,5 +217,5 @@ class ScalarFormat(TensorFormat):
         self._put_codes(_numerics.Rounded(self._elements(), self, tensor), planes)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        codes = self._get_codes(planes, math.prod(shape))
+        codes = self._get_codes_on(planes, math.prod(shape), device)
         return _numerics.decode(self._elements(), codes, shape, dtype, factor=self._factor).to(device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantloom import _checks, _core
+from quantloom import _arrays, _checks, _core, _devices
 from quantloom.formats import _numerics
 from quantloom.formats.base import Compressor, ScalarFormat, Shape, TensorFormat
 from quantloom.formats.tables import LUTFormat, lut_grid, numbers
@@ -134,11 +134,27 @@ class CompressedLUTFormat(TensorFormat):
         symbols = _core.entropy_decode(stream.numpy(), expected=count)
         return torch.from_numpy(symbols.astype(np.int32))
 
+    def _get_codes_on(self, planes: Planes, count: int, device: torch.device) -> Tensor | _numerics.Packed:
+        if device.type != "cuda" or len(self.lut.values) > 256 or not _core.built_with_cuda():
+            return super()._get_codes_on(planes, count, device)
+        planes.child("lut").check_table("codebook", self.lut.values)
+        stream = planes.get("stream", torch.uint8, None).contiguous().numpy()
+        described = _core.entropy_describe(stream)
+        if described["count"] != count or described["alphabet"] > len(self.lut.values):
+            return super()._get_codes_on(planes, count, device)  # which says what is wrong
+        with _devices.current(_devices.device_name("device", device)) as cuda_stream:
+            symbols = torch.empty(count, dtype=torch.uint8, device=device)
+            if count:
+                coded = _core.CudaEntropyStream(stream, cuda_stream)
+                coded.decode(0, _arrays.describe("symbols", symbols).core, cuda_stream)
+                coded.check(cuda_stream)
+        return symbols
+
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
         self._put_codes(self.lut.to_idx(tensor), planes)
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        codes = self._get_codes(planes, math.prod(shape))
+        codes = self._get_codes_on(planes, math.prod(shape), device)
         return _numerics.decode(self.lut._elements(), codes, shape, dtype).to(device)
 
 

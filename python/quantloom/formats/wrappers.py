@@ -127,6 +127,9 @@ class ScaledFormat(ScalarFormat):
     def _get_codes(self, planes: Planes, count: int) -> Tensor | _numerics.Packed:
         return self.format._get_codes(planes.child("format"), count)
 
+    def _get_codes_on(self, planes: Planes, count: int, device: torch.device) -> Tensor | _numerics.Packed:
+        return self.format._get_codes_on(planes.child("format"), count, device)
+
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
         if self._codes_of() is not None:
             super()._encode(tensor, planes)
@@ -233,7 +236,7 @@ class LinearScalingFormat(TensorFormat):
         if coder is None:
             values = self.element_format._decode(elements, shape, torch.float32, device)
             return (values * self._spread(scales, shape)).to(dtype)
-        codes = self.element_format._get_codes(elements, math.prod(shape))
+        codes = self.element_format._get_codes_on(elements, math.prod(shape), device)
         grid = self._grid(scales.cpu(), shape)
         return _numerics.decode(coder._elements(), codes, shape, dtype, grid, coder._factor).to(device)
 
