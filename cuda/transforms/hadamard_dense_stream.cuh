@@ -15,11 +15,12 @@
 
 namespace quantloom::cuda {
 
-// For orders of at most 8 * kHalves; above 8 * kHalves - 8 if kHalves is 4 or less.
+// For the order 8 * kHalves - 4 if kHalves is 4 or less, else for orders of at most 8 * kHalves.
 template <int kHalves, int kPower, int kChosenGroups = 0>
 struct DenseStream {
   static constexpr int kTiles = (kHalves + 1) / 2;
-  static constexpr bool kHeld = kTiles <= 2;  // the matrix stays in registers
+  static constexpr bool kHeld = kTiles <= 2;                  // the matrix stays in registers
+  static constexpr int kOrder = kHeld ? 8 * kHalves - 4 : 0;  // 0: any
   static constexpr int kLogParts = kPower >= 10 ? kPower - 6 : std::min(kPower - 3, kTiles <= 4 ? 3 : 2);
   static constexpr int kParts = 1 << kLogParts;
   static constexpr int kLogChunks = kPower - 3 - kLogParts;
@@ -52,23 +53,30 @@ struct DenseStream {
 
 // One block as it is; every thread takes part.
 template <class T, class S, int kPower>
-__device__ __forceinline__ void request_block(const HadamardArguments& a, int order, T* raw, int64_t unit) {
+__device__ __forceinline__ void request_block(const HadamardArguments& a, int order, T* raw,
+                                              HadamardPlace at) {
   constexpr int kLogVectors = kPower - 3;  // in a row of the block
   constexpr int kStep = S::kThreads >> kLogVectors;
   static_assert(kStep > 0);
-  const HadamardPlace at = place_of(a, unit, order << kPower);
   const int row = static_cast<int>(threadIdx.x) >> kLogVectors;
   const int column = (static_cast<int>(threadIdx.x) & ((1 << kLogVectors) - 1)) * 8;
   const T* from = static_cast<const T*>(a.x) + at.row * a.x_stride + at.column + (row << kPower) + column;
   T* to = raw + row * S::kRawStride + column;
-  if (a.vectors) {
+  if (!a.vectors) {
+    for (int i = row; i < order; i += kStep, from += kStep << kPower, to += kStep * S::kRawStride) {
+      *reinterpret_cast<uint4*>(to) = load_vector(from, false);
+    }
+  } else if constexpr (S::kOrder != 0) {
+#pragma unroll
+    for (int step = 0; step * kStep < S::kOrder; ++step) {
+      if ((step + 1) * kStep <= S::kOrder || row + step * kStep < S::kOrder) {
+        copy_async(to + step * kStep * S::kRawStride, from + (step * kStep << kPower));
+      }
+    }
+  } else {
 #pragma unroll 4
     for (int i = row; i < order; i += kStep, from += kStep << kPower, to += kStep * S::kRawStride) {
       copy_async(to, from);
-    }
-  } else {
-    for (int i = row; i < order; i += kStep, from += kStep << kPower, to += kStep * S::kRawStride) {
-      *reinterpret_cast<uint4*>(to) = load_vector(from, false);
     }
   }
 }
@@ -340,9 +348,10 @@ __device__ __forceinline__ void write_results(const HadamardArguments& a, int or
 template <class T, int kHalves, int kPower, int kChosenGroups = 0>
 __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::kThreads),
                                   (DenseStream<kHalves, kPower, kChosenGroups>::kResident))
-    dense_stream_kernel(const HadamardArguments a, const int order, const int stages,
+    dense_stream_kernel(const HadamardArguments a, const int given_order, const int stages,
                         const __grid_constant__ DenseSigns<(kHalves + 1) / 2> signs) {
   using S = DenseStream<kHalves, kPower, kChosenGroups>;
+  const int order = S::kOrder != 0 ? S::kOrder : given_order;
   auto* zeros = dynamic_shared_memory<unsigned char>();
   auto* sign_words = reinterpret_cast<uint32_t*>(zeros + S::kZeroBytes);
   auto* sums = reinterpret_cast<float*>(zeros + S::kZeroBytes + S::kSignBytes);
@@ -355,9 +364,18 @@ __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::
   const int group = thread >> (5 + S::kLogChunks);
   const int first = chunk_index * S::kChunk;
 
-  int64_t ahead = blockIdx.x;
-  for (int stage = 0; stage < stages; ++stage, ahead += gridDim.x) {
-    if (ahead < a.units) request_block<T, S, kPower>(a, order, raw + stage * raw_size, ahead);
+  // Places of the blocks that have been requested: of this one, and with two stages of the next.
+  HadamardPlace here = place_of(a, blockIdx.x, size);
+  HadamardPlace next{};
+  int64_t ahead = blockIdx.x + gridDim.x;
+  request_block<T, S, kPower>(a, order, raw, here);
+  commit_copies();
+  if (stages == 2) {
+    if (ahead < a.units) {
+      next = place_of(a, ahead, size);
+      request_block<T, S, kPower>(a, order, raw + raw_size, next);
+    }
+    ahead += gridDim.x;
     commit_copies();
   }
   for (int i = thread; i < S::kZeroBytes / 16; i += S::kThreads) {
@@ -383,7 +401,7 @@ __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::
   int64_t column = -1;  // that `flips` belong to
   int stage = 0;
   for (int64_t unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
-    const HadamardPlace at = place_of(a, unit, size);
+    const HadamardPlace at = here;
     if (negates && at.column != column) {
       column = at.column;
       load_flips<S, kPower>(a, order, first, column, flips);
@@ -394,18 +412,26 @@ __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::
       wait_for_copies_but<0>();
     }
     __syncthreads();  // the block is here, and the sums of the one before have been read
-    T* here = raw + stage * raw_size;
-    chunk.raw = here + (lane & 15) * S::kRawStride + first + 8 * (lane >> 4);
+    T* block = raw + stage * raw_size;
+    chunk.raw = block + (lane & 15) * S::kRawStride + first + 8 * (lane >> 4);
     if (negates) {
       multiply_chunk<T, kHalves, S, true>(chunk, group, flips, matrix, sign_words);
     } else {
       multiply_chunk<T, kHalves, S, false>(chunk, group, flips, matrix, sign_words);
     }
     __syncthreads();
-    if (ahead < a.units) request_block<T, S, kPower>(a, order, here, ahead);
+    here = next;
+    if (ahead < a.units) {
+      next = place_of(a, ahead, size);
+      request_block<T, S, kPower>(a, order, block, next);
+    }
     ahead += gridDim.x;
     commit_copies();
-    stage = stage + 1 == stages ? 0 : stage + 1;
+    if (stages == 2) {
+      stage ^= 1;
+    } else {
+      here = next;
+    }
     write_results<T, S, kPower>(a, order, sums, static_cast<T*>(a.out) + at.row * a.out_stride + at.column,
                                 at.column);
   }
