@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import quantloom as ql
+import torch
 from quantloom import trellis
 from quantloom.cli import app
 from typer.testing import CliRunner
@@ -261,3 +262,16 @@ def test_distortion_command():
     assert "lloyd-max" in shown.output
     wrong = CliRunner().invoke(app, ["bench", "distortion", "--code", "mul9", "--tiles", "1"])
     assert wrong.exit_code == 1
+
+
+def test_functions_for_cuda_tensors_take_no_others(rng):
+    targets = rng.standard_normal((2, 256)).astype(np.float32)
+    for value in (targets, torch.from_numpy(targets), [[0.0] * 256]):
+        with pytest.raises(TypeError, match="targets: got .*, expected a torch tensor on a CUDA device"):
+            trellis.encode_rings(value, 2)
+        with pytest.raises(TypeError, match="words: got"):
+            trellis.decode_rings(value, 2)
+        with pytest.raises(TypeError, match="words: got"):
+            trellis.decode_tiles(value, (16, 32), 2)
+        with pytest.raises(TypeError, match="matrix: got"):
+            trellis.gather_tiles(value)
