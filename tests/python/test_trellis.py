@@ -267,7 +267,7 @@ def test_distortion_command():
 def test_functions_for_cuda_tensors_take_no_others(rng):
     targets = rng.standard_normal((2, 256)).astype(np.float32)
     for value in (targets, torch.from_numpy(targets), [[0.0] * 256]):
-        with pytest.raises(TypeError, match="targets: got .*, expected a torch tensor on a CUDA device"):
+        with pytest.raises(TypeError, match=r"targets: got .*, expected a torch tensor on a CUDA device"):
             trellis.encode_rings(value, 2)
         with pytest.raises(TypeError, match="words: got"):
             trellis.decode_rings(value, 2)
