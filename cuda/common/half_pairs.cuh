@@ -39,8 +39,13 @@ struct HalfPair<__half> {
   }
   static __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
   static __device__ __forceinline__ __half from_float(float value) { return __float2half_rn(value); }
+  static __device__ __forceinline__ float low(uint32_t value) { return __half2float(half(value & 0xFFFFU)); }
+  static __device__ __forceinline__ float high(uint32_t value) { return __half2float(half(value >> 16)); }
 
  private:
+  static __device__ __forceinline__ __half half(uint32_t bits) {
+    return __builtin_bit_cast(__half, static_cast<unsigned short>(bits));
+  }
   static __device__ __forceinline__ __half2 pair(uint32_t value) {
     return *reinterpret_cast<const __half2*>(&value);
   }
@@ -71,6 +76,12 @@ struct HalfPair<__nv_bfloat16> {
   static __device__ __forceinline__ __nv_bfloat16 from_float(float value) {
     return __float2bfloat16_rn(value);
   }
+  static __device__ __forceinline__ float low(uint32_t value) {
+    return __builtin_bit_cast(float, value << 16);
+  }
+  static __device__ __forceinline__ float high(uint32_t value) {
+    return __builtin_bit_cast(float, value & 0xFFFF0000U);
+  }
 
  private:
   static __device__ __forceinline__ __nv_bfloat162 pair(uint32_t value) {
@@ -98,6 +109,16 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
           "f"(c[3]));
   }
+}
+
+// a[16 x 32] b[32 x 8] + c: bytes without sign in a, with sign in b, 32-bit sums (mma.m16n8k32).
+__device__ __forceinline__ void multiply_add_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1, const uint32_t (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+        "r"(c[3]));
 }
 
 // sum += a b.

@@ -29,15 +29,18 @@ struct FieldPlace {
 // need a shift share it, so that it is computed once.
 template <int kBits, int kRoom>
 __host__ __device__ constexpr FieldPlace field_place(int pair) {
-  const int position = pair % fragments::Halves<kBits>::kWhole * kBits;
+  using Bytes = fragments::Bytes<kBits>;
+  const int wanted = 8 * fragments::byte_of(pair, 0) + Bytes::position(fragments::quad_of(pair));
   int shift = 0;
-  while (position - shift + kBits > kRoom) {
-    // The first field that does not fit yet moves to bit 0.
-    int next = shift;
-    while (next - shift + kBits <= kRoom) next += kBits;
-    shift = next;
+  for (int byte = 0; byte < 2; ++byte) {
+    for (int code = 0; code < Bytes::kWhole; ++code) {
+      const int position = 8 * byte + code * kBits;
+      // The first field that does not fit yet moves to bit 0.
+      if (position - shift + kBits > kRoom) shift = position;
+      if (position == wanted) return {shift, position - shift};
+    }
   }
-  return {shift, position - shift};
+  return {};
 }
 
 // A pair of codes, each at bit 0 of its half, gathered from the bits left over of several words.
@@ -46,13 +49,31 @@ __device__ __forceinline__ uint32_t gathered_pair(const uint32_t (&words)[kBits]
   uint32_t codes = 0;
 #pragma unroll
   for (int index = 0; index < kBits; ++index) {
-    const fragments::BitRun run = fragments::bit_run(fragments::CodeOrder::halves, kBits, kPair, 0, index);
+    const fragments::BitRun run = fragments::bit_run(fragments::CodeOrder::bytes, kBits, kPair, 0, index);
     if (run.count > 0) {
       const uint32_t half = ((1U << run.count) - 1U) << run.from;
       const uint32_t word = words[run.word];
       const uint32_t moved =
           run.position >= run.from ? word >> (run.position - run.from) : word << (run.from - run.position);
       codes |= moved & (half | half << 16);
+    }
+  }
+  return codes;
+}
+
+// A quad of codes, each at bit kPosition of its byte, gathered from the bits left over of several words.
+template <int kBits, int kQuad, int kPosition>
+__device__ __forceinline__ uint32_t gathered_quad(const uint32_t (&words)[kBits]) {
+  constexpr int kPair = kQuad / 2 * 4 + kQuad % 2;
+  uint32_t codes = 0;
+#pragma unroll
+  for (int index = 0; index < kBits; ++index) {
+    const fragments::BitRun run = fragments::bit_run(fragments::CodeOrder::bytes, kBits, kPair, 0, index);
+    if (run.count > 0) {
+      const int to = run.from + kPosition;
+      const uint32_t word = words[run.word];
+      const uint32_t moved = run.position >= to ? word >> (run.position - to) : word << (to - run.position);
+      codes |= moved & ((1U << run.count) - 1U) * (0x01010101U << to);
     }
   }
   return codes;

@@ -17,6 +17,7 @@ class CodebookFragments {
   static constexpr float kUnit = 1.0F;
   static constexpr float kCenter = 0.0F;
   static constexpr bool kHasZeros = false;
+  static constexpr bool kQuads = false;
   static constexpr int kSharedBytes = 128 << (kCodeBits <= 4 ? 2 * kCodeBits : kCodeBits);
 
   // table: float16 [entries]; codes past it decode to 0. shared: kSharedBytes, aligned to 4.

@@ -7,6 +7,9 @@
 //   kHasZeros  whether there may be a plane of zero points
 //   prepare    run by all threads of a block before the first fragment: fills shared memory, if any
 //   fragment   the A fragment (m16n8k16) of one step of 16 columns
+//   kQuads     whether codes can be taken out as bytes:
+//   quad       the four codes of a row and a step, `row_position` bits of its row and `step_position` bits
+//              of its step up in their bytes
 //   raw_fragment, minus_raw_offset
 //              the same with fewer operations: fragment = raw_fragment + minus_raw_offset, which is the same
 //              for all codes; products with it are added apart. kHasOffset<T>: false if there is no offset
@@ -25,6 +28,7 @@ class UniformFragments {
   static constexpr float kCenter = kBits == 1 ? 0.5F : static_cast<float>(1 << (kBits - 1));
   static constexpr int kSharedBytes = 0;
   static constexpr bool kHasZeros = true;
+  static constexpr bool kQuads = kBits <= 3;
 
   template <class T>
   __device__ __forceinline__ void prepare(const void* /*table*/, int /*entries*/, void* /*shared*/) {}
@@ -63,29 +67,48 @@ class UniformFragments {
     a[3] = HalfPair<T>::template kBoth<-(raw_integer<T>(4 * kStep + 3) + kSubtracted)>;
   }
 
+  // half: of the rows of a unit, 0 or 1.
+  static __host__ __device__ constexpr int row_position(int half) { return Bytes::position(half); }
+  static __host__ __device__ constexpr int step_position(int step) {
+    return Bytes::whole(2 * step) ? Bytes::position(2 * step) : 0;
+  }
+
+  template <int kStep, int kHalf>
+  static __device__ __forceinline__ uint32_t quad(const uint32_t (&words)[kBits]) {
+    constexpr int kQuad = 2 * kStep + kHalf;
+    constexpr int kPosition = row_position(kHalf) + step_position(kStep);
+    if constexpr (Bytes::whole(kQuad)) {
+      static_assert(Bytes::position(kQuad) == kPosition);
+      return words[Bytes::word(kQuad)] & (kMask << kPosition) * 0x01010101U;
+    } else {
+      return gathered_quad<kBits, kQuad, kPosition>(words);
+    }
+  }
+
  private:
+  using Bytes = fragments::Bytes<kBits>;
   static constexpr uint32_t kMask = (1U << kBits) - 1U;
 
   template <class T, int kPair>
   static __device__ __forceinline__ uint32_t pair(const uint32_t (&words)[kBits]) {
     using Pair = HalfPair<T>;
     constexpr int kMantissa = Pair::kMantissa;
+    constexpr int kQuad = fragments::quad_of(kPair);
     if constexpr (kBits == 1) {
       // The code as a sign: 0 -> -1, 1 -> 1.
-      constexpr int kBit = kPair % 16;
+      constexpr int kBit = 8 * fragments::byte_of(kPair, 0) + Bytes::position(kQuad);
       return (~(words[0] << (15 - kBit)) & 0x80008000U) | Pair::kOne;
     } else if constexpr (kBits > kMantissa) {
       // 8 bits in bfloat16, whose mantissa takes 7: the low ones become 128 + low; what is subtracted is
       // 256 where the highest bit is clear and 128 where it is set.
-      const uint32_t word = kPair % 2 == 0 ? words[kPair / 2] : words[kPair / 2] >> 8;
+      const uint32_t word = words[kQuad] >> (8 * fragments::byte_of(kPair, 0));
       const uint32_t low = (word & 0x007F007FU) | 0x43004300U;
       const uint32_t minus = (word & 0x00800080U) ^ 0xC380C380U;
       return Pair::add(low, minus);
-    } else if constexpr (kPair < fragments::Halves<kBits>::kWholePairs) {
+    } else if constexpr (Bytes::whole(kQuad)) {
       // The code in the mantissa of 2^kMantissa, `position` bits up: 2^kMantissa + code * 2^position.
-      constexpr int kWhole = fragments::Halves<kBits>::kWhole;
       constexpr FieldPlace kPlace = field_place<kBits, kMantissa>(kPair);
-      const uint32_t word = words[kPair / kWhole] >> kPlace.shift;
+      const uint32_t word = words[Bytes::word(kQuad)] >> kPlace.shift;
       constexpr uint32_t kField = kMask << kPlace.position;
       return centered<T, kPlace.position>(and_or(word, kField | kField << 16, Pair::kInteger));
     } else {
@@ -96,9 +119,8 @@ class UniformFragments {
   // Where the code of a pair lies in the mantissa.
   template <class T>
   static __host__ __device__ constexpr int raw_position(int pair) {
-    return pair < fragments::Halves<kBits>::kWholePairs
-               ? field_place<kBits, HalfPair<T>::kMantissa>(pair).position
-               : 0;
+    return Bytes::whole(fragments::quad_of(pair)) ? field_place<kBits, HalfPair<T>::kMantissa>(pair).position
+                                                  : 0;
   }
   // The power of two in whose mantissa that place is worth 1: with the code it makes power + code.
   template <class T>
@@ -114,11 +136,11 @@ class UniformFragments {
     constexpr uint32_t kExponent = static_cast<uint32_t>((kMantissa == 10 ? 15 : 127) + kMantissa - kPosition)
                                    << kMantissa;
     constexpr uint32_t kPower = kExponent | kExponent << 16;
-    if constexpr (kPair < fragments::Halves<kBits>::kWholePairs) {
+    constexpr int kQuad = fragments::quad_of(kPair);
+    if constexpr (Bytes::whole(kQuad)) {
       constexpr FieldPlace kPlace = field_place<kBits, kMantissa>(kPair);
       constexpr uint32_t kField = kMask << kPosition;
-      return and_or(words[kPair / fragments::Halves<kBits>::kWhole] >> kPlace.shift, kField | kField << 16,
-                    kPower);
+      return and_or(words[Bytes::word(kQuad)] >> kPlace.shift, kField | kField << 16, kPower);
     } else {
       return gathered_pair<kBits, kPair>(words) | kPower;
     }

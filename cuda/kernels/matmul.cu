@@ -37,12 +37,12 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .max_tokens = cuda::kMaxStreamTokens,
      .min_architecture = 90,
      .needs_clusters = true,
-     .all_formats = true},
+     .vectors = true},
     {.name = "stream_partials",
      .description = "streaming loop, parts added in memory",
      .max_tokens = cuda::kMaxStreamTokens,
      .workspace = true,
-     .all_formats = true},
+     .vectors = true},
     {.name = "tiles_wgmma",
      .description = "tiles through shared memory, wgmma",
      .min_architecture = 90,
@@ -53,16 +53,14 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
      .workspace = true,
-     .all_formats = true},
+     .vectors = true},
 }};
 
-// Why `product` cannot run, or nothing. `plain`: scalar codes without outliers.
-std::optional<std::string> why_not(const CudaProduct& product, bool plain, int64_t m, DType dtype,
+// Why `product` cannot run, or nothing. `vectors`: the codes are of vectors.
+std::optional<std::string> why_not(const CudaProduct& product, bool vectors, int64_t m, DType dtype,
                                    const DeviceFacts& device, const CudaMatmulOptions& options) {
   const std::string name(product.name);
-  if (!plain && !product.all_formats) {
-    return text_of("kernel ", name, " takes no vector codebooks and no outliers");
-  }
+  if (vectors && !product.vectors) return text_of("kernel ", name, " takes no vector codebooks");
   if (dtype != DType::f16 && dtype != DType::bf16 && !(product.float32 && dtype == DType::f32)) {
     return text_of("kernel ", name, " takes no ", name_of(dtype), " activations");
   }
@@ -91,17 +89,13 @@ std::optional<std::string> why_not(const CudaProduct& product, bool plain, int64
   return std::nullopt;
 }
 
-bool is_plain(const FragmentLayout& layout) {
-  return layout.dim == 1 && !layout.outliers;
-}
-
 struct Choice {
   const CudaProduct* product = nullptr;
   std::string reason;  // why none
 };
 
-// `weights`: n * k. `plain`: scalar codes without outliers.
-Choice choose(int64_t weights, bool plain, int64_t m, DType dtype, const DeviceFacts& device,
+// `weights`: n * k. `vectors`: the codes are of vectors.
+Choice choose(int64_t weights, bool vectors, int64_t m, DType dtype, const DeviceFacts& device,
               const CudaMatmulOptions& options) {
   const int64_t decode_from = weights < kSmallWeights ? kDecodeFromTokensIfSmall : kDecodeFromTokens;
   if (options.splits < 0 || options.splits > kMaxSplits) {
@@ -113,7 +107,7 @@ Choice choose(int64_t weights, bool plain, int64_t m, DType dtype, const DeviceF
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
     if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
-    const auto reason = why_not(product, plain, std::max<int64_t>(m, 1), dtype, device, options);
+    const auto reason = why_not(product, vectors, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
       return choice;
@@ -156,21 +150,40 @@ int resident_clusters(const DeviceFacts& device, int size) {
   return std::max(place->second, 1);
 }
 
+// What the streaming loop's time is estimated from, in us; fitted to measurements on an H200.
+struct StreamCosts {
+  double of_block;     // of 64 x 64, of each of 16 warps
+  double of_teams[4];  // of 1, 2, 4 and 8 blocks of threads, whose parts of sums meet in a cluster
+  double of_memory;    // if they meet in memory
+};
+
+StreamCosts stream_costs(int bits, bool digits) {
+  if (digits) return {0.45, {0.0, 0.5, 0.7, 0.9}, 3.0};
+  return {std::max(0.25 * bits, 0.6), {2.0, 2.6, 3.2, 3.5}, 5.0};
+}
+
+// From so many blocks of 64 x 64 of each warp on, a product of one token is faster on digits, which take some
+// time to make: measured.
+constexpr int kDigitsFromBlocks = 5;
+
+struct StreamPlan {
+  cuda::StreamDeal deal;
+  int longest = 0;  // blocks of a warp; 0: no deal fits
+};
+
 // Deals the work of the streaming loop. Of the teams' sizes (or the given one, `blocks`) the one with the
-// least estimated time wins; the estimate was fitted to measurements on an H200.
-cuda::StreamDeal stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int m, int table_bytes,
-                             int blocks, bool in_clusters) {
-  constexpr double kBlockOfBit = 0.25;  // us for a block of 64 x 64 of every warp, of each bit of a code
-  constexpr double kLeastBlock = 0.6;
+// least estimated time wins. digits: activations are made digits, for which there must be room.
+StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int m, int table_bytes,
+                       int blocks, bool in_clusters, bool digits) {
+  const StreamCosts costs = stream_costs(layout.bits, digits);
   const bool fine = layout.group_columns % fragments::kBlockColumns != 0;
   const int warps = cuda::stream_warps(m, fine);
   // Beside the parts. The barrier of the parts takes some bytes as well.
   const int64_t other_bytes = table_bytes + cuda::stream_gathered_bytes(m, fine) + 256;
-  const double of_block = std::max(kBlockOfBit * layout.bits, kLeastBlock) * warps / 16;
   const int row_blocks = static_cast<int>(layout.row_blocks);
   const int column_blocks = static_cast<int>(layout.column_blocks);
   const int group_steps = static_cast<int>(layout.group_columns / fragments::kStepColumns);
-  cuda::StreamDeal best;
+  StreamPlan best;
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](int team_blocks, double overhead) {
     const bool in_memory = team_blocks > 1 && !in_clusters;
@@ -178,8 +191,14 @@ cuda::StreamDeal stream_plan(const FragmentLayout& layout, const DeviceFacts& de
         in_memory ? std::max(device.processors / team_blocks, 1) : resident_clusters(device, team_blocks);
     int teams = resident;
     int team_warps = team_blocks * warps;
+    const auto bytes_of = [&](const cuda::StreamDeal& deal) {
+      return other_bytes + cuda::stream_digit_bytes(deal.stretches) +
+             (in_memory ? 0 : cuda::stream_parts_bytes(deal, m));
+    };
     auto deal = cuda::stream_deal(row_blocks, column_blocks, group_steps, teams, team_blocks, team_warps);
-    while (!in_memory && other_bytes + cuda::stream_parts_bytes(deal, m) > device.shared_memory) {
+    if (digits) deal.stretches = cuda::most_stretches(deal, warps, column_blocks);
+    while (bytes_of(deal) > device.shared_memory) {
+      if (digits) return;
       if (deal.most_rows() > 1) {
         teams = 2 * deal.teams;
       } else {
@@ -189,51 +208,30 @@ cuda::StreamDeal stream_plan(const FragmentLayout& layout, const DeviceFacts& de
     }
     const double rounds = std::ceil(static_cast<double>(deal.teams) / resident);
     const auto longest =
-        static_cast<double>(ceil_div(int64_t{deal.most_rows()} * column_blocks, int64_t{deal.warps}));
-    const double cost = rounds * (longest * of_block + overhead);
+        static_cast<int>(ceil_div(int64_t{deal.most_rows()} * column_blocks, int64_t{deal.warps}));
+    const double cost = rounds * (longest * costs.of_block * warps / 16 + overhead);
     if (cost < least) {
       least = cost;
-      best = deal;
+      best = {deal, longest};
     }
   };
   if (blocks > 0) {
     consider(blocks, 0);
     return best;
   }
-  consider(1, 2.0);
+  consider(1, costs.of_teams[0]);
   if (in_clusters) {
-    consider(2, 2.6);
-    consider(4, 3.2);
-    consider(8, 3.5);
+    for (int i = 1; i < 4; ++i) consider(1 << i, costs.of_teams[i]);
   } else {
-    consider(device.processors, 5.0);
+    consider(device.processors, costs.of_memory);
   }
   return best;
-}
-
-Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
-             int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options,
-             int table_bytes) {
-  Plan plan;
-  plan.splits = options.splits;
-  if (product.name == "tiles" || product.name == "tiles_wgmma") {
-    plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
-  } else if (product.name == "decode") {
-    plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
-  } else {
-    const int tokens = std::max(static_cast<int>(m), 1);
-    plan.deal = stream_plan(layout, device, tokens, table_bytes, options.splits, product.needs_clusters);
-    if (!product.needs_clusters && plan.deal.blocks > 1) {
-      plan.workspace = checked_mul(checked_mul(layout.row_blocks, plan.deal.parts),
-                                   int64_t{cuda::stream_part_size(tokens)} * 4);
-    }
-  }
-  return plan;
 }
 
 // The products of one decoder.
 struct Launchers {
   int table_bytes = 0;  // of shared memory, in the streaming loop
+  bool quads = false;   // codes can be taken out as bytes
   void (*stream)(const ProductLaunch&);
   void (*tiles)(const ProductLaunch&, void*);
   void (*tiles_wgmma)(const ProductLaunch&, void*);
@@ -243,9 +241,13 @@ struct Launchers {
 
 template <class Decoder>
 constexpr Launchers launchers() {
-  return {Decoder::kSharedBytes,          &cuda::launch_stream<Decoder>,
-          &cuda::launch_tiles<Decoder>,   &cuda::launch_tiles_wgmma<Decoder>,
-          &cuda::launch_decoded<Decoder>, &cuda::launch_decode_fragments<Decoder>};
+  return {Decoder::kSharedBytes,
+          Decoder::kQuads,
+          &cuda::launch_stream<Decoder>,
+          &cuda::launch_tiles<Decoder>,
+          &cuda::launch_tiles_wgmma<Decoder>,
+          &cuda::launch_decoded<Decoder>,
+          &cuda::launch_decode_fragments<Decoder>};
 }
 
 template <template <int> class Fragments>
@@ -260,6 +262,7 @@ template <int kDim, int kWords, bool kInShared>
 constexpr Launchers vector_launchers() {
   using Decoder = cuda::VectorFragments<kDim, kWords, kInShared>;
   return {.table_bytes = Decoder::kSharedBytes,
+          .quads = Decoder::kQuads,
           .stream = &cuda::launch_stream<Decoder>,
           .tiles = nullptr,
           .tiles_wgmma = nullptr,
@@ -286,6 +289,37 @@ const Launchers& launchers_of(const FragmentLayout& layout) {
   static constexpr auto kUniform = all_launchers<cuda::UniformFragments>();
   static constexpr auto kCodebook = all_launchers<cuda::CodebookFragments>();
   return (layout.table_entries > 0 ? kCodebook : kUniform)[static_cast<size_t>(layout.bits - 1)];
+}
+
+Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
+             int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options,
+             const Launchers& launchers) {
+  Plan plan;
+  plan.splits = options.splits;
+  if (product.name == "tiles" || product.name == "tiles_wgmma") {
+    plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
+  } else if (product.name == "decode") {
+    plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
+  } else {
+    const int tokens = std::max(static_cast<int>(m), 1);
+    const auto plan_with = [&](bool digits) {
+      return stream_plan(layout, device, tokens, launchers.table_bytes, options.splits,
+                         product.needs_clusters, digits);
+    };
+    StreamPlan stream;
+    if (tokens == 1 && launchers.quads && options.digits.value_or(true) && layout.column_blocks > 0 &&
+        layout.column_blocks % 2 == 0 && layout.group_columns % fragments::kBlockColumns == 0) {
+      stream = plan_with(true);
+    }
+    const int wanted = options.digits.value_or(false) ? 1 : kDigitsFromBlocks;
+    if (stream.longest < wanted) stream = plan_with(false);
+    plan.deal = stream.deal;
+    if (!product.needs_clusters && plan.deal.blocks > 1) {
+      plan.workspace = checked_mul(checked_mul(layout.row_blocks, plan.deal.parts),
+                                   int64_t{cuda::stream_part_size(tokens)} * 4);
+    }
+  }
+  return plan;
 }
 
 bool aligned(const void* pointer, int64_t bytes) {
@@ -351,7 +385,6 @@ cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
   w.group_steps = static_cast<int>(layout.group_columns / 16);
   w.table_entries = static_cast<int>(layout.table_entries);
   w.scale_dtype = layout.scale_dtype;
-  w.outliers.format_columns = layout.format_columns;
   return w;
 }
 
@@ -361,11 +394,6 @@ void set_planes(cuda::FragmentMatrix& matrix, const PreparedPlanes& w) {
   matrix.zeros = plane_or_null(w, "zeros");
   matrix.table = plane_or_null(w, "codebook");
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
-  if (!w.has("outlier_offsets") || w.plane("outlier_values").element_count() == 0) return;
-  matrix.outliers.offsets = reinterpret_cast<const int32_t*>(w.plane("outlier_offsets").bytes());
-  matrix.outliers.columns = w.plane("outlier_columns").bytes();
-  matrix.outliers.values = w.plane("outlier_values").bytes();
-  matrix.outliers.wide_columns = w.plane("outlier_columns").dtype() == DType::i32;
 }
 
 }  // namespace
@@ -378,7 +406,7 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
                                                const CudaMatmulOptions& options) {
   try {
     Choice choice =
-        choose(0, is_plain(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
+        choose(0, fragment_layout(format, 1, 1, false).dim > 1, m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -390,7 +418,7 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
                                const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, current_device(), options);
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
 }
@@ -400,12 +428,11 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, device, options);
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
-  return plan_of(*choice.product, layout, matrix, m, dtype, device, options, launchers_of(layout).table_bytes)
-      .workspace;
+  return plan_of(*choice.product, layout, matrix, m, dtype, device, options, launchers_of(layout)).workspace;
 }
 
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
@@ -414,7 +441,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   require_arguments(w, arguments);
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, is_plain(layout), arguments.m, arguments.dtype, device, options);
+  const Choice choice = choose(w.n * w.k, layout.dim > 1, arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
   cuda::FragmentMatrix matrix = matrix_of(layout);
@@ -422,7 +449,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   const CudaProduct& product = *choice.product;
   const Launchers& launchers = launchers_of(layout);
   const Plan plan =
-      plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers.table_bytes);
+      plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers);
   require_memory(w, arguments, plan.workspace, device.index);
 
   ProductLaunch launch;
@@ -439,6 +466,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   launch.splits = plan.splits;
   launch.deal = plan.deal;
   launch.overlap = options.overlap && device.code >= 90;
+  p.overlap = launch.overlap;
   launch.stream = static_cast<cudaStream_t>(arguments.stream);
   if (product.name == "tiles") {
     launchers.tiles(launch, arguments.workspace);

@@ -10,15 +10,6 @@
 
 namespace quantloom::cuda {
 
-// Weights beside the codes, as rows of (column, value); all null if there are none.
-struct OutlierEntries {
-  const int32_t* offsets = nullptr;  // [n + 1]
-  const void* columns = nullptr;     // uint16, or int32 if wide_columns
-  const void* values = nullptr;      // float16
-  bool wide_columns = false;
-  int64_t format_columns = 1;  // of a group, without padding
-};
-
 // A matrix in fragment order; see PreparedPlanes for the shapes.
 struct FragmentMatrix {
   const uint4* codes = nullptr;
@@ -34,7 +25,6 @@ struct FragmentMatrix {
   int group_steps = 1;  // steps of 16 columns in a group
   int table_entries = 0;
   DType scale_dtype = DType::f16;
-  OutlierEntries outliers;
 };
 
 struct ProductArguments {
@@ -48,6 +38,7 @@ struct ProductArguments {
   // True if rows of x can be read in pieces of 16 bytes: base, stride and k are multiples of 8 elements,
   // and columns stay in place.
   bool x_in_pieces = false;
+  bool overlap = false;      // launched before the previous kernel has ended
   float* partial = nullptr;  // for parts of sums, or null: they meet in shared memory
 };
 

@@ -3,16 +3,17 @@
 // Blocks of threads form teams. A team has some row blocks to itself and walks through their blocks of
 // 64 x 64 codes in order, each of its warps a run of equal length (src/kernels/stream_deal.hpp). A warp has
 // the codes of its next blocks on their way to registers; its lanes decode them and multiply on the tensor
-// cores, 8 tokens at a time. Scales are applied to the float32 sums. A row block's sum comes in parts, one of
-// each warp that met it: they are left in the shared memory of the team's cluster, or in memory, and added
-// in the order of the warps.
+// cores, 8 tokens at a time. Scales are applied to the float32 sums. One token may be multiplied on integers,
+// with its activations as digits: that takes half the operations at 2 bits, and some preparation. A row
+// block's sum comes in parts, one of each warp that met it: they are left in the shared memory of the team's
+// cluster, or in memory, and added in the order of the warps.
 #pragma once
 
 #include <algorithm>
 
 #include "common/check.cuh"
 #include "common/cluster.cuh"
-#include "kernels/outlier_rows.cuh"
+#include "kernels/digit_walk.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 #include "kernels/stream_walk.cuh"
@@ -80,15 +81,19 @@ __device__ __forceinline__ void add_parts(const ProductArguments& p, const Strea
 }
 
 // Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster, unless p.partial is given.
-template <class Decoder, class T, int kTokens, bool kZeros, bool kFine>
+template <class Decoder, class T, int kTokens, bool kZeros, bool kFine, bool kDigits>
 __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
     multiply_stream(const __grid_constant__ ProductArguments p, const __grid_constant__ StreamDeal deal) {
-  using Walk = WarpWalk<Decoder, T, kTokens, kZeros, kFine>;
-  // The decoder's table, the parts, and what parts_of() says of each own row block.
+  static_assert(!kDigits || (Decoder::kQuads && kTokens == 1 && !kFine));
+  using Walk = std::conditional_t<kDigits, DigitWalk<Decoder, T, kZeros>,
+                                  WarpWalk<Decoder, T, kTokens, kZeros, kFine>>;
+  // The decoder's table, the digits, the parts, and what parts_of() says of each own row block.
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ uint64_t delivery;
-  __shared__ __align__(16) T gathered[stream_warps(kTokens, kFine)][kTokens * fragments::kBlockColumns];
-  auto* const parts = reinterpret_cast<float*>(memory + Decoder::kSharedBytes);
+  __shared__ __align__(16)
+      T gathered[kDigits ? 1 : stream_warps(kTokens, kFine)][kTokens * fragments::kBlockColumns];
+  auto* const parts = reinterpret_cast<float*>(memory + Decoder::kSharedBytes +
+                                               (kDigits ? stream_digit_bytes(deal.stretches) : 0));
   const int part_size = stream_part_size(p.m);
   const bool in_cluster = deal.blocks > 1 && p.partial == nullptr;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -104,14 +109,41 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
     if (kTokens == 1 && threadIdx.x == 0) Delivery::prepare(&delivery);
     cluster_begin();
   }
+  const ActivationDigits digits = [&] {
+    if constexpr (!kDigits) return ActivationDigits();
+    const int warps = static_cast<int>(blockDim.x / 32);
+    const int begin = runs.begin(min(rank * warps, deal.warps));
+    const int count = runs.begin(min((rank + 1) * warps, deal.warps)) - begin;
+    const auto row = static_cast<int>(deal.by_columns.divide(static_cast<uint32_t>(begin)));
+    return ActivationDigits(memory + Decoder::kSharedBytes, begin - row * columns, count, columns);
+  }();
   Decoder decoder;
-  Walk walk(p, decoder, gathered[threadIdx.x / 32]);
+  Walk walk = [&] {
+    if constexpr (kDigits) {
+      return Walk(p);
+    } else {
+      return Walk(p, decoder, gathered[threadIdx.x / 32]);
+    }
+  }();
   const bool takes_part = warp < deal.warps;
-  walk.begin(deal, first_row, takes_part ? runs.begin(warp) : 0, takes_part ? runs.begin(warp + 1) : 0);
-  decoder.template prepare<T>(p.w.table, p.w.table_entries, memory);
-  if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
-  wait_for_previous();
-  walk.load_first_activations();
+  const int begin = takes_part ? runs.begin(warp) : 0;
+  const int end = takes_part ? runs.begin(warp + 1) : 0;
+  if constexpr (kDigits) {
+    // Activations are needed first, and loads return in order; but they must not be read before the
+    // previous kernel has ended, as codes may.
+    ActivationDigits::Batch batch;
+    if (!p.overlap) batch = digits.template load_first<T>(p);
+    walk.begin(deal, first_row, begin, end);
+    wait_for_previous();
+    if (p.overlap) batch = digits.template load_first<T>(p);
+    digits.template fill<Decoder, T>(p, batch);
+  } else {
+    walk.begin(deal, first_row, begin, end);
+    decoder.template prepare<T>(p.w.table, p.w.table_entries, memory);
+    if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
+    wait_for_previous();
+    walk.load_first_activations();
+  }
   const int own_rows = p.partial != nullptr ? 0 : (deal.rows_of(team) - rank + deal.blocks - 1) / deal.blocks;
   auto* const parts_of_rows =
       reinterpret_cast<StreamParts*>(parts + static_cast<int64_t>(own_rows) * deal.parts * part_size);
@@ -128,9 +160,9 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
     if (kTokens == 1 && in_cluster && lane == 0) Delivery::all_expected(&delivery);
   }
   if (in_cluster) cluster_wait();
-  if (p.w.outliers.offsets != nullptr) prefetch_outliers(p, first_row, rank, deal.blocks, own_rows);
+  if constexpr (kDigits) __syncthreads();
 
-  walk.run([&](int row, const auto& sums) {
+  const auto leave = [&](int row, const auto& sums) {
     const int place = warp & (deal.parts - 1);
     const auto own_row = static_cast<int>(deal.by_blocks.divide(static_cast<uint32_t>(row)));
     const int owner = row - own_row * deal.blocks;
@@ -157,7 +189,12 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
         }
       }
     }
-  });
+  };
+  if constexpr (kDigits) {
+    walk.run(digits, leave);
+  } else {
+    walk.run(leave);
+  }
   if (p.partial != nullptr) return;
 
   // parts_of_rows comes from the first warp: with the delivery, or before a barrier.
@@ -169,15 +206,6 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
       cluster_wait();
     }
   } else {
-    __syncthreads();
-  }
-  if (p.w.outliers.offsets != nullptr) {
-    // Into the first part of each sum; its row blocks are the block's own.
-    for_each_outlier_sum<T, kTokens>(
-        p, first_row, rank, deal.blocks, own_rows, [&](int row, int place, int token, float sum) {
-          const int part = parts_of_rows[row].first & (deal.parts - 1);
-          parts[(row * deal.parts + part) * part_size + token * fragments::kBlockRows + place] += sum;
-        });
     __syncthreads();
   }
   constexpr int kSharers = kTokens == 1 ? 8 : kTokens == 8 ? 4 : 1;
@@ -204,28 +232,20 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p,
   for (int part = 0; part < met.count; ++part) {
     sum += from[((met.first + part) & (deal.parts - 1)) * part_size];
   }
-  const int64_t row = static_cast<int64_t>(row_block) * fragments::kBlockRows +
-                      fragments::block_row_of(at % fragments::kBlockRows);
-  if (p.w.outliers.offsets != nullptr && row < p.w.n) {
-    float outliers[1] = {};
-    multiply_outliers<T>(p, __ldg(p.w.outliers.offsets + row), __ldg(p.w.outliers.offsets + row + 1), 1,
-                         at / fragments::kBlockRows, outliers);
-    sum += outliers[0];
-  }
   store_sum<T>(p, row_block, at / fragments::kBlockRows, at % fragments::kBlockRows, sum);
 }
 
-template <class Decoder, class T, int kTokens, bool kZeros, bool kFine>
+template <class Decoder, class T, int kTokens, bool kZeros, bool kFine, bool kDigits = false>
 void launch_stream_kernel(const ProductLaunch& launch) {
   const ProductArguments& p = launch.arguments;
   const StreamDeal& deal = launch.deal;
   const bool in_memory = p.partial != nullptr;
-  const auto shared =
-      Decoder::kSharedBytes + (in_memory ? 0 : static_cast<int>(stream_parts_bytes(deal, p.m)));
+  const auto shared = Decoder::kSharedBytes + static_cast<int>(stream_digit_bytes(deal.stretches)) +
+                      (in_memory ? 0 : static_cast<int>(stream_parts_bytes(deal, p.m)));
   LaunchSettings settings(dim3(static_cast<unsigned>(deal.teams * deal.blocks)),
                           dim3(32 * stream_warps(kTokens, kFine)), launch.stream, launch.overlap,
                           in_memory ? 1 : deal.blocks);
-  const auto kernel = multiply_stream<Decoder, T, kTokens, kZeros, kFine>;
+  const auto kernel = multiply_stream<Decoder, T, kTokens, kZeros, kFine, kDigits>;
   settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
              "matmul_cuda: shared memory of multiply_stream");
@@ -245,6 +265,9 @@ void launch_stream_with(const ProductLaunch& launch) {
     m <= 8 ? launch_stream_kernel<Decoder, T, 8, kZeros, true>(launch)
            : launch_stream_kernel<Decoder, T, 16, kZeros, true>(launch);
   } else if (m == 1) {
+    if constexpr (Decoder::kQuads) {
+      if (launch.deal.stretches > 0) return launch_stream_kernel<Decoder, T, 1, kZeros, false, true>(launch);
+    }
     launch_stream_kernel<Decoder, T, 1, kZeros, false>(launch);
   } else {
     m <= 8 ? launch_stream_kernel<Decoder, T, 8, kZeros, false>(launch)

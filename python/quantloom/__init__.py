@@ -26,7 +26,6 @@ from quantloom.formats import (
     Codebook,
     Format,
     Outliers,
-    Trellis,
     Uniform,
     VectorCodebook,
     format_from_json,
@@ -74,7 +73,6 @@ __all__ = [
     "RoundingReport",
     "ScaleSearch",
     "Transform",
-    "Trellis",
     "Uniform",
     "VectorCodebook",
     "__version__",
@@ -114,7 +112,6 @@ _LAZY_MODULES = (
     "nn",
     "quantisation_training",
     "sensitivity",
-    "trellis",
 )
 
 

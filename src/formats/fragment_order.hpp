@@ -35,20 +35,33 @@ QUANTLOOM_HOST_DEVICE constexpr int column_of(int lane, int pair, int half) {
   return pair / 4 * kStepColumns + lane % 4 * 4 + (pair & 2) + half;
 }
 
+// A quad: the four codes of a lane in a row and a step, in the four bytes of a word. Pairs 4*step + {0, 2}
+// make that of row lane / 4, pairs 4*step + {1, 3} that of the row 8 further.
+QUANTLOOM_HOST_DEVICE constexpr int quad_of(int pair) {
+  return pair / 4 * 2 + (pair & 1);
+}
+// The byte of code (pair, half): the codes of a pair lie 16 bits apart.
+QUANTLOOM_HOST_DEVICE constexpr int byte_of(int pair, int half) {
+  return 2 * half + (pair >> 1 & 1);
+}
+
 // How the codes of a unit lie in its words.
 enum class CodeOrder : uint8_t {
-  // The codes of a pair in the two halves of a word, at the same place of each: one operation takes both
-  // out. 16 / bits pairs in a word; the bits left over in all words hold the last pairs.
-  halves,
+  // The codes of a quad at the same place of the four bytes of a word: one operation takes all out as bytes,
+  // or two as halves. 8 / bits quads in a word; the bits left over in all words hold the last quads.
+  bytes,
   // A dense stream, lowest bits first: the codes of a pair side by side, as one index into a table of pairs.
   dense,
 };
 
-// Order `halves`: whole codes in 16 bits, and pairs in a unit that are not in left-over bits.
+// Order `bytes`: whole codes in 8 bits, and quads in a unit that are not in left-over bits.
 template <int kBits>
-struct Halves {
-  static constexpr int kWhole = 16 / kBits;
-  static constexpr int kWholePairs = kWhole * kBits;
+struct Bytes {
+  static constexpr int kWhole = 8 / kBits;
+  static constexpr int kWholeQuads = kWhole * kBits;
+  static QUANTLOOM_HOST_DEVICE constexpr bool whole(int quad) { return quad < kWholeQuads; }
+  static QUANTLOOM_HOST_DEVICE constexpr int word(int quad) { return quad / kWhole; }
+  static QUANTLOOM_HOST_DEVICE constexpr int position(int quad) { return quad % kWhole * kBits; }
 };
 
 // A run of bits of a code: bits [from, from + count) of the code lie at bit `position` of word `word`.
@@ -68,18 +81,20 @@ QUANTLOOM_HOST_DEVICE constexpr BitRun bit_run(CodeOrder order, int bits, int pa
     if (index == 0) return {bit / 32, bit % 32, 0, first};
     return index == 1 && first < bits ? BitRun{bit / 32 + 1, 0, first, bits - first} : none;
   }
-  const int whole = 16 / bits;
-  const int left = 16 - whole * bits;
-  if (pair < whole * bits) {
-    return index == 0 ? BitRun{pair / whole, pair % whole * bits + 16 * half, 0, bits} : none;
+  const int quad = quad_of(pair);
+  const int byte = 8 * byte_of(pair, half);
+  const int whole = 8 / bits;
+  const int left = 8 - whole * bits;
+  if (quad < whole * bits) {
+    return index == 0 ? BitRun{quad / whole, byte + quad % whole * bits, 0, bits} : none;
   }
-  const int first = (pair - whole * bits) * bits;  // place in the string of left-over bits
+  const int first = (quad - whole * bits) * bits;  // place in the string of left-over bits
   int from = 0;
   for (int i = 0; from < bits; ++i) {
     const int at = first + from;
     const int room = left - at % left;
     const int count = room < bits - from ? room : bits - from;
-    if (i == index) return {at / left, whole * bits + at % left + 16 * half, from, count};
+    if (i == index) return {at / left, byte + whole * bits + at % left, from, count};
     from += count;
   }
   return none;

@@ -10,7 +10,7 @@ struct FragmentLayout {
   int bits = 0;       // of a weight: a lane's unit of 32 weights comes in so many words
   int dim = 1;        // weights of a code
   int code_bits = 0;  // of a code in the packed planes; at most dim * bits
-  fragments::CodeOrder code_order = fragments::CodeOrder::halves;
+  fragments::CodeOrder code_order = fragments::CodeOrder::bytes;
   DType scale_dtype = DType::f16;
   bool asymmetric = false;  // has a plane of zero points
   bool per_tensor = false;
@@ -20,7 +20,6 @@ struct FragmentLayout {
   int64_t group_count = 0;     // at least 1
   int64_t format_columns = 0;  // columns of a group in the format
   int64_t group_columns = 0;   // the same, padded: a multiple of 16
-  bool outliers = false;       // has planes of outliers
   bool gathered = false;       // columns change places: there is a plane "source"
   int64_t row_blocks = 0;      // at least 1
   int64_t column_blocks = 0;

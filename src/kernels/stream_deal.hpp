@@ -62,6 +62,7 @@ struct StreamDeal {
   int rows = 0;        // row blocks of a team
   int extra = 0;       // teams, the first, that have one more
   int parts = 1;       // places for the parts of a row block's sum: warp w leaves its in w % parts; 2^i
+  int stretches = 0;   // of activations, as digits, in the shared memory of a block; 0: no digits are made
   StreamRuns runs[2];  // of teams with `rows` and with one more
   Divider by_blocks;
   Divider by_columns;  // by column blocks
@@ -95,6 +96,33 @@ inline StreamDeal stream_deal(int row_blocks, int column_blocks, int group_steps
   deal.by_columns = Divider(static_cast<uint32_t>(std::max(column_blocks, 1)));
   deal.by_group = Divider(static_cast<uint32_t>(group_steps % 4 != 0 ? group_steps : group_steps / 4));
   return deal;
+}
+
+// Activations as digits (cuda/kernels/activation_digits.cuh) come in stretches of 128 columns.
+constexpr int kStretchColumns = 128;
+constexpr int kStretchBytes = 4 * kStretchColumns + 16;  // four digits of each, and a factor
+
+// The stretches that `count` blocks meet, from column block `first` on and over row ends.
+QUANTLOOM_HOST_DEVICE constexpr int stretches_met(int first, int count, int column_blocks) {
+  const int all = (column_blocks + 1) / 2;
+  if (count <= 0) return 0;
+  if (count >= column_blocks) return all;
+  const int last = first + count - 1;
+  const int met =
+      last < column_blocks ? last / 2 - first / 2 + 1 : all - first / 2 + (last - column_blocks) / 2 + 1;
+  return met < all ? met : all;
+}
+
+// The most that a block of `warps` warps meets.
+inline int most_stretches(const StreamDeal& deal, int warps, int column_blocks) {
+  const StreamRuns& runs = deal.runs[deal.extra > 0 ? 1 : 0];
+  const int64_t count = int64_t{std::min(warps, deal.warps)} * (runs.share + (runs.extra > 0 ? 1 : 0));
+  return static_cast<int>(std::min<int64_t>(count / 2 + 2, (column_blocks + 1) / 2));
+}
+
+// Bytes of shared memory for them.
+QUANTLOOM_HOST_DEVICE constexpr int64_t stream_digit_bytes(int stretches) {
+  return int64_t{stretches} * kStretchBytes;
 }
 
 // The warps that leave a part of row block `row` of a team: `count` from `first` on.

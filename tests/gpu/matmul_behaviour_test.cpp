@@ -22,7 +22,7 @@ std::vector<CudaMatmulOptions> ways(const ProductCase& c) {
     if (cell.format != c.format->name() || cell.bits != bits || cell.dtype != c.dtype) continue;
     if (!cell.takes(c.m)) continue;
     for (const int splits : {0, 5}) {
-      const CudaMatmulOptions options{.kernel = cell.kernel, .splits = splits};
+      const CudaMatmulOptions options{.kernel = cell.kernel, .splits = splits, .digits = splits > 0};
       if (!why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) all.push_back(options);
     }
   }

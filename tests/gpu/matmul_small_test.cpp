@@ -49,7 +49,8 @@ TEST_P(MatmulCudaSmall, EveryKernelIsRight) {
     c.seed = seed;
     Product product(c);
     for (const int splits : {0, 3}) {
-      const CudaMatmulOptions options{.overlap = splits == 3, .kernel = cell.kernel, .splits = splits};
+      const CudaMatmulOptions options{
+          .overlap = splits == 3, .kernel = cell.kernel, .splits = splits, .digits = splits == 3};
       if (why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) continue;
       SCOPED_TRACE(c.text() + ", " + text_of_options(options));
       const auto y = product.run(options);

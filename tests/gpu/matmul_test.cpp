@@ -115,6 +115,7 @@ bool check_case(const ProductCase& c, const std::vector<KernelCell>& cells, std:
     CudaMatmulOptions options{.kernel = cell.kernel};
     if (check(options)) hit.insert(cell);
     options.splits = static_cast<int>(1 + draws.below(8));
+    options.digits = true;
     check(options);
   }
   return all_right;

@@ -14,9 +14,9 @@
 
 namespace quantloom {
 
-// A matrix of codes (uniform, codebook, vector_codebook, each with or without outliers) in "fragment order":
-// blocks of 64 rows x 64 columns, in each the codes that one lane of a warp multiplies next to each other.
-// Rows and columns are padded to whole blocks, groups to multiples of 16 columns; padding has scale 0.
+// A matrix of codes (uniform, codebook, vector_codebook) in "fragment order": blocks of 64 rows x 64 columns,
+// in each the codes that one lane of a warp multiplies next to each other. Rows and columns are padded to
+// whole blocks, groups to multiples of 16 columns; padding has scale 0.
 //   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]; `bits` of a weight: for vectors those of a
 //                code over dim, rounded up
 //   scales       scale_dtype [ceil(n/64), groups, 8, 8]
@@ -25,7 +25,6 @@ namespace quantloom {
 //   source       int32 [64 * column_blocks], only if columns change places: the input of each column, -1 for
 //                padding
 //   group_index  as in the packed tensor, where it has one
-//   outlier_*    as in the packed tensor, where its format has outliers; columns are inputs, not padded
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;
@@ -63,6 +62,10 @@ struct CudaMatmulOptions {
   // For measurements: parts that each tile is cut into along k or, in the streaming kernels, the blocks of
   // threads that share a block of rows. 0: chosen by shape.
   int splits = 0;
+  // For measurements and tests: whether the streaming kernels multiply one token on integers, where they can
+  // (uniform formats of 1 to 3 bits, groups of whole multiples of 64 columns, k in multiples of 128 that
+  // leave room in shared memory). Unset: where it is faster.
+  std::optional<bool> digits = std::nullopt;
 };
 
 // nullopt if matmul_cuda() would run; otherwise the reason why not, in words. Looks at the arguments and at

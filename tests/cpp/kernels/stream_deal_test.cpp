@@ -85,6 +85,24 @@ TEST(StreamDeal, GivesEachBlockToOneWarp) {
   }
 }
 
+TEST(StreamDeal, CountsTheStretchesThatBlocksMeet) {
+  for (int columns = 1; columns <= 9; ++columns) {
+    for (int first = 0; first < columns; ++first) {
+      for (int count = 0; count <= 2 * columns + 1; ++count) {
+        std::set<int> met;
+        for (int i = 0; i < count; ++i) met.insert((first + i) % columns / 2);
+        // A window that goes on past the end of a row: what lies between its stretches is met as well.
+        const int got = stretches_met(first, count, columns);
+        EXPECT_EQ(got, static_cast<int>(met.size())) << columns << " columns, " << count << " from " << first;
+        StreamDeal deal;
+        deal.warps = 4;
+        deal.runs[0] = {count / 4, count % 4};
+        EXPECT_GE(most_stretches(deal, 16, columns), got);
+      }
+    }
+  }
+}
+
 TEST(StreamDeal, TakesMatricesWithoutColumns) {
   const StreamDeal deal = stream_deal(3, 0, 8, 2, 1, 16);
   EXPECT_EQ(deal.runs_of(0).begin(16), 0);

@@ -32,14 +32,41 @@ void check_step(const uint8_t (&codes)[fragments::kUnitCodes], const uint32_t (&
   }
 }
 
+// The codes of a row and a step as bytes, in the order of byte_of().
+template <int kBits, int kStep, int kHalf>
+void check_quad(const uint8_t (&codes)[fragments::kUnitCodes], const uint32_t (&words)[kBits]) {
+  using Decoder = UniformFragments<kBits>;
+  const uint32_t quad = Decoder::template quad<kStep, kHalf>(words);
+  const int up = Decoder::row_position(kHalf) + Decoder::step_position(kStep);
+  for (const int pair : {4 * kStep + kHalf, 4 * kStep + 2 + kHalf}) {
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t byte = quad >> (8 * fragments::byte_of(pair, half)) & 0xFFU;
+      ASSERT_EQ(byte, static_cast<uint32_t>(codes[2 * pair + half]) << up)
+          << "pair " << pair << ", half " << half;
+    }
+  }
+}
+
+template <int kBits, int kStep>
+void check_quads(const uint8_t (&codes)[fragments::kUnitCodes], const uint32_t (&words)[kBits]) {
+  if constexpr (UniformFragments<kBits>::kQuads) {
+    check_quad<kBits, kStep, 0>(codes, words);
+    check_quad<kBits, kStep, 1>(codes, words);
+  }
+}
+
 template <int kBits, class T>
 void check_codes(const uint8_t (&codes)[fragments::kUnitCodes]) {
   uint32_t words[kBits];
-  fragments::pack_unit(fragments::CodeOrder::halves, kBits, codes, words);
+  fragments::pack_unit(fragments::CodeOrder::bytes, kBits, codes, words);
   check_step<kBits, T, 0>(codes, words);
   check_step<kBits, T, 1>(codes, words);
   check_step<kBits, T, 2>(codes, words);
   check_step<kBits, T, 3>(codes, words);
+  check_quads<kBits, 0>(codes, words);
+  check_quads<kBits, 1>(codes, words);
+  check_quads<kBits, 2>(codes, words);
+  check_quads<kBits, 3>(codes, words);
 }
 
 template <int kBits, class T>
@@ -85,20 +112,27 @@ TEST(UniformFragments, OnesAndIntegersAreWhatTheirNamesSay) {
 
 template <int kBits, int kRoom>
 void check_field_places() {
-  constexpr int kPairs = fragments::Halves<kBits>::kWholePairs;
-  constexpr int kWhole = fragments::Halves<kBits>::kWhole;
+  using Bytes = fragments::Bytes<kBits>;
   std::set<int> shifts;
-  for (int pair = 0; pair < kPairs; ++pair) {
+  for (int pair = 0; pair < 16; ++pair) {
+    const int quad = fragments::quad_of(pair);
+    if (!Bytes::whole(quad)) continue;
     const FieldPlace place = field_place<kBits, kRoom>(pair);
-    EXPECT_EQ(place.shift + place.position, pair % kWhole * kBits);
+    EXPECT_EQ(place.shift + place.position, 8 * fragments::byte_of(pair, 0) + Bytes::position(quad));
     EXPECT_GE(place.shift, 0);
     EXPECT_GE(place.position, 0);
     EXPECT_LE(place.position + kBits, kRoom);
     shifts.insert(place.shift);
   }
-  // As few as there can be: each shift serves as many fields as the room holds.
-  constexpr int kInRoom = kRoom / kBits;
-  EXPECT_EQ(static_cast<int>(shifts.size()), (kWhole + kInRoom - 1) / kInRoom) << kBits << " " << kRoom;
+  // As few as there can be: from the first field that is not served yet, each shift serves all in the room.
+  int needed = 0;
+  int served = 0;
+  for (int field = 0; field < 16; field += field % 8 + 2 * kBits <= 8 ? kBits : 8 - field % 8) {
+    if (field != 0 && field + kBits <= served) continue;
+    ++needed;
+    served = field + kRoom;
+  }
+  EXPECT_EQ(static_cast<int>(shifts.size()), needed) << kBits << " " << kRoom;
 }
 
 TEST(UniformFragments, FieldsFitTheMantissaAndShareTheirShifts) {
