@@ -7,6 +7,7 @@
 #include <string>
 
 #include "device.cuh"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/dequantize.hpp"
@@ -144,7 +145,11 @@ class ProductCase {
     for (const PlaneSpec& spec : format_->planes(n, k)) {
       if (spec.optional) continue;
       Tensor plane = on_device(spec.dtype, spec.shape);
-      fill(spec.name, plane, ++seed, stream);
+      if (spec.name.starts_with("outlier_")) {
+        fill_outliers(spec.name, plane, n, k);
+      } else {
+        fill(spec.name, plane, ++seed, stream);
+      }
       packed_.planes.emplace(spec.name, std::move(plane));
     }
     copies_.push_back(empty_planes(n, k));
@@ -210,8 +215,9 @@ class ProductCase {
   }
 
   // The table that belongs to the format, from a matrix of one weight.
-  Tensor format_codebook() const {
-    const auto encoder = format_->column_encoder(format_, 1, 1, {});
+  static Tensor format_codebook(const Format& dense) {
+    const std::shared_ptr<const Format> format(&dense, [](const Format*) {});
+    const auto encoder = format->column_encoder(format, 1, 1, {});
     const float one = 1.0F;
     float decoded = 0.0F;
     encoder->fit(0, 0, MatrixView<const float>(&one, 1, 1), {});
@@ -219,19 +225,48 @@ class ProductCase {
     return encoder->finish().plane("codebook");
   }
 
+  // As many in each row, at even distances from a place of its own.
+  void fill_outliers(const std::string& name, Tensor& plane, int64_t n, int64_t k) const {
+    const int64_t count = dynamic_cast<const Outliers&>(*format_).entry_count(n, k);
+    const auto begin = [&](int64_t row) { return row * count / n; };
+    Tensor host(plane.dtype(), plane.shape());
+    for (int64_t row = 0; row <= n && name == "outlier_offsets"; ++row) {
+      host.values<int32_t>()[static_cast<size_t>(row)] = static_cast<int32_t>(begin(row));
+    }
+    for (int64_t row = 0; row < n && name != "outlier_offsets"; ++row) {
+      const int64_t in_row = begin(row + 1) - begin(row);
+      for (int64_t i = 0; i < in_row; ++i) {
+        const auto at = static_cast<size_t>(begin(row) + i);
+        const int64_t column = (i * k + row * 7 % k) / in_row;
+        if (name == "outlier_values") {
+          host.values<uint16_t>()[at] = f16_from_float(static_cast<float>(i % 5 - 2) / 4);
+        } else if (host.dtype() == DType::u16) {
+          host.values<uint16_t>()[at] = static_cast<uint16_t>(column);
+        } else {
+          host.values<int32_t>()[at] = static_cast<int32_t>(column);
+        }
+      }
+    }
+    check_cuda(cudaMemcpy(plane.bytes(), host.bytes(), static_cast<size_t>(host.byte_count()),
+                          cudaMemcpyHostToDevice),
+               "outliers");
+  }
+
   // Any bits are codes and zero points. Scales keep the weights below one eighth, so that no float16 product
   // overflows.
   void fill(const std::string& name, Tensor& plane, uint64_t seed, const Stream& stream) const {
-    const auto* uniform = dynamic_cast<const Uniform*>(format_.get());
+    const auto* outliers = dynamic_cast<const Outliers*>(format_.get());
+    const Format& dense = outliers != nullptr ? *outliers->dense : *format_;
+    const auto* uniform = dynamic_cast<const Uniform*>(&dense);
     if (name == "codes" || name == "zeros") {
       fill_words(plane.bytes(), plane.byte_count(), seed, stream.get());
     } else if (name == "scales") {
       const float unit = std::exp2(uniform != nullptr ? -3.0F - static_cast<float>(uniform->bits) : -4.0F);
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), unit / 2, unit, 0, seed, stream.get());
-    } else if (name == "codebook" && dynamic_cast<const VectorCodebook*>(format_.get()) != nullptr) {
+    } else if (name == "codebook" && dynamic_cast<const VectorCodebook*>(&dense) != nullptr) {
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), -1, 1, 0, seed, stream.get());
     } else if (name == "codebook") {
-      const Tensor table = format_codebook();
+      const Tensor table = format_codebook(dense);
       check_cuda(cudaMemcpy(plane.bytes(), table.bytes(), static_cast<size_t>(table.byte_count()),
                             cudaMemcpyHostToDevice),
                  "codebook");

@@ -11,6 +11,7 @@ entropy coding::
     fmt = Q.LinearScalingFormat(Q.crd_t(4, df=7), Q.BFLOAT16, (1, 64), "absmax")
     Q.qrmse_norm(fmt, w), fmt.count_bits_tensor(w)      # error, nominal bits
     e = fmt.encode(w)                                   # bytes: e.size_in_bits, e.decode(), e.save(path)
+    ql.matmul(x, e.to_packed())                         # tables, scalar or of vectors; outliers
 
 Names and meanings of that vocabulary follow "Optimal Formats for Weight Quantisation" (Orr et al., 2025,
 arXiv 2505.12988). ``quantise(t)`` returns the decoded values; ``encode(t).decode()`` returns the same bits.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from quantloom import _arrays, _checks
 from quantloom.formats import _numerics
 from quantloom.formats.base import Shape, TensorFormat
+
+if TYPE_CHECKING:
+    from quantloom.tensors import PackedTensor
 
 __all__ = ["Encoded", "Planes", "encode"]
 
@@ -170,6 +173,28 @@ class Encoded:
             values = values * torch.tensor(coder._factor, dtype=torch.float32)
         width = np.uint8 if table.count <= 256 else np.uint16
         return codes.numpy().astype(width).reshape(shape), tuple(values.tolist()), scales, block
+
+    def to_packed(self, scale_dtype: str | None = None) -> PackedTensor:
+        """The matrix as ``ql.matmul``, ``QuantLinear`` and files of packed tensors take it: the same codes.
+
+        Takes tables of up to 256 values and vector tables, with or without block scales along in_features
+        (``(1, size)``), for each row (``(1, None)``) or for the matrix (``(None, None)``), and outliers
+        beside them. Whole steps around 0 become ``ql.Uniform``, other tables ``ql.Codebook``, vectors
+        ``ql.VectorCodebook``, outliers ``ql.Outliers``.
+
+        Tables are rounded to float16, and so is what outliers lack of the dense value; values are not rounded
+        to the dtype of the tensor. Beside that, decoded values are those of ``decode``.
+
+        Args:
+            scale_dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; None: the first that holds all scales
+                exactly.
+
+        Raises RuntimeError for formats and block shapes of other kinds, ValueError for planes that do not
+        fit, and for tables whose values coincide or overflow in float16.
+        """
+        from quantloom.formats.multiplied import to_packed
+
+        return to_packed(self, scale_dtype)
 
     @property
     def nbytes(self) -> int:
