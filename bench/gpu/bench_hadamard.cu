@@ -77,7 +77,8 @@ nlohmann::json run(bool quick) {
     rows.push_back(measure(stream, kBatch, n, n, DType::f16, false));
     if (quick) continue;
     rows.push_back(measure(stream, kBatch, n, n, DType::f16, true));
-    if (n % 4096 == 0 || n == 128) rows.push_back(measure(stream, kBatch / 2, n, n, DType::f32, false));
+    if (n % 4096 == 0 || n == 128 || n == 5120)
+      rows.push_back(measure(stream, kBatch / 2, n, n, DType::f32, false));
   }
   rows.push_back(measure(stream, kBatch, 4096, 128, DType::f16, true));
   rows.push_back(measure(stream, kBatch, 4096, 128, DType::bf16, true));

@@ -43,7 +43,7 @@ class Choices {
     });
     const DeviceFacts device = current_device();
     const auto one = [&]<int kChosen>(std::integral_constant<int, kChosen> /*groups*/, int stages) {
-      using S = cuda::DenseStream<kHalves, kPower, kChosen>;
+      using S = cuda::DenseStream<__half, kHalves, kPower, kChosen>;
       if (S::bytes(static_cast<int>(order), stages) > device.shared_memory) return;
       const bench::Timing timing = bench::time_launches(stream_, copies, kReplays, [&](int i) {
         const auto at = static_cast<size_t>(i % copies);
@@ -58,10 +58,11 @@ class Choices {
                                                                            stages);
       });
       const double percent = 100 * copy.seconds / timing.seconds;
-      std::printf("%6lld = %3lld * 2^%-2d  %d groups, %d warps, %d ahead %9.2f us: %5.1f%% of a copy%s\n",
-                  static_cast<long long>(n), static_cast<long long>(order), kPower, S::kGroups,
-                  S::kThreads / 32, stages, timing.seconds * 1e6, percent,
-                  S::kGroups == cuda::DenseStream<kHalves, kPower>::kGroups ? " (default groups)" : "");
+      std::printf(
+          "%6lld = %3lld * 2^%-2d  %d groups, %d warps, %d ahead %9.2f us: %5.1f%% of a copy%s\n",
+          static_cast<long long>(n), static_cast<long long>(order), kPower, S::kGroups, S::kThreads / 32,
+          stages, timing.seconds * 1e6, percent,
+          S::kGroups == cuda::DenseStream<__half, kHalves, kPower>::kGroups ? " (default groups)" : "");
       std::fflush(stdout);
       report_.push_back({{"n", n},
                          {"groups", S::kGroups},

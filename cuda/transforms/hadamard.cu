@@ -89,9 +89,7 @@ void launch_dense(HadamardSize size, const HadamardArguments& a, cudaStream_t st
 template <class T>
 void launch_dense(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                   cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    if (cuda::launch_dense_stream<T>(size, a, device, stream)) return;
-  }
+  if (cuda::launch_dense_stream<T>(size, a, device, stream)) return;
   const int64_t tiles = ceil_div(size.order, 16);
   if (tiles <= 1) return launch_dense<T, 1>(size, a, stream);
   if (tiles <= 2) return launch_dense<T, 2>(size, a, stream);

@@ -1,4 +1,4 @@
-// The same as hadamard_dense.cuh for float16, bfloat16 and orders up to 176, at the speed of a copy. A thread
+// The same as hadamard_dense.cuh for orders up to 176 (float32: up to 28), at the speed of a copy. A thread
 // block works through many blocks of the matrix, and copies the next ones to shared memory while it works on
 // this one. Bits of the column are worked off in two passes with one exchange of float32 sums between them:
 //
@@ -16,8 +16,10 @@
 namespace quantloom::cuda {
 
 // For the order 8 * kHalves - 4 if kHalves is 4 or less, else for orders of at most 8 * kHalves.
-template <int kHalves, int kPower, int kChosenGroups = 0>
+template <class T, int kHalves, int kPower, int kChosenGroups = 0>
 struct DenseStream {
+  static constexpr int kLogVector = HadamardValues<T>::kLogVector;
+  static constexpr int kSplits = std::is_same_v<T, float> ? 3 : 1;  // parts of an element for tensor cores
   static constexpr int kTiles = (kHalves + 1) / 2;
   static constexpr bool kHeld = kTiles <= 2;                  // the matrix stays in registers
   static constexpr int kOrder = kHeld ? 8 * kHalves - 4 : 0;  // 0: any
@@ -36,8 +38,8 @@ struct DenseStream {
                                                 : kHeld && kParts <= 8 && kOwn == 1 && kChunks <= 4 ? 768
                                                                                                     : 512) /
                                                    kThreads);
-  static constexpr int kRawStride = (1 << kPower) + 8;  // elements
-  static constexpr int kSumStride = (1 << kPower) + 8;  // floats
+  static constexpr int kRawStride = (1 << kPower) + (1 << kLogVector);  // elements
+  static constexpr int kSumStride = (1 << kPower) + 8;                  // floats
   static constexpr int kZeroBytes = 16 * kParts;
   static constexpr int kSignBytes = kHeld ? 0 : 4 * DenseSigns<kTiles>::kWords;
   static constexpr int kQuads = (kParts + 3) / 4;
@@ -45,7 +47,9 @@ struct DenseStream {
 
   // Zeros, signs of M, sums and then `stages` raw blocks.
   static constexpr __host__ __device__ int sum_bytes(int order) { return 4 * order * kSumStride; }
-  static constexpr __host__ __device__ int raw_bytes(int order) { return 2 * order * kRawStride; }
+  static constexpr __host__ __device__ int raw_bytes(int order) {
+    return static_cast<int>(sizeof(T)) * order * kRawStride;
+  }
   static constexpr __host__ __device__ int bytes(int order, int stages) {
     return kZeroBytes + kSignBytes + sum_bytes(order) + stages * raw_bytes(order);
   }
@@ -55,11 +59,11 @@ struct DenseStream {
 template <class T, class S, int kPower>
 __device__ __forceinline__ void request_block(const HadamardArguments& a, int order, T* raw,
                                               HadamardPlace at) {
-  constexpr int kLogVectors = kPower - 3;  // in a row of the block
+  constexpr int kLogVectors = kPower - S::kLogVector;  // in a row of the block
   constexpr int kStep = S::kThreads >> kLogVectors;
   static_assert(kStep > 0);
   const int row = static_cast<int>(threadIdx.x) >> kLogVectors;
-  const int column = (static_cast<int>(threadIdx.x) & ((1 << kLogVectors) - 1)) * 8;
+  const int column = (static_cast<int>(threadIdx.x) & ((1 << kLogVectors) - 1)) << S::kLogVector;
   const T* from = static_cast<const T*>(a.x) + at.row * a.x_stride + at.column + (row << kPower) + column;
   T* to = raw + row * S::kRawStride + column;
   if (!a.vectors) {
@@ -135,22 +139,48 @@ __device__ __forceinline__ uint32_t flip_of(const uint32_t (&flips)[S::kFlipWord
 // What a thread of pass 1 reads and writes.
 template <class T>
 struct DenseChunk {
-  const T* raw;  // of the chunk's first column and the row of this lane in tile 0
+  const T* raw;  // where this lane begins to read the chunk's columns of tile 0
   const T* zeros;
   float* sums;  // of the chunk's first column and row g of tile 0
   int order;
 };
 
 // Four 8 x 8 matrices of B: rows of `tile`, parts 2 * pair and 2 * pair + 1, two halves of rows each.
+// Elements of float32 are split; the sum of their parts is exact.
 template <class T, class S, bool kNegates>
 __device__ __forceinline__ void load_columns(const DenseChunk<T>& chunk, int tile, int pair,
-                                             const uint32_t (&flips)[S::kFlipWords], uint32_t (&words)[4]) {
-  const int row = 16 * tile + (static_cast<int>(threadIdx.x) & 15);
-  const T* from = row < chunk.order ? chunk.raw + 16 * tile * S::kRawStride : chunk.zeros;
-  load_transposed(words, from + 16 * pair);
-  if constexpr (kNegates) {
+                                             const uint32_t (&flips)[S::kFlipWords],
+                                             uint32_t (&words)[S::kSplits][4]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if constexpr (S::kSplits == 1) {
+    const T* from =
+        16 * tile + (lane & 15) < chunk.order ? chunk.raw + 16 * tile * S::kRawStride : chunk.zeros;
+    load_transposed(words[0], from + 16 * pair);
+    if constexpr (kNegates) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] ^= flip_of<S>(flips, tile, 2 * pair + i / 2, i % 2);
+      for (int i = 0; i < 4; ++i) words[0][i] ^= flip_of<S>(flips, tile, 2 * pair + i / 2, i % 2);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * tile + 8 * (i % 2);
+      uint32_t low = 0;
+      uint32_t high = 0;
+      if (row + 2 * (lane & 3) < chunk.order) {
+        const T* from = chunk.raw + row * S::kRawStride + 8 * (2 * pair + i / 2);
+        low = __float_as_uint(from[0]);
+        high = __float_as_uint(from[S::kRawStride]);
+      }
+      if constexpr (kNegates) {
+        const uint32_t flip = flip_of<S>(flips, tile, 2 * pair + i / 2, i % 2);
+        low ^= flip << 16;
+        high ^= flip & 0x80000000U;
+      }
+      uint32_t parts[S::kSplits];
+      split_pair<T>(__uint_as_float(low), __uint_as_float(high), parts);
+#pragma unroll
+      for (int part = 0; part < S::kSplits; ++part) words[part][i] = parts[part];
+    }
   }
 }
 
@@ -187,7 +217,7 @@ __device__ __forceinline__ void multiply_held(const DenseChunk<T>& chunk, int gr
   float sum[S::kOwn][4 * S::kParts];
 #pragma unroll
   for (int pair = 0; pair < S::kParts / 2; ++pair) {
-    uint32_t b[S::kTiles][4];
+    uint32_t b[S::kTiles][S::kSplits][4];
 #pragma unroll
     for (int tile = 0; tile < S::kTiles; ++tile) {
       load_columns<T, S, kNegates>(chunk, tile, pair, flips, b[tile]);
@@ -199,7 +229,12 @@ __device__ __forceinline__ void multiply_held(const DenseChunk<T>& chunk, int gr
         float four[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int tile = 0; tile < S::kTiles; ++tile) {
-          multiply_accumulate<T>(four, matrix[own][tile], b[tile][2 * part], b[tile][2 * part + 1]);
+          // The smallest part first.
+#pragma unroll
+          for (int split = S::kSplits - 1; split >= 0; --split) {
+            multiply_accumulate<DenseOperand<T>>(four, matrix[own][tile], b[tile][split][2 * part],
+                                                 b[tile][split][2 * part + 1]);
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[own][4 * (2 * pair + part) + i] = four[i];
@@ -222,7 +257,8 @@ __device__ __forceinline__ void multiply_read(const DenseChunk<T>& chunk, int gr
                                               const uint32_t (&flips)[S::kFlipWords], const uint32_t* signs) {
   constexpr int kWordGroups = DenseSigns<S::kTiles>::kGroups;
   const int lane = static_cast<int>(threadIdx.x) & 31;
-  uint32_t b[S::kTiles][S::kParts / 2][4];
+  static_assert(S::kSplits == 1);
+  uint32_t b[S::kTiles][S::kParts / 2][1][4];
 #pragma unroll
   for (int tile = 0; tile < S::kTiles; ++tile) {
 #pragma unroll
@@ -244,8 +280,8 @@ __device__ __forceinline__ void multiply_read(const DenseChunk<T>& chunk, int gr
 #pragma unroll
       for (int part = 0; part < S::kParts; ++part) {
         float four[4] = {sum[4 * part], sum[4 * part + 1], sum[4 * part + 2], sum[4 * part + 3]};
-        multiply_accumulate<T>(four, m, b[tile][part / 2][2 * (part % 2)],
-                               b[tile][part / 2][2 * (part % 2) + 1]);
+        multiply_accumulate<T>(four, m, b[tile][part / 2][0][2 * (part % 2)],
+                               b[tile][part / 2][0][2 * (part % 2) + 1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[4 * part + i] = four[i];
       }
@@ -313,32 +349,53 @@ __device__ __forceinline__ void write_results(const HadamardArguments& a, int or
 #pragma unroll
       for (int j = 0; j < S::kValues; ++j) values[j] *= channels[(j >> 3) * S::kChunk + (j & 7)];
     }
-    uint32_t words[S::kValues / 2];
+    constexpr int kWords = 2 * static_cast<int>(sizeof(T));  // of 8 neighbours
+    uint32_t words[S::kChunks][kWords];
 #pragma unroll
-    for (int j = 0; j < S::kValues / 2; ++j) {
-      words[j] = HadamardValues<T>::pair(values[2 * j], values[2 * j + 1]);
+    for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        if constexpr (S::kSplits == 1) {
+          words[chunk][j] = HadamardValues<T>::pair(values[8 * chunk + 2 * j], values[8 * chunk + 2 * j + 1]);
+        } else {
+          words[chunk][j] = __float_as_uint(values[8 * chunk + j]);
+        }
+      }
     }
     if (a.signs != nullptr && a.inverse) {
 #pragma unroll
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
         const uint32_t bits = a.signs[(column + element + chunk * S::kChunk) >> 3];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          words[4 * chunk + j] ^= (bits << (15 - 2 * j) & 0x8000U) | (bits << (30 - 2 * j) & 0x80000000U);
+        for (int j = 0; j < kWords; ++j) {
+          if constexpr (S::kSplits == 1) {
+            words[chunk][j] ^= (bits << (15 - 2 * j) & 0x8000U) | (bits << (30 - 2 * j) & 0x80000000U);
+          } else {
+            words[chunk][j] ^= bits << (31 - j) & 0x80000000U;
+          }
         }
       }
     }
     if (a.vectors) {
 #pragma unroll
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-        *reinterpret_cast<uint4*>(to + element + chunk * S::kChunk) =
-            make_uint4(words[4 * chunk], words[4 * chunk + 1], words[4 * chunk + 2], words[4 * chunk + 3]);
+        auto* vectors = reinterpret_cast<uint4*>(to + element + chunk * S::kChunk);
+#pragma unroll
+        for (int j = 0; j < kWords; j += 4) {
+          vectors[j / 4] =
+              make_uint4(words[chunk][j], words[chunk][j + 1], words[chunk][j + 2], words[chunk][j + 3]);
+        }
       }
     } else {
 #pragma unroll
       for (int j = 0; j < S::kValues; ++j) {
-        const auto bits = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
-        to[element + (j >> 3) * S::kChunk + (j & 7)] = *reinterpret_cast<const T*>(&bits);
+        T* one = to + element + (j >> 3) * S::kChunk + (j & 7);
+        if constexpr (S::kSplits == 1) {
+          const auto bits = static_cast<uint16_t>(words[j / 8][j % 8 / 2] >> (16 * (j % 2)));
+          *one = *reinterpret_cast<const T*>(&bits);
+        } else {
+          *one = __uint_as_float(words[j / 8][j % 8]);
+        }
       }
     }
   }
@@ -346,11 +403,11 @@ __device__ __forceinline__ void write_results(const HadamardArguments& a, int or
 
 // `stages` raw blocks fit in the shared memory: 1 or 2.
 template <class T, int kHalves, int kPower, int kChosenGroups = 0>
-__global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::kThreads),
-                                  (DenseStream<kHalves, kPower, kChosenGroups>::kResident))
+__global__ void __launch_bounds__((DenseStream<T, kHalves, kPower, kChosenGroups>::kThreads),
+                                  (DenseStream<T, kHalves, kPower, kChosenGroups>::kResident))
     dense_stream_kernel(const HadamardArguments a, const int given_order, const int stages,
                         const __grid_constant__ DenseSigns<(kHalves + 1) / 2> signs) {
-  using S = DenseStream<kHalves, kPower, kChosenGroups>;
+  using S = DenseStream<T, kHalves, kPower, kChosenGroups>;
   const int order = S::kOrder != 0 ? S::kOrder : given_order;
   auto* zeros = dynamic_shared_memory<unsigned char>();
   auto* sign_words = reinterpret_cast<uint32_t*>(zeros + S::kZeroBytes);
@@ -388,7 +445,7 @@ __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::
       const uint32_t word = signs.words[(group + own * S::kGroups) * 32 + lane];
 #pragma unroll
       for (int i = 0; i < 4 * S::kTiles; ++i) {
-        matrix[own][i / 4][i % 4] = ((word << (15 - i)) & 0x80008000U) | HalfPair<T>::kOne;
+        matrix[own][i / 4][i % 4] = ((word << (15 - i)) & 0x80008000U) | HalfPair<DenseOperand<T>>::kOne;
       }
     }
   } else {
@@ -413,7 +470,11 @@ __global__ void __launch_bounds__((DenseStream<kHalves, kPower, kChosenGroups>::
     }
     __syncthreads();  // the block is here, and the sums of the one before have been read
     T* block = raw + stage * raw_size;
-    chunk.raw = block + (lane & 15) * S::kRawStride + first + 8 * (lane >> 4);
+    if constexpr (S::kSplits == 1) {
+      chunk.raw = block + (lane & 15) * S::kRawStride + first + 8 * (lane >> 4);
+    } else {
+      chunk.raw = block + 2 * (lane & 3) * S::kRawStride + first + (lane >> 2);
+    }
     if (negates) {
       multiply_chunk<T, kHalves, S, true>(chunk, group, flips, matrix, sign_words);
     } else {

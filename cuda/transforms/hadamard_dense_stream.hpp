@@ -9,8 +9,8 @@
 
 namespace quantloom::cuda {
 
-// Whether there is a kernel for blocks of this size on the device; it has been launched then. T: __half or
-// __nv_bfloat16.
+// Whether there is a kernel for blocks of this size on the device; it has been launched then. T: float,
+// __half or __nv_bfloat16.
 template <class T>
 bool launch_dense_stream(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                          cudaStream_t stream);

@@ -12,7 +12,7 @@ namespace quantloom::cuda {
 template <class T, int kHalves, int kPower, int kChosenGroups = 0>
 bool launch_dense_stream_kernel(int64_t order, const HadamardArguments& a, const DeviceFacts& device,
                                 cudaStream_t stream, int stages = 0) {
-  using S = DenseStream<kHalves, kPower, kChosenGroups>;
+  using S = DenseStream<T, kHalves, kPower, kChosenGroups>;
   const auto rows = static_cast<int>(order);
   if (S::bytes(rows, std::max(stages, 1)) > device.shared_memory) return false;
   const auto kernel = dense_stream_kernel<T, kHalves, kPower, kChosenGroups>;

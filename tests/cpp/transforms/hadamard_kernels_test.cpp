@@ -113,7 +113,7 @@ void expect_dense(int order, int power) {
 
 template <class T, int kHalves, int kPower, int kGroups = 0>
 void expect_dense_stream(int order) {
-  using S = cuda::DenseStream<kHalves, kPower, kGroups>;
+  using S = cuda::DenseStream<T, kHalves, kPower, kGroups>;
   for (int variant = 0; variant < 3; ++variant) {
     const int64_t per_row = variant == 1 && kPower < 8 ? 2 : 1;
     Job<T> job(3, int64_t{order} << kPower, per_row, variant == 2, variant);
@@ -184,6 +184,10 @@ TEST(HadamardKernels, DenseStreamsEqualTheCpu) {
   expect_dense_stream<__half, 4, 10>(28);
   expect_dense_stream<__half, 3, 10>(20);
   expect_dense_stream<__half, 2, 11>(12);
+  expect_dense_stream<float, 2, 4>(12);
+  expect_dense_stream<float, 4, 6>(28);
+  expect_dense_stream<float, 3, 8>(20);
+  expect_dense_stream<float, 2, 10>(12);
 }
 
 TEST(HadamardKernels, DenseStreamsOfLargeOrdersEqualTheCpu) {
