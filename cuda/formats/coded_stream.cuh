@@ -27,40 +27,60 @@ struct CodedView {
   int row_blocks = 0;
 };
 
-// What a state says: bits to read, the escape << 15, x << 16; and a payload for its pair.
-struct CodedEntry {
-  uint32_t control;
-  uint32_t payload;
-};
-constexpr uint32_t kEscapeFlag = 1U << 15;
-// Instead of an escaped pair's payload; no pair has it.
-constexpr uint32_t kEscapedPayload = 0xffffffffU;
-
-// Fills the table of a block of threads; payload_of(first code, second code).
-template <class PayloadOf>
-__device__ void fill_entries(const CodedView& view, CodedEntry* entries, const PayloadOf& payload_of) {
-  for (uint32_t i = threadIdx.x; i < 1U << view.table_bits; i += blockDim.x) {
-    const uint32_t packed = view.table[i];
-    const uint32_t x = packed >> 16 & 0x7fffU;
-    const bool escape = packed >> 31 != 0;
-    const auto bits = static_cast<uint32_t>(view.table_bits + __clz(static_cast<int>(x)) - 31);
-    entries[i].control = bits | (escape ? kEscapeFlag : 0U) | x << 16;
-    entries[i].payload = escape ? kEscapedPayload : payload_of(packed & 0xffU, packed >> 8 & 0xffU);
-  }
-}
-
-// Shared memory by its 32-bit address: what the compiler knows of pointers would cost it an addition more for
-// each look-up.
-__device__ __forceinline__ CodedEntry load_entry(uint32_t address) {
-  CodedEntry entry;
-  asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.control), "=r"(entry.payload) : "r"(address));
-  return entry;
-}
 // Hides from the compiler where a value comes from, which it would otherwise compute again and again.
 __device__ __forceinline__ uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+
+// The table in shared memory, filled by a block of threads. A state says `control`: in its lowest 5 bits how
+// many bits to read, above them up to bit 14 zeros, at bit 15 whether its pair is the escape, and from there
+// on the highest bits of the next state; and a payload of its pair. States have 2^table_bits added. Memory is
+// read by its 32-bit address: what the compiler knows of pointers would cost it an addition more for each
+// look-up.
+class CodedEntries {
+ public:
+  struct Loaded {
+    uint32_t control;
+    uint32_t payload;
+  };
+  static constexpr uint32_t kBytes = 8;
+  static constexpr uint32_t kFlag = 1U << 15;
+  static constexpr int kShift = 16;  // of the next state's highest bits
+
+  // payload_of(first code, second code) is never kEscaped.
+  template <class PayloadOf>
+  __device__ CodedEntries(const CodedView& view, void* shared, const PayloadOf& payload_of)
+      : added_(1U << view.table_bits),
+        base_(static_cast<uint32_t>(__cvta_generic_to_shared(shared)) - kBytes * added_) {
+    auto* const entries = static_cast<uint2*>(shared);
+    for (uint32_t i = threadIdx.x; i < added_; i += blockDim.x) {
+      const uint32_t packed = view.table[i];
+      const uint32_t x = packed >> 16 & 0x7fffU;
+      const bool escape = packed >> 31 != 0;
+      const auto bits = static_cast<uint32_t>(view.table_bits + __clz(static_cast<int>(x)) - 31);
+      entries[i] = make_uint2(bits | (escape ? kFlag : 0U) | x << kShift,
+                              escape ? kEscaped : payload_of(packed & 0xffU, packed >> 8 & 0xffU));
+    }
+  }
+  // Behind the barrier that follows on construction, before the first load().
+  __device__ void settle() { base_ = kept(base_); }
+  __device__ uint32_t added() const { return added_; }
+  __device__ __forceinline__ Loaded load(uint32_t state) const {
+    Loaded loaded;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];"
+        : "=r"(loaded.control), "=r"(loaded.payload)
+        : "r"(base_ + kBytes * state));
+    return loaded;
+  }
+  __device__ __forceinline__ bool escaped(uint32_t payload) const { return payload == kEscaped; }
+
+ private:
+  static constexpr uint32_t kEscaped = 0xffffffffU;
+
+  uint32_t added_;
+  uint32_t base_;
+};
 
 // Rings lie at multiples of their size.
 __device__ __forceinline__ uint32_t first_ring(const void* behind_tables) {
@@ -70,15 +90,16 @@ __device__ __forceinline__ uint32_t first_ring(const void* behind_tables) {
 
 class CodedWarp {
  public:
-  // `ring`: the shared address of kRingBytes of this warp. `entries` as fill_entries() made them.
-  __device__ CodedWarp(const CodedView& view, const CodedEntry* entries, uint32_t ring, int64_t stream,
+  // `ring`: the shared address of kRingBytes of this warp.
+  __device__ CodedWarp(const CodedView& view, const CodedEntries& entries, uint32_t ring, int64_t stream,
                        int lane)
       : words_(view.words),
-        entries_(kept(static_cast<uint32_t>(__cvta_generic_to_shared(entries)) - (8U << view.table_bits))),
+        entries_(entries),
         ring_(kept(ring)),
         last_quad_(view.last_quad),
         lane_(kept(static_cast<uint32_t>(lane))),
         lower_(kept((1U << lane) - 1)) {
+    entries_.settle();
     const uint32_t begin = view.begins[stream];
     end_ = view.begins[stream + 1];
     const uint32_t first = word(begin);
@@ -87,7 +108,7 @@ class CodedWarp {
     const auto bits = static_cast<uint32_t>(view.table_bits);
     const uint32_t states = begin + 1 + width;
     for (uint32_t s = 0; s < 2; ++s) {
-      state_[s] = (1U << bits) + bits_at(states, (2 * lane_ + s) * bits, bits);
+      state_[s] = entries.added() + bits_at(states, (2 * lane_ + s) * bits, bits);
     }
     // Bits that fill no word.
     const uint32_t left = length % 32;
@@ -130,18 +151,18 @@ class CodedWarp {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       uint32_t window = __funnelshift_l(held_[1], held_[0], place_);
-      const CodedEntry first = load_entry(entries_ + 8 * state_[0]);
-      const CodedEntry second = load_entry(entries_ + 8 * state_[1]);
+      const CodedEntries::Loaded first = entries_.load(state_[0]);
+      const CodedEntries::Loaded second = entries_.load(state_[1]);
       payload[2 * pair] = first.payload;
       payload[2 * pair + 1] = second.payload;
       flags |= first.control | second.control;
-      state_[0] = __funnelshift_l(window, first.control >> 16, first.control);
+      state_[0] = __funnelshift_l(window, first.control >> CodedEntries::kShift, first.control);
       window = __funnelshift_l(0, window, first.control);
-      state_[1] = __funnelshift_l(window, second.control >> 16, second.control);
-      // At most 31 + 2 * 15 below the flag and what lies above.
+      state_[1] = __funnelshift_l(window, second.control >> CodedEntries::kShift, second.control);
+      // At most 31 + 2 * 14, in the lowest 6 bits.
       advance(place_ + first.control + second.control);
     }
-    if (__any_sync(kWholeWarp, (flags & kEscapeFlag) != 0)) spell_out(payload, spell);
+    if (__any_sync(kWholeWarp, (flags & CodedEntries::kFlag) != 0)) spell_out(payload, spell);
   }
 
   // Nothing is on its way to the ring any more.
@@ -225,7 +246,7 @@ class CodedWarp {
   __device__ __forceinline__ void spell_out(uint32_t (&payload)[8], const Spell& spell) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool escaped = payload[i] == kEscapedPayload;
+      const bool escaped = entries_.escaped(payload[i]);
       const uint32_t mask = __ballot_sync(kWholeWarp, escaped);
       if (mask == 0) continue;
       const uint32_t at = spelled_ % 32 + __popc(mask & lower_);
@@ -242,8 +263,8 @@ class CodedWarp {
   }
 
   const uint32_t* words_;
-  uint32_t entries_;  // shared address, less the size of the table: states have as much added
-  uint32_t ring_;     // shared address
+  CodedEntries entries_;
+  uint32_t ring_;  // shared address
   uint32_t last_quad_;
   uint32_t lane_;
   uint32_t lower_;    // lanes below this one

@@ -11,7 +11,6 @@ namespace quantloom {
 namespace {
 
 using cuda::CodedArguments;
-using cuda::CodedEntry;
 using cuda::CodedSource;
 
 constexpr int kFusedTokens = 8 * cuda::kCodedTiles;
@@ -19,7 +18,6 @@ constexpr int64_t kDecodedBytes = int64_t{256} << 20;  // of decoded rows at a t
 constexpr int64_t kRingBytes = cuda::kRingBytes;
 constexpr int64_t kValueBytes = 256 * sizeof(float);
 constexpr int kDecodeWarps = 8;
-constexpr int64_t kWarpsOfProcessor = 32;
 
 int64_t padded(int64_t bytes) {
   return checked_pad(bytes, 256);
@@ -66,19 +64,38 @@ UnitValues unit_values(std::span<const float> values) {
   return result;
 }
 
+// As many warps to a block of threads as deal the streams evenly to the processors, each of which runs
+// `resident` at once.
+int warps_of_block(const CodedArguments& p, const DeviceFacts& device, int64_t resident,
+                   int64_t table_bytes) {
+  const int splits = p.w.view.splits;
+  const auto spread = [](int64_t count, int64_t over) { return ceil_div(count, ceil_div(count, over)); };
+  const int64_t streams = int64_t{p.w.view.row_blocks} * splits;
+  const int64_t each = ceil_div(streams, device.processors);
+  const int64_t warps = spread(spread(each, resident), cuda::kCodedWarps);
+  const int64_t room = (device.shared_memory - table_bytes) / kRingBytes - 1;
+  return static_cast<int>(std::max<int64_t>(std::min(warps, room) / splits, 1)) * splits;
+}
+
 template <class T, int kTiles, bool kGrouped, bool kVector>
-void launch_fused(const CodedArguments& p, int warps, size_t shared, cudaStream_t stream) {
+void launch_fused(const CodedArguments& p, const DeviceFacts& device, cudaStream_t stream) {
   auto* const kernel = cuda::multiply_coded<T, kTiles, kGrouped, kVector>;
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "attributes of multiply_coded");
+  const int64_t table_bytes = int64_t{cuda::CodedEntries::kBytes} << p.w.view.table_bits;
+  constexpr int64_t kRegisters = 65536;  // of a processor
+  const int warps = warps_of_block(p, device, kRegisters / (32 * attributes.numRegs), table_bytes);
+  const int64_t shared = table_bytes + (warps + 1) * kRingBytes;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
       "shared memory of multiply_coded");
   const int rows = warps / p.w.view.splits;
   kernel<<<static_cast<unsigned>(ceil_div(p.w.view.row_blocks, rows)), static_cast<unsigned>(32 * warps),
-           shared, stream>>>(p);
+           static_cast<size_t>(shared), stream>>>(p);
   check_cuda(cudaGetLastError(), "launch of multiply_coded");
 }
 
-using FusedLauncher = void (*)(const CodedArguments&, int, size_t, cudaStream_t);
+using FusedLauncher = void (*)(const CodedArguments&, const DeviceFacts&, cudaStream_t);
 
 // The launcher for up to 8, 16 and 32 tokens.
 template <class T, bool kGrouped, bool kVector>
@@ -105,7 +122,7 @@ struct CudaCodedTensor::State {
 
   int64_t n() const { return raw.n; }
   int64_t k() const { return raw.k; }
-  int64_t entry_bytes() const { return int64_t{sizeof(CodedEntry)} << raw.view.table_bits; }
+  int64_t entry_bytes() const { return int64_t{cuda::CodedEntries::kBytes} << raw.view.table_bits; }
 
   void require_current() const {
     int current = 0;
@@ -143,17 +160,6 @@ struct CudaCodedTensor::State {
     return options.kernel;
   }
 
-  // As many warps to a block of threads as deal the streams evenly to the processors.
-  int fused_warps() const {
-    const int splits = raw.view.splits;
-    const auto spread = [](int64_t count, int64_t over) { return ceil_div(count, ceil_div(count, over)); };
-    const int64_t streams = int64_t{raw.view.row_blocks} * splits;
-    const int64_t each = ceil_div(streams, device.processors);
-    const int64_t warps = spread(spread(each, kWarpsOfProcessor), cuda::kCodedWarps);
-    const int64_t room = (device.shared_memory - entry_bytes()) / kRingBytes - 1;
-    return static_cast<int>(std::max<int64_t>(std::min(warps, room) / splits, 1)) * splits;
-  }
-
   void multiply_fused(const CudaMatmulArguments& a) const {
     CodedArguments p;
     p.w = units;
@@ -165,12 +171,10 @@ struct CudaCodedTensor::State {
     p.m = static_cast<int>(a.m);
     const bool vector =
         reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && k() % 8 == 0 && (a.m == 1 || a.x_stride % 8 == 0);
-    const int warps = fused_warps();
-    const auto shared = static_cast<size_t>(entry_bytes() + (warps + 1) * kRingBytes);
     const FusedLauncher launch = a.dtype == DType::f16
                                      ? fused_launcher<__half>(a.m, grouped(), vector)
                                      : fused_launcher<__nv_bfloat16>(a.m, grouped(), vector);
-    launch(p, warps, shared, static_cast<cudaStream_t>(a.stream));
+    launch(p, device, static_cast<cudaStream_t>(a.stream));
   }
 
   template <class Out>
@@ -250,7 +254,7 @@ CudaCodedTensor::CudaCodedTensor(const CodedTensor& tensor, void* stream) {
   auto state = std::make_shared<State>();
   state->device = current_device();
   const CodedMatrix& codes = tensor.codes();
-  const int64_t shared = (int64_t{sizeof(CodedEntry)} << codes.table_bits()) + kValueBytes +
+  const int64_t shared = (int64_t{cuda::CodedEntries::kBytes} << codes.table_bits()) + kValueBytes +
                          kRingBytes * (std::max(codes.splits(), kDecodeWarps) + 1);
   if (shared > state->device.shared_memory) {
     throw Unsupported(text_of("CudaCodedTensor: tables of ", shared, " bytes, but a block has ",

@@ -104,11 +104,11 @@ class CodedTokens {
 // y = x W^T + bias for up to 8 kTiles tokens. Shared memory: entries, then a ring for each warp, in which
 // parts of sums meet at the end.
 template <class T, int kTiles, bool kGrouped, bool kVector>
-__global__ void __launch_bounds__(32 * kCodedWarps, kTiles <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kCodedWarps, kTiles == 1 ? 2 : 1)
     multiply_coded(const __grid_constant__ CodedArguments p) {
   const CodedView& view = p.w.view;
-  auto* const entries = dynamic_shared_memory<CodedEntry>();
-  const uint32_t rings = first_ring(entries + (size_t{1} << view.table_bits));
+  auto* const shared = dynamic_shared_memory<unsigned char>();
+  const uint32_t rings = first_ring(shared + (size_t{CodedEntries::kBytes} << view.table_bits));
   const auto pair_of = [&](uint32_t first, uint32_t second) {
     const T values[2] = {HalfPair<T>::from_float(p.w.values[first]),
                          HalfPair<T>::from_float(p.w.values[second])};
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kCodedWarps, kTiles <= 2 ? 2 : 1)
            static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&values[1])) << 16;
   };
   const auto spell = [&](uint32_t pair) { return pair_of(pair & 0xffU, pair >> 8); };
-  fill_entries(view, entries, pair_of);
+  const CodedEntries entries(view, shared, pair_of);
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -234,11 +234,12 @@ __global__ void __launch_bounds__(32 * kCodedWarps)
     decode_coded(const __grid_constant__ CodedSource w, Out* out, int64_t stride, int64_t first_row,
                  int64_t rows, int first_block, bool vector) {
   const CodedView& view = w.view;
-  auto* const entries = dynamic_shared_memory<CodedEntry>();
-  auto* const values = reinterpret_cast<float*>(entries + (size_t{1} << view.table_bits));
+  auto* const shared = dynamic_shared_memory<unsigned char>();
+  auto* const values = reinterpret_cast<float*>(shared + (size_t{CodedEntries::kBytes} << view.table_bits));
   const uint32_t rings = first_ring(values + 256);
   const auto spell = [](uint32_t pair) { return pair; };
-  fill_entries(view, entries, [](uint32_t first, uint32_t second) { return first | second << 8; });
+  const CodedEntries entries(view, shared,
+                             [](uint32_t first, uint32_t second) { return first | second << 8; });
   for (uint32_t i = threadIdx.x; i < 256; i += blockDim.x) values[i] = w.values[i];
   __syncthreads();
 
