@@ -8,7 +8,7 @@
 namespace quantloom {
 namespace {
 
-constexpr int64_t kDecodeRows = 16;
+constexpr int64_t kDecodeRows = 128;
 
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text = "[";

@@ -62,7 +62,7 @@ double best_of(const bench::Stream& stream, int repeats, const auto& body) {
 
 // Seconds of the two searches and the two ways back, for rings that fit one batch.
 std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const CudaRings& rings,
-                                 TrellisSearch search, void* workspace, int processors,
+                                 TrellisSearch search, bool bulk, void* workspace, int processors,
                                  const bench::Stream& stream, int repeats) {
   const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
   cuda::SearchTask first = cuda::first_pass(rings.shape, search);
@@ -72,6 +72,7 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
     task->table = codebook.weights();
     task->count = static_cast<int>(rings.count);
     task->history = static_cast<uint32_t*>(workspace);
+    task->bulk = bulk;
   }
   first.ends = edges.data();
   second.pins = edges.data() + rings.count;
@@ -144,18 +145,30 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
     check_cuda(cudaGetDevice(&device), "device");
     check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
     rings.count = std::min<int64_t>(c.rings, int64_t{8} * processors);
-    const std::vector<double> steps =
-        step_seconds(codebook, rings, c.search, workspace.get(), processors, stream, repeats);
-    std::printf("; %lld rings: searches %.0f and %.0f us, ways back %.0f and %.0f us",
-                static_cast<long long>(rings.count), steps[0] * 1e6, steps[2] * 1e6, steps[1] * 1e6,
-                steps[3] * 1e6);
-    row["steps"] = {{"rings", rings.count},
-                    {"first_search_seconds", steps[0]},
-                    {"first_way_back_seconds", steps[1]},
-                    {"second_search_seconds", steps[2]},
-                    {"second_way_back_seconds", steps[3]}};
+    std::printf("\n");
+    row["steps"] = nlohmann::json::array();
+    for (const bool bulk : {false, true}) {
+      if (bulk && (host.weights_per_step != 1 || shape.half_bits % 2 != 0 || c.bits > 4)) continue;
+      const std::vector<double> steps =
+          step_seconds(codebook, rings, c.search, bulk, workspace.get(), processors, stream, repeats);
+      cuda::download(errors.data(), sums.data(), rings.count, stream.get());
+      double again = 0;
+      for (int64_t i = 0; i < rings.count; ++i) again += sums[static_cast<size_t>(i)];
+      again /= static_cast<double>(rings.count * cuda::kRingPositions) * scale * scale;
+      std::printf("  %lld rings%s: searches %.0f and %.0f us, ways back %.0f and %.0f us; error %.6f\n",
+                  static_cast<long long>(rings.count), bulk ? ", bulk copies" : "", steps[0] * 1e6,
+                  steps[2] * 1e6, steps[1] * 1e6, steps[3] * 1e6, again);
+      row["steps"].push_back({{"rings", rings.count},
+                              {"bulk", bulk},
+                              {"first_search_seconds", steps[0]},
+                              {"first_way_back_seconds", steps[1]},
+                              {"second_search_seconds", steps[2]},
+                              {"second_way_back_seconds", steps[3]},
+                              {"error", again}});
+    }
+  } else {
+    std::printf("\n");
   }
-  std::printf("\n");
   std::fflush(stdout);
   return row;
 }

@@ -44,9 +44,9 @@ KernelEntry product_entry(const char* format, const std::string& bits, const Cud
 
 std::vector<KernelEntry> cuda_kernel_table() {
   std::vector<KernelEntry> table;
-  const auto add = [&](const char* format, const std::string& bits, bool vectors) {
+  const auto add = [&](const char* format, const std::string& bits, bool plain) {
     for (const CudaProduct& product : cuda_products()) {
-      if (vectors && !product.vectors) continue;
+      if (!plain && !product.all_formats) continue;
       for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         if (dtype == DType::f32 && !product.float32) continue;
         table.push_back(product_entry(format, bits, product, dtype));
@@ -54,23 +54,28 @@ std::vector<KernelEntry> cuda_kernel_table() {
     }
   };
   for (const char* format : {"uniform", "codebook"}) {
-    for (int bits = 1; bits <= 8; ++bits) add(format, std::to_string(bits), false);
+    for (int bits = 1; bits <= 8; ++bits) add(format, std::to_string(bits), true);
   }
   // One table of vectors of 2 (codes of up to 12 bits), 4 or 8 weights.
-  add("vector_codebook", "1-16", true);
+  add("vector_codebook", "1-16", false);
+  // With any dense format of those.
+  add("outliers", "1-16", false);
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
-        std::pair("vector_codebook", "decode_fragments")}) {
-    table.push_back({.operation = "dequantize",
-                     .format = format,
-                     .bits = format == std::string_view("vector_codebook") ? "1-16" : "1-8",
-                     .groups = "any",
-                     .device = "cuda",
-                     .activations = "",
-                     .tokens = "any",
-                     .kernel = kernel,
-                     .target = "built for " + cuda_architectures()});
+        std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments")}) {
+    table.push_back(
+        {.operation = "dequantize",
+         .format = format,
+         .bits = kernel == std::string_view("decode_fragments") && format != std::string_view("codebook")
+                     ? "1-16"
+                     : "1-8",
+         .groups = "any",
+         .device = "cuda",
+         .activations = "",
+         .tokens = "any",
+         .kernel = kernel,
+         .target = "built for " + cuda_architectures()});
   }
   return table;
 }

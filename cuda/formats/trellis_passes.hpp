@@ -54,6 +54,7 @@ struct SearchTask {
   uint32_t* history = nullptr;         // history_words() for each group of rings
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
+  bool bulk = false;                   // plain, 1 to 4 bits: copies of costs by the bulk engine (sm_90 on)
   int stop = 0;                        // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.

@@ -1,5 +1,6 @@
 // The forward search: blocks of 1024 threads hold the codebook in registers and the costs of two rings in
 // shared memory, and only costs are computed.
+#include "common/bulk_copies.cuh"
 #include "common/check.cuh"
 #include "common/shared_memory.cuh"
 #include "formats/trellis_passes.hpp"
@@ -104,7 +105,7 @@ __device__ void find_ends(const SearchTask& task, int first, int count, const ui
 }
 
 // Step number `step`, from 0, which reads costs[kFrom]. Copies follow each other in `history`.
-template <int kBits, int kFrom>
+template <int kBits, bool kBulk, int kFrom>
 __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (&values)[kValueWords],
                                         int step, SearchMemory<kBits>& memory, uint32_t*& history) {
   using Shape = SearchShape<kBits>;
@@ -121,17 +122,37 @@ __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (
   Step::store(outputs, thread, memory.costs[1 - kFrom]);
   // task.stop and task.steps are multiples of the stride, and even.
   constexpr int kStride = kCopyStride<kBits>;
+  bool kept = false;
   if constexpr (kStride == 1 || kFrom == 1) {
     const auto past_stop = static_cast<unsigned>(step + 1 - task.stop);
     if (past_stop < static_cast<unsigned>(task.steps - task.stop) && past_stop % kStride == 0) {
-      Step::copy(outputs, thread, history);
-      history += Shape::kCopyWords;
+      kept = true;
+      if constexpr (!kBulk) {
+        Step::copy(outputs, thread, history);
+        history += Shape::kCopyWords;
+      }
     }
   }
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kBulk) {
+    if (kept) order_for_bulk_copies();
+    // The next step writes where the last copy reads.
+    if (thread == 0) wait_for_reads();
+    __syncthreads();
+    if (kept) {
+      if (thread == 0) {
+        const uint32_t* const costs = memory.costs[1 - kFrom];
+        copy_bulk_out(history, static_cast<uint32_t>(__cvta_generic_to_shared(costs)), 4 * Shape::kCopyWords);
+      }
+      history += Shape::kCopyWords;
+    }
+    return;
+  }
+#endif
   __syncthreads();
 }
 
-template <int kBits>
+template <int kBits, bool kBulk>
 __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask task, int64_t history_words) {
   using Shape = SearchShape<kBits>;
   auto& memory = *dynamic_shared_memory<SearchMemory<kBits>>();
@@ -146,18 +167,21 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
     prepare(task, first, count, memory);
     uint32_t* history = task.history + group * history_words;
     for (int step = 0; step < task.steps; step += 2) {
-      advance<kBits, 0>(task, values, step, memory, history);
-      advance<kBits, 1>(task, values, step + 1, memory, history);
+      advance<kBits, kBulk, 0>(task, values, step, memory, history);
+      advance<kBits, kBulk, 1>(task, values, step + 1, memory, history);
     }
     if (task.pins == nullptr) find_ends(task, first, count, memory.costs[0], memory);
     __syncthreads();
   }
+#if __CUDA_ARCH__ >= 900
+  if (kBulk && thread == 0) wait_for_writes();
+#endif
 }
 
-template <int kBits>
+template <int kBits, bool kBulk>
 void launch(const SearchTask& task, int processors, cudaStream_t stream) {
   const auto bytes = static_cast<int>(sizeof(SearchMemory<kBits>));
-  check_cuda(cudaFuncSetAttribute(search<kBits>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+  check_cuda(cudaFuncSetAttribute(search<kBits, kBulk>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "shared memory of the trellis search");
   const auto groups = static_cast<int>(ceil_div(task.count, SearchShape<kBits>::kRings));
   cudaLaunchConfig_t config{};
@@ -165,7 +189,7 @@ void launch(const SearchTask& task, int processors, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>(groups < processors ? groups : processors));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, search<kBits>, task, task.history_words()),
+  check_cuda(cudaLaunchKernelEx(&config, search<kBits, kBulk>, task, task.history_words()),
              "launch of the trellis search");
 }
 
@@ -180,7 +204,12 @@ int64_t search_memory(const SearchTask& task) {
 
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {
   if (!task.plain()) return search_general(task, processors, stream);
-  with_bits(task.bits(), [&]<int kBits>() { launch<kBits>(task, processors, stream); });
+  with_bits(task.bits(), [&]<int kBits>() {
+    if constexpr (SearchShape<kBits>::kPairsOfGroups) {
+      if (task.bulk) return launch<kBits, true>(task, processors, stream);
+    }
+    launch<kBits, false>(task, processors, stream);
+  });
 }
 
 }  // namespace quantloom::cuda

@@ -147,7 +147,10 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
       const uint32_t ancestor = strings[i] >> kOldest;
       sums[i] = 0;
       if (before > 0) {
-        sums[i] = __half2float(__ushort_as_half(costs[Shape::copy_place(static_cast<int>(ancestor), ring)]));
+        const int at = static_cast<int>(ancestor);
+        // The bulk engine copies costs as they lie.
+        const int place = task.bulk ? Shape::cost_place(at, ring) : Shape::copy_place(at, ring);
+        sums[i] = __half2float(__ushort_as_half(costs[place]));
       } else if (task.pins != nullptr && ancestor != last) {
         sums[i] = INFINITY;
       }

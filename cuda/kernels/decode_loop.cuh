@@ -8,6 +8,7 @@
 #include "common/half_pairs.cuh"
 #include "formats/fragment_order.hpp"
 #include "kernels/group_scales.cuh"
+#include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
@@ -179,14 +180,14 @@ void launch_decode_to(const FragmentMatrix& w, void* out, int64_t stride, bool o
 template <class Decoder>
 void launch_decode_fragments(const FragmentMatrix& w, void* out, int64_t stride, DType dtype, bool overlap,
                              cudaStream_t stream) {
-  switch (dtype) {
-    case DType::f16:
-      return launch_decode_to<Decoder, __half>(w, out, stride, overlap, stream);
-    case DType::bf16:
-      return launch_decode_to<Decoder, __nv_bfloat16>(w, out, stride, overlap, stream);
-    default:
-      return launch_decode_to<Decoder, float>(w, out, stride, overlap, stream);
+  if (dtype == DType::f16) {
+    launch_decode_to<Decoder, __half>(w, out, stride, overlap, stream);
+  } else if (dtype == DType::bf16) {
+    launch_decode_to<Decoder, __nv_bfloat16>(w, out, stride, overlap, stream);
+  } else {
+    launch_decode_to<Decoder, float>(w, out, stride, overlap, stream);
   }
+  add_outliers_to_decoded(w, out, stride, dtype, stream);
 }
 
 template <class Decoder>

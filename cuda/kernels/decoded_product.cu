@@ -227,6 +227,7 @@ ProductLaunch part_of_rows(const ProductLaunch& launch, int64_t first, int64_t r
   forward(p.w.codes, first / 64 * p.w.column_blocks * bits * 512);
   forward(p.w.scales, parameters * size_of(p.w.scale_dtype));
   forward(p.w.zeros, parameters);
+  forward(p.w.outliers.offsets, first * 4);
   forward(p.bias, first * size_of_value(launch.dtype));
   p.y = static_cast<unsigned char*>(p.y) + first * size_of_value(launch.dtype);
   p.y_stride = std::max(p.y_stride, launch.arguments.w.n);

@@ -37,12 +37,12 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .max_tokens = cuda::kMaxStreamTokens,
      .min_architecture = 90,
      .needs_clusters = true,
-     .vectors = true},
+     .all_formats = true},
     {.name = "stream_partials",
      .description = "streaming loop, parts added in memory",
      .max_tokens = cuda::kMaxStreamTokens,
      .workspace = true,
-     .vectors = true},
+     .all_formats = true},
     {.name = "tiles_wgmma",
      .description = "tiles through shared memory, wgmma",
      .min_architecture = 90,
@@ -53,14 +53,16 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
      .workspace = true,
-     .vectors = true},
+     .all_formats = true},
 }};
 
-// Why `product` cannot run, or nothing. `vectors`: the codes are of vectors.
-std::optional<std::string> why_not(const CudaProduct& product, bool vectors, int64_t m, DType dtype,
+// Why `product` cannot run, or nothing. `plain`: scalar codes without outliers.
+std::optional<std::string> why_not(const CudaProduct& product, bool plain, int64_t m, DType dtype,
                                    const DeviceFacts& device, const CudaMatmulOptions& options) {
   const std::string name(product.name);
-  if (vectors && !product.vectors) return text_of("kernel ", name, " takes no vector codebooks");
+  if (!plain && !product.all_formats) {
+    return text_of("kernel ", name, " takes no vector codebooks and no outliers");
+  }
   if (dtype != DType::f16 && dtype != DType::bf16 && !(product.float32 && dtype == DType::f32)) {
     return text_of("kernel ", name, " takes no ", name_of(dtype), " activations");
   }
@@ -89,13 +91,17 @@ std::optional<std::string> why_not(const CudaProduct& product, bool vectors, int
   return std::nullopt;
 }
 
+bool is_plain(const FragmentLayout& layout) {
+  return layout.dim == 1 && !layout.outliers;
+}
+
 struct Choice {
   const CudaProduct* product = nullptr;
   std::string reason;  // why none
 };
 
-// `weights`: n * k. `vectors`: the codes are of vectors.
-Choice choose(int64_t weights, bool vectors, int64_t m, DType dtype, const DeviceFacts& device,
+// `weights`: n * k. `plain`: scalar codes without outliers.
+Choice choose(int64_t weights, bool plain, int64_t m, DType dtype, const DeviceFacts& device,
               const CudaMatmulOptions& options) {
   const int64_t decode_from = weights < kSmallWeights ? kDecodeFromTokensIfSmall : kDecodeFromTokens;
   if (options.splits < 0 || options.splits > kMaxSplits) {
@@ -107,7 +113,7 @@ Choice choose(int64_t weights, bool vectors, int64_t m, DType dtype, const Devic
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
     if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
-    const auto reason = why_not(product, vectors, std::max<int64_t>(m, 1), dtype, device, options);
+    const auto reason = why_not(product, plain, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
       return choice;
@@ -385,6 +391,7 @@ cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
   w.group_steps = static_cast<int>(layout.group_columns / 16);
   w.table_entries = static_cast<int>(layout.table_entries);
   w.scale_dtype = layout.scale_dtype;
+  w.outliers.format_columns = layout.format_columns;
   return w;
 }
 
@@ -394,6 +401,11 @@ void set_planes(cuda::FragmentMatrix& matrix, const PreparedPlanes& w) {
   matrix.zeros = plane_or_null(w, "zeros");
   matrix.table = plane_or_null(w, "codebook");
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
+  if (!w.has("outlier_offsets") || w.plane("outlier_values").element_count() == 0) return;
+  matrix.outliers.offsets = reinterpret_cast<const int32_t*>(w.plane("outlier_offsets").bytes());
+  matrix.outliers.columns = w.plane("outlier_columns").bytes();
+  matrix.outliers.values = w.plane("outlier_values").bytes();
+  matrix.outliers.wide_columns = w.plane("outlier_columns").dtype() == DType::i32;
 }
 
 }  // namespace
@@ -406,7 +418,7 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
                                                const CudaMatmulOptions& options) {
   try {
     Choice choice =
-        choose(0, fragment_layout(format, 1, 1, false).dim > 1, m, dtype, current_device(), options);
+        choose(0, is_plain(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -418,7 +430,7 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
                                const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, current_device(), options);
+  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
 }
@@ -428,7 +440,7 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, layout.dim > 1, m, dtype, device, options);
+  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
@@ -441,7 +453,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   require_arguments(w, arguments);
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
-  const Choice choice = choose(w.n * w.k, layout.dim > 1, arguments.m, arguments.dtype, device, options);
+  const Choice choice = choose(w.n * w.k, is_plain(layout), arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
   cuda::FragmentMatrix matrix = matrix_of(layout);

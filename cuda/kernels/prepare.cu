@@ -226,6 +226,14 @@ void copy(const Tensor& from, Tensor& to, cudaStream_t stream) {
              "prepare_cuda: copying a plane");
 }
 
+// Outliers are the same in both orders.
+void copy_outliers(const std::map<std::string, Tensor>& from, std::map<std::string, Tensor>& to,
+                   cudaStream_t stream) {
+  for (const auto& [name, plane] : from) {
+    if (name.starts_with("outlier_")) copy(plane, to.at(name), stream);
+  }
+}
+
 void require_on_device(const std::map<std::string, Tensor>& planes, const std::string& argument) {
   const int device = current_device().index;
   for (const auto& [name, plane] : planes)
@@ -271,6 +279,7 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
   if (prepared.has("group_index"))
     copy(packed.plane("group_index"), prepared.planes.at("group_index"), cuda_stream);
   if (prepared.has("codebook")) copy(packed.plane("codebook"), prepared.planes.at("codebook"), cuda_stream);
+  copy_outliers(packed.planes, prepared.planes, cuda_stream);
   zero(prepared.plane("scales"), cuda_stream);
   if (layout.asymmetric) zero(prepared.plane("zeros"), cuda_stream);
   // Without columns there are no groups, but a scale of the whole tensor stays.
@@ -305,6 +314,7 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
   if (prepared.has("group_index"))
     copy(prepared.plane("group_index"), packed.planes.at("group_index"), cuda_stream);
   if (prepared.has("codebook")) copy(prepared.plane("codebook"), packed.planes.at("codebook"), cuda_stream);
+  copy_outliers(prepared.planes, packed.planes, cuda_stream);
   zero(packed.plane("codes"), cuda_stream);
   if (layout.asymmetric) zero(packed.plane("zeros"), cuda_stream);
   if (layout.k == 0 && !layout.per_tensor) return;

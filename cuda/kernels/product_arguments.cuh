@@ -10,6 +10,15 @@
 
 namespace quantloom::cuda {
 
+// Weights beside the codes, as rows of (column, value); all null if there are none.
+struct OutlierEntries {
+  const int32_t* offsets = nullptr;  // [n + 1]
+  const void* columns = nullptr;     // uint16, or int32 if wide_columns
+  const void* values = nullptr;      // float16
+  bool wide_columns = false;
+  int64_t format_columns = 1;  // of a group, without padding
+};
+
 // A matrix in fragment order; see PreparedPlanes for the shapes.
 struct FragmentMatrix {
   const uint4* codes = nullptr;
@@ -25,6 +34,7 @@ struct FragmentMatrix {
   int group_steps = 1;  // steps of 16 columns in a group
   int table_entries = 0;
   DType scale_dtype = DType::f16;
+  OutlierEntries outliers;
 };
 
 struct ProductArguments {

@@ -14,6 +14,7 @@
 #include "common/check.cuh"
 #include "common/cluster.cuh"
 #include "kernels/digit_walk.cuh"
+#include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 #include "kernels/stream_walk.cuh"
@@ -160,6 +161,7 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
     if (kTokens == 1 && in_cluster && lane == 0) Delivery::all_expected(&delivery);
   }
   if (in_cluster) cluster_wait();
+  if (p.w.outliers.offsets != nullptr) prefetch_outliers(p, first_row, rank, deal.blocks, own_rows);
   if constexpr (kDigits) __syncthreads();
 
   const auto leave = [&](int row, const auto& sums) {
@@ -208,6 +210,15 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
   } else {
     __syncthreads();
   }
+  if (p.w.outliers.offsets != nullptr) {
+    // Into the first part of each sum; its row blocks are the block's own.
+    for_each_outlier_sum<T, kTokens>(
+        p, first_row, rank, deal.blocks, own_rows, [&](int row, int place, int token, float sum) {
+          const int part = parts_of_rows[row].first & (deal.parts - 1);
+          parts[(row * deal.parts + part) * part_size + token * fragments::kBlockRows + place] += sum;
+        });
+    __syncthreads();
+  }
   constexpr int kSharers = kTokens == 1 ? 8 : kTokens == 8 ? 4 : 1;
   add_parts<T, kSharers>(p, deal, first_row, rank, own_rows, parts, parts_of_rows);
 }
@@ -231,6 +242,14 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p,
   float sum = 0.0F;
   for (int part = 0; part < met.count; ++part) {
     sum += from[((met.first + part) & (deal.parts - 1)) * part_size];
+  }
+  const int64_t row = static_cast<int64_t>(row_block) * fragments::kBlockRows +
+                      fragments::block_row_of(at % fragments::kBlockRows);
+  if (p.w.outliers.offsets != nullptr && row < p.w.n) {
+    float outliers[1] = {};
+    multiply_outliers<T>(p, __ldg(p.w.outliers.offsets + row), __ldg(p.w.outliers.offsets + row + 1), 1,
+                         at / fragments::kBlockRows, outliers);
+    sum += outliers[0];
   }
   store_sum<T>(p, row_block, at / fragments::kBlockRows, at % fragments::kBlockRows, sum);
 }

@@ -29,8 +29,13 @@ struct DenseStream {
   static constexpr int kChunks = 1 << kLogChunks;
   static constexpr int kChunk = 8 * kParts;  // columns
   static constexpr int kValues = 8 * kChunks;
-  // Warps that share a chunk, each with other rows.
-  static constexpr int kGroups = kChosenGroups != 0 ? kChosenGroups : kHeld ? kTiles : kChunks == 8 ? 2 : 4;
+  // Warps that share a chunk, each with other rows: so many that blocks of threads have 8 warps where two of
+  // them fit a processor, else 16.
+  static constexpr int kGroups = kChosenGroups != 0 ? kChosenGroups
+                                 : kHeld            ? (kPower == 9 ? 1 : kTiles)
+                                 : kChunks <= 2     ? 4
+                                 : kChunks == 4     ? (kTiles > 7 ? 4 : 2)
+                                                    : 2;
   static constexpr int kOwn = kHeld ? kTiles / kGroups : 1;  // row tiles at once
   static constexpr int kThreads = 32 * kChunks * kGroups;
   // What registers allow, at 80, 128 or 255 each.

@@ -75,6 +75,7 @@ void bind_calibration(py::module_& module);
 void bind_rounding(py::module_& module);
 void bind_cuda_rounding(py::module_& module);
 void bind_fit(py::module_& module);
+void bind_trellis(py::module_& module);
 void bind_elements(py::module_& module);
 void bind_cuda_fit(py::module_& module);
 void bind_cuda_trellis(py::module_& module);

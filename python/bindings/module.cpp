@@ -36,6 +36,7 @@ PYBIND11_MODULE(_core, module) {
   bind_rounding(module);
   bind_cuda_rounding(module);
   bind_fit(module);
+  bind_trellis(module);
   bind_elements(module);
   bind_cuda_fit(module);
   bind_cuda_trellis(module);

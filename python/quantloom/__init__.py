@@ -26,6 +26,7 @@ from quantloom.formats import (
     Codebook,
     Format,
     Outliers,
+    Trellis,
     Uniform,
     VectorCodebook,
     format_from_json,
@@ -73,6 +74,7 @@ __all__ = [
     "RoundingReport",
     "ScaleSearch",
     "Transform",
+    "Trellis",
     "Uniform",
     "VectorCodebook",
     "__version__",
@@ -112,6 +114,7 @@ _LAZY_MODULES = (
     "nn",
     "quantisation_training",
     "sensitivity",
+    "trellis",
 )
 
 

@@ -5,6 +5,7 @@
 #include "formats/description.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -42,6 +43,11 @@ const std::vector<FormatEntry>& format_table() {
        &Outliers::from_spec,
        {"outliers:0.5%:uniform:4:g128:sym", "outliers:2%:codebook:nf3:g64",
         "outliers:1%:vector_codebook:256x4:g64", "outliers:1.25%:uniform:3:channel:asym:bf16"}},
+      {"trellis",
+       "trellis-coded tiles of 16 x 16 weights, 1 to 8 bits, in a rotated basis",
+       &Trellis::from_json,
+       &Trellis::from_spec,
+       {"trellis:2:mul1", "trellis:3.5:mcg:plain:l10"}},
   };
   return table;
 }

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <mutex>
 
 #include "formats/description.hpp"
 #include "formats/trellis_codes.hpp"
@@ -11,6 +10,7 @@
 #include "quantloom/error.hpp"
 #include "quantloom/formats/trellis.hpp"
 #include "quantloom/parallel.hpp"
+#include "quantloom/random.hpp"
 
 namespace quantloom {
 namespace {
@@ -78,25 +78,11 @@ void require_matrix(std::string_view argument, int64_t rows, int64_t cols, int64
   }
 }
 
-// Memory that searches hand on to each other.
-class MemoryPool {
- public:
-  std::unique_ptr<trellis::SearchMemory> take() {
-    const std::scoped_lock lock(mutex_);
-    if (free_.empty()) return std::make_unique<trellis::SearchMemory>();
-    std::unique_ptr<trellis::SearchMemory> memory = std::move(free_.back());
-    free_.pop_back();
-    return memory;
-  }
-  void give(std::unique_ptr<trellis::SearchMemory> memory) {
-    const std::scoped_lock lock(mutex_);
-    free_.push_back(std::move(memory));
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<trellis::SearchMemory>> free_;
-};
+const TrellisShape& checked_shape(const TrellisCodebook& codebook, const TrellisShape& shape) {
+  require_fit(codebook, shape);
+  require_search(shape);
+  return shape;
+}
 
 }  // namespace
 
@@ -111,27 +97,69 @@ std::string_view name_of(TrellisSearch search) {
   return search == TrellisSearch::fast ? "fast" : search == TrellisSearch::normal ? "normal" : "best";
 }
 
+namespace trellis {
+
+RingEncoder::RingEncoder(const TrellisCodebook& codebook, const TrellisShape& shape)
+    : table_(codebook, checked_shape(codebook, shape)) {}
+
+void RingEncoder::encode(MatrixView<const float> targets, MatrixView<uint32_t> states, TrellisSearch search,
+                         int threads) {
+  const int64_t at_once = shape().window > 18 ? 1 : kRingsAtOnce;  // bounds the memory of costs
+  parallel_for(ceil_div(targets.rows(), at_once), threads, [&](int64_t piece) {
+    const int64_t first = piece * at_once;
+    const int64_t count = std::min(at_once, targets.rows() - first);
+    std::unique_ptr<SearchMemory> memory;
+    {
+      const std::scoped_lock lock(mutex_);
+      if (!free_.empty()) {
+        memory = std::move(free_.back());
+        free_.pop_back();
+      }
+    }
+    if (memory == nullptr) memory = std::make_unique<SearchMemory>();
+    search_rings(table_, search, targets.block(first, 0, count, shape().length),
+                 states.block(first, 0, count, shape().steps()), *memory);
+    const std::scoped_lock lock(mutex_);
+    free_.push_back(std::move(memory));
+  });
+}
+
+void unpack_ring(const TrellisShape& shape, const uint32_t* words, uint32_t* states) {
+  const uint64_t mask = (uint64_t{1} << shape.window) - 1;
+  const int ring_bits = shape.ring_bits();
+  uint64_t state = state_at(words, ring_bits, ring_bits, shape.window);
+  for (int step = 0; step < shape.steps(); ++step) {
+    const int first = shape.first_bit(step);
+    const int count = shape.step_bits(step);
+    // The fresh bits, at most 16, of this word and the next.
+    const int word = first >> 5;
+    const bool straddles = (first & 31) + count > 32;
+    const uint64_t pair = uint64_t{words[word]} << 32 | (straddles ? words[word + 1] : 0U);
+    const uint64_t fresh = pair >> (64 - (first & 31) - count) & ((uint64_t{1} << count) - 1);
+    state = (state << count | fresh) & mask;
+    states[step] = static_cast<uint32_t>(state);
+  }
+}
+
+void pack_ring(const TrellisShape& shape, const uint32_t* states, uint32_t* words) {
+  std::fill_n(words, shape.words(), 0U);
+  for (int step = 0; step < shape.steps(); ++step) {
+    put_bits(words, shape.first_bit(step), shape.step_bits(step), states[step]);
+  }
+}
+
+}  // namespace trellis
+
 void encode_rings(const TrellisCodebook& codebook, const TrellisShape& shape, MatrixView<const float> targets,
                   MatrixView<uint32_t> states, const TrellisEncodeOptions& options) {
-  require_fit(codebook, shape);
-  require_search(shape);
+  static_cast<void>(checked_shape(codebook, shape));
   const int64_t rings = targets.rows();
   require_matrix("targets", rings, targets.cols(), rings, shape.length);
   require_matrix("states", states.rows(), states.cols(), rings, shape.steps());
   static_cast<void>(resolve_threads(options.threads));
   require_finite(targets, "targets", options.threads);
   if (rings == 0) return;
-  const trellis::SearchTable table(codebook, shape);
-  MemoryPool pool;
-  const int64_t at_once = shape.window > 18 ? 1 : trellis::kRingsAtOnce;  // bounds the memory of costs
-  parallel_for(ceil_div(rings, at_once), options.threads, [&](int64_t piece) {
-    const int64_t first = piece * at_once;
-    const int64_t count = std::min(at_once, rings - first);
-    std::unique_ptr<trellis::SearchMemory> memory = pool.take();
-    trellis::search_rings(table, options.search, targets.block(first, 0, count, shape.length),
-                          states.block(first, 0, count, shape.steps()), *memory);
-    pool.give(std::move(memory));
-  });
+  trellis::RingEncoder(codebook, shape).encode(targets, states, options.search, options.threads);
 }
 
 void decode_rings(const TrellisCodebook& codebook, const TrellisShape& shape,
@@ -179,12 +207,7 @@ void pack_rings(const TrellisShape& shape, MatrixView<const uint32_t> states, Ma
       before = state;
     }
   }
-  for (int64_t r = 0; r < rings; ++r) {
-    std::fill_n(words.row(r), words.cols(), 0U);
-    for (int step = 0; step < shape.steps(); ++step) {
-      trellis::put_bits(words.row(r), shape.first_bit(step), shape.step_bits(step), states(r, step));
-    }
-  }
+  for (int64_t r = 0; r < rings; ++r) trellis::pack_ring(shape, states.row(r), words.row(r));
 }
 
 void unpack_rings(const TrellisShape& shape, MatrixView<const uint32_t> words, MatrixView<uint32_t> states) {
@@ -192,17 +215,42 @@ void unpack_rings(const TrellisShape& shape, MatrixView<const uint32_t> words, M
   const int64_t rings = words.rows();
   require_matrix("words", rings, words.cols(), rings, shape.words());
   require_matrix("states", states.rows(), states.cols(), rings, shape.steps());
-  const uint64_t mask = (uint64_t{1} << shape.window) - 1;
-  const int ring_bits = shape.ring_bits();
-  for (int64_t r = 0; r < rings; ++r) {
-    uint64_t state = trellis::state_at(words.row(r), ring_bits, ring_bits, shape.window);
-    for (int step = 0; step < shape.steps(); ++step) {
-      for (int bit = shape.first_bit(step); bit < shape.first_bit(step + 1); ++bit) {
-        state = state << 1 | (words(r, bit >> 5) >> (31 - (bit & 31)) & 1U);
-      }
-      states(r, step) = static_cast<uint32_t>(state & mask);
+  for (int64_t r = 0; r < rings; ++r) trellis::unpack_ring(shape, words.row(r), states.row(r));
+}
+
+double trellis_distortion(const TrellisCodebook& codebook, int half_bits, double ratio, int64_t rings,
+                          uint64_t seed, const TrellisEncodeOptions& options) {
+  const TrellisShape shape{codebook.window, half_bits, codebook.weights_per_step, trellis::kRingLength};
+  if (!(ratio > 0 && ratio <= 1000))
+    throw InvalidArgument("ratio", text_of(ratio), "a number above 0, at most 1000");
+  if (rings < 1) throw InvalidArgument("rings", text_of(rings), "1 or more");
+  static_cast<void>(resolve_threads(options.threads));
+  trellis::RingEncoder encoder(codebook, checked_shape(codebook, shape));
+  const std::vector<float> values = codebook.values();
+  const double scale = ratio * codebook.rms();
+  const CounterRandom random(seed);
+  std::vector<double> errors(static_cast<size_t>(ceil_div(rings, kRingsPerPiece)), 0.0);
+  // Pieces of a fixed size, so that the sum does not depend on the threads.
+  parallel_for(std::ssize(errors), options.threads, [&](int64_t piece) {
+    const int64_t first = piece * kRingsPerPiece;
+    const int64_t count = std::min(kRingsPerPiece, rings - first);
+    std::vector<float> targets(static_cast<size_t>(count * shape.length));
+    std::vector<uint32_t> states(static_cast<size_t>(count * shape.steps()));
+    for (size_t i = 0; i < targets.size(); ++i) {
+      targets[i] = static_cast<float>(scale * random.normal(static_cast<uint64_t>(first * shape.length) + i));
     }
-  }
+    encoder.encode({targets.data(), count, shape.length}, {states.data(), count, shape.steps()},
+                   options.search, 1);
+    const auto per_step = static_cast<size_t>(shape.weights_per_step);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const double error =
+          double{values[states[i / per_step] * per_step + i % per_step]} - double{targets[i]};
+      errors[static_cast<size_t>(piece)] += error * error;
+    }
+  });
+  double sum = 0;
+  for (const double error : errors) sum += error;
+  return sum / (static_cast<double>(rings) * shape.length * scale * scale);
 }
 
 }  // namespace quantloom

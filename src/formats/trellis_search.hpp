@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -21,7 +23,6 @@ constexpr int kNoEdge = -1;
 // The weights of all states, and their order in the forward pass.
 class SearchTable {
  public:
-  // Throws InvalidArgument unless the shape fits the codebook, and every step's bits fit the window.
   SearchTable(const TrellisCodebook& codebook, const TrellisShape& shape);
 
   const TrellisShape& shape() const { return shape_; }
@@ -82,6 +83,26 @@ struct SearchMemory {
 // Finds the states [targets.rows() <= kRingsAtOnce][steps] of rings near `targets` [.., length].
 void search_rings(const SearchTable& table, TrellisSearch search, MatrixView<const float> targets,
                   MatrixView<uint32_t> states, SearchMemory& memory);
+
+// Searches of any number of rings, by any number of threads, with the memory of the searches before.
+class RingEncoder {
+ public:
+  // Throws as encode_rings() does for a shape that the codebook does not fit.
+  RingEncoder(const TrellisCodebook& codebook, const TrellisShape& shape);
+  const TrellisShape& shape() const { return table_.shape(); }
+  // targets [rings, length], states [rings, steps]. May be called concurrently.
+  void encode(MatrixView<const float> targets, MatrixView<uint32_t> states, TrellisSearch search,
+              int threads);
+
+ private:
+  SearchTable table_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<SearchMemory>> free_;
+};
+
+// The states [steps] of a ring's words, which must be within the ring.
+void unpack_ring(const TrellisShape& shape, const uint32_t* words, uint32_t* states);
+void pack_ring(const TrellisShape& shape, const uint32_t* states, uint32_t* words);
 
 // The best ring whose states before and after step 0 share `edge`; returns its cost.
 float search_pinned(const SearchTable& table, int64_t edge, std::span<const float> targets,

@@ -18,7 +18,7 @@ struct CudaProduct {
   bool float32 = false;  // takes float32 activations besides float16 and bfloat16
   bool workspace = false;
   bool needs_wgmma = false;  // compute capability 9.0 only
-  bool vectors = false;      // takes vector codebooks besides scalar codes
+  bool all_formats = false;  // takes vector codebooks and outliers besides scalar codes
 };
 
 // In the order of preference where more than one could run.

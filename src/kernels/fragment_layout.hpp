@@ -20,6 +20,7 @@ struct FragmentLayout {
   int64_t group_count = 0;     // at least 1
   int64_t format_columns = 0;  // columns of a group in the format
   int64_t group_columns = 0;   // the same, padded: a multiple of 16
+  bool outliers = false;       // has planes of outliers
   bool gathered = false;       // columns change places: there is a plane "source"
   int64_t row_blocks = 0;      // at least 1
   int64_t column_blocks = 0;

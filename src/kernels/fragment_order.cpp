@@ -10,6 +10,7 @@
 #include "kernels/vector_fragments.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -50,6 +51,17 @@ void copy_element(const Tensor& from, int64_t i, Tensor& to, int64_t j) {
 
 void copy_plane(const Tensor& from, Tensor& to) {
   std::copy_n(from.bytes(), from.byte_count(), to.bytes());
+}
+
+bool is_outlier_plane(std::string_view name) {
+  return name.starts_with("outlier_");
+}
+
+// Outliers are the same in both orders.
+void copy_outliers(const std::map<std::string, Tensor>& from, std::map<std::string, Tensor>& to) {
+  for (const auto& [name, plane] : from) {
+    if (is_outlier_plane(name)) copy_plane(plane, to.at(name));
+  }
 }
 
 void require_on_cpu(const std::map<std::string, Tensor>& planes, const char* what) {
@@ -149,6 +161,11 @@ int64_t FragmentLayout::code_words() const {
 
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
+  if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
+    layout = fragment_layout(*outliers->dense, n, k, false);
+    layout.outliers = true;
+    return layout;
+  }
   const auto* scaled = dynamic_cast<const ScaledFormat*>(&format);
   if (const auto* grouped = dynamic_cast<const GroupedFormat*>(&format)) {
     layout.bits = grouped->bits;
@@ -194,7 +211,12 @@ const Tensor& PreparedPlanes::plane(std::string_view name) const {
 }
 
 std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t k, bool with_group_index) {
-  return specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
+  std::vector<PlaneSpec> specs = specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
+  if (dynamic_cast<const Outliers*>(&format) == nullptr) return specs;
+  for (PlaneSpec& spec : format.planes(n, k)) {
+    if (is_outlier_plane(spec.name)) specs.push_back(std::move(spec));
+  }
+  return specs;
 }
 
 void validate(const PreparedPlanes& prepared) {
@@ -247,9 +269,10 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   const bool indexed = packed.planes.contains("group_index");
   const FragmentLayout layout = fragment_layout(*packed.format, packed.n, packed.k, indexed);
   PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
-  for (const PlaneSpec& spec : specs_of(layout, indexed)) {
+  for (const PlaneSpec& spec : prepared_planes(*packed.format, packed.n, packed.k, indexed)) {
     prepared.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
   }
+  copy_outliers(packed.planes, prepared.planes);
   const auto source = fragment_source(*packed.format, packed.k, group_index_of(packed.planes));
   if (layout.gathered) std::ranges::copy(source, prepared.planes.at("source").values<int32_t>().begin());
   if (indexed) copy_plane(packed.plane("group_index"), prepared.planes.at("group_index"));
@@ -293,6 +316,7 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
       packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
     }
   }
+  copy_outliers(prepared.planes, packed.planes);
   if (indexed) copy_plane(prepared.plane("group_index"), packed.planes.at("group_index"));
   if (layout.table_entries > 0) copy_plane(prepared.plane("codebook"), packed.planes.at("codebook"));
   if (packed.k == 0 && !layout.per_tensor) return packed;

@@ -11,7 +11,7 @@
 namespace quantloom {
 namespace {
 
-constexpr int64_t kSlabRows = 64;
+constexpr int64_t kSlabRows = 128;
 
 // Copies rows [first_row, first_row + columns.cols()) of columns [first_column, + columns.rows()) as
 // columns.

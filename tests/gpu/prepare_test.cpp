@@ -154,6 +154,25 @@ TEST_P(PrepareVectorsCuda, EqualsTheCpuByteForByte) {
   }
 }
 
+class PrepareOutliersCuda : public PrepareCuda {};
+
+TEST_F(PrepareOutliersCuda, EqualsTheCpuByteForByte) {
+  Draws draws(5);
+  for (const char* dense : {"uniform:4:g24:asym", "uniform:3:g64", "codebook:nf4:g16",
+                            "vector_codebook:64x4:g8", "uniform:2:tensor"}) {
+    for (const auto& [n, k] :
+         std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {130, 100}, {67, 256}, {3, 0}}) {
+      ProductCase c;
+      c.format = std::make_shared<const Outliers>(format_from_spec(dense), n * k / 10);
+      c.n = n;
+      c.k = k;
+      c.seed = static_cast<uint64_t>(n);
+      check_round_trip(c);
+      check_decoding(c);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Dims, PrepareVectorsCuda, ::testing::Values(2, 4, 8));
 INSTANTIATE_TEST_SUITE_P(Bits, PrepareCuda, ::testing::Range(1, 9));
 INSTANTIATE_TEST_SUITE_P(Bits, PrepareCudaSmall, ::testing::Range(1, 9));

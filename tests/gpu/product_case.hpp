@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "product_reference.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -133,8 +135,11 @@ inline void draw_codes(Draws& draws, Tensor& plane, int64_t count, int bits, int
 inline int lowest_exponent(const ProductCase& c) {
   constexpr int kExponents[] = {-20, -14, -6, -2, 0};
   constexpr int kWideExponents[] = {-60, -20, -6, 0, 40};
-  const bool wide =
-      c.dtype != DType::f16 && dynamic_cast<const ScaledFormat&>(*c.format).scale_dtype != DType::f16;
+  const auto* const outliers = dynamic_cast<const Outliers*>(c.format.get());
+  const Format& dense = outliers != nullptr ? *outliers->dense : *c.format;
+  // Outliers are float16 whatever the rest is.
+  const bool wide = outliers == nullptr && c.dtype != DType::f16 &&
+                    dynamic_cast<const ScaledFormat&>(dense).scale_dtype != DType::f16;
   return (wide ? kWideExponents : kExponents)[c.seed / 2 % 5];
 }
 
@@ -174,7 +179,48 @@ inline std::shared_ptr<const Format> random_codebook(int bits, int64_t group, DT
   return std::make_shared<const Codebook>(std::span<const float>(table), group, scale_dtype, bits);
 }
 
+inline PackedTensor random_planes(const ProductCase& c, Draws& draws);
+
+// Outliers at random places, most of them in the first rows; values as small as weights if `exact`.
+inline PackedTensor random_outliers(const ProductCase& c, const Outliers& format, Draws& draws) {
+  ProductCase dense = c;
+  dense.format = format.dense;
+  PackedTensor packed = random_planes(dense, draws);
+  packed.format = c.format;
+  for (const PlaneSpec& spec : format.planes(c.n, c.k)) {
+    if (spec.name.starts_with("outlier_")) packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
+  }
+  const int64_t count = packed.plane("outlier_values").element_count();
+  std::set<int64_t> positions;
+  while (std::ssize(positions) < count) {
+    const int64_t rows = draws.below(3) == 0 ? std::min<int64_t>(c.n, 3) : c.n;
+    // Where the first rows are full, anywhere.
+    const int64_t row = std::ssize(positions) > 2 * c.k ? draws.below(c.n) : draws.below(rows);
+    positions.insert(row * c.k + draws.below(c.k));
+  }
+  const auto offsets = packed.planes.at("outlier_offsets").values<int32_t>();
+  Tensor& columns = packed.planes.at("outlier_columns");
+  const int lowest = lowest_exponent(c);
+  size_t i = 0;
+  for (const int64_t at : positions) {
+    for (auto row = static_cast<size_t>(at / c.k + 1); row < offsets.size(); ++row) ++offsets[row];
+    const auto column = static_cast<int32_t>(at % c.k);
+    if (columns.dtype() == DType::i32) {
+      columns.values<int32_t>()[i] = column;
+    } else {
+      columns.values<uint16_t>()[i] = static_cast<uint16_t>(column);
+    }
+    const float value =
+        c.exact ? std::ldexp(static_cast<float>(draws.below(17) - 8), lowest) : draws.normal();
+    packed.planes.at("outlier_values").values<uint16_t>()[i++] = f16_from_float(value);
+  }
+  return packed;
+}
+
 inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
+  if (const auto* outliers = dynamic_cast<const Outliers*>(c.format.get())) {
+    return random_outliers(c, *outliers, draws);
+  }
   const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
   const int lowest = lowest_exponent(c);

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_cases import needs_cuda
-from quantloom import _cuda_trellis
+from quantloom import trellis
 
 pytestmark = needs_cuda
 
@@ -50,7 +50,7 @@ def _decode(words, bits, weights):
 @pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1", "1mad"])
 def test_words_decode_to_the_weights_of_the_definition(rng, codebook, bits):
     words = rng.integers(-(2**31), 2**31, size=(5, 8 * bits)).astype(np.int32)
-    decoded = _cuda_trellis.decode_rings(torch.from_numpy(words).cuda(), bits, codebook)
+    decoded = trellis.decode_rings(torch.from_numpy(words).cuda(), bits, codebook)
     np.testing.assert_array_equal(decoded.cpu().numpy(), _decode(words, bits, _weights(codebook)))
 
 
@@ -58,8 +58,8 @@ def test_words_decode_to_the_weights_of_the_definition(rng, codebook, bits):
 @pytest.mark.parametrize(("bits", "least"), [(2, 0.0683), (3, 0.0175), (4, 0.00457)])
 def test_errors_are_those_of_the_weights(rng, bits, least, search):
     targets = torch.from_numpy(rng.standard_normal((300, 256)).astype(np.float32)).cuda()
-    words, errors = _cuda_trellis.encode_rings(targets, bits, search=search)
-    weights = _cuda_trellis.decode_rings(words, bits)
+    words, errors = trellis.encode_rings(targets, bits, search=search)
+    weights = trellis.decode_rings(words, bits)
     torch.testing.assert_close(errors, (targets - weights).square().sum(dim=1), rtol=1e-4, atol=0)
     assert float(errors.mean()) / 256 == pytest.approx(least, rel=0.03)
 
@@ -69,19 +69,31 @@ def test_errors_are_those_of_the_weights(rng, bits, least, search):
 )
 def test_half_bits_and_two_weights_a_step(rng, codebook, bits, error):
     targets = torch.from_numpy(rng.standard_normal((200, 256)).astype(np.float32)).cuda()
-    words, errors = _cuda_trellis.encode_rings(targets, bits, codebook)
+    words, errors = trellis.encode_rings(targets, bits, codebook)
     assert words.shape == (200, round(8 * bits))
-    weights = _cuda_trellis.decode_rings(words, bits, codebook)
+    weights = trellis.decode_rings(words, bits, codebook)
     torch.testing.assert_close(errors, (targets - weights).square().sum(dim=1), rtol=1e-4, atol=0)
     assert float(errors.mean()) / 256 == pytest.approx(error, rel=0.05)
+
+
+@pytest.mark.parametrize(("codebook", "bits"), [("mul1", 2), ("mcg-FF7A83E5", 3.5), ("rptc2", 2)])
+def test_rings_are_those_of_the_cpu_functions(rng, codebook, bits):
+    targets = rng.standard_normal((9, 256)).astype(np.float32)
+    words, errors = trellis.encode_rings(torch.from_numpy(targets).cuda(), bits, codebook)
+    states = trellis.unpack(words.cpu().numpy().view(np.uint32), bits, codebook)
+    weights = trellis.decode(states, bits, codebook)
+    np.testing.assert_array_equal(trellis.decode_rings(words, bits, codebook).cpu().numpy(), weights)
+    on_cpu = trellis.decode(trellis.encode(targets, bits, codebook), bits, codebook)
+    loss = np.square(targets - on_cpu).sum()
+    assert float(errors.sum()) == pytest.approx(float(loss), rel=0.005)
 
 
 def test_a_table_is_a_codebook(rng):
     table = rng.standard_normal(1 << 16).astype(np.float16)
     words = torch.from_numpy(rng.integers(-(2**31), 2**31, size=(7, 24)).astype(np.int32)).cuda()
-    decoded = _cuda_trellis.decode_rings(words, 3, table)
+    decoded = trellis.decode_rings(words, 3, table)
     np.testing.assert_array_equal(decoded.cpu().numpy(), _decode(words.cpu().numpy(), 3, table))
-    again, errors = _cuda_trellis.encode_rings(decoded, 3, table)
+    again, errors = trellis.encode_rings(decoded, 3, table)
     assert torch.equal(again, words)
     assert not errors.any()
 
@@ -89,59 +101,59 @@ def test_a_table_is_a_codebook(rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tiles_go_to_rings_and_back(rng, dtype):
     matrix = torch.from_numpy(rng.standard_normal((48, 80)).astype(np.float32)).cuda().to(dtype)
-    targets = _cuda_trellis.gather_tiles(matrix, 0.5)
+    targets = trellis.gather_tiles(matrix, 0.5)
     assert targets.shape == (15, 256)
     # Tile 4 is at block row 1, block column 1; lane 5 holds its positions 40 to 47.
     tile = matrix[16:32, 16:32].float().cpu().numpy() / 2
     lane = [tile[row, column] for row in (1, 9) for column in (2, 3, 10, 11)]
     np.testing.assert_array_equal(targets[4, 40:48].cpu().numpy(), lane)
-    words, errors = _cuda_trellis.encode_rings(targets, 4, "mcg")
-    decoded = _cuda_trellis.decode_tiles(words, (48, 80), 4, "mcg")
+    words, errors = trellis.encode_rings(targets, 4, "mcg")
+    decoded = trellis.decode_tiles(words, (48, 80), 4, "mcg")
     expected = (0.5 * matrix.float() - decoded).double().square().sum()
     torch.testing.assert_close(errors.double().sum(), expected, rtol=1e-5, atol=0)
-    rounded = _cuda_trellis.decode_tiles(words, (48, 80), 4, "mcg", dtype)
+    rounded = trellis.decode_tiles(words, (48, 80), 4, "mcg", dtype)
     assert torch.equal(rounded, decoded.to(dtype))
 
 
 def test_dtypes_and_empty_inputs():
-    words, errors = _cuda_trellis.encode_rings(torch.empty((0, 256), device="cuda"), 2)
+    words, errors = trellis.encode_rings(torch.empty((0, 256), device="cuda"), 2)
     assert words.shape == (0, 16) and errors.shape == (0,)
-    assert _cuda_trellis.decode_rings(words, 2, dtype="bfloat16").dtype == torch.bfloat16
+    assert trellis.decode_rings(words, 2, dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_the_workspace_does_not_change_the_rings(rng):
     targets = torch.from_numpy(rng.standard_normal((50, 256)).astype(np.float32)).cuda()
-    words, errors = _cuda_trellis.encode_rings(targets, 2, "mcg")
+    words, errors = trellis.encode_rings(targets, 2, "mcg")
     for size in (8 << 20, 50 << 20):
-        other = _cuda_trellis.encode_rings(targets, 2, "mcg", workspace_bytes=size)
+        other = trellis.encode_rings(targets, 2, "mcg", workspace_bytes=size)
         assert torch.equal(other[0], words) and torch.equal(other[1], errors)
 
 
 def test_bad_input_is_named():
     targets = torch.zeros((3, 256), device="cuda")
     with pytest.raises(TypeError, match="targets: got Tensor, expected a torch tensor on a CUDA device"):
-        _cuda_trellis.encode_rings(targets.cpu(), 2)
+        trellis.encode_rings(targets.cpu(), 2)
     with pytest.raises(ValueError, match=r"targets: got shape \[3, 255\]"):
-        _cuda_trellis.encode_rings(targets[:, :255], 2)
+        trellis.encode_rings(targets[:, :255], 2)
     with pytest.raises(ValueError, match="targets: got NaN"):
-        _cuda_trellis.encode_rings(targets / 0, 2)
+        trellis.encode_rings(targets / 0, 2)
     for bits in (0.5, 2.25, 9):
         with pytest.raises(ValueError, match=f"bits: got {bits}, expected 1 to 8"):
-            _cuda_trellis.encode_rings(targets, bits)
+            trellis.encode_rings(targets, bits)
     with pytest.raises(ValueError, match="bits: got 5, expected 1 to 4"):
-        _cuda_trellis.encode_rings(targets, 5, "hyb")
+        trellis.encode_rings(targets, 5, "hyb")
     with pytest.raises(ValueError, match="search: got 'slow'"):
-        _cuda_trellis.encode_rings(targets, 2, search="slow")
+        trellis.encode_rings(targets, 2, search="slow")
     with pytest.raises(ValueError, match="workspace_bytes: got 5"):
-        _cuda_trellis.encode_rings(targets, 2, workspace_bytes=5)
+        trellis.encode_rings(targets, 2, workspace_bytes=5)
     with pytest.raises(ValueError, match="4mad"):
-        _cuda_trellis.encode_rings(targets, 2, "4mad")
+        trellis.encode_rings(targets, 2, "4mad")
     with pytest.raises(ValueError, match=r"codebook: got shape \[3\]"):
-        _cuda_trellis.encode_rings(targets, 2, np.zeros(3))
+        trellis.encode_rings(targets, 2, np.zeros(3))
     with pytest.raises(TypeError, match="words: got"):
-        _cuda_trellis.decode_rings(targets[:, :16], 2)
+        trellis.decode_rings(targets[:, :16], 2)
     with pytest.raises(ValueError, match=r"matrix: got \[3, 256\], expected multiples of 16"):
-        _cuda_trellis.gather_tiles(targets)
+        trellis.gather_tiles(targets)
     words = torch.zeros((2, 16), dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="words: got 2 tiles, expected 1 "):
-        _cuda_trellis.decode_tiles(words, (16, 16), 2)
+        trellis.decode_tiles(words, (16, 16), 2)

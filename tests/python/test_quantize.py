@@ -12,6 +12,7 @@ import pytest
 import quantloom as ql
 
 SPECS = [example for entry in ql.format_table() for example in entry["examples"]]
+GROUPED = [spec for spec in SPECS if not spec.startswith("trellis:")]  # test_trellis.py has the others
 UNIFORM = [spec for spec in SPECS if spec.startswith("uniform:")]
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (3, 7), (17, 31), (8, 128), (5, 129), (33, 257)]
 
@@ -20,7 +21,7 @@ def same(a: ql.PackedTensor, b: ql.PackedTensor) -> bool:
     return all(np.array_equal(plane, b.planes[name]) for name, plane in a.planes.items())
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", GROUPED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decoding_follows_the_formula(rng, spec, shape):
     w = (rng.standard_normal(shape) * np.exp(rng.standard_normal(shape))).astype(np.float32)
@@ -120,14 +121,15 @@ def test_hard_numbers_decode_to_finite_ones_or_are_refused(rng, spec, hazard):
         assert np.abs(w).max() > 60_000
         outlier = "outlier" in str(error)
         assert outlier or "scale" in str(error)
-        assert "row" in str(error)
-        assert outlier or "group" in str(error)
+        if spec in GROUPED:
+            assert "row" in str(error)
+            assert outlier or "group" in str(error)
         return
     decoded = q.dequantize()
     assert np.isfinite(decoded).all()
     if "zeros" in hazard and getattr(q.format, "dense", q.format).bits > 1:
         assert (decoded == 0).all()
-    if hazard == "largest floats":
+    if hazard == "largest floats" and spec in GROUPED:
         assert q.format.scale_dtype != "float16"
 
 

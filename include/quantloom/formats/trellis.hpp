@@ -13,8 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "quantloom/formats/format.hpp"
 #include "quantloom/formats/trellis_shape.hpp"
-#include "quantloom/matrix_view.hpp"
 
 namespace quantloom {
 
@@ -74,5 +74,47 @@ void decode_rings(const TrellisCodebook& codebook, const TrellisShape& shape,
 void pack_rings(const TrellisShape& shape, MatrixView<const uint32_t> states, MatrixView<uint32_t> words);
 // Unpack: the states of words.
 void unpack_rings(const TrellisShape& shape, MatrixView<const uint32_t> words, MatrixView<uint32_t> states);
+
+// The mean squared error of coding `rings` rings of 256 independent N(0, 1) numbers (of CounterRandom(seed)),
+// over the source's variance. ratio: the source's standard deviation over the codebook's RMS when it is
+// coded; 1 / RMS codes it as it is. The bound for any code is 2^-half_bits. Throws InvalidArgument.
+double trellis_distortion(const TrellisCodebook& codebook, int half_bits, double ratio, int64_t rings = 1024,
+                          uint64_t seed = 0, const TrellisEncodeOptions& options = {});
+
+struct Trellis final : Format {
+  int half_bits;             // bits per weight, in halves
+  int64_t rotation;          // 128, or 0 for no rotation
+  TrellisCodebook codebook;  // the table of a packed matrix is that of its plane
+
+  // bits: 1, 1.5, ... 8; with two weights per step at most 4. Throws InvalidArgument naming the argument.
+  explicit Trellis(double bits, std::string_view codebook = "mul1", int64_t rotation = 128, int window = 16);
+  // With a codebook of one's own, such as a tuned table.
+  Trellis(double bits, TrellisCodebook codebook, int64_t rotation);
+
+  TrellisShape shape() const;
+  // Sizes are padded to multiples of this, with weights that nobody reads: 128 with the rotation, else 16.
+  int64_t size_unit() const { return rotation > 0 ? rotation : 16; }
+
+  std::string_view name() const override { return "trellis"; }
+  // "trellis:2:mul1", "trellis:2.5:mcg-FF7A83E5:plain:l18".
+  std::string spec() const override;
+  std::string to_json() const override;
+  std::vector<PlaneSpec> planes(int64_t n, int64_t k) const override;
+  void validate_values(const PackedTensor& packed) const override;
+  void decode(const PackedTensor& packed, int64_t first_row, MatrixView<float> out) const override;
+  // Scales are fitted to root mean squares: of each row, and with the rotation then of each column. Steps are
+  // of size_unit() columns, row ranges of multiples of size_unit() rows; group_of_column must be empty.
+  std::unique_ptr<ColumnEncoder> column_encoder(std::shared_ptr<const Format> self, int64_t n, int64_t k,
+                                                std::span<const int32_t> group_of_column) const override;
+
+  static std::shared_ptr<const Format> from_json(std::string_view json);
+  static std::shared_ptr<const Format> from_spec(std::string_view spec);
+
+ private:
+  std::shared_ptr<const std::vector<float>> values_;  // codebook.values()
+};
+
+// What the standard deviation of a normal source should be, over the codebook's RMS, for the least error.
+double trellis_best_ratio(int half_bits);
 
 }  // namespace quantloom

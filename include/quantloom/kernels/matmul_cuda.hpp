@@ -14,9 +14,9 @@
 
 namespace quantloom {
 
-// A matrix of codes (uniform, codebook, vector_codebook) in "fragment order": blocks of 64 rows x 64 columns,
-// in each the codes that one lane of a warp multiplies next to each other. Rows and columns are padded to
-// whole blocks, groups to multiples of 16 columns; padding has scale 0.
+// A matrix of codes (uniform, codebook, vector_codebook, each with or without outliers) in "fragment order":
+// blocks of 64 rows x 64 columns, in each the codes that one lane of a warp multiplies next to each other.
+// Rows and columns are padded to whole blocks, groups to multiples of 16 columns; padding has scale 0.
 //   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]; `bits` of a weight: for vectors those of a
 //                code over dim, rounded up
 //   scales       scale_dtype [ceil(n/64), groups, 8, 8]
@@ -25,6 +25,7 @@ namespace quantloom {
 //   source       int32 [64 * column_blocks], only if columns change places: the input of each column, -1 for
 //                padding
 //   group_index  as in the packed tensor, where it has one
+//   outlier_*    as in the packed tensor, where its format has outliers; columns are inputs, not padded
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;

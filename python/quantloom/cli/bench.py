@@ -81,3 +81,79 @@ def rotation(
             ]
         )
     common.console().print(common.table(None, columns, cells, set(columns[2:])))
+
+
+@app.command("distortion")
+@common.reports_errors
+def distortion(
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--code",
+            "-c",
+            metavar="CODEBOOK",
+            help="A trellis codebook (mul1, 3inst, mcg-FF7A83E5, rptc:l20, ...) or lloyd-max. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        list[float] | None,
+        typer.Option(help="Bits per weight. Repeatable. Default: 1, 2, 3, 4, 5.", show_default=False),
+    ] = None,
+    tiles: Annotated[int, typer.Option(min=1, help="Rings of 256 numbers.")] = 1024,
+    best: Annotated[
+        bool, typer.Option("--best", help="Also search for the best scale of the source.")
+    ] = False,
+    search: Annotated[str, typer.Option(help="fast, normal or best: how rings are closed.")] = "normal",
+    seed: Annotated[int, typer.Option(min=0, help="Of the source.")] = 0,
+    threads: common.Threads = 0,
+    progress: common.Progress = None,
+    json: common.Json = False,
+    traceback: common.Traceback = False,
+) -> None:
+    """Errors of trellis codes on independent N(0, 1) numbers, over their variance.
+
+    In two conventions: "unscaled" codes the numbers on the codebook as it is, "matched" scales them to its
+    root mean square. With 1024 tiles an error is known to about 0.3%. One core codes about 200 thousand
+    numbers a second.
+
+    **Example**
+
+        quantloom bench distortion --code 3inst --code mul1 --bits 2 --tiles 256
+    """
+    from quantloom import trellis
+
+    options = {"codes": code} if code else {}
+    with common.progress_bar(progress) as update:
+        rows = trellis.distortion_table(
+            bits=bits or (1, 2, 3, 4, 5),
+            tiles=tiles,
+            seed=seed,
+            best=best,
+            search=search,
+            threads=threads,
+            progress=update,
+            **options,
+        )
+    if json:
+        common.print_json({"tiles": tiles, "seed": seed, "search": search, "rows": rows})
+        return
+    columns = ["bits", "code", "RMS", "unscaled", "matched"]
+    columns += ["best", "at ratio"] if best else []
+    columns += ["equivalent bits", "bound"]
+    cells = []
+    for row in rows:
+        scaled = ["" if row.best is None else f"{row.best:.5f}", f"{row.best_ratio or 1:.2f}"] if best else []
+        cells.append(
+            [
+                f"{row.bits:g}",
+                row.code,
+                "" if row.rms is None else f"{row.rms:.8f}",
+                "" if row.unscaled is None else f"{row.unscaled:.5f}",
+                f"{row.matched:.5f}",
+                *scaled,
+                f"{row.equivalent_bits:.3f}",
+                f"{row.bound:.6f}",
+            ]
+        )
+    common.console().print(common.table(None, columns, cells, {*columns} - {"code"}))

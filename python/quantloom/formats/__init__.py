@@ -1,6 +1,6 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform``, ``Codebook``, ``VectorCodebook`` and ``Outliers`` are the formats that
+Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``Trellis`` and ``Outliers`` are the formats that
 ``ql.quantize`` packs matrices to and that kernels multiply with; they need NumPy only. The others are a
 vocabulary to compare formats with, for torch tensors of any shape: element formats (floats, integers, tables,
 vector tables), density-based tables, Lloyd-Max, and wrappers that add block scales, outliers, rotations and
@@ -27,6 +27,7 @@ from quantloom.formats.packed import (
     Codebook,
     Format,
     Outliers,
+    Trellis,
     Uniform,
     VectorCodebook,
     format_from_json,
@@ -72,6 +73,7 @@ __all__ = [
     "Codebook",
     "Format",
     "Outliers",
+    "Trellis",
     "Uniform",
     "VectorCodebook",
     "format_from_json",

@@ -19,6 +19,7 @@ __all__ = [
     "Codebook",
     "Format",
     "Outliers",
+    "Trellis",
     "Uniform",
     "VectorCodebook",
     "format_from_json",
@@ -294,6 +295,56 @@ def _vector_tables(table: Any, codebooks: int, entries: int, dim: int) -> np.nda
     return values
 
 
+@dataclass(frozen=True)
+class Trellis(Format):
+    """Trellis-coded tiles of 16 x 16 weights (QTIP, Tseng et al. 2024), in the layout of EXL3: the least
+    error for its bits, from a search that costs minutes where a grid costs seconds.
+
+    ``W = diag(output_scales) P Q P diag(input_scales)``: Q are the weights that the tiles' rings decode to,
+    P is an orthonormal Hadamard transform of blocks of 128, which makes any weights nearly normal, and
+    scales carry random signs.
+
+    Args:
+        bits: 1, 1.5, 2, ... 8; at most 4 for ``"hyb"`` and ``"rptc2"``.
+        codebook: how a window of bits becomes weights; see ``quantloom.trellis.codebook``:
+            ``"mul1"`` (default), ``"3inst"``, ``"mcg"``, ``"1mad"``, ``"hyb"``, ``"rptc"``, ``"rptc2"``, and
+            ``"mcg-HEX"`` or ``"mul1-HEX"`` for an odd multiplier of 8 hexadecimal digits.
+        rotation: 128, or None for none: weights should then be nearly normal as they are.
+        window: bits of a state, 8 to 20 (16 with a table). More bits err less; encoding takes twice as long
+            for each.
+
+    Matrices of any size: tiles are padded to multiples of 128 rows and columns (16 without rotation), and
+    the padding counts as stored bits.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    bits: float
+    codebook: str = "mul1"
+    rotation: int | None = 128
+    window: int = 16
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        bits = _checks.real("bits", self.bits, "1 to 8 in steps of 1/2")
+        codebook = _checks.string("codebook", self.codebook, "the name of a codebook")
+        rotation = 0
+        if self.rotation is not None:
+            rotation = _checks.integer("rotation", self.rotation, 1, "128 or None")
+        window = _checks.integer("window", self.window, expected="an integer from 8 to 20")
+        text = _core.trellis_json(bits, codebook, rotation, window)
+        entry = _json.loads(text)
+        set_field(self, "bits", entry["bits"])
+        set_field(self, "codebook", entry["codebook"])
+        set_field(self, "rotation", entry["rotation"] or None)
+        set_field(self, "window", window)
+        set_field(self, "_json", text)
+
+    def to_json(self) -> str:
+        return self._json
+
+
 def _scale_dtype(dtype: Any) -> str:
     if not isinstance(dtype, str):  # np.float16, np.dtype("float16"), torch.float16
         name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
@@ -332,7 +383,7 @@ def parse_format(spec: str | Format) -> Format:
       g64, f16
     - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
       each matrix; defaults: g64 (or the next multiple of DIM), f16
-
+    - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
     - ``outliers:PERCENT%:DENSE`` with the short form of another format; ``outliers:nCOUNT:DENSE`` for the
       format of a packed tensor
 
@@ -362,4 +413,6 @@ def _from_fields(entry: dict[str, Any]) -> Format:
         return VectorCodebook(entries, dim, entry["group_size"], codebooks, entry["scale_dtype"], table)
     if entry["format"] == "outliers":
         return Outliers(_from_fields(entry["dense"]), entry.get("percent"), entry.get("count"))
+    if entry["format"] == "trellis":
+        return Trellis(entry["bits"], entry["codebook"], entry["rotation"] or None, entry["window"])
     raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")

@@ -12,6 +12,7 @@
 #include "kernels/fragment_layout.hpp"
 #include "kernels/random_vectors.hpp"
 #include "quantloom/formats/format.hpp"
+#include "quantloom/rounding/nearest.hpp"
 #include "test_matrices.hpp"
 
 namespace quantloom {
@@ -84,6 +85,23 @@ TEST(VectorOrder, RoundTripsAndRefuses) {
   EXPECT_THROW(static_cast<void>(prepared_planes(VectorCodebook(4097, 2), 8, 8, false)), Unsupported);
   EXPECT_THROW(static_cast<void>(prepared_planes(VectorCodebook(16, 4, 8, DType::f16, 2), 8, 8, false)),
                Unsupported);
+}
+
+TEST(VectorOrder, KeepsOutliers) {
+  auto w = testing::normal_values(97 * 130, 3);
+  for (const char* spec : {"outliers:2%:uniform:3:g32:asym", "outliers:1%:vector_codebook:64x4:g24",
+                           "outliers:0.001%:codebook:nf4:g64"}) {
+    SCOPED_TRACE(spec);
+    const PackedTensor packed =
+        round_nearest(MatrixView<const float>(w.data(), 97, 130), format_from_spec(spec)).tensor;
+    const PreparedPlanes prepared = prepare_fragments(packed);
+    validate(prepared);
+    EXPECT_TRUE(prepared.has("outlier_columns"));
+    EXPECT_TRUE(testing::same_planes(unprepare_fragments(prepared), packed));
+    PreparedPlanes lacking = prepared;
+    lacking.planes.erase("outlier_values");
+    EXPECT_THROW(validate(lacking), InvalidArgument);
+  }
 }
 
 // Registers of all lanes for one step of a unit: a[lane][register]. Lanes exchange what they shuffle.

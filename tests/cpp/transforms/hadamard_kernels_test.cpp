@@ -116,11 +116,11 @@ void expect_dense_stream(int order) {
   using S = cuda::DenseStream<T, kHalves, kPower, kGroups>;
   for (int variant = 0; variant < 3; ++variant) {
     const int64_t per_row = variant == 1 && kPower < 8 ? 2 : 1;
-    Job<T> job(3, int64_t{order} << kPower, per_row, variant == 2, variant);
+    Job<T> job(kPower < 9 ? 3 : 2, int64_t{order} << kPower, per_row, variant == 2, variant);
     const auto signs = cuda::dense_signs<S::kTiles>(order, variant == 2);
     const int stages = 2 - variant % 2;
     // Blocks of threads that work through several blocks, some of which change their columns.
-    const int blocks = kPower < 8 ? 1 : 2;
+    const int blocks = kPower == 8 ? 2 : 1;
     emulated::launch(blocks, S::kThreads, S::bytes(order, stages), [&] {
       cuda::dense_stream_kernel<T, kHalves, kPower, kGroups>(job.arguments, order, stages, signs);
     });
@@ -180,8 +180,7 @@ TEST(HadamardKernels, DenseStreamsEqualTheCpu) {
   expect_dense_stream<__half, 3, 8>(20);
   expect_dense_stream<__half, 3, 8, 1>(20);
   expect_dense_stream<__nv_bfloat16, 4, 9>(28);
-  expect_dense_stream<__half, 4, 9, 1>(28);
-  expect_dense_stream<__half, 4, 10>(28);
+  expect_dense_stream<__half, 4, 9, 2>(28);
   expect_dense_stream<__half, 3, 10>(20);
   expect_dense_stream<__half, 2, 11>(12);
   expect_dense_stream<float, 2, 4>(12);

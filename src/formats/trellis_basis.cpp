@@ -1,0 +1,122 @@
+#include "formats/trellis_basis.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "quantloom/dtype.hpp"
+#include "quantloom/random.hpp"
+
+namespace quantloom::trellis {
+namespace {
+
+constexpr float kNorm = 0.08838834764831845F;  // 1 / sqrt(128)
+constexpr uint64_t kInputSigns = 1;            // seeds
+constexpr uint64_t kOutputSigns = 2;
+
+void add_subtract(float* __restrict a, float* __restrict b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float sum = a[i] + b[i];
+    b[i] = a[i] - b[i];
+    a[i] = sum;
+  }
+}
+
+uint16_t stored(double scale, std::string_view side, int64_t index) {
+  const uint16_t bits = f16_from_float(static_cast<float>(scale));
+  if ((bits & 0x7FFFU) >= 0x7C00U) {
+    throw NumericError(
+        text_of("scale of ", side, " ", index, ": got ", scale,
+                ", expected at most 65504, as float16 holds: divide the weights by a constant"));
+  }
+  return bits;
+}
+
+double sign_of(uint64_t seed, int64_t index) {
+  const auto i = static_cast<uint64_t>(index);
+  return (CounterRandom(seed).bits(i / 64) >> i % 64 & 1U) != 0 ? -1 : 1;
+}
+
+}  // namespace
+
+void rotate_columns(MatrixView<float> matrix) {
+  for (int64_t r = 0; r < matrix.rows(); ++r) {
+    for (int64_t block = 0; block < matrix.cols(); block += kRotation) {
+      float* x = matrix.row(r) + block;
+      for (int64_t half = 1; half < kRotation; half *= 2) {
+        for (int64_t i = 0; i < kRotation; i += 2 * half) add_subtract(x + i, x + i + half, half);
+      }
+      for (int64_t i = 0; i < kRotation; ++i) x[i] *= kNorm;
+    }
+  }
+}
+
+void rotate_rows(MatrixView<float> matrix) {
+  const int64_t cols = matrix.cols();
+  for (int64_t block = 0; block < matrix.rows(); block += kRotation) {
+    for (int64_t half = 1; half < kRotation; half *= 2) {
+      for (int64_t i = 0; i < kRotation; ++i) {
+        if ((i & half) == 0) add_subtract(matrix.row(block + i), matrix.row(block + i + half), cols);
+      }
+    }
+    for (int64_t i = 0; i < kRotation; ++i) {
+      float* row = matrix.row(block + i);
+      for (int64_t c = 0; c < cols; ++c) row[c] *= kNorm;
+    }
+  }
+}
+
+Scales unit_scales(int64_t n, int64_t k) {
+  const uint16_t one = f16_from_float(1);
+  return {std::vector<uint16_t>(static_cast<size_t>(k), one),
+          std::vector<uint16_t>(static_cast<size_t>(n), one)};
+}
+
+void fit_rows(MatrixView<const float> columns, int64_t first_row, std::span<const float> shrink,
+              double target, Scales& scales) {
+  const int64_t rows = columns.cols();
+  std::vector<double> squares(static_cast<size_t>(rows), 0.0);
+  for (int64_t c = 0; c < columns.rows(); ++c) {
+    const float* value = columns.row(c);
+    for (int64_t r = 0; r < rows; ++r) squares[static_cast<size_t>(r)] += double{value[r]} * double{value[r]};
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const double rms = std::sqrt(squares[static_cast<size_t>(r)] / static_cast<double>(columns.rows()));
+    const double factor = shrink.empty() ? 1.0 : double{shrink[static_cast<size_t>(r)]};
+    scales.output[static_cast<size_t>(first_row + r)] = stored(factor * rms / target, "row", first_row + r);
+  }
+}
+
+void fit_both(MatrixView<const float> columns, float shrink, double target, Scales& scales) {
+  const int64_t k = columns.rows();
+  const int64_t n = columns.cols();
+  std::vector<double> output(static_cast<size_t>(n), 0.0);
+  for (int64_t c = 0; c < k; ++c) {
+    const float* value = columns.row(c);
+    for (int64_t r = 0; r < n; ++r) output[static_cast<size_t>(r)] += double{value[r]} * double{value[r]};
+  }
+  double mean = 0;
+  for (double& square : output) {
+    square = std::sqrt(square / static_cast<double>(k));
+    mean += square / static_cast<double>(n);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const auto j = static_cast<size_t>(r);
+    const double scale = mean > 0 ? output[j] / mean : 0;
+    scales.output[j] = stored(sign_of(kOutputSigns, r) * scale, "row", r);
+    const double kept = std::abs(double{float_from_f16(scales.output[j])});
+    output[j] = kept > 0 ? 1 / kept : 0;
+  }
+  for (int64_t c = 0; c < k; ++c) {
+    const float* value = columns.row(c);
+    double squares = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      const double left = double{value[r]} * output[static_cast<size_t>(r)];
+      squares += left * left;
+    }
+    const double rms = std::sqrt(squares / static_cast<double>(n));
+    scales.input[static_cast<size_t>(c)] =
+        stored(sign_of(kInputSigns, c) * double{shrink} * rms / target, "column", c);
+  }
+}
+
+}  // namespace quantloom::trellis

@@ -1,0 +1,36 @@
+// The basis in which a trellis codes a matrix: blocks of 128 rows and columns, transformed on both sides.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "quantloom/matrix_view.hpp"
+
+namespace quantloom::trellis {
+
+constexpr int64_t kRotation = 128;
+
+// Each row's blocks of 128 columns by the orthonormal Hadamard matrix of natural order; its own inverse.
+void rotate_columns(MatrixView<float> matrix);
+// Each column's blocks of 128 rows.
+void rotate_rows(MatrixView<float> matrix);
+
+// Scales of a matrix as they are stored.
+struct Scales {
+  std::vector<uint16_t> input;   // float16 [k]
+  std::vector<uint16_t> output;  // float16 [n]
+};
+
+// Scales of ones.
+Scales unit_scales(int64_t n, int64_t k);
+// Fits the output scales of rows [first_row, + columns.cols()), from all their columns [k, rows], to their
+// root mean squares, so that values over scales have the RMS `target`. shrink: empty or a factor for each
+// row. Throws NumericError for a scale that float16 does not hold.
+void fit_rows(MatrixView<const float> columns, int64_t first_row, std::span<const float> shrink,
+              double target, Scales& scales);
+// Fits both sides from all columns [k, n]: output scales to the root mean squares of the rows over their
+// mean, then input scales to what is left; both with random signs.
+void fit_both(MatrixView<const float> columns, float shrink, double target, Scales& scales);
+
+}  // namespace quantloom::trellis
