@@ -192,9 +192,23 @@ def multiply(x: _arrays.Array, w: CodedTensor, added: Any, threads: int) -> Any:
     return _cuda.product(x.value, w._cuda, n, k, x.value.device, added)
 
 
-def coded_of(q: Encoded, device: str, threads: int) -> CodedTensor:
-    """`q` coded for a device, which `q` keeps."""
-    kept = q.__dict__.setdefault("_coded", {})
+def operand_of(q: Encoded, device: str, threads: int) -> CodedTensor | PackedTensor:
+    """What products on a device read instead of `q`, which keeps it: coded weights where it is entropy-coded,
+    else a packed tensor."""
+    kept = q.__dict__.setdefault("_operands", {})
     if device not in kept:
-        kept[device] = kept["cpu"].to(device) if "cpu" in kept else code(q, device, threads=threads)
+        if "cpu" in kept:
+            kept[device] = kept["cpu"].to(device)
+        elif _entropy_coded(q.format):
+            kept[device] = code(q, device, threads=threads)
+        else:
+            kept[device] = q.to_packed().to(device)
     return kept[device]
+
+
+def _entropy_coded(fmt: Any) -> bool:
+    from quantloom.formats import CompressedLUTFormat, LinearScalingFormat, ScaledFormat
+
+    while isinstance(fmt, (LinearScalingFormat, ScaledFormat)):
+        fmt = fmt.element_format if isinstance(fmt, LinearScalingFormat) else fmt.format
+    return isinstance(fmt, CompressedLUTFormat)

@@ -193,8 +193,9 @@ def matmul(
         x: ``[..., k]``, float32, float16 or bfloat16, NumPy or torch, on the device of `q`.
         q: W ``[n, k]``, a ``PackedTensor`` or what ``prepare`` made of one. A packed tensor is prepared in
             the first call and keeps the result, which takes about as much memory again; use ``prepare``
-            to own that memory. Or entropy-coded weights: what ``code`` made, or an ``Encoded`` matrix, which
-            is coded in the first call on a device and keeps the result.
+            to own that memory. Or entropy-coded weights, which ``code`` made. Or an
+            ``Encoded`` matrix, which is coded (if it is entropy-coded) or packed in the first call on a
+            device and keeps the result.
         activations: ``"exact"``: x enters as it is, sums are taken in float32. ``"int8"`` (on the CPU): x is
             rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
             8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
@@ -212,7 +213,7 @@ def matmul(
     threads = _checks.thread_count(threads)
     if coded.is_encoded(q):
         device = _arrays.describe("x", x).device
-        q = coded.coded_of(q, device, threads)
+        q = coded.operand_of(q, device, threads)
     if not isinstance(q, (PackedTensor, PreparedTensor, CodedTensor)):
         raise TypeError(
             f"q: got {_checks.type_name(q)}, expected a PackedTensor, a PreparedTensor or coded weights"

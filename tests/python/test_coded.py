@@ -76,6 +76,17 @@ def test_other_elements_than_entropy_coded_ones():
         np.testing.assert_allclose(ql.code(encoded).dequantize(), encoded.decode().numpy(), rtol=1e-6)
 
 
+def test_encoded_matrices_without_entropy_coding_multiply():
+    w = torch.from_numpy(weights(24, 128))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(4))
+    inner = Q.LinearScalingFormat(Q.NF4, Q.BFLOAT16, (1, 64), "absmax")
+    for fmt in (inner, Q.SparseFormat(inner, Q.BFLOAT16, 0.01)):
+        encoded = fmt.encode(w)
+        expected = x.double() @ encoded.decode().double().T
+        assert (ql.matmul(x, encoded).double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+        assert isinstance(encoded.__dict__["_operands"]["cpu"], ql.PackedTensor)
+
+
 def test_bits_are_near_the_entropy():
     w = torch.from_numpy(weights(1024, 2048))
     encoded = compressed(w).encode(w)
@@ -114,10 +125,10 @@ def test_an_encoded_matrix_is_coded_once():
     w = torch.from_numpy(weights(16, 64))
     encoded = compressed(w).encode(w)
     ql.matmul(torch.ones(1, 64), encoded)
-    kept = encoded.__dict__["_coded"]["cpu"]
+    kept = encoded.__dict__["_operands"]["cpu"]
     ql.matmul(torch.ones(2, 64), encoded)
-    assert encoded.__dict__["_coded"]["cpu"] is kept
-    assert "_coded" not in pickle.loads(pickle.dumps(encoded)).__dict__
+    assert encoded.__dict__["_operands"]["cpu"] is kept
+    assert "_operands" not in pickle.loads(pickle.dumps(encoded)).__dict__
 
 
 def test_refuses_what_it_does_not_take():

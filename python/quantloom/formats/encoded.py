@@ -132,7 +132,7 @@ class Encoded:
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what products keep here.
-        return {name: value for name, value in self.__dict__.items() if name != "_coded"}
+        return {name: value for name, value in self.__dict__.items() if name != "_operands"}
 
     def scaled_codes(self) -> tuple[np.ndarray, tuple[float, ...], np.ndarray, tuple[int, int]]:
         """A matrix as codes of one table under block scales, as kernels take it.
