@@ -46,5 +46,6 @@
 #include "quantloom/rounding/cuda.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "quantloom/rounding/trellis_feedback.hpp"
 #include "quantloom/transforms/hadamard.hpp"
 #include "quantloom/transforms/hadamard_cuda.hpp"

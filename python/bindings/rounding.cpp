@@ -6,6 +6,7 @@
 #include "calibration.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "quantloom/rounding/trellis_feedback.hpp"
 #include "reports.hpp"
 
 namespace quantloom::python {
@@ -79,11 +80,32 @@ py::tuple error_feedback(const ArrayRef& w, const std::string& format, const Sha
   return to_pair(std::move(rounded));
 }
 
+py::tuple trellis_feedback(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
+                           bool consistent_hessian, bool refit, double damping, bool act_order,
+                           const SharedHessian* held_out, int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  Rounded rounded;
+  {
+    const py::gil_scoped_release release;
+    const HessianPair hessians(&hessian, held_out);
+    ErrorFeedbackOptions options;
+    options.damping = damping;
+    options.act_order = act_order;
+    options.held_out = hessians.second();
+    options.threads = to_int("threads", threads);
+    rounded =
+        round_trellis_feedback(weights, std::dynamic_pointer_cast<const Trellis>(format_from_json(format)),
+                               *hessians.first(), options, {consistent_hessian, refit});
+  }
+  return to_pair(std::move(rounded));
+}
+
 }  // namespace
 
 void bind_rounding(py::module_& module) {
   module.def("round_nearest", &nearest);
   module.def("round_error_feedback", &error_feedback);
+  module.def("round_trellis_feedback", &trellis_feedback);
 }
 
 }  // namespace quantloom::python

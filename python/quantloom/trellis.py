@@ -33,6 +33,7 @@ __all__ = [
     "encode_rings",
     "gather_tiles",
     "pack",
+    "quantize",
     "unpack",
 ]
 
@@ -280,6 +281,66 @@ def _on_cuda(argument: str, value: Any) -> Any:
     from quantloom import _cuda_trellis
 
     return _cuda_trellis
+
+
+def quantize(
+    w: Any,
+    format: Any,
+    hessian: Any,
+    *,
+    consistent_hessian: bool = True,
+    refit: bool = True,
+    damp: float = 0.01,
+    act_order: bool = True,
+    held_out: Any = None,
+    threads: int = 0,
+) -> Any:
+    """``quantloom.quantize(w, format, GPTQ(hessian))`` for a rotated trellis, with the choices of its own.
+
+    Scales are fitted to root mean squares, W is divided by them and rotated, and error feedback walks over 16
+    columns of that basis at a time.
+
+    Args:
+        w: ``[out_features, in_features]`` on the CPU.
+        format: a ``Trellis`` with its rotation, or its short form.
+        hessian, damp, act_order, held_out: as of ``GPTQ``.
+        consistent_hessian: True: the Hessian is brought into the basis with the scales, so that the walk
+            minimises the error of the layer's output. False: with their signs alone, as EXL3's own quantizer
+            does; to compare with.
+        refit: multiplies each output scale afterwards by the factor that minimises its row's error.
+
+    Returns a ``PackedTensor``. Raises TypeError or ValueError naming the argument.
+    """
+    from quantloom.formats import Trellis, parse_format
+    from quantloom.rounding import GPTQ, RoundingReport
+    from quantloom.tensors import PackedTensor
+
+    matrix = _arrays.matrix("w", w)
+    form = parse_format(format)
+    if not isinstance(form, Trellis):
+        raise ValueError(f"format: got {form.spec!r}, expected a trellis")
+    rounding = GPTQ(hessian, damp=damp, act_order=act_order, held_out=held_out)
+    if rounding.hessian is None:
+        raise ValueError("hessian: got None, expected a Hessian")
+    for name in ("hessian", "held_out"):
+        given = getattr(rounding, name)
+        if given is not None and given.k != matrix.shape[1]:
+            raise ValueError(f"{name}: got a Hessian of {given.k} inputs, expected {matrix.shape[1]}")
+        if given is not None and given.device != "cpu":
+            raise TypeError(f"{name}: got a Hessian on {given.device}, expected one on the CPU")
+    packed, report = _core.round_trellis_feedback(
+        matrix.core,
+        form.to_json(),
+        rounding.hessian._core,
+        _checks.boolean("consistent_hessian", consistent_hessian),
+        _checks.boolean("refit", refit),
+        rounding.damp,
+        rounding.act_order,
+        rounding.held_out and rounding.held_out._core,
+        _checks.thread_count(threads),
+    )
+    report["damping_tried"] = tuple(report["damping_tried"])
+    return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
 
 
 def distortion(

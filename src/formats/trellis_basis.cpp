@@ -9,13 +9,14 @@
 namespace quantloom::trellis {
 namespace {
 
-constexpr float kNorm = 0.08838834764831845F;  // 1 / sqrt(128)
+constexpr double kNorm = 0.08838834764831845;  // 1 / sqrt(128)
 constexpr uint64_t kInputSigns = 1;            // seeds
 constexpr uint64_t kOutputSigns = 2;
 
-void add_subtract(float* __restrict a, float* __restrict b, int64_t count) {
+template <class T>
+void add_subtract(T* __restrict a, T* __restrict b, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const float sum = a[i] + b[i];
+    const T sum = a[i] + b[i];
     b[i] = a[i] - b[i];
     a[i] = sum;
   }
@@ -38,19 +39,21 @@ double sign_of(uint64_t seed, int64_t index) {
 
 }  // namespace
 
-void rotate_columns(MatrixView<float> matrix) {
+template <class T>
+void rotate_columns(MatrixView<T> matrix) {
   for (int64_t r = 0; r < matrix.rows(); ++r) {
     for (int64_t block = 0; block < matrix.cols(); block += kRotation) {
-      float* x = matrix.row(r) + block;
+      T* x = matrix.row(r) + block;
       for (int64_t half = 1; half < kRotation; half *= 2) {
         for (int64_t i = 0; i < kRotation; i += 2 * half) add_subtract(x + i, x + i + half, half);
       }
-      for (int64_t i = 0; i < kRotation; ++i) x[i] *= kNorm;
+      for (int64_t i = 0; i < kRotation; ++i) x[i] *= static_cast<T>(kNorm);
     }
   }
 }
 
-void rotate_rows(MatrixView<float> matrix) {
+template <class T>
+void rotate_rows(MatrixView<T> matrix) {
   const int64_t cols = matrix.cols();
   for (int64_t block = 0; block < matrix.rows(); block += kRotation) {
     for (int64_t half = 1; half < kRotation; half *= 2) {
@@ -59,11 +62,16 @@ void rotate_rows(MatrixView<float> matrix) {
       }
     }
     for (int64_t i = 0; i < kRotation; ++i) {
-      float* row = matrix.row(block + i);
-      for (int64_t c = 0; c < cols; ++c) row[c] *= kNorm;
+      T* row = matrix.row(block + i);
+      for (int64_t c = 0; c < cols; ++c) row[c] *= static_cast<T>(kNorm);
     }
   }
 }
+
+template void rotate_columns(MatrixView<float> matrix);
+template void rotate_columns(MatrixView<double> matrix);
+template void rotate_rows(MatrixView<float> matrix);
+template void rotate_rows(MatrixView<double> matrix);
 
 Scales unit_scales(int64_t n, int64_t k) {
   const uint16_t one = f16_from_float(1);

@@ -12,9 +12,15 @@ namespace quantloom::trellis {
 constexpr int64_t kRotation = 128;
 
 // Each row's blocks of 128 columns by the orthonormal Hadamard matrix of natural order; its own inverse.
-void rotate_columns(MatrixView<float> matrix);
+template <class T>
+void rotate_columns(MatrixView<T> matrix);
 // Each column's blocks of 128 rows.
-void rotate_rows(MatrixView<float> matrix);
+template <class T>
+void rotate_rows(MatrixView<T> matrix);
+extern template void rotate_columns(MatrixView<float> matrix);
+extern template void rotate_columns(MatrixView<double> matrix);
+extern template void rotate_rows(MatrixView<float> matrix);
+extern template void rotate_rows(MatrixView<double> matrix);
 
 // Scales of a matrix as they are stored.
 struct Scales {

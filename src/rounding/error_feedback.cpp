@@ -11,6 +11,8 @@
 #include "quantloom/checked_math.hpp"
 #include "quantloom/parallel.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "quantloom/rounding/trellis_feedback.hpp"
+#include "rounding/feedback_report.hpp"
 #include "rounding/inverse_factor.hpp"
 #include "rounding/scale_search.hpp"
 #include "rounding/walk.hpp"
@@ -235,8 +237,10 @@ std::unique_ptr<ColumnEncoder> walking_encoder(const std::shared_ptr<const Forma
   return format->column_encoder(format, n, static_cast<int64_t>(order.size()), group_of_column);
 }
 
-void measure(const FloatMatrix& w, const std::shared_ptr<const Format>& format, const Hessian& hessian,
-             const ErrorFeedbackOptions& options, Rounded& rounded) {
+}  // namespace
+
+void measure_feedback(const FloatMatrix& w, const std::shared_ptr<const Format>& format,
+                      const Hessian& hessian, const ErrorFeedbackOptions& options, Rounded& rounded) {
   std::vector<const Hessian*> hessians;
   if (options.measure_losses) {
     hessians.push_back(&hessian);
@@ -260,8 +264,6 @@ void measure(const FloatMatrix& w, const std::shared_ptr<const Format>& format, 
   }
 }
 
-}  // namespace
-
 Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format> format,
                              const Hessian& hessian, const ErrorFeedbackOptions& options) {
   if (format == nullptr) throw InvalidArgument("format", "null", "a format");
@@ -269,6 +271,10 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   static_cast<void>(format->planes(n, k));
+  if (const auto trellis = std::dynamic_pointer_cast<const Trellis>(format);
+      trellis && trellis->rotation > 0) {
+    return round_trellis_feedback(w, trellis, hessian, options);
+  }
   require_usable(hessian, k);
   if (options.held_out != nullptr) require_hessian(*options.held_out, k, "held_out");
   require_finite(w, "w", options.threads);
@@ -304,7 +310,7 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
 
   round_columns(w, *encoder, options, hessian, fit_on_the_walk, std::move(order), report);
   rounded.tensor = encoder->finish(options.threads);
-  measure(w, format, hessian, options, rounded);
+  measure_feedback(w, format, hessian, options, rounded);
   return rounded;
 }
 

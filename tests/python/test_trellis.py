@@ -209,6 +209,44 @@ def test_less_error_than_a_grid(rng):
     assert errors["uniform:2:g128:asym"] > 2 * errors["trellis:2"]
 
 
+def test_error_feedback(rng):
+    sizes = np.exp(0.7 * rng.standard_normal(256))
+    w = (rng.standard_normal((128, 256)) * sizes).astype(np.float32)
+    hessian, held_out = ql.Hessian(256), ql.Hessian(256)
+    for h in (hessian, held_out):
+        h.add(
+            ((rng.standard_normal((600, 256)) + rng.standard_normal((600, 1))) * sizes[::-1]).astype(
+                np.float32
+            )
+        )
+    form = ql.Trellis(2, window=12)
+    q = ql.quantize(w, form, ql.GPTQ(hessian, held_out=held_out))
+    report = q.report
+    assert report.method == "gptq"
+    assert report.proxy_loss < 0.8 * report.proxy_loss_nearest
+    assert report.held_out_loss < report.held_out_loss_nearest
+    assert report.proxy_loss == pytest.approx(ql.proxy_loss(w, q, hessian), rel=1e-4)
+    same = trellis.quantize(w, form.spec, hessian)
+    np.testing.assert_array_equal(same.planes["codes"], q.planes["codes"])
+    np.testing.assert_array_equal(same.planes["output_scales"], q.planes["output_scales"])
+    signs_only = trellis.quantize(w, form, hessian, consistent_hessian=False, refit=False)
+    consistent = trellis.quantize(w, form, hessian, refit=False)
+    assert report.proxy_loss <= consistent.report.proxy_loss < signs_only.report.proxy_loss
+    for arguments, error, words in [
+        ((w, "uniform:4", hessian), ValueError, "format.*trellis"),
+        ((w, "trellis:2:plain", hessian), ValueError, "format.*rotated"),
+        ((w, form, None), ValueError, "hessian"),
+        ((w[:, :128], form, hessian), ValueError, "hessian.*256.*128"),
+        ((w + np.nan, form, hessian), ValueError, "w.*row 0"),
+    ]:
+        with pytest.raises(error, match=words):
+            trellis.quantize(*arguments)
+    with pytest.raises(TypeError, match="refit"):
+        trellis.quantize(w, form, hessian, refit=1)
+    with pytest.raises(ValueError, match="scale_search"):
+        ql.quantize(w, form, ql.GPTQ(hessian, scale_search=ql.ScaleSearch()))
+
+
 def test_distortion_table():
     rows = trellis.distortion_table(
         ["lloyd-max", "3inst", "mul1", "hyb", "rptc:l12"], [1, 2, 2.5], tiles=48, best=True

@@ -223,7 +223,7 @@ TEST(Trellis, ErrorFeedbackTakesPart) {
   }
   Hessian hessian(kCols);
   hessian.add(MatrixView<const float>(x.data(), 2 * kCols, kCols));
-  for (const char* spec : {"trellis:2:mul1:l12", "trellis:2:mul1:plain:l12"}) {
+  for (const char* spec : {"trellis:2:mul1:plain:l12", "trellis:2.5:3inst:plain:l10"}) {
     const RoundingReport report =
         round_error_feedback(MatrixView<const float>(w.data(), kRows, kCols), format_from_spec(spec), hessian)
             .report;
