@@ -23,13 +23,21 @@ hessian = ql.Hessian(k)
 hessian.add(x)
 
 exact = x @ w.T
-print(f"{'format':26} {'rounding':8} {'bits/weight':>11} {'output error':>12}")
-for spec in ("uniform:8:g128", "uniform:4:g128:asym", "uniform:3:g128:asym", "uniform:2:g64:asym"):
+print(f"{'format':34} {'rounding':8} {'bits/weight':>11} {'output error':>12}")
+SPECS = (
+    "uniform:8:g128",
+    "uniform:4:g128:asym",
+    "vector_codebook:64x2:g128",
+    "outliers:1%:uniform:3:g128",
+    "uniform:3:g128:asym",
+    "uniform:2:g64:asym",
+)
+for spec in SPECS:
     for name, rounding in (("nearest", ql.Nearest()), ("gptq", ql.GPTQ(hessian))):
         q = ql.quantize(w, spec, rounding)
         # A product straight from the packed codes.
         error = np.linalg.norm(ql.matmul(x, q) - exact) / np.linalg.norm(exact)
-        print(f"{q.format.spec:26} {name:8} {q.bits_per_weight:11.3f} {error:12.4f}")
+        print(f"{q.format.spec:34} {name:8} {q.bits_per_weight:11.3f} {error:12.4f}")
 
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "layer.safetensors"

@@ -107,6 +107,22 @@ def test_a_prepared_tensor_keeps_its_planes(rng):
     np.testing.assert_array_equal(ql.matmul(x, prepared), before)
 
 
+def test_the_bytes_are_those_of_the_description_of_the_format():
+    q = ql.PackedTensor(
+        ql.VectorCodebook(3, 2, group_size=4),
+        (1, 6),
+        {
+            "codes": np.array([[0x18]], np.int32),
+            "codebook": np.array([[[-1, 0], [0, 1], [0.5, 0.5]]], np.float16),
+            "scales": np.array([[1, 2]], np.float16),
+        },
+    )
+    np.testing.assert_array_equal(q.dequantize(), [[-1, 0, 0.5, 0.5, 0, 2]])
+    hexadecimal = {name: plane.tobytes().hex(" ") for name, plane in q.planes.items()}
+    assert hexadecimal["codebook"] == "00 bc 00 00 00 00 00 3c 00 38 00 38"
+    assert hexadecimal["scales"] == "00 3c 00 40"
+
+
 def test_tables_of_ones_own_are_stored_as_they_are(rng):
     q = ql.quantize(rng.standard_normal((9, 24)).astype(np.float32), FORMATS[-1])
     np.testing.assert_array_equal(q.planes["codebook"], TABLE.astype(np.float16)[None])
