@@ -35,17 +35,22 @@ class VectorFragments {
   __device__ __forceinline__ void prepare(const void* table, int entries, void* shared) {
     const auto lane = static_cast<int>(threadIdx.x % 32);
     if constexpr (kInShared) {
-      // A thread writes all copies of a pair of values, which lie kEntryBytes apart.
-      constexpr int kPairs = kEntries * kDim / 2;
-      const auto* const from = static_cast<const uint32_t*>(table);
-      auto* const to = static_cast<uint32_t*>(shared);
-      for (auto first = static_cast<int>(threadIdx.x); first < kPairs;
-           first += static_cast<int>(blockDim.x)) {
-        const int entry = first / (kDim / 2);
-        const uint32_t pair = entry < entries ? in_type<T>(from[first]) : 0U;
+      // 16 bytes to a thread at a time, next to those of its neighbours. Several loads are on their way at
+      // once.
+      constexpr int kBatch = 4;
+      constexpr int kPieces = kSharedBytes / 16;
+      constexpr int kEntryPieces = kEntryBytes * kCopies / 16;
+      const auto stride = static_cast<int>(blockDim.x);
+      for (auto first = static_cast<int>(threadIdx.x); first < kPieces; first += kBatch * stride) {
+        uint4 batch[kBatch];
 #pragma unroll
-        for (int copy = 0; copy < kCopies; ++copy) {
-          to[(entry * kCopies + copy) * (kDim / 2) + first % (kDim / 2)] = pair;
+        for (int b = 0; b < kBatch; ++b) {
+          const int entry = (first + b * stride) / kEntryPieces;
+          batch[b] = entry < entries ? copies_of<T>(table, entry) : make_uint4(0U, 0U, 0U, 0U);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (first + b * stride < kPieces) static_cast<uint4*>(shared)[first + b * stride] = batch[b];
         }
       }
       const int copy = (kDim == 8 ? lane / 2 : lane) % kCopies;
@@ -126,6 +131,24 @@ class VectorFragments {
         return static_cast<uint32_t>(*reinterpret_cast<const unsigned short*>(&rounded));
       };
       return one(pair) | one(pair >> 16) << 16;
+    }
+  }
+
+  // As many copies of an entry as 16 bytes hold.
+  template <class T>
+  static __device__ __forceinline__ uint4 copies_of(const void* table, int entry) {
+    static_assert(kEntryBytes * kCopies % 16 == 0);
+    if constexpr (kDim == 2) {
+      const uint32_t pair = in_type<T>(__ldg(static_cast<const uint32_t*>(table) + entry));
+      return make_uint4(pair, pair, pair, pair);
+    } else if constexpr (kDim == 4) {
+      const uint2 four = __ldg(static_cast<const uint2*>(table) + entry);
+      const uint32_t low = in_type<T>(four.x);
+      const uint32_t high = in_type<T>(four.y);
+      return make_uint4(low, high, low, high);
+    } else {
+      const uint4 eight = __ldg(static_cast<const uint4*>(table) + entry);
+      return make_uint4(in_type<T>(eight.x), in_type<T>(eight.y), in_type<T>(eight.z), in_type<T>(eight.w));
     }
   }
 
