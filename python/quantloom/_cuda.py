@@ -143,6 +143,9 @@ def decode(
 ) -> torch.Tensor:
     """W ``[n, k]`` of planes in fragment order on a CUDA device; `core` describes them."""
     require_kernels("dequantize")
+    if "outlier_values" in planes and dtype != torch.float32:
+        # The kernel would round the dense value, and then the sum.
+        return decode(planes, core, n, k, torch.float32).to(dtype)
     device = planes["codes"].device
     stride = 64 * planes["codes"].shape[1]
     out = torch.empty((n, stride), dtype=dtype, device=device)

@@ -102,7 +102,8 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
 // Decodes to `out` [n, stride] of `dtype` (float16, bfloat16, float32) on the current device: column c of the
 // padded columns holds input source[c], or input c where there is no plane "source"; columns of padding are
 // undefined. `stride` >= 64 * column_blocks and a multiple of 8 elements, `out` aligned to 16 bytes. Values
-// are those of dequantize(), rounded to `dtype`. Asynchronous, as matmul_cuda(); throws as it does.
+// are those of dequantize(), rounded to `dtype`; where there is an outlier, the dense value is rounded first.
+// Asynchronous, as matmul_cuda(); throws as it does.
 void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int64_t stride, void* stream);
 
 }  // namespace quantloom
