@@ -2,6 +2,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "common/check.cuh"
 #include "common/device.hpp"
@@ -9,6 +12,7 @@
 #include "quantloom/transforms/hadamard_cuda.hpp"
 #include "transforms/hadamard_dense.cuh"
 #include "transforms/hadamard_dense_stream.hpp"
+#include "transforms/hadamard_dense_wide.cuh"
 #include "transforms/hadamard_launch.cuh"
 #include "transforms/hadamard_walsh.cuh"
 
@@ -22,8 +26,8 @@ using cuda::WalshShape;
 
 constexpr int64_t kSmallestBlock = 16;
 constexpr int64_t kLargestBlock = 32768;
-constexpr int64_t kLargestOrder = 256;
-constexpr int kSmallestPower = 4;  // of blocks with a dense order
+constexpr int64_t kLargestTiled = 256;  // orders above it leave at most 2^6 of kLargestBlock
+constexpr int kSmallestPower = 4;       // of blocks with a dense order
 
 template <class T, int kLog>
 void launch_walsh(const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
@@ -99,10 +103,57 @@ void launch_dense(HadamardSize size, const HadamardArguments& a, const DeviceFac
   return launch_dense<T, 16>(size, a, stream);
 }
 
+// The words of M on a device, uploaded at their first use and kept for the life of the process.
+const uint32_t* kept_words(int64_t order, bool transposed, int device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int64_t, bool>, const uint32_t*> kept;
+  const std::scoped_lock lock(mutex);
+  const std::tuple<int, int64_t, bool> key{device, order, transposed};
+  if (const auto found = kept.find(key); found != kept.end()) return found->second;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &capturing), "hadamard_cuda: stream");
+  if (capturing != cudaStreamCaptureStatusNone) {
+    throw Unsupported(text_of("hadamard_cuda: the first transform of order ", order,
+                              " uploads its matrix, which a CUDA graph cannot capture: run one before"));
+  }
+  const std::vector<uint32_t> words =
+      cuda::sign_words(order, transposed, static_cast<int>(ceil_div(order, 16)));
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, 4 * words.size()), "hadamard_cuda: device memory");
+  const cudaError_t status = cudaMemcpy(memory, words.data(), 4 * words.size(), cudaMemcpyHostToDevice);
+  if (status != cudaSuccess) static_cast<void>(cudaFree(memory));
+  check_cuda(status, "hadamard_cuda: copy to the device");
+  return kept.emplace(key, static_cast<const uint32_t*>(memory)).first->second;
+}
+
+template <class T, int kPower>
+void launch_wide(int64_t order, const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
+  using S = cuda::DenseWide<T, kPower>;
+  const int bytes = S::bytes(static_cast<int>(order));
+  if (bytes > device.shared_memory) {
+    throw Unsupported(text_of("hadamard_cuda: order ", order, " takes ", bytes,
+                              " bytes of shared memory, expected at most ", device.shared_memory,
+                              " on this device"));
+  }
+  const uint32_t* words = kept_words(order, a.inverse, device.index, stream);
+  const int64_t blocks = std::min<int64_t>(a.units, int64_t{2} * device.processors);
+  cuda::launch_hadamard(cuda::dense_wide_kernel<T, kPower>, blocks, S::kThreads, bytes, stream, a,
+                        static_cast<int>(order), words);
+}
+
+template <class T>
+void launch_wide(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
+                 cudaStream_t stream) {
+  if (size.power == 4) return launch_wide<T, 4>(size.order, a, device, stream);
+  if (size.power == 5) return launch_wide<T, 5>(size.order, a, device, stream);
+  launch_wide<T, 6>(size.order, a, device, stream);
+}
+
 template <class T>
 void launch_any(HadamardSize size, const HadamardArguments& a, const DeviceFacts& device,
                 cudaStream_t stream) {
   if (size.order == 1) return launch_walsh<T>(size.power, a, device, stream);
+  if (size.order > kLargestTiled) return launch_wide<T>(size, a, device, stream);
   return launch_dense<T>(size, a, device, stream);
 }
 
@@ -127,7 +178,6 @@ std::optional<std::string> why_not_hadamard_cuda(HadamardSize size, DType dtype)
       text_of("no CUDA kernel transforms blocks of ", n, " = ", size.order, " * 2^", size.power);
   if (n > kLargestBlock) return text_of(got, ", expected at most ", kLargestBlock);
   if (size.order == 1 && n < kSmallestBlock) return text_of(got, ", expected at least ", kSmallestBlock);
-  if (size.order > kLargestOrder) return text_of(got, ", expected an order of at most ", kLargestOrder);
   if (size.order > 1 && size.power < kSmallestPower) {
     return text_of(got, ", expected at least 2^", kSmallestPower, " beside an order");
   }

@@ -6,6 +6,7 @@
 // butterflies.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -25,16 +26,15 @@ struct DenseSigns {
   uint32_t words[kWords];
 };
 
-// Entries of M as DenseSigns has them; of its transpose for the inverse.
-template <int kTiles>
-DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
+// Entries of M as DenseSigns has them, [tiles][ceil(tiles / 4)][32]; of its transpose for the inverse.
+inline std::vector<uint32_t> sign_words(int64_t order, bool transposed, int tiles) {
   const std::vector<int8_t> base = hadamard_base(order);
-  DenseSigns<kTiles> signs{};
-  constexpr int kGroups = DenseSigns<kTiles>::kGroups;
-  for (int row_tile = 0; row_tile < kTiles; ++row_tile) {
-    for (int tile = 0; tile < kTiles; ++tile) {
+  const int groups = (tiles + 3) / 4;
+  std::vector<uint32_t> words(static_cast<size_t>(tiles) * static_cast<size_t>(groups) * 32, 0);
+  for (int row_tile = 0; row_tile < tiles; ++row_tile) {
+    for (int tile = 0; tile < tiles; ++tile) {
       for (int lane = 0; lane < 32; ++lane) {
-        uint32_t& word = signs.words[(row_tile * kGroups + tile / 4) * 32 + lane];
+        uint32_t& word = words[static_cast<size_t>((row_tile * groups + tile / 4) * 32 + lane)];
         for (int r = 0; r < 4; ++r) {
           for (int half = 0; half < 2; ++half) {
             const int64_t row = 16 * row_tile + lane / 4 + 8 * (r % 2);
@@ -47,6 +47,14 @@ DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
       }
     }
   }
+  return words;
+}
+
+template <int kTiles>
+DenseSigns<kTiles> dense_signs(int64_t order, bool transposed) {
+  const std::vector<uint32_t> words = sign_words(order, transposed, kTiles);
+  DenseSigns<kTiles> signs{};
+  std::copy(words.begin(), words.end(), signs.words);
   return signs;
 }
 

@@ -21,8 +21,12 @@ struct CudaHadamardOptions {
 // be x itself. Queued on `stream` (a cudaStream_t); allocates nothing, waits for nothing and can be captured
 // in a graph. Sums are taken in another order than on the CPU: results differ by float32 roundings.
 //
-// Throws the errors of hadamard(), and Unsupported naming the block if no kernel takes it: blocks are powers
-// of two from 16 to 32768, or order * 2^power up to 32768 with order up to 256 and 2^power at least 16.
+// Blocks are powers of two from 16 to 32768, or order * 2^power up to 32768 with 2^power at least 16. For an
+// order above 256 the first call on a device (and the first inverse) allocates and uploads M, up to 128 KiB
+// that stay; it waits for that, and a graph cannot capture it.
+//
+// Throws the errors of hadamard(), and Unsupported naming the block if no kernel takes it, or the device has
+// too little shared memory for an order above 256.
 void hadamard_cuda(const CudaMatrix& x, void* out, int64_t out_stride, const CudaHadamardOptions& options,
                    void* stream);
 

@@ -13,6 +13,7 @@
 #include "quantloom/transforms/hadamard.hpp"
 #include "transforms/hadamard_dense.cuh"
 #include "transforms/hadamard_dense_stream.cuh"
+#include "transforms/hadamard_dense_wide.cuh"
 #include "transforms/hadamard_walsh.cuh"
 
 namespace quantloom {
@@ -128,6 +129,18 @@ void expect_dense_stream(int order) {
   }
 }
 
+template <class T, int kPower>
+void expect_dense_wide(int order) {
+  using S = cuda::DenseWide<T, kPower>;
+  for (int variant = 0; variant < 3; ++variant) {
+    Job<T> job(1, int64_t{order} << kPower, 1 + variant % 2, variant == 2, variant);
+    const std::vector<uint32_t> signs = cuda::sign_words(order, variant == 2, (order + 15) / 16);
+    emulated::launch(1, S::kThreads, S::bytes(order),
+                     [&] { cuda::dense_wide_kernel<T, kPower>(job.arguments, order, signs.data()); });
+    job.expect_equal();
+  }
+}
+
 TEST(HadamardKernels, PowersOfTwoEqualTheCpu) {
   expect_walsh<__half, 4>(3, 2);
   expect_walsh<float, 4>(3, 1);
@@ -196,6 +209,13 @@ TEST(HadamardKernels, DenseStreamsOfLargeOrdersEqualTheCpu) {
   expect_dense_stream<__half, 14, 6>(108);
   expect_dense_stream<__nv_bfloat16, 22, 5>(172);
   expect_dense_stream<__half, 22, 6>(148);
+}
+
+TEST(HadamardKernels, WideOrdersEqualTheCpu) {
+  expect_dense_wide<__half, 4>(276);
+  expect_dense_wide<__nv_bfloat16, 5>(60);
+  expect_dense_wide<float, 5>(36);
+  expect_dense_wide<__half, 6>(68);
 }
 
 // Lanes of a warp meet different banks in each access of the exchanges.
