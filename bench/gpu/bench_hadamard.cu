@@ -82,7 +82,7 @@ nlohmann::json run(bool quick) {
   }
   rows.push_back(measure(stream, kBatch, 4096, 128, DType::f16, true));
   rows.push_back(measure(stream, kBatch, 4096, 128, DType::bf16, true));
-  for (const int64_t n : {11008, 13824, 18944, 27648}) {
+  for (const int64_t n : {11008, 13824, 18944, 27648, 29568}) {
     if (!quick) rows.push_back(measure(stream, kBatch, n, n, DType::f16, false));
   }
   for (const int64_t m : {1, 8, 64}) {
