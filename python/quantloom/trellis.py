@@ -353,7 +353,8 @@ def distortion(
     search: str = "normal",
     threads: int = 0,
 ) -> float:
-    """The mean squared error of coding `tiles` rings of 256 independent N(0, 1) numbers, over their variance.
+    """The mean squared error of coding `tiles` rings of 256 independent N(0, 1) numbers, over their own mean
+    square.
 
     ratio: the source's standard deviation over the codebook's RMS when it is coded. The bound for any code is
     ``4 ** -bits``.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 
 #include "formats/description.hpp"
 #include "formats/trellis_codes.hpp"
@@ -230,6 +231,7 @@ double trellis_distortion(const TrellisCodebook& codebook, int half_bits, double
   const double scale = ratio * codebook.rms();
   const CounterRandom random(seed);
   std::vector<double> errors(static_cast<size_t>(ceil_div(rings, kRingsPerPiece)), 0.0);
+  std::vector<double> energies(errors.size(), 0.0);
   // Pieces of a fixed size, so that the sum does not depend on the threads.
   parallel_for(std::ssize(errors), options.threads, [&](int64_t piece) {
     const int64_t first = piece * kRingsPerPiece;
@@ -246,11 +248,11 @@ double trellis_distortion(const TrellisCodebook& codebook, int half_bits, double
       const double error =
           double{values[states[i / per_step] * per_step + i % per_step]} - double{targets[i]};
       errors[static_cast<size_t>(piece)] += error * error;
+      energies[static_cast<size_t>(piece)] += double{targets[i]} * double{targets[i]};
     }
   });
-  double sum = 0;
-  for (const double error : errors) sum += error;
-  return sum / (static_cast<double>(rings) * shape.length * scale * scale);
+  const double error = std::accumulate(errors.begin(), errors.end(), 0.0);
+  return error / std::accumulate(energies.begin(), energies.end(), 0.0);
 }
 
 }  // namespace quantloom

@@ -76,8 +76,9 @@ void pack_rings(const TrellisShape& shape, MatrixView<const uint32_t> states, Ma
 void unpack_rings(const TrellisShape& shape, MatrixView<const uint32_t> words, MatrixView<uint32_t> states);
 
 // The mean squared error of coding `rings` rings of 256 independent N(0, 1) numbers (of CounterRandom(seed)),
-// over the source's variance. ratio: the source's standard deviation over the codebook's RMS when it is
-// coded; 1 / RMS codes it as it is. The bound for any code is 2^-half_bits. Throws InvalidArgument.
+// over their own mean square, which takes most of the chance out. ratio: the source's standard deviation over
+// the codebook's RMS when it is coded; 1 / RMS codes it as it is. The bound for any code is 2^-half_bits.
+// Throws InvalidArgument.
 double trellis_distortion(const TrellisCodebook& codebook, int half_bits, double ratio, int64_t rings = 1024,
                           uint64_t seed = 0, const TrellisEncodeOptions& options = {});
 

@@ -111,7 +111,7 @@ def distortion(
     json: common.Json = False,
     traceback: common.Traceback = False,
 ) -> None:
-    """Errors of trellis codes on independent N(0, 1) numbers, over their variance.
+    """Errors of trellis codes on independent N(0, 1) numbers, over their mean square.
 
     In two conventions: "unscaled" codes the numbers on the codebook as it is, "matched" scales them to its
     root mean square. With 1024 tiles an error is known to about 0.3%. One core codes about 200 thousand
