@@ -29,16 +29,17 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, i
       "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
-// From shared to global memory: what threads wrote before order_for_bulk_copies() and a barrier. Multiples of 16
-// bytes, at such addresses. The thread's copies since its last call are then waited for together.
+// From shared to global memory: what threads wrote before order_for_bulk_copies() and a barrier. Multiples of
+// 16 bytes, at such addresses. The thread's copies since its last call are then waited for together.
 __device__ __forceinline__ void order_for_bulk_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void copy_bulk_out(void* global, uint32_t shared, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-               "cp.async.bulk.commit_group;" ::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(global),
+      "r"(shared), "r"(bytes)
+      : "memory");
 }
 // Until shared memory has been read, and until global memory has been written.
 __device__ __forceinline__ void wait_for_reads() {

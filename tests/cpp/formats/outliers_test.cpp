@@ -55,10 +55,9 @@ TEST(Outliers, DescribesItself) {
     std::string text = json;
     return text.replace(text.find(from), from.size(), to);
   };
-  for (const std::string& bad :
-       {changed("12", "-1"), changed("12", "1.5"),
-        changed("\"count\":12,", ""), changed("\"bits\":4", "\"bits\":9"), changed(dense->to_json(), "4"),
-        changed(dense->to_json(), json)}) {
+  for (const std::string& bad : {changed("12", "-1"), changed("12", "1.5"), changed("\"count\":12,", ""),
+                                 changed("\"bits\":4", "\"bits\":9"), changed(dense->to_json(), "4"),
+                                 changed(dense->to_json(), json)}) {
     EXPECT_THROW(format_from_json(bad), InvalidArgument) << bad;
   }
   EXPECT_THROW(Outliers(nullptr, 1.0), InvalidArgument);
