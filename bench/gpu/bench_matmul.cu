@@ -1,7 +1,8 @@
 // Products straight from packed codes on the device, against a copy, the streaming floor and cuBLAS.
 //
 //   bench_matmul [--formats LIST] [--shapes NxK,...] [--tokens LIST] [--kernels LIST] [--splits LIST]
-//                [--dtype float16|bfloat16] [--overlap] [--crossover] [--quick] [--json FILE] [--markdown]
+//                [--digits on|off] [--dtype float16|bfloat16] [--overlap] [--crossover] [--quick]
+//                [--json FILE] [--markdown]
 //
 // Times are of launches in a CUDA graph of about 3 ms that rotates over copies of the weights larger than
 // six L2 caches (as far as 30 ms of launches go), the median replay over its launches. In the same run: a
@@ -12,12 +13,15 @@
 //
 // --kernels: names of the kernel table, "all", or "auto" (what the table picks; the default). --splits: parts
 // of each tile along k or, in the streaming kernels, blocks of threads that share a block of rows; 0 for the
-// choice by shape. --overlap: also with programmatic dependent launch, beside a floor whose launches overlap
-// likewise. --crossover: all kernels over many numbers of tokens, and at the end the fastest for each.
+// choice by shape. --digits: whether the streaming kernels multiply one token on integers, where they can;
+// without it, where that is faster. --overlap: also with programmatic dependent launch, beside a floor whose
+// launches overlap likewise. --crossover: all kernels over many numbers of tokens, and at the end the fastest
+// for each.
 #include <cstdio>
 #include <cstring>
 #include <ctime>
 #include <iostream>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -38,6 +42,7 @@ struct Settings {
   std::vector<int64_t> tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096};
   std::vector<std::string> kernels = {"auto"};
   std::vector<int64_t> splits = {0};
+  std::optional<bool> digits = std::nullopt;
   DType dtype = DType::f16;
   bool overlap = false;
   bool crossover = false;
@@ -104,6 +109,10 @@ Settings parse(int argc, char** argv) {
     } else if (option == "--kernels") {
       settings.kernels = split(value(), ',');
       own_kernels = true;
+    } else if (option == "--digits") {
+      const std::string text = value();
+      if (text != "on" && text != "off") throw InvalidArgument(option, text, "on or off");
+      settings.digits = text == "on";
     } else if (option == "--dtype") {
       settings.dtype = dtype_from_name(value());
     } else if (option == "--json") {
@@ -118,8 +127,8 @@ Settings parse(int argc, char** argv) {
       quick = true;
     } else {
       throw InvalidArgument(option, "an unknown option",
-                            "--formats --shapes --tokens --kernels --splits --dtype --overlap --crossover "
-                            "--quick --json --markdown");
+                            "--formats --shapes --tokens --kernels --splits --digits --dtype --overlap "
+                            "--crossover --quick --json --markdown");
     }
   }
   if (settings.dtype != DType::f16 && settings.dtype != DType::bf16) {
@@ -281,8 +290,10 @@ class Benchmark {
         for (const int64_t splits : settings_.splits) {
           for (const bool overlap : {false, true}) {
             if (overlap && !settings_.overlap) continue;
-            const CudaMatmulOptions options{
-                .overlap = overlap, .kernel = kernel, .splits = static_cast<int>(splits)};
+            const CudaMatmulOptions options{.overlap = overlap,
+                                            .kernel = kernel,
+                                            .splits = static_cast<int>(splits),
+                                            .digits = settings_.digits};
             const auto why_not = why_not_matmul_cuda(*product.format(), m, settings_.dtype, options);
             if (why_not.has_value()) {
               reason = *why_not;

@@ -33,6 +33,7 @@ std::set<std::string> check_case(const ProductCase& c, Draws& draws) {
     check({.kernel = kernel});
     check({.kernel = kernel, .splits = static_cast<int>(1 + draws.below(8))});
     check({.overlap = true, .kernel = kernel});
+    check({.kernel = kernel, .digits = true});
   }
   return taken;
 }
@@ -77,8 +78,10 @@ TEST_F(OutlierProductCuda, WideMatricesAndNoOutliers) {
   c.format = std::make_shared<const Outliers>(format_from_spec("uniform:2:g128"), int64_t{900});
   c.n = 70;
   c.k = 70'000;  // columns of 32 bits
-  c.m = 2;
-  check_case(c, draws);
+  for (const int64_t m : {1, 2}) {
+    c.m = m;
+    check_case(c, draws);
+  }
   c.format = std::make_shared<const Outliers>(format_from_spec("uniform:4:g128"), int64_t{0});
   c.k = 512;
   check_case(c, draws);

@@ -65,7 +65,8 @@ struct CudaMatmulOptions {
   int splits = 0;
   // For measurements and tests: whether the streaming kernels multiply one token on integers, where they can
   // (uniform formats of 1 to 3 bits, groups of whole multiples of 64 columns, k in multiples of 128 that
-  // leave room in shared memory). Unset: where it is faster.
+  // leave room in shared memory). Unset: where it is faster. Activations are then rounded to 2^-23 of the
+  // largest of their 128 columns or less, and one that is not finite makes NaN, not infinity.
   std::optional<bool> digits = std::nullopt;
 };
 
