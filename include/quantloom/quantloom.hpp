@@ -35,6 +35,7 @@
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
+#include "quantloom/io/exl3.hpp"
 #include "quantloom/io/gptq.hpp"
 #include "quantloom/io/packed_file.hpp"
 #include "quantloom/io/safetensors.hpp"

@@ -1,7 +1,9 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
+#include "quantloom/formats/format.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
+#include "quantloom/io/exl3.hpp"
 #include "quantloom/io/gptq.hpp"
 #include "quantloom/io/packed_file.hpp"
 
@@ -83,6 +85,18 @@ void bind_io(py::module_& module) {
                return import_layout(&from_compressed_tensors, arrays,
                                     CompressedTensorsSettings{to_int("bits", bits), group_size, symmetric});
              });
+  module.def("exl3_refusal", [](const std::string& json) { return exl3_refusal(*format_from_json(json)); });
+  module.def("to_exl3", [](const PackedTensor& packed) {
+    std::map<std::string, Tensor> tensors;
+    {
+      const py::gil_scoped_release release;
+      tensors = to_exl3(packed);
+    }
+    return to_numpy(tensors, false);  // planes are shared with it
+  });
+  module.def("from_exl3", [](const Arrays& arrays, int64_t n, int64_t k) {
+    return import_layout(&from_exl3, arrays, Exl3Settings{n, k});
+  });
 }
 
 }  // namespace quantloom::python

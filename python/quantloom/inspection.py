@@ -1,7 +1,7 @@
 """What a checkpoint holds: tensors, formats, and bits per weight counted from the stored bytes.
 
-Takes one safetensors file or a model folder: an original, one of ours, or one in the GPTQ or
-compressed-tensors layout. Loads neither torch nor transformers.
+Takes one safetensors file or a model folder: an original, one of ours, or one in the GPTQ,
+compressed-tensors or EXL3 layout. Loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class TensorEntry:
 class Inspection:
     path: str
     layout: str
-    """"plain", "quantloom", "gptq", "gptq_v2", "compressed-tensors", or another library's quant_method."""
+    """"plain", "quantloom", "gptq", "gptq_v2", "compressed-tensors", "exl3", or another
+    library's quant_method."""
     architecture: str | None
     """From config.json, if there is one."""
     files: dict[str, int]
@@ -243,6 +244,8 @@ def _layout(ours: bool, foreign: list[TensorEntry], quantization: dict[str, Any]
         return "quantloom"
     if foreign and any("qweight" in entry.planes for entry in foreign):
         return str(quantization.get("checkpoint_format", "gptq"))
+    if foreign and any("trellis" in entry.planes for entry in foreign):
+        return "exl3"
     if foreign:
         return "compressed-tensors"
     return str(quantization.get("quant_method", "plain"))
@@ -252,12 +255,13 @@ def _layout(ours: bool, foreign: list[TensorEntry], quantization: dict[str, Any]
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_EXL3 = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
 
 
 def _foreign_matrices(
     stored: dict[str, tuple[str, _Stored]], quantization: dict[str, Any]
 ) -> list[TensorEntry]:
-    """Groups the tensors of each GPTQ or compressed-tensors layer."""
+    """Groups the tensors of each GPTQ, compressed-tensors or EXL3 layer."""
     entries = []
     for name, (file, _) in stored.items():
         module, _, leaf = name.rpartition(".")
@@ -265,6 +269,8 @@ def _foreign_matrices(
             parts, describe = _GPTQ, _describe_gptq
         elif leaf == "weight_packed":
             parts, describe = _COMPRESSED, _describe_compressed
+        elif leaf == "trellis":
+            parts, describe = _EXL3, _describe_exl3
         else:
             continue
         planes = {part: stored[f"{module}.{part}"][1] for part in parts if f"{module}.{part}" in stored}
@@ -332,6 +338,19 @@ def _describe_compressed(
     else:
         label = _label(bits, k, groups, settings.get("group_size"), symmetric, scale_dtype)
     return (label, (n, k)) if label else None
+
+
+def _describe_exl3(
+    planes: dict[str, _Stored], quantization: dict[str, Any]
+) -> tuple[str, tuple[int, int]] | None:
+    """The shape is padded to multiples of 128: files do not hold the layer's own."""
+    from quantloom.layouts import from_exl3
+
+    try:
+        packed = from_exl3({part: plane.array for part, plane in planes.items()})
+    except (TypeError, ValueError):
+        return None
+    return packed.format.spec, packed.shape
 
 
 def _weight_settings(quantization: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from quantloom import _arrays, _checks, _core
 from quantloom.formats import group_columns
 from quantloom.tensors import PackedTensor
 
-__all__ = ["from_compressed_tensors", "from_gptq", "to_compressed_tensors", "to_gptq"]
+__all__ = [
+    "from_compressed_tensors",
+    "from_exl3",
+    "from_gptq",
+    "to_compressed_tensors",
+    "to_exl3",
+    "to_gptq",
+]
 
 
 def _version(value: Any) -> int:
@@ -108,3 +115,40 @@ def from_compressed_tensors(
     return PackedTensor._from_core(
         _core.from_compressed_tensors(cores, bits, columns, symmetric), kind, shared=True
     )
+
+
+def to_exl3(q: PackedTensor) -> dict[str, Any]:
+    """The arrays of the EXL3 layout: ``trellis, suh, svh`` and, for the codebooks ``mcg`` and ``mul1``, a
+    marker of that name. Not a bit of codes and scales changes.
+
+    Args:
+        q: a rotated trellis with a window of 16 and the codebook ``3inst``, ``mcg`` or ``mul1``, the latter
+            two with EXL3's own multipliers; half bits with ``mul1`` only. Sizes are padded to multiples of
+            128.
+
+    Raises RuntimeError naming what the layout cannot hold.
+    """
+    q = _packed(q)
+    arrays = _core.to_exl3(q._core())
+    return {name: _arrays.to_kind(array, dtype, q.kind) for name, (dtype, array) in arrays.items()}
+
+
+def from_exl3(tensors: Mapping[str, Any], shape: tuple[int, int] | None = None) -> PackedTensor:
+    """The packed tensor of arrays in the EXL3 layout, over their memory.
+
+    Args:
+        tensors: ``trellis``; ``suh`` and ``svh``, or in their place the signs ``su`` and ``sv`` of the oldest
+            files; ``mcg`` or ``mul1`` or neither; by name, without the module's prefix.
+        shape: ``(out_features, in_features)``, which files do not hold: tensors are padded to multiples of
+            128. None: the padded sizes.
+
+    Raises TypeError or ValueError naming the array with a wrong dtype or shape, with scales that are not
+    finite, or with a multiplier that exllamav3 would not use.
+    """
+    n, k = -1, -1
+    if shape is not None:
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise TypeError(f"shape: got {shape!r}, expected a pair (out_features, in_features)")
+        n, k = (_checks.integer("shape", size, 1) for size in shape)
+    cores, kind = _tensors(tensors)
+    return PackedTensor._from_core(_core.from_exl3(cores, n, k), kind, shared=True)

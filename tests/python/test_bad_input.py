@@ -23,6 +23,11 @@ HESSIAN = ql.Hessian(64)
 HESSIAN.add(W)
 GPTQ_ARRAYS = ql.layouts.to_gptq(Q, "gptq")
 CT_ARRAYS = ql.layouts.to_compressed_tensors(ASYMMETRIC)
+EXL3_ARRAYS = {
+    "trellis": np.zeros((8, 8, 32), np.int16),
+    "suh": np.ones(128, np.float16),
+    "svh": np.ones(128, np.float16),
+}
 NOT_FINITE = W.copy()
 NOT_FINITE[7, 33] = np.inf
 FOREIGN = W.astype(W.dtype.newbyteorder())
@@ -388,6 +393,13 @@ TABLE = [
         ValueError,
         "group_index 9 [0, 2)",
     ),
+    (ql.layouts.to_exl3, (W,), {}, TypeError, "q ndarray PackedTensor"),
+    (ql.layouts.to_exl3, (Q,), {}, RuntimeError, "EXL3 trellis uniform"),
+    (ql.layouts.from_exl3, ([1],), {}, TypeError, "tensors list mapping"),
+    (ql.layouts.from_exl3, ({"suh": W},), {}, ValueError, "trellis"),
+    (ql.layouts.from_exl3, (EXL3_ARRAYS, (128, 129)), {}, ValueError, "k 129 1 128"),
+    (ql.layouts.from_exl3, (EXL3_ARRAYS, 128), {}, TypeError, "shape 128 pair"),
+    (ql.layouts.from_exl3, ({**EXL3_ARRAYS, "su": W},), {}, ValueError, "suh su"),
     (ql.layouts.to_compressed_tensors, (None,), {}, TypeError, "q NoneType"),
     (ql.layouts.to_compressed_tensors, (ql.quantize(W, "uniform:1:g32"),), {}, RuntimeError, "zero"),
     (ql.layouts.from_compressed_tensors, (3, 4, 32, True), {}, TypeError, "tensors int"),

@@ -106,3 +106,11 @@ def test_quantize_a_model(tmp_path):
     assert "28 layers at 3." in done.stdout
     assert "And it came to pass" in done.stdout
     assert ql.inspect(tmp_path / "out").layout == "quantloom"
+
+
+def test_exl3_folder():
+    pytest.importorskip("transformers")
+    done = run(ROOT / "examples" / "scripts" / "exl3_folder.py")
+    assert done.returncode == 0, done.stderr
+    assert "trellis:4:mcg" in done.stdout and "exl3: 3.3" in done.stdout
+    assert "came back unchanged" in done.stdout

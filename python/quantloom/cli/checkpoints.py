@@ -27,7 +27,7 @@ def export(
     json: common.Json = False,
     traceback: common.Traceback = False,
 ) -> None:
-    """Write a quantized model in a layout that transformers and vLLM load.
+    """Write a quantized model in a layout that transformers, vLLM or exllamav3 load.
 
     The codes, scales and zero points stay what they are. What a layout cannot hold is refused by name.
 
@@ -35,6 +35,7 @@ def export(
 
         quantloom export OUT -o OUT-vllm --layout compressed-tensors
         quantloom export OUT -o OUT-gptq --layout gptq
+        quantloom export OUT-trellis -o OUT-exl3 --layout exl3
     """
     common.require_folder(model, "model")
     common.quiet_libraries()
@@ -48,7 +49,9 @@ def import_(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="Folder in the GPTQ or compressed-tensors layout.", show_default=False
+            metavar="MODEL",
+            help="Folder in the GPTQ, compressed-tensors or EXL3 layout.",
+            show_default=False,
         ),
     ],
     output: Output,
@@ -56,7 +59,7 @@ def import_(
     json: common.Json = False,
     traceback: common.Traceback = False,
 ) -> None:
-    """Read a GPTQ or compressed-tensors checkpoint and write it in quantloom's layout.
+    """Read a GPTQ, compressed-tensors or EXL3 checkpoint and write it in quantloom's layout.
 
     **Example**
 

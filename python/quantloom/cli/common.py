@@ -33,6 +33,7 @@ class Layout(str, Enum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     compressed_tensors = "compressed-tensors"
+    exl3 = "exl3"
 
 
 def reports_errors(function: Callable) -> Callable:

@@ -23,7 +23,8 @@ def inspect(
     """List tensors, formats and true bits per weight of a checkpoint.
 
     Bits are counted from the stored bytes: codes, scales, zero points, indices and padding. Reads originals,
-    quantized models of this library, and the GPTQ and compressed-tensors layouts. Checksums are verified.
+    quantized models of this library, and the GPTQ, compressed-tensors and EXL3 layouts. Checksums are
+    verified.
 
     **Examples**
 

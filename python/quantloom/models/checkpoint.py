@@ -19,12 +19,22 @@ import torch
 
 import quantloom as ql
 from quantloom import _checks, _devices
+from quantloom.models import exl3
 from quantloom.models.records import WorkFolder, sync_folder, write_json
 from quantloom.models.report import REPORT_FILE, TIMINGS_FILE, QuantizationReport
 from quantloom.models.source import ModelFolder, attach, build_skeleton, model_names, read_json, tensor_files
 from quantloom.models.structure import Targets
 
-__all__ = ["QuantizedFolder", "assemble", "final_files", "install", "load", "load_reference", "write_shards"]
+__all__ = [
+    "QuantizedFolder",
+    "assemble",
+    "final_files",
+    "install",
+    "load",
+    "load_reference",
+    "open_quantized",
+    "write_shards",
+]
 
 QUANT_METHOD = "quantloom"
 CONFIG_VERSION = 1
@@ -52,8 +62,12 @@ def final_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [
-        folder / name for name in ("config.json", INDEX, REPORT_FILE, TIMINGS_FILE, "quantize_config.json")
-    ]
+        folder / name
+        for name in (
+            "config.json", INDEX, REPORT_FILE, TIMINGS_FILE,
+            "quantize_config.json", "quantization_config.json",
+        )
+    ]  # fmt: skip
     return [path for path in found if path.exists()] + sorted(folder.glob("*.safetensors"))
 
 
@@ -250,6 +264,16 @@ class QuantizedFolder:
             )
 
 
+def open_quantized(path: str | Path, argument: str = "path") -> QuantizedFolder | exl3.Exl3Folder:
+    """A quantized checkpoint of ours or in the EXL3 layout."""
+    folder = _checks.path(argument, path)
+    if (folder / "config.json").is_file():
+        settings = read_json(folder / "config.json").get("quantization_config")
+        if isinstance(settings, dict) and settings.get("quant_method") == exl3.QUANT_METHOD:
+            return exl3.Exl3Folder(folder, argument)
+    return QuantizedFolder(folder, argument)
+
+
 def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -260,7 +284,7 @@ def load(
     """The transformers model of a quantized checkpoint, in evaluation mode.
 
     Args:
-        path: a folder that ``quantize`` or ``import_`` wrote.
+        path: a folder that ``quantize`` or ``import_`` wrote, or one of exllamav3 in the EXL3 layout.
         dtype: floating-point dtype of everything that is not packed, and so of the activations; None: as
             stored.
         device: where the model goes, such as ``"cuda"``; None: the CPU. Modules move one after the other, so
@@ -276,8 +300,8 @@ def load(
     """
     _check_dtype(dtype)
     target = torch.device(_devices.device_name("device", "cpu" if device is None else device))
-    folder = QuantizedFolder(path)
-    model = build_skeleton(folder.path)
+    folder = open_quantized(path)
+    model = build_skeleton(folder.path, own_head=exl3.HEAD in folder.formats)
     plain: dict[str, torch.Tensor] = {}
     packed: dict[str, Any] = {}
     for _, tensors in folder.shards():
@@ -337,7 +361,9 @@ def _check_dtype(dtype: Any) -> None:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
 
 
-def packed_linears(model: torch.nn.Module, folder: QuantizedFolder) -> dict[str, tuple[str, torch.nn.Linear]]:
+def packed_linears(
+    model: torch.nn.Module, folder: QuantizedFolder | exl3.Exl3Folder
+) -> dict[str, tuple[str, torch.nn.Linear]]:
     """The places of the packed modules: by stored name, the module's name and the Linear.
 
     Raises ValueError naming a module that the model does not have.

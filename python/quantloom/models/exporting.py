@@ -11,6 +11,7 @@ from typing import Any
 
 import quantloom as ql
 from quantloom import _checks
+from quantloom.models import exl3
 from quantloom.models.checkpoint import (
     INDEX,
     QuantizedFolder,
@@ -61,8 +62,8 @@ def export(
         quantized_dir: a folder that ``quantize`` or ``import_`` wrote.
         output: folder of the new checkpoint.
         layout: ``"compressed-tensors"`` (pack-quantized: loaded by vLLM, and by transformers with the
-            compressed-tensors package), ``"gptq"`` (zero points minus one, as most files have them) or
-            ``"gptq_v2"`` (zero points as they are).
+            compressed-tensors package), ``"gptq"`` (zero points minus one, as most files have them),
+            ``"gptq_v2"`` (zero points as they are) or ``"exl3"`` (trellises, for exllamav3).
         overwrite: replace a checkpoint in `output`.
 
     Decoded values are those of the quantized checkpoint, bit for bit; a loader that casts scales to the
@@ -83,6 +84,8 @@ def export(
         name, reason = next(iter(refused.items()))
         more = f" (and {len(refused) - 1} more modules)" if len(refused) > 1 else ""
         raise ValueError(f"layout: {name}: {reason}{more}")
+    if layout == exl3.QUANT_METHOD:
+        return _export_exl3(folder, target, shapes)
     left = _unquantized(model, folder, heads=layout == "compressed-tensors")
     permuted = False
 
@@ -119,8 +122,51 @@ def export(
     return ExportReport(target, layout, tuple(folder.formats), tuple(_notes(folder, layout)))
 
 
+def _export_exl3(folder: QuantizedFolder, target: Path, shapes: dict[str, tuple[int, int]]) -> ExportReport:
+    storage: dict[str, Any] = {}
+    rounded: list[str] = []
+
+    def files() -> Iterable[tuple[str, dict[str, Any]]]:
+        for file, tensors in folder.shards():
+            written: dict[str, Any] = {}
+            for name, value in tensors.items():
+                module = name.removesuffix(".bias")
+                try:
+                    if name in folder.formats:
+                        written |= exl3.linear_tensors(name, value)
+                    elif name.endswith(".bias") and module in folder.formats:
+                        written[name] = exl3.bias_tensor(value)
+                        if not written[name][: len(value)].to(value.dtype).equal(value):
+                            rounded.append(name)
+                    else:
+                        written[name] = value
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise ValueError(f"layout: {name}: {error}") from error
+            exl3.describe_storage(written, storage)
+            yield file.name, written
+
+    def config() -> dict[str, Any]:
+        return exl3.config(folder.formats, shapes)
+
+    config_json = dict(folder.config_json)
+    if exl3.HEAD in folder.formats and "tie_word_embeddings" in config_json:
+        config_json["tie_word_embeddings"] = False  # the head is stored, whatever the embeddings are
+    extra = {"quantization_config.json": lambda: config() | {"tensor_storage": storage}}
+    _write(folder.path, target, config_json, files(), config, extra)
+    notes = []
+    odd = [name for name, (_, k) in shapes.items() if k % 128]
+    if odd:
+        notes.append(
+            f"in_features of {odd[0]} and {len(odd) - 1} more are no multiples of 128, which exllamav3 takes "
+            "for few layers"
+        )
+    if rounded:
+        notes.append(f"{len(rounded)} biases were rounded to float16, among them {rounded[0]}")
+    return ExportReport(target, exl3.QUANT_METHOD, tuple(folder.formats), tuple(notes))
+
+
 def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) -> ExportReport:
-    """Reads a GPTQ (v1, v2) or compressed-tensors pack-quantized checkpoint into one of ours.
+    """Reads a GPTQ (v1, v2), compressed-tensors pack-quantized or EXL3 checkpoint into one of ours.
 
     The packed values are taken over as they are; nothing is quantized again. Raises ValueError naming file
     and module for tensors that contradict the checkpoint's settings, such as zero points by the other
@@ -136,6 +182,8 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
     if not isinstance(settings, dict):
         raise ValueError(f"path: {source} is not quantized: config.json has no quantization_config")
     method = settings.get("quant_method")
+    if method == exl3.QUANT_METHOD:
+        return _import_exl3(source, output, overwrite)
     suffixes, marker = (_GPTQ, "qweight") if method == "gptq" else (_COMPRESSED, "weight_packed")
     read_config(settings, [], str(source))
     target = _check_output(source, output, overwrite)
@@ -171,6 +219,15 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
 
     _write(source, target, config_json, files(), config, {})
     return ExportReport(target, str(method), tuple(sorted(formats)), ())
+
+
+def _import_exl3(source: Path, output: Any, overwrite: bool) -> ExportReport:
+    folder = exl3.Exl3Folder(source)
+    target = _check_output(source, output, overwrite)
+    formats = {name: form.to_json() for name, form in sorted(folder.formats.items())}
+    files = ((file.name, tensors) for file, tensors in folder.shards())
+    _write(source, target, folder.config_json, files, lambda: quantization_config(None, formats), {})
+    return ExportReport(target, exl3.QUANT_METHOD, tuple(formats), ())
 
 
 def _check_output(source: Path, output: Any, overwrite: bool) -> Path:

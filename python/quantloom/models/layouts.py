@@ -14,11 +14,13 @@ import quantloom as ql
 
 __all__ = ["LAYOUTS", "compressed_tensors_config", "gptq_config", "read_config", "refusal"]
 
-LAYOUTS = ("gptq", "gptq_v2", "compressed-tensors")
+LAYOUTS = ("gptq", "gptq_v2", "compressed-tensors", "exl3")
 
 
 def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
     """Why a module [n, k] of a format cannot be exported to a layout; None if it can."""
+    if layout == "exl3":
+        return ql._core.exl3_refusal(form.to_json()) or None
     if not isinstance(form, ql.Uniform):
         return f"{layout} holds uniform formats only"
     if isinstance(form.group_size, int) and k % form.group_size:
@@ -118,7 +120,9 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
         return {name: _read_gptq(settings, name, origin) for name in modules}
     if method == "compressed-tensors":
         return {name: _read_compressed(settings, name, origin) for name in modules}
-    raise ValueError(f"{origin}: got quant_method {method!r}, expected 'gptq' or 'compressed-tensors'")
+    raise ValueError(
+        f"{origin}: got quant_method {method!r}, expected 'gptq', 'compressed-tensors' or 'exl3'"
+    )
 
 
 def _read_gptq(settings: Mapping[str, Any], module: str, origin: str) -> tuple[Any, ...]:

@@ -153,8 +153,10 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file}: not a valid safetensors file ({error})") from None
 
 
-def build_skeleton(folder: Path) -> torch.nn.Module:
+def build_skeleton(folder: Path, *, own_head: bool = False) -> torch.nn.Module:
     """The transformers model of a folder, in evaluation mode: parameters on the meta device, buffers real.
+
+    `own_head`: the head is stored, even if the config ties it to the embeddings.
 
     Raises ValueError for configs that transformers does not know as causal language models.
     """
@@ -164,6 +166,8 @@ def build_skeleton(folder: Path) -> torch.nn.Module:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if own_head:
+            config.tie_word_embeddings = False
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError) as error:
