@@ -73,8 +73,9 @@ void bind_trellis(py::module_& module) {
         return trellis_distortion(to_codebook(name, window), to_int("half_bits", half_bits), ratio, rings,
                                   seed, options);
       });
-  module.def("trellis_best_ratio",
-             [](int64_t half_bits) { return trellis_best_ratio(to_int("half_bits", half_bits)); });
+  module.def("trellis_best_ratio", [](int64_t half_bits, const std::string& codebook) {
+    return trellis_best_ratio(to_int("half_bits", half_bits), trellis_codebook(codebook).code);
+  });
   module.def("trellis_json", [](double bits, const std::string& codebook, int64_t rotation, int64_t window) {
     return Trellis(bits, codebook, rotation, to_int("window", window)).to_json();
   });

@@ -56,11 +56,12 @@ struct Named {
   int weights;
 };
 
-constexpr std::array<Named, 7> kNamed = {{
+constexpr std::array<Named, 8> kNamed = {{
     {"3inst", TrellisCode::lcg, 0, 1},
     {"mcg", TrellisCode::mcg, trellis::kExl3Mcg, 1},
     {"mul1", TrellisCode::mul1, trellis::kExl3Mul1, 1},
     {"1mad", TrellisCode::one_mad, 0, 1},
+    {"octagon", TrellisCode::octagon, trellis::kOctagonMultiplier, 2},
     {"hyb", TrellisCode::hyb, 0, 2},
     {"rptc", TrellisCode::table, 0, 1},
     {"rptc2", TrellisCode::table, 0, 2},
@@ -75,8 +76,8 @@ std::string hexadecimal(uint32_t value) {
 
 [[noreturn]] void refuse_name(std::string_view name) {
   throw InvalidArgument("codebook", printable(name),
-                        "3inst, mcg[-HEX], mul1[-HEX], 1mad, hyb, rptc or rptc2, HEX an odd multiplier of 8 "
-                        "hexadecimal digits");
+                        "3inst, mcg[-HEX], mul1[-HEX], 1mad, octagon[-HEX], hyb, rptc or rptc2, HEX an odd "
+                        "multiplier of 8 hexadecimal digits");
 }
 
 uint32_t multiplier_of(std::string_view digits, std::string_view name) {

@@ -104,9 +104,14 @@ constexpr uint32_t kHalvesFlip = 0x3B603B60U;
 constexpr uint16_t kMul1Slope = 0x1EEE;   // 1774 * 2^-18
 constexpr uint16_t kMul1Offset = 0xC931;  // -10.3828125
 constexpr int kHybEntries = 512;
+// octagon: bytes of the hash, the lowest first, are steps along axes at 0, 90, 45 and 135 degrees, whose
+// coordinates are these over 99 or nearly so: 70 / 99 is sqrt(1/2) but for 5e-5, and they fit 8 bits.
+constexpr uint32_t kOctagonMultiplier = 0xF3C14DB7U;
+constexpr int kOctagonAxes[2][4] = {{99, 0, 70, 70}, {0, 99, 70, -70}};
+constexpr int kOctagonSlope = 203;  // times 2^-22: root mean squares near 1
 
 inline QUANTLOOM_TRELLIS int weights_per_step(TrellisCode code) {
-  return code == TrellisCode::hyb ? 2 : 1;  // `table` has one or two
+  return code == TrellisCode::hyb || code == TrellisCode::octagon ? 2 : 1;  // `table` has one or two
 }
 
 // Whether values come from a table: of kHybEntries * 2 or 2^window * weights_per_step float16 numbers.
@@ -114,7 +119,7 @@ inline QUANTLOOM_TRELLIS bool has_table(TrellisCode code) {
   return code == TrellisCode::hyb || code == TrellisCode::table;
 }
 
-// The hash of a state, for the codes without a table. `multiplier` counts for mcg and mul1.
+// The hash of a state, for the codes without a table. `multiplier` counts for mcg, mul1 and octagon.
 inline QUANTLOOM_TRELLIS uint32_t hash_of(TrellisCode code, uint32_t multiplier, uint32_t state) {
   switch (code) {
     case TrellisCode::lcg:
@@ -135,7 +140,7 @@ inline QUANTLOOM_TRELLIS uint32_t byte_sum(uint32_t hash) {
   return (hash & 255U) + (hash >> 8 & 255U) + (hash >> 16 & 255U) + (hash >> 24);
 }
 
-// The float16 bits of the weight of a hash.
+// The float16 bits of the weight of a hash, for the codes of one weight.
 inline QUANTLOOM_TRELLIS uint16_t weight_of(TrellisCode code, uint32_t hash) {
   switch (code) {
     case TrellisCode::mul1:
@@ -171,6 +176,18 @@ inline QUANTLOOM_TRELLIS uint16_t hyb_sign(uint32_t hash) {
   return static_cast<uint16_t>(hash & 0x8000U);
 }
 
+// octagon: weight `which` of a hash in units of 203 * 2^-22, an odd number within +-60945.
+inline QUANTLOOM_TRELLIS int octagon_units(uint32_t hash, int which) {
+  int sum = 0;
+  for (int i = 0; i < 4; ++i) {
+    sum += kOctagonAxes[which][i] * (2 * static_cast<int>(hash >> (8 * i) & 255U) - 255);
+  }
+  return sum;
+}
+inline QUANTLOOM_TRELLIS uint16_t octagon_weight(uint32_t hash, int which) {
+  return half_of(int64_t{octagon_units(hash, which)} * kOctagonSlope * 4, -24);
+}
+
 // The float16 bits of weight `which` (0 ... per_step - 1) of a state, for any code. `table` may be null for
 // the codes without one.
 inline QUANTLOOM_TRELLIS uint16_t weight_at(TrellisCode code, uint32_t multiplier, const uint16_t* table,
@@ -181,7 +198,8 @@ inline QUANTLOOM_TRELLIS uint16_t weight_at(TrellisCode code, uint32_t multiplie
     const uint16_t entry = table[hyb_entry(hash) * 2 + static_cast<uint32_t>(which)];
     return which == 0 ? static_cast<uint16_t>(entry ^ hyb_sign(hash)) : entry;
   }
-  return weight_of(code, hash_of(code, multiplier, state));
+  const uint32_t hash = hash_of(code, multiplier, state);
+  return code == TrellisCode::octagon ? octagon_weight(hash, which) : weight_of(code, hash);
 }
 
 }  // namespace quantloom::trellis

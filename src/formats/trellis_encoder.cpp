@@ -21,7 +21,7 @@ class TrellisEncoder final : public ColumnEncoder {
         n_(n),
         k_(k),
         unit_(unit),
-        target_(format.codebook.rms() * trellis_best_ratio(format.half_bits)),
+        target_(format.codebook.rms() * trellis_best_ratio(format.half_bits, format.codebook.code)),
         specs_(format.planes(n, k)),
         codes_(specs_[0].dtype, specs_[0].shape),
         scales_(trellis::unit_scales(k > 0 ? n : 0, n > 0 ? k : 0)),

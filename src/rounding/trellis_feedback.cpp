@@ -189,7 +189,7 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
     return rounded;
   }
   trellis::Scales scales = trellis::unit_scales(n, k);
-  const double target = format->codebook.rms() * trellis_best_ratio(format->half_bits);
+  const double target = format->codebook.rms() * trellis_best_ratio(format->half_bits, format->codebook.code);
   std::vector<float> columns = columns_of(w, diagonal, options.threads);
   trellis::fit_both({columns.data(), k, n}, 1, target, scales);
   const std::vector<float> weights = rotated_weights(columns, n, k, scales, options.threads);

@@ -204,7 +204,7 @@ TEST_F(TrellisCudaSmall, RingsOfOtherShapesClose) {
 
 TEST_F(TrellisCuda, RingsOfOtherShapes) {
   uint64_t seed = 900;
-  for (const char* name : {"mul1", "3inst", "hyb", "rptc2"}) {
+  for (const char* name : {"mul1", "3inst", "hyb", "rptc2", "octagon"}) {
     const Twin codebook(name);
     const int per_step = codebook.host.weights_per_step;
     for (int half_bits = 2; half_bits <= 16 / per_step; ++half_bits) {

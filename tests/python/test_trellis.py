@@ -14,7 +14,13 @@ from quantloom import trellis
 from quantloom.cli import app
 from typer.testing import CliRunner
 
-CODEBOOKS = ["3inst", "mcg", "mcg-CAF6A435", "mul1", "mul1-AD9A2EC5", "1mad", "hyb", "rptc", "rptc2"]
+CODEBOOKS = [
+    *("3inst", "mcg", "mcg-CAF6A435", "mul1", "mul1-AD9A2EC5", "1mad"),
+    *("octagon", "octagon-9E3779B1", "hyb", "rptc", "rptc2"),
+]
+
+
+DEFAULTS = {"mcg": "CBAC1FED", "mul1": "83DCD12D", "octagon": "F3C14DB7"}
 
 
 def halves(words: np.ndarray) -> np.ndarray:
@@ -32,7 +38,7 @@ def reference_values(name: str, window: int) -> np.ndarray:
     """Weights of all states by float16 arithmetic of NumPy."""
     s = np.arange(1 << window, dtype=np.uint32)
     code, _, hexadecimal = name.partition("-")
-    multiplier = np.uint32(int(hexadecimal or {"mcg": "CBAC1FED", "mul1": "83DCD12D"}.get(code, "1"), 16))
+    multiplier = np.uint32(int(hexadecimal or DEFAULTS.get(code, "1"), 16))
     with np.errstate(over="ignore"):
         if code == "3inst":
             return halves(np.uint32(89226354) * s + np.uint32(64248484))
@@ -41,6 +47,10 @@ def reference_values(name: str, window: int) -> np.ndarray:
         if code == "1mad":
             sums = byte_sums(np.uint32(34038481) * s + np.uint32(76625530))
             return ((sums - 510) / 147.800537109375).astype(np.float16).astype(np.float32)
+        if code == "octagon":
+            centered = 2 * (multiplier * s).view(np.uint8).reshape(-1, 4).astype(np.int64) - 255
+            pairs = centered @ np.array([[99, 0], [0, 99], [70, 70], [70, -70]])
+            return (pairs * 203 / 2.0**22).astype(np.float16).astype(np.float32)
         exact = (1024 + byte_sums(multiplier * s)) * 0.00676727294921875 - 10.3828125
     return exact.astype(np.float16).astype(np.float32)
 
@@ -85,12 +95,14 @@ def reference_decode(q: ql.PackedTensor) -> np.ndarray:
 def test_codebooks(name, window):
     book = trellis.codebook(name, window)
     assert book.name == name
-    per_step = 2 if name in ("hyb", "rptc2") else 1
+    per_step = 2 if name.startswith(("hyb", "rptc2", "octagon")) else 1
     assert book.values.shape == (1 << window, per_step)
     np.testing.assert_array_equal(book.values, book.values.astype(np.float16).astype(np.float32))
     assert book.rms == pytest.approx(math.sqrt(np.square(book.values, dtype=np.float64).mean()), rel=1e-12)
     if name not in ("hyb", "rptc", "rptc2"):
-        np.testing.assert_array_equal(book.values[:, 0], reference_values(name, window))
+        np.testing.assert_array_equal(
+            book.values.squeeze(1) if per_step == 1 else book.values, reference_values(name, window)
+        )
     if name == "rptc":
         np.testing.assert_allclose(np.sort(book.values[:, 0]), -np.sort(book.values[:, 0])[::-1], atol=1e-6)
 

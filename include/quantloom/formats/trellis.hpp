@@ -22,7 +22,7 @@ namespace quantloom {
 struct TrellisCodebook {
   std::string name;  // as trellis_codebook() takes it
   TrellisCode code = TrellisCode::mul1;
-  uint32_t multiplier = 0;      // of mcg and mul1
+  uint32_t multiplier = 0;      // of mcg, mul1 and octagon
   int window = 16;              // bits of a state
   int weights_per_step = 1;     // weights of a state
   std::vector<uint16_t> table;  // float16 bits: hyb [512, 2], table [2^window, weights_per_step]; else empty
@@ -37,6 +37,11 @@ struct TrellisCodebook {
 //   mcg[-HEX]       3INST with a multiplicative generator; the multiplier in hexadecimal, CBAC1FED by default
 //   mul1[-HEX]      the byte sum of one multiplication, 83DCD12D by default
 //   1mad            QTIP's 1MAD
+//   octagon[-HEX]   two weights a state from one multiplication, for products at the speed of memory: the
+//                   bytes b0 (lowest) ... b3 of multiplier * s, less 127.5, are steps along axes at 0, 90, 45
+//                   and 135 degrees. With c = 2 b - 255 the weights are the float16 numbers nearest to
+//                   203 * 2^-22 times the integers 99 c0 + 70 c2 + 70 c3 and 99 c1 + 70 c2 - 70 c3 (70 / 99
+//                   is sqrt(1/2) but for 5e-5). F3C14DB7 by default
 //   hyb             QTIP's HYB: two weights a state, a table of 512 pairs fitted to a normal source
 //   rptc, rptc2     2^window normal quantiles in random order, one or two weights a state: no arithmetic,
 //                   a table that is stored (Mao, Gray and Linder 2010); the yardstick of the others
@@ -115,7 +120,8 @@ struct Trellis final : Format {
   std::shared_ptr<const std::vector<float>> values_;  // codebook.values()
 };
 
-// What the standard deviation of a normal source should be, over the codebook's RMS, for the least error.
-double trellis_best_ratio(int half_bits);
+// What the standard deviation of a normal source should be, over the codebook's RMS, for the least error with
+// a window of 16. Codes but octagon take mul1's.
+double trellis_best_ratio(int half_bits, TrellisCode code = TrellisCode::mul1);
 
 }  // namespace quantloom

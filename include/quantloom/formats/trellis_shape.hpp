@@ -20,6 +20,7 @@ enum class TrellisCode : uint8_t {
   one_mad,  // 34038481 s + 76625530, the sum of its four bytes, less 510, over 147.800537109375
   hyb,      // s^2 + s looks up a pair in a table of 512, one bit of it turns a sign
   table,    // the state looks up its weights: 2^window entries
+  octagon,  // the four bytes of multiplier * s are steps along axes at 0, 90, 45, 135 degrees: two weights
 };
 
 // A ring of `length` weights. Each step takes weights_per_step weights from a state of `window` bits, and

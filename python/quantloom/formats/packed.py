@@ -305,10 +305,11 @@ class Trellis(Format):
     scales carry random signs.
 
     Args:
-        bits: 1, 1.5, 2, ... 8; at most 4 for ``"hyb"`` and ``"rptc2"``.
+        bits: 1, 1.5, 2, ... 8; at most 4 for ``"octagon"``, ``"hyb"`` and ``"rptc2"``.
         codebook: how a window of bits becomes weights; see ``quantloom.trellis.codebook``:
-            ``"mul1"`` (default), ``"3inst"``, ``"mcg"``, ``"1mad"``, ``"hyb"``, ``"rptc"``, ``"rptc2"``, and
-            ``"mcg-HEX"`` or ``"mul1-HEX"`` for an odd multiplier of 8 hexadecimal digits.
+            ``"mul1"`` (default), ``"3inst"``, ``"mcg"``, ``"1mad"``, ``"octagon"``, ``"hyb"``, ``"rptc"``,
+            ``"rptc2"``, and ``"mcg-HEX"``, ``"mul1-HEX"`` or ``"octagon-HEX"`` for an odd multiplier of 8
+            hexadecimal digits.
         rotation: 128, or None for none: weights should then be nearly normal as they are.
         window: bits of a state, 8 to 20 (16 with a table). More bits err less; encoding takes twice as long
             for each.

@@ -189,6 +189,38 @@ TEST(TrellisCodes, WeightsAreFloat16Arithmetic) {
   }
 }
 
+// Four bytes as steps along the axes of an octagon, one rounding; float32 holds the exact numbers.
+TEST(TrellisCodes, OctagonsAreByteSumsRoundedOnce) {
+  for (uint32_t state = 0; state < 65536; ++state) {
+    const uint32_t hash = kOctagonMultiplier * state;
+    float bytes[4];
+    for (int i = 0; i < 4; ++i) bytes[i] = static_cast<float>(hash >> (8 * i) & 255U);
+    const float first = 99 * bytes[0] + 70 * bytes[2] + 70 * bytes[3];
+    const float second = 99 * bytes[1] + 70 * bytes[2] - 70 * bytes[3];
+    const auto value = [](float sum, float center) { return (2 * sum - center) * (203 * 0x1p-22F); };
+    ASSERT_EQ(weight_at(TrellisCode::octagon, kOctagonMultiplier, nullptr, 2, state, 0),
+              f16_from_float(value(first, 239 * 255)));
+    ASSERT_EQ(weight_at(TrellisCode::octagon, kOctagonMultiplier, nullptr, 2, state, 1),
+              f16_from_float(value(second, 99 * 255)));
+  }
+}
+
+// The two weights of an octagon are uncorrelated and of one size.
+TEST(TrellisCodes, OctagonsAreRound) {
+  double squares[3] = {};
+  for (uint32_t state = 0; state < 65536; ++state) {
+    const uint32_t hash = kOctagonMultiplier * state;
+    const double x = float_from_f16(octagon_weight(hash, 0));
+    const double y = float_from_f16(octagon_weight(hash, 1));
+    squares[0] += x * x / 65536;
+    squares[1] += y * y / 65536;
+    squares[2] += x * y / 65536;
+  }
+  EXPECT_NEAR(squares[0], 1, 0.01);
+  EXPECT_NEAR(squares[1], 1, 0.01);
+  EXPECT_NEAR(squares[2], 0, 0.01);
+}
+
 // Half-integer rates: even steps take the floor, odd steps one bit more; windows end at the prefix sums.
 TEST(TrellisShapeTest, CountsBits) {
   for (int half_bits = 2; half_bits <= 16; ++half_bits) {

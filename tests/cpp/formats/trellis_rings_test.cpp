@@ -24,6 +24,8 @@ std::vector<Case> cases() {
     list.push_back({name, {16, 4, 1, 256}});
   for (const int half_bits : {2, 3, 4, 6, 8}) list.push_back({"hyb", {16, half_bits, 2, 256}});
   list.push_back({"rptc2", {16, 4, 2, 256}});
+  for (const int half_bits : {2, 3, 4, 5, 6, 7, 8}) list.push_back({"octagon", {16, half_bits, 2, 256}});
+  list.push_back({"octagon-9E3779B1", {17, 4, 2, 256}});
   return list;
 }
 
@@ -122,7 +124,8 @@ TEST(TrellisRings, DistortionOnANormalSource) {
   for (const Figure& f :
        {Figure{"mul1", 4, 1, 0.0683}, Figure{"3inst", 4, 1, 0.0688}, Figure{"mul1", 2, 1, 0.2768},
         Figure{"mul1", 8, 0.9, 0.00444}, Figure{"1mad", 4, 1, 0.0687}, Figure{"rptc", 6, 0.95, 0.01748},
-        Figure{"hyb", 4, 1, 0.071}}) {
+        Figure{"hyb", 4, 1, 0.071}, Figure{"octagon", 4, 1, 0.0703}, Figure{"octagon", 6, 0.9, 0.0185},
+        Figure{"octagon", 8, 0.84, 0.0050}}) {
     const TrellisCodebook codebook = trellis_codebook(f.name);
     const TrellisShape shape{16, f.half_bits, codebook.weights_per_step, 256};
     std::vector<float> targets = normal_targets(8, 48 * shape.length);
@@ -170,7 +173,7 @@ TEST(TrellisRings, RefusesWhatDoesNotFit) {
   EXPECT_NO_THROW(pack_rings(shape, state_view, {words.data(), 1, 16}));
   EXPECT_THROW(pack_rings(shape, state_view, {words.data(), 1, 15}), InvalidArgument);
   for (const char* name : {"", "mul2", "mul1-", "mul1-123", "mul1-83DCD12C", "1mad-83DCD12D",
-                           "3inst-00000001", "mcg-G3DCD12D"}) {
+                           "3inst-00000001", "mcg-G3DCD12D", "octagon-00000002", "octagon-1"}) {
     EXPECT_THROW(trellis_codebook(name), InvalidArgument) << name;
   }
   EXPECT_THROW(trellis_codebook("mul1", 3), InvalidArgument);
@@ -189,6 +192,7 @@ TEST(TrellisCodebooks, NamesAndMoments) {
   }
   EXPECT_EQ(trellis_codebook("mcg-cbac1fed").name, "mcg");
   EXPECT_EQ(trellis_codebook("mul1-ad9a2ec5").name, "mul1-AD9A2EC5");
+  EXPECT_EQ(trellis_codebook("octagon-9e3779b1").name, "octagon-9E3779B1");
   EXPECT_NEAR(trellis_codebook("mul1").rms(), 1.00031207, 1e-6);
   EXPECT_NEAR(trellis_codebook("rptc").rms(), 1, 1e-3);
   EXPECT_NEAR(trellis_codebook("rptc2").rms(), 1, 1e-3);

@@ -101,7 +101,8 @@ std::vector<double> reference_decode(const PackedTensor& packed) {
 
 TEST(Trellis, DecodesByTheDefinition) {
   for (const char* spec : {"trellis:2:mul1", "trellis:2.5:3inst", "trellis:3:mcg:plain", "trellis:4:1mad:l12",
-                           "trellis:1:hyb:plain", "trellis:2:rptc2:plain:l10", "trellis:8:mul1:plain:l9"}) {
+                           "trellis:1:hyb:plain", "trellis:2:rptc2:plain:l10", "trellis:3.5:octagon",
+                           "trellis:8:mul1:plain:l9"}) {
     for (const auto& [n, k] : {std::pair<int64_t, int64_t>{128, 256}, {40, 130}, {1, 1}}) {
       const std::vector<float> w = normal_values(n * k, 1);
       const PackedTensor packed =
@@ -121,7 +122,8 @@ TEST(Trellis, ErrorsOfNormalWeights) {
   for (const auto& [spec, error] : {std::pair{"trellis:2:mul1", 0.0685},
                                     {"trellis:2:mul1:plain", 0.0685},
                                     {"trellis:4:3inst", 0.0046},
-                                    {"trellis:2:hyb:plain", 0.071}}) {
+                                    {"trellis:2:hyb:plain", 0.071},
+                                    {"trellis:4:octagon", 0.0050}}) {
     const Rounded rounded = round_nearest(view, format_from_spec(spec));
     const double relative = relative_error(w, decoded_values(rounded.tensor));
     EXPECT_NEAR(relative, error, 0.05 * error) << spec;
@@ -232,9 +234,9 @@ TEST(Trellis, ErrorFeedbackTakesPart) {
 }
 
 TEST(Trellis, DescriptionsRoundTrip) {
-  for (const char* spec :
-       {"trellis:2:mul1", "trellis:2.5:mcg-FF7A83E5:plain", "trellis:8:3inst:l18", "trellis:4:hyb",
-        "trellis:1.5:rptc:plain:l12", "trellis:3:mul1-AD9A2EC5:plain:l8"}) {
+  for (const char* spec : {"trellis:2:mul1", "trellis:2.5:mcg-FF7A83E5:plain", "trellis:8:3inst:l18",
+                           "trellis:4:hyb", "trellis:1.5:rptc:plain:l12", "trellis:3:mul1-AD9A2EC5:plain:l8",
+                           "trellis:3.5:octagon:l20", "trellis:2:octagon-9E3779B1"}) {
     const auto format = format_from_spec(spec);
     EXPECT_EQ(format->spec(), spec);
     EXPECT_EQ(format_from_json(format->to_json())->to_json(), format->to_json());
@@ -247,8 +249,8 @@ TEST(Trellis, DescriptionsRoundTrip) {
   for (const char* spec :
        {"trellis", "trellis:", "trellis:0", "trellis:9", "trellis:8.5", "trellis:2.25", "trellis:.5",
         "trellis:2:mul2", "trellis:2:mul1:mul1", "trellis:2:plain:plain", "trellis:2:mul1:l7",
-        "trellis:2:mul1:l21", "trellis:4.5:hyb", "trellis:2:hyb:l14", "trellis:2:rptc:l17",
-        "trellis:2:mul1-83DCD12C", "trellis:2:mul1:l16:l16", "trellis:-2"}) {
+        "trellis:2:mul1:l21", "trellis:4.5:hyb", "trellis:4.5:octagon", "trellis:2:hyb:l14",
+        "trellis:2:rptc:l17", "trellis:2:mul1-83DCD12C", "trellis:2:mul1:l16:l16", "trellis:-2"}) {
     EXPECT_THROW(format_from_spec(spec), InvalidArgument) << spec;
   }
   const std::string json = Trellis(2).to_json();
