@@ -52,9 +52,10 @@ ElementFamily = Literal["int", "fp", "normal", "laplace", "t", "lloyd_max", "s3d
 
 _FAMILIES = ("int", "fp", "normal", "laplace", "t", "lloyd_max", "s3d8")
 _FACTORS = tuple(2.0 ** (step / 4) for step in range(-8, 9))  # 17 from 1/4 to 4
+_FEW_FACTORS = _FACTORS[::2]  # where degrees of freedom are searched for as well
 _STUDENT_DF = tuple(np.geomspace(3, 100, 12).tolist())
 _MOST_GRID_POINTS = (1 << 20) + 1
-_THRESHOLD, _VECTOR_THRESHOLD = 1e-4, 1e-2
+_THRESHOLD, _VECTOR_THRESHOLD, _SIGN_THRESHOLD = 1e-4, 1e-2, 1e-3
 
 
 class _Sample(NamedTuple):
@@ -71,13 +72,15 @@ class Scaled(TensorFormat):
     Args:
         element_bits: bits of an element; fractional ones are possible for most families. With a compressor:
             the entropy.
-        element_family: ``"int"``, ``"fp"`` (tries all numbers of exponent bits from 2 to element_bits - 1),
-            ``"normal"``, ``"laplace"``, ``"t"`` (tries 12 degrees of freedom from 3 to 100), ``"lloyd_max"``,
-            or ``"s3d8"`` (3 values in 8 bits). The three laws are tables of cube-root density; absmax scaling
+        element_family: ``"int"``, ``"fp"`` (tries all numbers of exponent bits from 2 to element_bits - 1,
+            unless `args` has ``exponent_bits``), ``"normal"``, ``"laplace"``, ``"t"`` (tries 12 degrees of
+            freedom from 3 to 100, unless `args` has ``df``), ``"lloyd_max"``, or ``"s3d8"`` (3 values in 8
+            bits, absmax scaling only). The three laws are tables of cube-root density; absmax scaling
             takes those for blocks, unless a block is a whole dimension.
         scale_format, block_shape, scaling: as of ``LinearScalingFormat``.
         scaling_match: ``"search"`` multiplies the elements by the best of 17 factors from 1/4 to 4 times the
-            one that moments suggest, ``"moments"`` takes that one.
+            one that moments suggest (of 9 of them where degrees of freedom are searched for as well),
+            ``"moments"`` takes that one. Either way the elements become a ``ScaledFormat``.
         sparse_format, sparse_ratio: outliers stored on their own (``SparseFormat``), if the ratio is not 0.
         compressor: entropy-codes a uniform grid (family int), whose size is chosen so that `element_bits`
             is what is measured. A pair (out, train) measures with the second and counts with the first.
@@ -124,7 +127,7 @@ class Scaled(TensorFormat):
         args = "(" + ",".join(f"{key}={value}" for key, value in self.args.items()) + ")" if self.args else ""
         compressor = self.compressor
         if compressor is not None:
-            compressor = f"+Z{compressor if isinstance(compressor, str) else ':'.join(compressor)}"
+            compressor = f"+Z{compressor if isinstance(compressor, str) else '|Z'.join(compressor)}"
         blocks = ",".join("*" if size is None else str(size) for size in self.block_shape)
         sparse = ""
         if self.sparse_ratio:
@@ -133,19 +136,19 @@ class Scaled(TensorFormat):
         return (
             f"{self.element_bits:.3g}b{vector}-{self.element_family}{args}{compressor or ''}"
             f"{{{blocks}:{self.scale_format}:{self.scaling}:{self.scaling_match}}}"
-            f"{sparse}{'' if self.rotation is None else '+R'}"
+            f"{'' if self.rotation is None else '+R'}{sparse}"
         )
 
     @property
     def supports_error_weight(self) -> bool:
         """Whether ``fit`` can weight errors element by element: not behind a rotation, nor for vectors, nor
-        for a compressed grid, which is chosen by its bits alone."""
-        return (
-            self.rotation is None
-            and self.vq_length is None
-            and self.compressor is None
-            and self.element_family != "s3d8"
-        )
+        for a compressed grid, which is chosen by its bits alone, nor where there is nothing to choose."""
+        if self.rotation is not None or self.vq_length is not None or self.compressor is not None:
+            return False
+        if self.element_family in ("lloyd_max", "s3d8"):
+            return self.element_family == "lloyd_max"
+        searched = {"fp": "exponent_bits", "t": "df"}.get(self.element_family)
+        return self.scaling_match == "search" or (searched is not None and searched not in self.args)
 
     def fit(self, tensor: Tensor, error_weight: Tensor | None = None) -> TensorFormat:
         """The format for a tensor (CPU or CUDA; fitted on the CPU).
@@ -181,9 +184,10 @@ class Scaled(TensorFormat):
 
     def _fit_linear(self, tensor: Tensor, error_weight: Tensor | None) -> LinearScalingFormat:
         if self.element_family == "s3d8":
-            return scaled_int8_3d8_lloyd_max(
-                tensor, self.scale_format, self.block_shape, _VECTOR_THRESHOLD, **self.args
-            )
+            if self.scaling != "absmax":
+                raise ValueError(f"scaling: got {self.scaling}, expected absmax for the family s3d8")
+            args = {"threshold": _SIGN_THRESHOLD} | self.args
+            return scaled_int8_3d8_lloyd_max(tensor, self.scale_format, self.block_shape, **args)
         if self.vq_length is not None:
             elements: TensorFormat = self._fit_vectors(tensor)
         elif self.compressor is not None:
@@ -215,7 +219,9 @@ class Scaled(TensorFormat):
         elif self.element_family == "fp":
             if bits != int(bits) or bits < 3:
                 raise ValueError(f"element_bits: got {bits}, expected an integer >= 3 for the family fp")
-            for exponent_bits in range(2, min(int(bits), 9)):
+            args = dict(args)
+            widths = (args.pop("exponent_bits"),) if "exponent_bits" in args else range(2, min(int(bits), 9))
+            for exponent_bits in widths:
                 yield FPFormat.create(exponent_bits, int(bits) - 1 - exponent_bits, **args)
         else:
             yield from self._density_tables()
@@ -244,16 +250,24 @@ class Scaled(TensorFormat):
             return math.sqrt(3) / elements.range[1]
         return 1.0
 
+    def _scaled(self, elements: ScalarFormat, factor: float) -> ScaledFormat:
+        """The elements times a factor; blocks are still scaled to the range of the elements, and may clip."""
+        element_range = None if self.scaling == "rms" else elements.range
+        return ScaledFormat.create(elements, factor, element_range)
+
     def _fit_scale(self, tensor: Tensor, error_weight: Tensor | None) -> ScalarFormat:
         """The candidate and the factor with the least error; ties go to the first."""
         best: tuple[float, ScalarFormat] | None = None
         samples: dict[tuple[float, float], _core.SortedValues] = {}
-        search = self.scaling_match == "search"
         candidates = list(self._candidates())
+        steps = (1.0,)
+        if self.scaling_match == "search":
+            many = self.element_family == "t" and "df" not in self.args
+            steps = _FEW_FACTORS if many else _FACTORS
         for elements in candidates:
             base = self._base_factor(elements)
-            factors = [base * factor for factor in _FACTORS] if search else [base]
-            fits = [_scaled(elements, factor) for factor in factors]
+            factors = [base * step for step in steps]
+            fits = [self._scaled(elements, factor) for factor in factors]
             if len(candidates) * len(factors) == 1:
                 return fits[0]
             # rms scales do not depend on the range of the elements.
@@ -346,8 +360,3 @@ class Scaled(TensorFormat):
             low, high = (middle, high) if bits(middle) < self.element_bits else (low, middle)
         half = min((low, high), key=lambda size: abs(bits(size) - self.element_bits))
         return CompressedLUTFormat.train(grid(half), values, compressor=out, **self.args)
-
-
-def _scaled(elements: ScalarFormat, factor: float) -> ScalarFormat:
-    """The elements times a factor; blocks are still scaled to the range of the elements, and may clip."""
-    return elements if factor == 1 else ScaledFormat.create(elements, factor, elements.range)

@@ -120,8 +120,8 @@ def test_the_search_finds_what_trials_find(family, scaling):
         found = spec.fit(w, error_weight)
         best = float("inf")
         for elements in spec._candidates():
-            for factor in F._FACTORS:
-                scaled = F._scaled(elements, spec._base_factor(elements) * factor)
+            for factor in F._FEW_FACTORS if family == "t" else F._FACTORS:
+                scaled = Q.ScaledFormat.create(elements, spec._base_factor(elements) * factor, elements.range)
                 trial = Q.LinearScalingFormat(scaled, Q.BFLOAT16, (1, 32), scaling)
                 best = min(best, float(Q.qrmse_norm(trial, w, error_weight)))
         assert float(Q.qrmse_norm(found, w, error_weight)) == pytest.approx(best, rel=1e-4)
@@ -140,11 +140,46 @@ def test_weights_matter(x):
 def test_moments_and_whole_dimensions(x):
     w = x.reshape(256, 256)
     moments = F.Scaled(4, "normal", Q.BFLOAT16, (1, None), "absmax", "moments").fit(w)
-    assert moments.element_format == Q.crd_normal(4)  # a whole row is no block of known size
+    assert moments.element_format == Q.ScaledFormat.create(
+        Q.crd_normal(4), 1
+    )  # a whole row is no block of known size
     block = F.Scaled(4, "normal", Q.BFLOAT16, (1, 64), "absmax", "moments").fit(w)
-    assert block.element_format == Q.crd_block_normal(4, 64)
+    assert block.element_format == Q.ScaledFormat.create(Q.crd_block_normal(4, 64), 1)
     factor = F.Scaled(4, "int", Q.BFLOAT16, (None, None), "rms", "moments").fit(w).element_format.scale
     assert factor == pytest.approx(3**0.5 / 7)
+
+
+def test_arguments_take_the_place_of_searches(x):
+    w = x.reshape(256, 256)
+    floats = F.Scaled(4, "fp", Q.BFLOAT16, (None, None), "rms", args={"exponent_bits": 3}).fit(w)
+    assert floats.element_format.format == Q.FPFormat.create(3, 0)
+    student = F.Scaled(4, "t", Q.BFLOAT16, (None, None), "rms", args={"df": 5}).fit(w)
+    assert student.element_format.format == Q.crd_t(4, 5)
+    spec = F.Scaled(8 / 3, "s3d8", Q.BFLOAT16, (1, None), "absmax", args={"threshold": 0.5})
+    assert type(spec.fit(w).element_format) is Q.Sign3D8Format
+    with pytest.raises(ValueError, match="scaling: got rms, expected absmax"):
+        dataclasses.replace(spec, scaling="rms").fit(w)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"element_family": "int"}, True),
+        ({"element_family": "int", "scaling_match": "moments"}, False),
+        ({"element_family": "int", "compressor": "optimal"}, False),
+        ({"element_family": "int", "rotation": 1}, False),
+        ({"element_family": "fp", "scaling_match": "moments"}, True),
+        ({"element_family": "fp", "scaling_match": "moments", "args": {"exponent_bits": 2}}, False),
+        ({"element_family": "t", "scaling_match": "moments"}, True),
+        ({"element_family": "t", "scaling_match": "moments", "args": {"df": 5}}, False),
+        ({"element_family": "lloyd_max", "scaling_match": "moments"}, True),
+        ({"element_family": "lloyd_max", "vq_length": 2, "vq_format": Q.FP32}, False),
+        ({"element_family": "s3d8"}, False),
+    ],
+)
+def test_where_errors_can_be_weighted(more, expected):
+    spec = F.Scaled(4, scale_format=Q.FP32, block_shape=(1, 64), scaling="absmax", **more)
+    assert spec.supports_error_weight is expected
 
 
 def test_what_is_refused(x):

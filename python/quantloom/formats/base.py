@@ -54,8 +54,9 @@ class TensorFormat:
         """The nominal bits of any tensor of a shape."""
         raise NotImplementedError
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
-        """The nominal bits of one tensor; ``encode(tensor).size_in_bits`` is what bytes really take."""
+    def count_bits_tensor(self, tensor: Tensor) -> float:
+        """The nominal bits of one tensor, which entropy coding makes fractional;
+        ``encode(tensor).size_in_bits`` is what bytes really take."""
         return self.count_bits(tuple(tensor.shape))
 
     def encode(self, tensor: Tensor) -> Encoded:
@@ -141,7 +142,8 @@ def _import_all() -> None:
 
 def _load_tensor(fields: dict[str, Any]) -> Tensor:
     expected = "data, shape and dtype of a tensor"
-    if set(fields) != {"data", "shape", "dtype"} or not isinstance(fields["shape"], tuple):
+    lists = all(isinstance(fields.get(name), tuple) for name in ("data", "shape"))
+    if set(fields) != {"data", "shape", "dtype"} or not lists:
         raise ValueError(f"tensor: got {sorted(fields)}, expected {expected}")
     dtype = getattr(torch, str(fields["dtype"]), None)
     if not isinstance(dtype, torch.dtype):

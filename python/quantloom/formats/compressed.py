@@ -26,7 +26,7 @@ _COMPRESSORS = ("optimal", "huffman", "rans", "arithmetic", "bz2")
 _LEAST_ARITHMETIC = 2e-4
 
 
-@dataclass
+@dataclass(eq=False)
 class CompressedLUTFormat(TensorFormat):
     """A table whose codes are entropy-coded: ``LUT6[GRID{0.58}]+Zoptimal``.
 
@@ -35,14 +35,15 @@ class CompressedLUTFormat(TensorFormat):
 
     Args:
         lut: the table.
-        model_logp: natural logarithms of the probability of each code; must sum to 1 within 1e-4.
+        model_logp: natural logarithms of the probability of each code, kept as a float32 tensor on the CPU;
+            probabilities must sum to 1 within 1e-4. Logarithms below -1e4 count as -1e4.
         compressor: what ``count_bits_tensor`` counts; see ``count_bits_compressed``. ``encode`` writes real
             streams: canonical Huffman for ``"huffman"``, rANS for all others, with the frequencies of the
             tensor at hand, which are stored.
     """
 
     lut: LUTFormat
-    model_logp: tuple[float, ...]
+    model_logp: Tensor
     compressor: Compressor
     _type: str = "compressed_lut"
 
@@ -51,9 +52,15 @@ class CompressedLUTFormat(TensorFormat):
             raise TypeError(f"lut: got {_checks.type_name(self.lut)}, expected a LUTFormat")
         _checks.choice("compressor", self.compressor, _COMPRESSORS)
         self.model_logp = _log_probabilities(self.lut, self.model_logp)
-        total = math.fsum(map(math.exp, self.model_logp))
+        total = float(self.model_logp.double().exp().sum())
         if abs(total - 1) > 1e-4:
             raise ValueError(f"model_logp: got probabilities that sum to {total:.6g}, expected 1 within 1e-4")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        same = (self.lut, self.compressor) == (other.lut, other.compressor)
+        return same and torch.equal(self.model_logp, other.model_logp)
 
     def __str__(self) -> str:
         return f"{self.lut}+Z{self.compressor}"
@@ -62,6 +69,11 @@ class CompressedLUTFormat(TensorFormat):
     def range(self) -> tuple[float, float]:
         """That of the table."""
         return self.lut.range
+
+    @property
+    def centroids(self) -> tuple[float, ...]:
+        """The values of the table."""
+        return self.lut.centroids
 
     @classmethod
     def train(
@@ -76,9 +88,8 @@ class CompressedLUTFormat(TensorFormat):
                 f"smoothing: got {smoothing} for {data.numel()} values, expected positive counts"
             )
         with np.errstate(divide="ignore"):
-            logp = np.log(counts / counts.sum()).tolist()
-        # Descriptions hold them as text; more digits than these change no bit in a million.
-        return cls(lut, tuple(float(f"{value:.7g}") for value in logp), compressor)
+            logp = np.log(counts / counts.sum())
+        return cls(lut, torch.from_numpy(logp), compressor)
 
     @classmethod
     def train_grid(cls, data: Tensor, resolution: float, **train_args: Any) -> CompressedLUTFormat:
@@ -88,14 +99,14 @@ class CompressedLUTFormat(TensorFormat):
     @staticmethod
     def count_bits_compressed(
         t: Tensor, lut: LUTFormat, compressor: Compressor, model_logp: Any = None
-    ) -> int:
+    ) -> float:
         """Bits of the codes of `t`, without any table of probabilities or code lengths.
 
         Args:
             model_logp: natural logarithms of the coder's probabilities; None: the frequencies in `t`.
             compressor:
-                - ``"optimal"``: the sum of -log2 p, in float64 whatever the dtype of `t` (a sum in bfloat16
-                  would be 0.25% too large)
+                - ``"optimal"``: the sum of -log2 p, which need not be whole; in float64 whatever the dtype of
+                  `t` (a sum in bfloat16 would be 0.25% too large)
                 - ``"huffman"``: the lengths of an optimal prefix code for p
                 - ``"rans"``: as ``"optimal"``; a real stream is within 0.01 bit of it
                 - ``"arithmetic"``: -log2 of p cut off below 2e-4, plus 2 bits to end the code
@@ -105,13 +116,13 @@ class CompressedLUTFormat(TensorFormat):
         codes = lut.to_idx(t)
         if compressor == "bz2":
             return 8 * len(bz2.compress(codes.to(torch.int32).cpu().numpy().tobytes()))
-        logp = None if model_logp is None else np.array(_log_probabilities(lut, model_logp))
+        logp = None if model_logp is None else _log_probabilities(lut, model_logp).double().numpy()
         return bits_of_counts(_counts(codes, len(lut.values)), logp, compressor)
 
     def count_bits(self, shape: Shape) -> int:
         raise NotImplementedError(f"{self}: bits depend on the values; use count_bits_tensor(tensor)")
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
+    def count_bits_tensor(self, tensor: Tensor) -> float:
         return self.count_bits_compressed(tensor, self.lut, self.compressor, self.model_logp)
 
     def quantise(self, tensor: Tensor) -> Tensor:
@@ -158,7 +169,7 @@ class CompressedLUTFormat(TensorFormat):
         return _numerics.decode(self.lut._elements(), codes, shape, dtype).to(device)
 
 
-def bits_of_counts(counts: np.ndarray, logp: np.ndarray | None, compressor: Compressor) -> int:
+def bits_of_counts(counts: np.ndarray, logp: np.ndarray | None, compressor: Compressor) -> float:
     """Bits of codes that occur `counts` times under a model (None: their own frequencies); not bz2."""
     if logp is None:
         with np.errstate(divide="ignore"):
@@ -172,17 +183,18 @@ def bits_of_counts(counts: np.ndarray, logp: np.ndarray | None, compressor: Comp
     used = counts > 0
     bits = -float((counts[used] * logp[used]).sum()) / math.log(2)
     # Whole numbers of bits stay whole: logarithms of float32 carry errors of 1e-7.
-    whole = round(bits) if abs(bits - round(bits)) <= 1e-6 * min(1.0, bits) else math.ceil(bits)
-    return whole + (2 if compressor == "arithmetic" else 0)
+    if abs(bits - round(bits)) <= 1e-6 * min(1.0, bits):
+        bits = float(round(bits))
+    return bits if compressor == "optimal" else math.ceil(bits) + (2 if compressor == "arithmetic" else 0)
 
 
-def _log_probabilities(lut: LUTFormat, logp: Any) -> tuple[float, ...]:
+def _log_probabilities(lut: LUTFormat, logp: Any) -> Tensor:
     values = logp.detach().double().cpu().tolist() if isinstance(logp, Tensor) else list(logp)
     # JSON has no infinity, and numbers() takes none: a code that never occurs has a very small probability.
     values = numbers("model_logp", [max(float(value), -1e4) for value in values])
     if len(values) != len(lut.values):
         raise ValueError(f"model_logp: got {len(values)} numbers, expected {len(lut.values)}")
-    return values
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _counts(codes: Tensor, count: int) -> np.ndarray:

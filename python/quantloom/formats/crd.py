@@ -129,6 +129,11 @@ def _student(p: np.ndarray, df: float) -> np.ndarray:
     return np.where(p < 0.5, stdtrit(df, p), -stdtrit(df, 1 - p))
 
 
+def _student_name(df: float) -> str:
+    df = _checks.real("df", df)
+    return f"T[{df:.0f}]" if df == round(df) else f"T[{df:.1f}]"
+
+
 def _student_df(df: float, power: float) -> float:
     """The degrees of freedom of a density proportional to a power of Student's."""
     df = _checks.real("df", df)
@@ -164,7 +169,7 @@ def crd_t(bits: float, df: float, mode: Mode = "symmetric", *, power: float = 1 
         inner = _student_df(df, power)
         return _student(p, inner) * math.sqrt((df - 2) / inner)
 
-    return _rms_table(f"T[{_checks.real('df', df):.3g}]", bits, mode, power, quantile)
+    return _rms_table(_student_name(df), bits, mode, power, quantile)
 
 
 def crd_block_normal(
@@ -231,4 +236,4 @@ def crd_block_t(
         scale = math.sqrt((df - 2) / inner) * spread ** ((3 - df) / (2 * df)) * block_size ** (-1 / df)
         return lambda x: stdtr(inner, x / scale), lambda p: _student(p, inner) * scale
 
-    return _block_table(f"T[{_checks.real('df', df):.3g}]", bits, block_size, scaling, mode, power, law)
+    return _block_table(_student_name(df), bits, block_size, scaling, mode, power, law)

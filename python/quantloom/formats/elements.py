@@ -247,7 +247,7 @@ class IntFormat(ScalarFormat):
 
     def __str__(self) -> str:
         mantissa = self.bits_ - 1
-        text = f"{mantissa:.0f}" if mantissa == round(mantissa) else f"{{{mantissa:.3g}}}"
+        text = f"{mantissa:.0f}" if mantissa == round(mantissa) else f"{{{mantissa:.2f}}}"
         return f"E0M{text}{'-S' if self.mode == 'symmetric' else ''}"
 
     def _elements(self) -> _core.Elements:
@@ -283,7 +283,8 @@ class ExpCeilFormat(ScalarFormat):
     """Powers of two, 2^-(2^(bits - 1) - 1) to 2^(2^(bits - 1)): ``EXP8``. Always rounds up; there is no 0.
 
     A format for scales that may not be too small. 0 and negative numbers take the smallest power. Of EXP8,
-    2^128 is beyond float32: numbers above 2^127 take 2^127.
+    2^128 is one of ``centroids``, but beyond float32: numbers above 2^127 take 2^127, so that no scale is
+    infinite.
     """
 
     bits_: int
@@ -308,9 +309,13 @@ class ExpCeilFormat(ScalarFormat):
         return 1 - 2 ** (self.bits_ - 1), min(2 ** (self.bits_ - 1), 127)
 
     @property
+    def centroids(self) -> tuple[float, ...]:
+        lowest = self._exponents[0]
+        return tuple(2.0**exponent for exponent in range(lowest, lowest + 2**self.bits_))
+
+    @property
     def range(self) -> tuple[float, float]:
-        lowest, highest = self._exponents
-        return (2.0**lowest, 2.0**highest)
+        return (2.0 ** self._exponents[0], 2.0 ** (2 ** (self.bits_ - 1)))
 
     def _reference_codes(self, values: Tensor) -> Tensor:
         lowest, highest = self._exponents
@@ -328,29 +333,29 @@ _FLOAT = re.compile(r"(U?)E(\d{1,3})M(\d{1,3})(?:-(RN|RZ|RI))?")
 _EXP = re.compile(r"EXP(\d{1,3})")
 
 
-def parse(text: str) -> ScalarFormat:
+def parse(s: str) -> ScalarFormat:
     """An element format by name: ``FP32``, ``FP16``, ``BFLOAT16``; ``[U]E<e>M<m>[-RN|-RZ|-RI]``; ``EXP<n>``.
 
     ``E0M<m>`` is ``IntFormat(1 + m)``. Not the inverse of ``str()``, which leaves roundings out and writes
     FLOAT32 for FP32. Raises ValueError for all else, one exponent bit included.
     """
-    _checks.string("format", text, "the name of an element format")
-    if text in _SPECIAL:
-        return TorchFormat(_SPECIAL[text].dtype)
-    if match := _EXP.fullmatch(text):
+    _checks.string("format", s, "the name of an element format")
+    if s in _SPECIAL:
+        return TorchFormat(_SPECIAL[s].dtype)
+    if match := _EXP.fullmatch(s):
         return ExpCeilFormat(int(match[1]))
-    match = _FLOAT.fullmatch(text)
+    match = _FLOAT.fullmatch(s)
     expected = "FP32, FP16, BFLOAT16, EXP<n> or [U]E<e>M<m>[-RN|-RZ|-RI]"
     if match is None:
-        raise ValueError(f"format: got {text!r}, expected {expected}")
+        raise ValueError(f"format: got {s!r}, expected {expected}")
     unsigned, exponent_bits, mantissa_bits, suffix = match[1], int(match[2]), int(match[3]), match[4]
     if exponent_bits == 0:
         if unsigned or suffix:
-            raise ValueError(f"format: got {text!r}, expected E0M<m> without U and rounding")
+            raise ValueError(f"format: got {s!r}, expected E0M<m> without U and rounding")
         return IntFormat(1 + mantissa_bits)
     if exponent_bits == 1:
         raise ValueError(
-            f"format: got {text!r}, expected 0 or at least 2 exponent bits (use E0M{mantissa_bits + 1})"
+            f"format: got {s!r}, expected 0 or at least 2 exponent bits (use E0M{mantissa_bits + 1})"
         )
     rounding = {short: name for name, short in _ROUNDINGS.items()}[suffix or "RN"]
     return FPFormat(exponent_bits, mantissa_bits, rounding, not unsigned)

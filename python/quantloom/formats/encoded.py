@@ -294,6 +294,9 @@ def _without_tables(node: Any, prefix: str, planes: dict[str, Tensor]) -> Any:
         return node
     if not isinstance(node, dict):
         return node
+    if node.get("_type") == "tensor" and node.get("dtype") == "float32":
+        # The shortest decimals that give the same float32 numbers.
+        return node | {"data": [float(str(np.float32(value))) for value in node["data"]]}
     result = {key: _without_tables(value, f"{prefix}{key}.", planes) for key, value in node.items()}
     tables = [name for name in planes if name == f"{prefix}codebook" or name.startswith(f"{prefix}codebook.")]
     if node.get("_type") == "lut" and tables:

@@ -125,7 +125,7 @@ def vlut_lloyd_max(
 
 
 def scaled_int8_3d8_lloyd_max(
-    tensor: Tensor, scale_format: ScalarFormat, block_shape: BlockShape, threshold: float, **args: Any
+    t2d: Tensor, scale_format: ScalarFormat, block_shape: BlockShape, threshold: float, **args: Any
 ) -> LinearScalingFormat:
     """A matrix at 3 values in 8 bits: absmax scales to int8, then signs and a table of 32 magnitudes.
 
@@ -133,7 +133,7 @@ def scaled_int8_3d8_lloyd_max(
     go to ``vlut_lloyd_max``.
     """
     int8 = TorchFormat("int8")
-    scaled, _ = metrics.block_normalise(tensor, block_shape, "absmax", (-127.0, 127.0), scale_format)
+    scaled, _ = metrics.block_normalise(t2d, block_shape, "absmax", (-127.0, 127.0), scale_format)
     magnitudes = Sign3D8Format.vectorise(int8.quantise(scaled.float()).abs())
     lut = vlut_lloyd_max(magnitudes, 5 / 3, threshold, int8, range=(0, 127), **args)
     return LinearScalingFormat(Sign3D8Format(lut), scale_format, block_shape, "absmax")

@@ -28,10 +28,10 @@ __all__ = [
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def shuffle(tensor: Tensor) -> Tensor:
+def shuffle(t: Tensor) -> Tensor:
     """The elements in random order (torch's global generator), in the same shape."""
-    order = torch.randperm(tensor.numel(), device=tensor.device)
-    return tensor.reshape(-1)[order].reshape(tensor.shape)
+    order = torch.randperm(t.numel(), device=t.device)
+    return t.reshape(-1)[order].reshape(t.shape)
 
 
 def rmse_norm(x: Tensor, qx: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -60,18 +60,18 @@ def safe_div(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, a, a / b)
 
 
-def blocked_shape(tensor: Tensor, block_shape: BlockShape) -> tuple[int, ...]:
+def blocked_shape(t: Tensor, block_shape: BlockShape) -> tuple[int, ...]:
     """(n0, b0, n1, b1, ...): the number of blocks along each dimension, and their size.
 
     None in `block_shape` takes the whole dimension. Raises ValueError unless there is a size for each
     dimension, and each divides its dimension: there are no ragged blocks.
     """
-    if len(block_shape) != tensor.ndim:
+    if len(block_shape) != t.ndim:
         raise ValueError(
-            f"block_shape: got {len(block_shape)} sizes, expected one for each of {tensor.ndim} dimensions"
+            f"block_shape: got {len(block_shape)} sizes, expected one for each of {t.ndim} dimensions"
         )
     shape: list[int] = []
-    for axis, (size, block) in enumerate(zip(tensor.shape, block_shape)):
+    for axis, (size, block) in enumerate(zip(t.shape, block_shape)):
         if block is None:
             shape += [1, size]
             continue
@@ -160,18 +160,18 @@ def grid_of(scales: Tensor, blocked: tuple[int, ...], shape: tuple[int, ...]) ->
 
 
 def block_normalise(
-    tensor: Tensor,
+    t: Tensor,
     block_shape: BlockShape,
     scaling: Scaling,
     element_range: tuple[float, float],
     scale_format: ScalarFormat,
 ) -> tuple[Tensor, Tensor]:
-    """(tensor / scale, scale), both in the shape of the tensor; the scale is as `scale_format` keeps it.
+    """(t / scale, scale), both in the shape of the tensor; the scale is as `scale_format` keeps it.
 
     Always float32 (float64 for float64): normalised values of a bfloat16 tensor are not rounded to bfloat16
     before codes are chosen. Blocks of zeros stay zero.
     """
-    scales = scale_format.quantise(block_scales(tensor, block_shape, scaling, element_range))
-    full = spread(scales, blocked_shape(tensor, block_shape), tuple(tensor.shape))
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    scales = scale_format.quantise(block_scales(t, block_shape, scaling, element_range))
+    full = spread(scales, blocked_shape(t, block_shape), tuple(t.shape))
+    wide = t if t.dtype == torch.float64 else t.float()
     return safe_div(wide, full), full

@@ -128,13 +128,14 @@ def lut_grid(resolution: float, max: float) -> LUTFormat:
     ``LUT6[GRID{0.58}]``: made to be entropy-coded (``CompressedLUTFormat``), so that the number of values is
     of no matter.
     """
-    resolution, limit = _checks.real("resolution", resolution), _checks.real("max", max)
-    if resolution <= 0 or limit < 0:
-        raise ValueError(f"resolution, max: got {resolution}, {limit}, expected a step > 0 and a limit >= 0")
-    half = math.ceil(limit / resolution)
+    step, limit = _checks.real("resolution", resolution), _checks.real("max", max)
+    if step <= 0 or limit < 0:
+        raise ValueError(f"resolution, max: got {step}, {limit}, expected a step > 0 and a limit >= 0")
+    # 0.9 / 0.06 is a little more than 15 in floating point.
+    half = math.ceil(limit / step * (1 - 1e-12))
     if half >= 1 << 23:
-        raise ValueError(f"resolution: got {resolution}, expected steps of which 2**24 reach {limit}")
-    return LUTFormat.create(resolution * torch.arange(-half, half + 1), f"GRID{{{resolution:.3g}}}")
+        raise ValueError(f"resolution: got {step}, expected steps of which 2**24 reach {limit}")
+    return LUTFormat.create(step * torch.arange(-half, half + 1), f"GRID{{{resolution}}}")
 
 
 NF4 = LUTFormat(

@@ -7,6 +7,7 @@ not rounded to bfloat16 between scaling and the choice of codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ class ScaledFormat(ScalarFormat):
     def count_bits(self, shape: Shape) -> int:
         return self.format.count_bits(shape)
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
+    def count_bits_tensor(self, tensor: Tensor) -> float:
         return self.format.count_bits_tensor(_numerics.divided(_wide(tensor), self.scale))
 
     @property
@@ -185,7 +186,7 @@ class LinearScalingFormat(TensorFormat):
         blocks = self._blocked(shape)[::2]
         return self.element_format.count_bits(shape) + self.scale_format.count_bits(blocks)
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
+    def count_bits_tensor(self, tensor: Tensor) -> float:
         scales = self.scales(tensor)
         elements = self.element_format.count_bits_tensor(self._normalised(tensor, scales))
         return elements + self.scale_format.count_bits_tensor(scales)
@@ -285,7 +286,7 @@ class SparseFormat(TensorFormat):
         count = self.n_sparse(shape, self.sparse_ratio)
         return self.format.count_bits(shape) + self.sparse_format.count_bits((count,)) + 32 * count
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
+    def count_bits_tensor(self, tensor: Tensor) -> float:
         dense, places, values = self.split(tensor, self.sparse_ratio)
         sparse = self.sparse_format.count_bits_tensor(values) + 32 * places.numel()
         return self.format.count_bits_tensor(dense) + sparse
@@ -313,11 +314,11 @@ class SparseFormat(TensorFormat):
 class RandomRotationFormat(TensorFormat):
     """A format behind random rotations: ``...{rot[0]}``.
 
-    Each dimension of `dims` is multiplied by a random orthogonal matrix (Haar: QR of Gaussian numbers from
-    `seed`), the format applied, and the rotation undone. Matrices are dense, so memory and time grow with the
-    square and the cube of the dimension; they are made anew from the seed, which takes 64 bits of the encoded
-    tensor and none of the nominal count. Decoded values are the same bits on the same machine; matrix
-    products of other processors round differently.
+    Each dimension of `dims` is multiplied by a random orthogonal matrix R (Haar: QR of Gaussian numbers from
+    `seed`; x becomes x R along it), the format applied, and the rotation undone. Matrices are dense, so
+    memory and time grow with the square and the cube of the dimension; they are made anew from the seed,
+    which takes 64 bits of the encoded tensor and none of the nominal count. Decoded values are the same bits
+    on the same machine; matrix products of other processors round differently.
     """
 
     format: TensorFormat
@@ -331,13 +332,16 @@ class RandomRotationFormat(TensorFormat):
         self.seed = _checks.integer("seed", self.seed, 0)
 
     def __str__(self) -> str:
-        return f"{self.format}{{rot[{','.join(map(str, self.dims))}]}}"
+        return f"{self.format}{{rot{list(self.dims)}}}"
 
     @staticmethod
     def rotate(
         tensor: Tensor, dims: tuple[int, ...], seed: int, inverse: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(the tensor with its dimensions rotated, or rotated back; the matrices), float32."""
+        """(the tensor with its dimensions rotated, or rotated back; the matrices), float32.
+
+        Matrices are those of ``torch.nn.init.orthogonal_`` with one generator of that seed.
+        """
         generator = torch.Generator().manual_seed(seed)
         result, matrices = _wide(tensor), []
         for dim in dims:
@@ -350,23 +354,27 @@ class RandomRotationFormat(TensorFormat):
                 )
             matrix = _haar(tensor.shape[dim], generator).to(tensor.device)
             matrices.append(matrix)
-            # Row i of the matrix gives element i of the rotated dimension.
             rotation = matrix.T if inverse else matrix
-            result = (result.movedim(dim, -1) @ rotation.T).movedim(-1, dim)
+            result = (result.movedim(dim, -1) @ rotation).movedim(-1, dim)
         return result.contiguous(), tuple(matrices)
+
+    @staticmethod
+    def unrotate(tensor: Tensor, dims: tuple[int, ...], rotations: Sequence[Tensor]) -> Tensor:
+        """Undoes ``rotate`` with the matrices that it returned, float32."""
+        result = _wide(tensor)
+        for dim, rotation in zip(dims, rotations, strict=True):
+            result = (result.movedim(dim, -1) @ rotation.T).movedim(-1, dim)
+        return result.contiguous()
 
     def count_bits(self, shape: Shape) -> int:
         return self.format.count_bits(shape)
 
-    def count_bits_tensor(self, tensor: Tensor) -> int:
+    def count_bits_tensor(self, tensor: Tensor) -> float:
         return self.format.count_bits_tensor(self.rotate(tensor, self.dims, self.seed)[0])
 
-    def _unrotated(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.rotate(values, self.dims, self.seed, inverse=True)[0].to(dtype)
-
     def quantise(self, tensor: Tensor) -> Tensor:
-        rotated, _ = self.rotate(tensor, self.dims, self.seed)
-        return self._unrotated(self.format.quantise(rotated), tensor.dtype)
+        rotated, rotations = self.rotate(tensor, self.dims, self.seed)
+        return self.unrotate(self.format.quantise(rotated), self.dims, rotations).to(tensor.dtype)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
         planes.put("seed", torch.tensor([self.seed], dtype=torch.int64))
@@ -376,7 +384,7 @@ class RandomRotationFormat(TensorFormat):
         if int(planes.get("seed", torch.int64, (1,))) != self.seed:
             raise ValueError("seed: got another one than the format's")
         values = self.format._decode(planes.child("format"), shape, torch.float32, device)
-        return self._unrotated(values, dtype)
+        return self.rotate(values, self.dims, self.seed, inverse=True)[0].to(dtype)
 
 
 def _haar(size: int, generator: torch.Generator) -> Tensor:
