@@ -21,7 +21,7 @@ import numpy as np
 
 from quantloom import _checks
 
-__all__ = ["Comparison", "compare", "kl_divergence", "perplexity", "tokens"]
+__all__ = ["Comparison", "compare", "kl_divergence", "perplexity", "tokenizer", "tokens"]
 
 Progress = Callable[[int, int], None]
 
@@ -66,22 +66,34 @@ def tokens(model_path: str | Path, text_path: str | Path) -> np.ndarray:
         text = text_path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text: {text_path} is not UTF-8: {error}") from error
-
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a file is longer than a context: no warning is due
-    try:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"model: no usable tokenizer in {model_path}: {error}") from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    ids = tokenizer(model_path)(text)
     if not ids:
         raise ValueError(f"text: {text_path} gives no tokens")
     return np.asarray(ids, dtype=np.int64)
+
+
+def tokenizer(model_path: str | Path) -> Callable[[str], list[int]]:
+    """The tokenizer in the folder of a model, as a function from text to ids, without special tokens.
+
+    Raises ValueError if none can be read.
+    """
+    import transformers
+
+    model_path = _checks.path("model_path", model_path)
+    try:
+        inner = transformers.AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"model: no usable tokenizer in {model_path}: {error}") from error
+
+    def ids(text: str) -> list[int]:
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # a file is longer than a context: no warning is due
+        try:
+            return inner(text, add_special_tokens=False)["input_ids"]
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+
+    return ids
 
 
 def perplexity(

@@ -348,7 +348,9 @@ def test_kl_loss_equals_torch():
 
 @pytest.mark.parametrize("mode", ["parameter", "dynamic"])
 def test_training_brings_the_model_closer(folder, tmp_path, mode):
-    test = qat.QAT(SPEC, str(folder / "text.u16"), mode, steps=12, learning_rate=2e-3, train_batch_size=8)
+    test = qat.QAT(
+        SPEC, mode, train_text=str(folder / "text.u16"), steps=12, learning_rate=2e-3, train_batch_size=8
+    )
     before, after = ET.run_sweep(
         [run_of(folder, ET.QuantiseFixed(SPEC)), run_of(folder, test)], folder=tmp_path
     )

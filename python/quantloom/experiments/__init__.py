@@ -9,7 +9,8 @@
   lines and safetensors; `run_sweep` works through many settings, resumes, and takes one process per GPU.
 - `token_prediction`: cross-entropy and top-k KL divergence to the original model.
 - `fisher`: the diagonal of the Fisher information. `weight_stats`: moments, maxima, histograms, fits.
-- `qat`: quantization-aware training towards the original's predictions.
+- `qat`: quantization-aware training towards the original's predictions. `downstream`: questions with several
+  answers.
 - `measure`: formats and roundings on whole checkpoints.
 
 Names that need torch import it on first use.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from quantloom.experiments.core import MODELS
 from quantloom.experiments.measuring import Measurement, Setting, measure
 from quantloom.experiments.store import (
     AttrDict,
@@ -34,6 +36,7 @@ from quantloom.experiments.store import (
 from quantloom.experiments.sweeping import iter_dict_product, run_sweep
 
 __all__ = [
+    "MODELS",
     "AttrDict",
     "Experiment",
     "Measurement",
@@ -49,7 +52,7 @@ __all__ = [
     "update_run",
 ]
 
-_LAZY_MODULES = ("fisher", "plots", "qat", "token_prediction", "weight_stats")
+_LAZY_MODULES = ("downstream", "fisher", "plots", "qat", "token_prediction", "weight_stats")
 
 
 def __getattr__(name: str) -> Any:

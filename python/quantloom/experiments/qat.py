@@ -1,29 +1,45 @@
 """Quantization-aware training of language models: the quantized model learns to predict what the original
 does.
 
->>> test = qat.QAT(F.Scaled(3, "int", Q.BFLOAT16, (1, 64), "absmax"), train_text="calib.txt", steps=100)
->>> token_prediction.run_sweep([token_prediction.Run("qat", test, "path/to/model", "valid.txt")])
+>>> test = qat.QAT(F.Scaled(3, "int", Q.BFLOAT16, (1, 64), "absmax"), "parameter", clip_gradient=False)
+>>> train = qat.TrainingSettings(100, 8, text="calib.txt", valid_text="valid.txt", sequence_length=512)
+>>> opt = qat.OptimiserSettings(lr=2.0**-17)
+>>> qat.run_sweep([qat.Run("qat", "path/to/model", test, train, opt)])
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from quantloom import _checks
+from quantloom import _checks, evaluate
 from quantloom import formats as Q
 from quantloom import model_quantisation as M
 from quantloom import quantisation_training as T
-from quantloom.experiments import store
+from quantloom.experiments import downstream, store, sweeping
 from quantloom.experiments.requantising import RequantisableModel
-from quantloom.experiments.token_prediction import Dataset, Test
+from quantloom.experiments.token_prediction import Baseline, Dataset, Test
 
-__all__ = ["QAT", "kl_loss", "stored_bits", "train"]
+__all__ = [
+    "QAT",
+    "ExecutionSettings",
+    "LRModifiers",
+    "OptimiserSettings",
+    "Run",
+    "TrainingSettings",
+    "kl_loss",
+    "run_sweep",
+    "stored_bits",
+    "train",
+]
 
 
 def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -41,8 +57,61 @@ def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor | None = None
 
 
 @dataclass
+class TrainingSettings:
+    """How long to train on which file, and what to measure on."""
+
+    steps: int
+    batch_size: int
+    text: str
+    valid_text: str
+    log_interval: int = 100
+    """Steps between two entries of ``train_loss``, each the mean since the last; 0: one for each step."""
+    valid_sequences: int | None = 132
+    sequence_length: int = 1024
+
+
+@dataclass
+class LRModifiers:
+    """What the learning rate is multiplied by, for each kind of parameter; at 0 they are not trained."""
+
+    weight: float = 1.0
+    scale: float = 1.0
+    centroids: float = 0.0
+    other: float = 1.0
+
+
+LRSchedule: TypeAlias = Literal["constant", "cosine", "linear"]
+
+
+@dataclass
+class OptimiserSettings:
+    """AdamW, with a learning rate that stays or falls to 0."""
+
+    lr: float
+    lr_modifiers: LRModifiers = field(default_factory=LRModifiers)
+    lr_schedule: LRSchedule = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ExecutionSettings:
+    """Where, and in which dtype: of the reference, of what is trained, and of the arithmetic.
+
+    `compile`: a mode of ``torch.compile`` for the decoder layers, None for none.
+    """
+
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: str | None = None
+
+
+@dataclass
 class QAT(Test):
-    """Converts a copy of the model, trains it towards the original on `train_text`, then measures it.
+    """Converts a copy of the model, trains it towards the original, then measures it.
+
+    In a `Run` the run's settings say how it is trained; in a `token_prediction.Run` those here do:
 
     AdamW with `betas` and `eps`, a cosine from the learning rate to 0, and one rate for weights and scales;
     for centroids it is `centroids_rate` times that. `learning_rate` None: 2^(-14 - bits) for B bits an
@@ -50,9 +119,9 @@ class QAT(Test):
     """
 
     fmt: M.FmtSpec
-    train_text: str
     scaling_mode: Literal["parameter", "dynamic"] = "parameter"
     clip_gradient: bool = False
+    train_text: str | None = None
     mode: Literal["qat", "one-shot"] = "qat"
     steps: int = 100
     train_batch_size: int = 4
@@ -69,37 +138,127 @@ class QAT(Test):
 
         With mode "qat" the trained weights are encoded, scales and outliers in their formats:
         ``measured_bits_per_param`` counts those bytes, and what is evaluated was decoded from them."""
-        student = copy.deepcopy(model.model)
+        if self.train_text is None:
+            raise ValueError("train_text: got None, expected a file to train on")
+        opt = OptimiserSettings(
+            self.learning_rate or 2.0 ** (-14 - _element_bits(self.fmt)),
+            LRModifiers(centroids=self.centroids_rate, other=0.0),
+            betas=self.betas,
+            eps=self.eps,
+        )
+        settings = TrainingSettings(
+            self.steps, self.train_batch_size, self.train_text, "", 0, sequence_length=data.sequence_length
+        )
+        summary, trained = self.trained(model.model, settings, opt)
+        return {**summary, **data.evaluate(trained)}
+
+    def trained(
+        self,
+        reference: nn.Module,
+        settings: TrainingSettings,
+        opt: OptimiserSettings,
+        compile: str | None = None,
+    ) -> tuple[dict[str, Any], nn.Module]:
+        """What of a run does not depend on the data to measure with, and the trained model: dense, with
+        weights that were decoded from what is stored (mode "qat"), or as they are (mode "one-shot")."""
+        student = copy.deepcopy(reference)
         text = Dataset.load(
-            model.model,
-            self.train_text,
-            data.sequence_length,
-            self.train_batch_size,
+            reference,
+            settings.text,
+            settings.sequence_length,
+            settings.batch_size,
             kl_topk=0,
             seed=self.seed,
         )
         T.convert(student, self.fmt, self.scaling_mode, self.clip_gradient, mode=self.mode)
-        losses = train(
-            student,
-            model.model,
-            text,
-            steps=self.steps,
-            learning_rate=self.learning_rate or 2.0 ** (-14 - _element_bits(self.fmt)),
-            centroids_rate=self.centroids_rate,
-            betas=self.betas,
-            eps=self.eps,
-        )
-        dtype = next(model.model.parameters()).dtype
+        if compile is not None:
+            for layer in M._decoder_layers(student):
+                layer.compile(mode=compile)
+        losses = _fit(student, reference, text, settings.steps, opt)
+        interval = settings.log_interval or 1
+        means = [sum(part) / len(part) for part in _parts(losses, interval)]
+        dtype = next(reference.parameters()).dtype
         count = T.count_parameters(student)
-        summary = {"bits_per_param": T.count_bits(student, dtype) / count, "train_loss": losses}
+        summary = {"bits_per_param": T.count_bits(student, dtype) / count, "train_loss": means}
         if self.mode == "one-shot":
-            return {**summary, **data.evaluate(student)}
+            return summary, student
         encoded = T.encode(student)
-        stored = copy.deepcopy(model.model)
-        T.load_encoded(stored, encoded)
-        items = {**dict(stored.named_parameters()), **encoded}
+        stored = copy.deepcopy(reference)
+        names = dict(stored.named_parameters())
+        # What was trained beside the weights is stored as it is.
+        dense = {name: value for name, value in T.get_named_parameters(student, "other") if name in names}
+        T.load_encoded(stored, {**dense, **encoded})
+        items = {**names, **encoded}
         bits = sum(stored_bits(item) for item in items.values())
-        return {**summary, "measured_bits_per_param": bits / count, **data.evaluate(stored)}
+        return {**summary, "measured_bits_per_param": bits / count}, stored
+
+
+@dataclass
+class Run:
+    """A test of a model (a folder): training, cross-entropy and KL divergence, downstream tasks."""
+
+    experiment: str
+    model: str
+    test: QAT | Baseline
+    train: TrainingSettings
+    opt: OptimiserSettings
+    exe: ExecutionSettings = field(default_factory=ExecutionSettings)
+    tasks: tuple[downstream.Task, ...] = ()
+    tag: str = ""
+    type: str = "qat"
+
+
+def run_sweep(
+    runs: Iterable[Run],
+    processes: int | None = None,
+    resume: bool = True,
+    progress: bool = False,
+    folder: str | Path | None = None,
+) -> list[store.AttrDict]:
+    """Runs all tests as runs of their experiments; see `experiments.run_sweep`.
+
+    A record's config has the fields of `Run`; its summary what `QAT.run` tells (of `Baseline` the losses
+    alone), and ``downstream``: what `downstream.evaluate` tells of each task, by its name.
+    """
+    configs = []
+    for run in runs:
+        if not isinstance(run, Run):
+            raise TypeError(f"runs: got {_checks.type_name(run)}, expected qat.Run")
+        if not isinstance(run.test, (QAT, Baseline)):
+            raise TypeError(f"test: got {_checks.type_name(run.test)}, expected qat.QAT or Baseline")
+        configs.append({item.name: getattr(run, item.name) for item in dataclasses.fields(run)})
+    return sweeping.run_sweep(
+        _measure, configs, processes=processes, resume=resume, progress=progress, folder=folder
+    )
+
+
+def _measure(config: store.AttrDict, experiment: store.Experiment) -> dict[str, Any]:
+    train, exe = config.train, config.exe
+    dtype = getattr(torch, _checks.choice("dtype", exe.dtype, ("float32", "bfloat16", "float16")))
+    questions = {task.name: downstream.load(task) for task in config.tasks}  # bad files end it at once
+    model = RequantisableModel.load(config.model, exe.device, dtype).model
+    data = Dataset.load(
+        model,
+        train.valid_text,
+        train.sequence_length,
+        train.batch_size,
+        kl_topk=min(128, model.config.vocab_size),
+        sequence_limit=train.valid_sequences,
+    )
+    summary: dict[str, Any] = {}
+    if isinstance(config.test, QAT):
+        summary, model = config.test.trained(model, train, config.opt, exe.compile)
+    summary |= data.evaluate(model)
+    if questions:
+        tokenizer = evaluate.tokenizer(config.model)
+        summary["downstream"] = {
+            name: downstream.evaluate(model, task, tokenizer) for name, task in questions.items()
+        }
+    return summary
+
+
+def _parts(items: list[float], size: int) -> Iterator[list[float]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def stored_bits(item: Q.Encoded | Tensor) -> int:
@@ -124,22 +283,29 @@ def train(
     Every step takes the next batch of `data`, from the start again when all were seen. Arguments as in `QAT`.
     Raises RuntimeError, naming the step, if the loss is not finite.
     """
+    modifiers = LRModifiers(centroids=centroids_rate, other=0.0)
+    opt = OptimiserSettings(learning_rate, modifiers, betas=betas, eps=eps)
+    return _fit(student, reference, data, steps, opt, progress)
+
+
+def _fit(
+    student: nn.Module,
+    reference: nn.Module,
+    data: Dataset,
+    steps: int,
+    opt: OptimiserSettings,
+    progress: bool = False,
+) -> list[float]:
     _checks.integer("steps", steps, 0)
-    groups = [
-        {"params": _parameters(student, "weight"), "lr": learning_rate},
-        {"params": _parameters(student, "scale"), "lr": learning_rate},
-    ]
-    if centroids_rate:
-        groups.append({"params": _parameters(student, "centroids"), "lr": learning_rate * centroids_rate})
-    optimiser = torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=betas, eps=eps, weight_decay=0
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
-    )
-    frozen = _parameters(student, "other")
-    if centroids_rate == 0:
-        frozen += _parameters(student, "centroids")  # their gradients take time
+    groups, frozen = [], []
+    for kind in ("weight", "scale", "centroids", "other"):
+        parameters, rate = _parameters(student, kind), getattr(opt.lr_modifiers, kind)
+        if rate == 0:
+            frozen += parameters  # their gradients take time
+        elif parameters:
+            groups.append({"params": parameters, "lr": opt.lr * rate})
+    optimiser = torch.optim.AdamW(groups, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(opt.lr_schedule, steps))
     needed = [parameter.requires_grad for parameter in frozen]
     losses = []
     try:
@@ -155,9 +321,7 @@ def train(
             )
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise RuntimeError(
-                    f"train: the loss is {losses[-1]} at step {step}, learning rate {learning_rate}"
-                )
+                raise RuntimeError(f"train: the loss is {losses[-1]} at step {step}, learning rate {opt.lr}")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -166,6 +330,15 @@ def train(
         for parameter, value in zip(frozen, needed):
             parameter.requires_grad_(value)
     return losses
+
+
+def _schedule(name: LRSchedule, steps: int) -> Callable[[int], float]:
+    _checks.choice("lr_schedule", name, ("constant", "cosine", "linear"))
+    if name == "constant":
+        return lambda step: 1.0
+    if name == "linear":
+        return lambda step: 1 - step / max(steps, 1)
+    return lambda step: 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
 def _parameters(module: nn.Module, kind: T.Kind) -> list[nn.Parameter]:
