@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
+#include "quantloom/random.hpp"
 
 namespace quantloom::python {
 namespace {
@@ -73,6 +74,17 @@ void bind_trellis(py::module_& module) {
         return trellis_distortion(to_codebook(name, window), to_int("half_bits", half_bits), ratio, rings,
                                   seed, options);
       });
+  // The numbers that trellis_distortion() codes, as float32 before they are scaled.
+  module.def("trellis_source", [](uint64_t seed, const ArrayRef& numbers) {
+    const auto to = numbers.matrix<float>("numbers", DType::f32);
+    const py::gil_scoped_release release;
+    const CounterRandom random(seed);
+    for (int64_t r = 0; r < to.rows(); ++r) {
+      for (int64_t c = 0; c < to.cols(); ++c) {
+        to(r, c) = static_cast<float>(random.normal(static_cast<uint64_t>(r * to.cols() + c)));
+      }
+    }
+  });
   module.def("trellis_best_ratio", [](int64_t half_bits, const std::string& codebook) {
     return trellis_best_ratio(to_int("half_bits", half_bits), trellis_codebook(codebook).code);
   });

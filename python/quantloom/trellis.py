@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantloom import _arrays, _checks, _core, _fitting
+from quantloom._trellis_search import PUBLISHED_MCG, MultiplierSearch, SearchRow, search
 
 __all__ = [
     "SEARCHES",
     "Codebook",
     "DistortionRow",
+    "MultiplierSearch",
+    "SearchRow",
     "best_ratio",
     "codebook",
     "codebook_names",
@@ -34,19 +37,12 @@ __all__ = [
     "gather_tiles",
     "pack",
     "quantize",
+    "search",
     "unpack",
 ]
 
 SEARCHES = ("fast", "normal", "best")
-MULTIPLIERS = (
-    "mcg-FF7A83E5",
-    "mcg-CAF6A435",
-    "mcg-E2A54B45",
-    "mcg-A2EC794D",
-    "mcg-00D0AA65",
-    "mcg-B26DB26D",
-    "mcg-EAB209FD",
-)  # published, beside the one of ``mcg``
+MULTIPLIERS = tuple(f"mcg-{multiplier:08X}" for multiplier in PUBLISHED_MCG)
 _BITS = "1 to 8 in steps of 1/2"
 
 

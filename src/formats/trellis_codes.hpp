@@ -104,10 +104,11 @@ constexpr uint32_t kHalvesFlip = 0x3B603B60U;
 constexpr uint16_t kMul1Slope = 0x1EEE;   // 1774 * 2^-18
 constexpr uint16_t kMul1Offset = 0xC931;  // -10.3828125
 constexpr int kHybEntries = 512;
-// octagon: bytes of the hash, the lowest first, are steps along axes at 0, 90, 45 and 135 degrees, whose
-// coordinates are these over 99 or nearly so: 70 / 99 is sqrt(1/2) but for 5e-5, and they fit 8 bits.
+// octagon: bytes of the hash, the lowest first, are steps along axes at 0, 90, 45 and 135 degrees. In units
+// of 1 / 99, which fit 8 bits, 70 is sqrt(1/2) but for 5e-5.
 constexpr uint32_t kOctagonMultiplier = 0xF3C14DB7U;
-constexpr int kOctagonAxes[2][4] = {{99, 0, 70, 70}, {0, 99, 70, -70}};
+constexpr int kOctagonAxis = 99;
+constexpr int kOctagonDiagonal = 70;
 constexpr int kOctagonSlope = 203;  // times 2^-22: root mean squares near 1
 
 inline QUANTLOOM_TRELLIS int weights_per_step(TrellisCode code) {
@@ -178,11 +179,12 @@ inline QUANTLOOM_TRELLIS uint16_t hyb_sign(uint32_t hash) {
 
 // octagon: weight `which` of a hash in units of 203 * 2^-22, an odd number within +-60945.
 inline QUANTLOOM_TRELLIS int octagon_units(uint32_t hash, int which) {
-  int sum = 0;
-  for (int i = 0; i < 4; ++i) {
-    sum += kOctagonAxes[which][i] * (2 * static_cast<int>(hash >> (8 * i) & 255U) - 255);
-  }
-  return sum;
+  const int axis = static_cast<int>((which == 0 ? hash : hash >> 8) & 255U);
+  const int rising = static_cast<int>(hash >> 16 & 255U);
+  const int falling = static_cast<int>(hash >> 24);
+  // Twice the steps less 127.5.
+  return kOctagonAxis * (2 * axis - 255) +
+         kOctagonDiagonal * 2 * (which == 0 ? rising + falling - 255 : rising - falling);
 }
 inline QUANTLOOM_TRELLIS uint16_t octagon_weight(uint32_t hash, int which) {
   return half_of(int64_t{octagon_units(hash, which)} * kOctagonSlope * 4, -24);

@@ -158,3 +158,17 @@ def test_bad_input_is_named():
     words = torch.zeros((2, 16), dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="words: got 2 tiles, expected 1 "):
         trellis.decode_tiles(words, (16, 16), 2)
+
+
+def test_search_finds_what_the_cpu_finds():
+    here, there = (
+        trellis.search("octagon", (2, 3.5), count=4, tiles=80, device=device) for device in ("cuda", "cpu")
+    )
+    assert here.device.startswith("cuda:")
+    expected = {row.multiplier: row for row in there.rows}
+    for row in here.rows:
+        if row.tiles == expected[row.multiplier].tiles:
+            assert row.distortion == pytest.approx(expected[row.multiplier].distortion, rel=2e-3)
+    assert here == trellis.search("octagon", (2, 3.5), count=4, tiles=80)
+    with pytest.raises(ValueError, match="window: got 18"):
+        trellis.search(window=18, device="cuda")

@@ -11,6 +11,7 @@ import pytest
 import quantloom as ql
 import torch
 from quantloom import trellis
+from quantloom._trellis_search import PUBLISHED
 from quantloom.cli import app
 from typer.testing import CliRunner
 
@@ -312,6 +313,81 @@ def test_distortion_command():
     assert "lloyd-max" in shown.output
     wrong = CliRunner().invoke(app, ["bench", "distortion", "--code", "mul9", "--tiles", "1"])
     assert wrong.exit_code == 1
+
+
+def test_search():
+    table = trellis.search("octagon", (2, 4), count=12, tiles=128, seed=3, device="cpu", threads=2)
+    assert (table.code, table.bits, table.device, table.window) == ("octagon", (2, 4), "cpu", 16)
+    assert table.tiles == 128
+    assert len(table.rows) == 12 + len(PUBLISHED) == len({row.multiplier for row in table.rows})
+    published = {int(row.multiplier, 16) for row in table.rows if row.published}
+    assert published == set(PUBLISHED)
+    seven = {"FF7A83E5", "CAF6A435", "E2A54B45", "A2EC794D", "00D0AA65", "B26DB26D", "EAB209FD"}
+    assert seven < {row.multiplier for row in table.rows if row.published}
+    keys = [(-row.tiles, row.excess_bits) for row in table.rows]
+    assert keys == sorted(keys)
+    last = [row for row in table.rows if row.tiles == 128]
+    assert all(row.tiles == 128 for row in table.rows if row.published)
+    assert len(PUBLISHED) < len(last) < len(table.rows)
+    assert table.rows[0].codebook == "octagon", "the code's own is the best of thousands"
+    for row in last[:2]:
+        for bits, error in zip((2, 4), row.distortion, strict=True):
+            ratio = trellis.best_ratio(bits, "octagon")
+            expected = trellis.distortion(row.codebook, bits, ratio, 128, 3, search="fast")
+            assert error == expected
+        excess = [bits + math.log2(error) / 2 for bits, error in zip((2, 4), row.distortion, strict=True)]
+        assert row.excess_bits == pytest.approx(np.mean(excess))
+    again = trellis.search("octagon", (2, 4), count=12, tiles=128, seed=3, device="cpu", threads=1)
+    assert again == table
+
+
+def test_search_of_published_multipliers(tmp_path):
+    progress = []
+    table = trellis.search(
+        "mcg", [2], 0, 32, unscaled=True, device="cpu", progress=lambda *step: progress.append(step)
+    )
+    assert len(progress) == len(table.rows) == len(PUBLISHED)
+    by_name = {row.codebook: row for row in table.rows}
+    assert "mcg" in by_name
+    # Near 1, a codebook's root mean square decides what a source of unit variance errs by.
+    assert by_name["mcg-B26DB26D"].excess_bits < by_name["mcg"].excess_bits
+    assert by_name["mcg"].distortion[0] == trellis.distortion(
+        "mcg", 2, 1 / by_name["mcg"].rms, 32, search="fast"
+    )
+    path = tmp_path / "table.json"
+    table.save(path)
+    document = json.loads(path.read_text())
+    assert document["rows"][0]["codebook"] == table.rows[0].codebook
+    assert document["bits"] == [2.0]
+    assert list(tmp_path.iterdir()) == [path]
+    for arguments, options, words in [
+        (("hyb",), {}, "code"),
+        (("octagon", [4.5]), {}, "bits.*4.5.*4"),
+        (("mul1", []), {}, "bits"),
+        (("mul1", [2], -1), {}, "count"),
+        (("mul1", [2], 1, 0), {}, "tiles"),
+        (("mul1",), {"search": "slow"}, "search"),
+        (("mul1",), {"window": 25}, "window"),
+        (("mul1",), {"device": "tpu"}, "device"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            trellis.search(*arguments, **{"device": "cpu", **options})
+
+
+def test_search_command(tmp_path):
+    path = tmp_path / "table.json"
+    arguments = ["trellis-search", "--code", "mul1", "--bits", "2", "--count", "3", "--tiles", "8"]
+    arguments += ["--device", "cpu", "--threads", "2"]
+    shown = CliRunner().invoke(app, [*arguments, "-o", str(path), "--top", "1"])
+    assert shown.exit_code == 0, shown.output
+    assert "mul1-AD9A2EC5" in shown.output
+    written = json.loads(path.read_text())
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(result.stdout) == written
+    assert len(written["rows"]) == 3 + len(PUBLISHED)
+    wrong = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "no" / "table.json")])
+    assert wrong.exit_code == 1
+    assert "output: no such folder" in wrong.output
 
 
 def test_functions_for_cuda_tensors_take_no_others(rng):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from quantloom.cli import bench, checkpoints, demo, doctor, evaluate, inspect, quantize
+from quantloom.cli import bench, checkpoints, demo, doctor, evaluate, inspect, quantize, trellis_search
 
 __all__ = ["app", "main"]
 
@@ -51,6 +51,7 @@ app.command("inspect")(inspect.inspect)
 app.command("export")(checkpoints.export)
 app.command("import")(checkpoints.import_)
 app.command("rotate")(checkpoints.rotate)
+app.command("trellis-search")(trellis_search.trellis_search)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
