@@ -34,8 +34,8 @@ def main() -> None:
             print(f"{entry.name:40} {entry.format:16} {n} x {k}  {entry.bits_per_weight:.3f} bits")
         print(f"{inspection.layout}: {inspection.bits_per_weight:.3f} bits per weight")
 
-        # Loaded as it is, with weights decoded; without dequantized=True they stay packed.
-        model = ql.models.load(folder, torch.float32, dequantized=True)
+        # Loaded as it is; weights stay packed, and products decode them on the way.
+        model = ql.models.load(folder, torch.float32)
         ids = ql.evaluate.tokens(folder, text)
         print(f"perplexity {ql.evaluate.perplexity(model, ids, windows=4):.2f}")
 

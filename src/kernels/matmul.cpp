@@ -8,6 +8,7 @@
 #include "kernels/prepared_outliers.hpp"
 #include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
+#include "kernels/prepared_trellis.hpp"
 #include "kernels/strip_job.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
@@ -228,7 +229,9 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
   const bool with_outliers = dynamic_cast<const Outliers*>(packed.format.get()) != nullptr;
   const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
-  if (!with_outliers && !by_rows && dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
+  const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
+  if (!with_outliers && !by_rows && !by_rings &&
+      dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }
@@ -245,6 +248,7 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   }
   if (with_outliers) return kernels::prepare_outliers(packed, prepare(dense_part(packed), threads));
   if (by_rows) return kernels::prepare_rows(packed);
+  if (by_rings) return kernels::prepare_trellis(packed, threads);
   return kernels::prepare_strips(packed, threads);
 }
 
@@ -256,18 +260,22 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
     return kernels::add_outliers(x, *outliers, y, threads);
   }
   const auto* rows = dynamic_cast<const kernels::PreparedRows*>(&w);
+  const auto* rings = dynamic_cast<const kernels::PreparedTrellis*>(&w);
   const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
-  if (rows == nullptr && prepared == nullptr) {
+  if (rows == nullptr && rings == nullptr && prepared == nullptr) {
     throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
   }
-  if (options.activations == Activations::int8 && (rows != nullptr || !prepared->table.empty())) {
+  if (options.activations == Activations::int8 && (prepared == nullptr || !prepared->table.empty())) {
     throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid, and w is ",
-                              rows != nullptr ? rows->packed.format->spec() : prepared->format->spec(),
+                              rows != nullptr    ? rows->packed.format->spec()
+                              : rings != nullptr ? rings->format->spec()
+                                                 : prepared->format->spec(),
                               "; use exact activations"));
   }
   kernels::check_shapes(x, w.n(), w.k(), y);
   if (y.rows() == 0 || y.cols() == 0) return;
   if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
+  if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, threads);
   // A single batch is checked as it is rounded, before y is touched.
   if (options.activations == Activations::int8 && x.rows() > kernels::kBatchTokens)
     require_finite(x, "x", threads);

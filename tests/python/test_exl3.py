@@ -226,6 +226,16 @@ def test_folders_load_import_and_go_back(rng, tmp_path, shards, signs, head):
         assert loaded.training is False
         tolerance = 1e-4 * float(expected.abs().max())
         torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=tolerance)
+        packed = models.load(folder, torch.float32)
+        assert all(isinstance(packed.get_submodule(name), ql.nn.QuantLinear) for name in decoded)
+        torch.testing.assert_close(packed(IDS).logits, expected, rtol=1e-4, atol=tolerance)
+        half = models.load(folder, torch.bfloat16)
+        assert half(IDS).logits.dtype == torch.bfloat16
+        written = [
+            model.generate(IDS[:, :5], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+            for model in (loaded, packed)
+        ]
+        assert written[0].tolist() == written[1].tolist() and written[0].shape == (1, 11)
     report = models.import_(folder, tmp_path / "ours")
     assert report.layout == "exl3" and set(report.modules) == decoded.keys()
     ours = models.load(tmp_path / "ours", torch.float32, dequantized=True)
