@@ -203,11 +203,15 @@ struct Octagon {
   explicit Octagon(const TrellisMatrix& w) : multiplier(hn::Set(DU(), w.multiplier)) {}
   template <int kWhich>
   static HWY_INLINE VF weight(VU hash) {
-    constexpr const int(&kAxes)[4] = trellis::kOctagonAxes[kWhich];
-    constexpr int kSum = kAxes[0] + kAxes[1] + kAxes[2] + kAxes[3];
+    constexpr int kAxis = trellis::kOctagonAxis;
+    constexpr int kDiagonal = trellis::kOctagonDiagonal;
+    constexpr int kFalling = kWhich == 0 ? kDiagonal : -kDiagonal;
+    constexpr int kSum = kAxis + kDiagonal + kFalling;
     constexpr float kUnit = trellis::kOctagonSlope * 0x1p-22F;
     const DF df;
-    const VF steps = hn::ConvertTo(df, weigh_bytes<kAxes[0], kAxes[1], kAxes[2], kAxes[3]>(hash, 0));
+    const VI weighed = weigh_bytes < kWhich == 0 ? kAxis : 0, kWhich == 0 ? 0 : kAxis, kDiagonal,
+             kFalling > (hash, 0);
+    const VF steps = hn::ConvertTo(df, weighed);
     // Exact: odd multiples of the unit, fewer than 2^24 of its 203rd parts.
     return to_half(hn::MulAdd(steps, hn::Set(df, 2 * kUnit), hn::Set(df, -255 * kSum * kUnit)));
   }
