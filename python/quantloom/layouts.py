@@ -6,16 +6,18 @@ The arrays that come out are of the kind of the arrays that went in.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from quantloom import _arrays, _checks, _core
 from quantloom.formats import group_columns
-from quantloom.tensors import PackedTensor
+from quantloom.tensors import PackedTensor, load_tensors
 
 __all__ = [
     "from_compressed_tensors",
     "from_exl3",
     "from_gptq",
+    "read_exl3",
     "to_compressed_tensors",
     "to_exl3",
     "to_gptq",
@@ -152,3 +154,48 @@ def from_exl3(tensors: Mapping[str, Any], shape: tuple[int, int] | None = None) 
         n, k = (_checks.integer("shape", size, 1) for size in shape)
     cores, kind = _tensors(tensors)
     return PackedTensor._from_core(_core.from_exl3(cores, n, k), kind, shared=True)
+
+
+_EXL3_PARTS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
+
+
+def read_exl3(
+    path: Any, shapes: Mapping[str, tuple[int, int]] | None = None, kind: str = "numpy"
+) -> dict[str, Any]:
+    """Reads a file or a folder in the EXL3 layout: maps names of layers to packed tensors, names of all other
+    tensors to arrays.
+
+    Needs neither the model's code nor torch (for ``kind="numpy"``; tensors of bfloat16 then need ml_dtypes),
+    so that it reads models that ``quantloom.models.load`` cannot build, such as mixtures of experts.
+
+    Args:
+        path: a safetensors file, or a folder; its config is not read.
+        shapes: ``(out_features, in_features)`` by layer, where they are no multiples of 128; see
+            ``from_exl3``. Biases stay as they are stored, padded like the outputs.
+        kind: as of ``quantloom.load_tensors``.
+
+    Raises OSError if there is nothing to read, ValueError naming file and layer.
+    """
+    folder = _checks.path("path", path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not files:
+        raise FileNotFoundError(f"path: no safetensors file in {folder}")
+    homes: dict[str, Path] = {}
+    tensors: dict[str, Any] = {}
+    for file in files:
+        for name, value in load_tensors(file, kind).items():
+            if name in homes:
+                raise ValueError(f"{file}: {name} is stored in {homes[name].name} too")
+            homes[name], tensors[name] = file, value
+    layers = [name.removesuffix(".trellis") for name in tensors if name.endswith(".trellis")]
+    unknown = sorted(set(shapes or ()) - set(layers))
+    if unknown:
+        raise ValueError(f"shapes: got {unknown[0]!r}, which is no layer of {folder}")
+    result: dict[str, Any] = {}
+    for name in layers:
+        parts = {part: tensors.pop(f"{name}.{part}") for part in _EXL3_PARTS if f"{name}.{part}" in tensors}
+        try:
+            result[name] = from_exl3(parts, (shapes or {}).get(name))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{homes[f'{name}.trellis']}: {name}: {error}") from None
+    return result | tensors

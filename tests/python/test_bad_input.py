@@ -400,6 +400,8 @@ TABLE = [
     (ql.layouts.from_exl3, (EXL3_ARRAYS, (128, 129)), {}, ValueError, "k 129 1 128"),
     (ql.layouts.from_exl3, (EXL3_ARRAYS, 128), {}, TypeError, "shape 128 pair"),
     (ql.layouts.from_exl3, ({**EXL3_ARRAYS, "su": W},), {}, ValueError, "suh su"),
+    (ql.layouts.read_exl3, (3,), {}, TypeError, "path int"),
+    (ql.layouts.read_exl3, ("no such folder",), {}, OSError, "folder"),
     (ql.layouts.to_compressed_tensors, (None,), {}, TypeError, "q NoneType"),
     (ql.layouts.to_compressed_tensors, (ql.quantize(W, "uniform:1:g32"),), {}, RuntimeError, "zero"),
     (ql.layouts.from_compressed_tensors, (3, 4, 32, True), {}, TypeError, "tensors int"),

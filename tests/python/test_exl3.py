@@ -145,6 +145,46 @@ def test_sizes_signs_and_kinds(rng):
         layouts.to_exl3(rotated)
 
 
+def test_folders_without_a_model(rng, tmp_path):
+    layers = {
+        "model.layers.0.mlp.experts.0.up_proj": random_layer(rng, 128, 256, 3, "mul1"),
+        "model.layers.0.mlp.experts.1.up_proj": random_layer(rng, 200, 256, 2.5, "mul1"),
+        "lm_head": random_layer(rng, 128, 128, 6, "3inst", signs=True),
+    }
+    tensors = {f"{name}.{part}": np.array(a) for name, layer in layers.items() for part, a in layer.items()}
+    tensors["model.norm.weight"] = np.ones(256, np.float16)
+    names = sorted(tensors)
+    for i in range(3):
+        part = {name: torch.from_numpy(tensors[name]) for name in names[i::3]}
+        save_file(part, tmp_path / f"model-{i + 1:05d}-of-00003.safetensors")
+    second = "model.layers.0.mlp.experts.1.up_proj"
+    for kind in ("numpy", "torch"):
+        read = layouts.read_exl3(tmp_path, {second: (200, 250)}, kind)
+        assert read.keys() == {*layers, "model.norm.weight"}
+        for name, layer in layers.items():
+            expected = decode_layer(layer)
+            if name == second:
+                expected = expected[:200, :250]
+            assert read[name].shape == expected.shape and read[name].kind == kind
+            np.testing.assert_allclose(np.asarray(read[name].dequantize()), expected, atol=1e-5)
+        assert np.asarray(read["model.norm.weight"]).tolist() == [1.0] * 256
+    with pytest.raises(ValueError, match=r"experts\.1\.up_proj: .*[1-9]"):
+        layouts.read_exl3(tmp_path, {second: (2000, 250)})
+    with pytest.raises(ValueError, match="shapes: got 'other'"):
+        layouts.read_exl3(tmp_path, {"other": (1, 1)})
+    save_file({names[0]: torch.from_numpy(tensors[names[0]])}, tmp_path / "extra.safetensors")
+    with pytest.raises(ValueError, match=r"stored in extra\.safetensors too"):
+        layouts.read_exl3(tmp_path)
+    (tmp_path / "extra.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="extra"):
+        layouts.read_exl3(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        layouts.read_exl3(tmp_path / "none.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        layouts.read_exl3(tmp_path / "empty")
+
+
 # -- folders --------------------------------------------------------------------------------------------
 
 BITS = [2, 3, 2.5, 4, 5, 1, 8, 6, 7]
