@@ -15,7 +15,7 @@ constexpr int kLongestSearch = 2 * kRingPositions;
 
 // Steps between copies of the costs: few enough that the way back can try all ancestors of an edge.
 constexpr int copy_stride(int bits) {
-  return bits == 1 ? 8 : bits == 2 ? 4 : bits == 3 ? 2 : 1;
+  return bits == 1 ? 8 : bits <= 3 ? 2 : 1;
 }
 
 // Calls body.template operator()<bits>().
@@ -54,7 +54,7 @@ struct SearchTask {
   uint32_t* history = nullptr;         // history_words() for each group of rings
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
-  bool bulk = false;                   // plain, 1 to 4 bits: copies of costs by the bulk engine (sm_90 on)
+  bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
   int stop = 0;                        // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.

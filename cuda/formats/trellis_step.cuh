@@ -40,17 +40,10 @@ struct SearchShape {
   static __device__ __forceinline__ constexpr int place_of(int unit) {
     return kBits == 1 ? unit : unit ^ ((unit >> 4 & 1) << (kBits - 1));
   }
-  // A copy of the costs in memory, where the way back looks for those of edges that differ in their oldest
-  // bits. With 2 bits a thread has edges that differ in the first alone, and keeps them together.
+  // The same in a copy of the costs in memory; of up to 4 bits they are copied as they lie.
   static constexpr int kCopyWords = kEdges / 2 * kRings;
   static __device__ __forceinline__ constexpr int copy_place(int edge, int ring) {
-    if constexpr (kBits == 2) {
-      const int thread = edge >> 3 & (kSearchThreads - 1);
-      const int half = edge >> 2 & 1;
-      return ((half * kRings + ring) * kSearchThreads + thread) * 8 + (edge >> 13) * 4 + (edge & 3);
-    } else {
-      return kPairsOfGroups ? cost_place(edge, ring) : ring * kEdges + edge;
-    }
+    return kPairsOfGroups ? cost_place(edge, ring) : ring * kEdges + edge;
   }
   // The place of the cost of an edge, in halves of words.
   static __device__ __forceinline__ constexpr int cost_place(int edge, int ring) {
@@ -184,20 +177,7 @@ struct GroupPairStep {
   }
 
   static __device__ __forceinline__ void copy(const Outputs& outputs, int thread, uint32_t* to) {
-    if constexpr (kBits == 2) {
-#pragma unroll
-      for (int group = 0; group < 2; ++group) {
-#pragma unroll
-        for (int ring = 0; ring < kRings; ++ring) {
-          const uint32_t* const low = outputs.words[0][group];
-          const uint32_t* const high = outputs.words[1][group];
-          auto* const at = reinterpret_cast<uint4*>(to) + (group * kRings + ring) * kSearchThreads + thread;
-          *at = make_uint4(low[ring], low[kRings + ring], high[ring], high[kRings + ring]);
-        }
-      }
-    } else {
-      store(outputs, thread, to);
-    }
+    store(outputs, thread, to);
   }
   static __device__ __forceinline__ void store(const Outputs& outputs, int thread, uint32_t* costs) {
     const int unit = first_pair(thread) * kInputs + first_output(thread) / 2;

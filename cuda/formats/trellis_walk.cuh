@@ -148,9 +148,7 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
       sums[i] = 0;
       if (before > 0) {
         const int at = static_cast<int>(ancestor);
-        // The bulk engine copies costs as they lie.
-        const int place = task.bulk ? Shape::cost_place(at, ring) : Shape::copy_place(at, ring);
-        sums[i] = __half2float(__ushort_as_half(costs[place]));
+        sums[i] = __half2float(__ushort_as_half(costs[Shape::copy_place(at, ring)]));
       } else if (task.pins != nullptr && ancestor != last) {
         sums[i] = INFINITY;
       }

@@ -34,7 +34,7 @@ struct DenseStream {
   static constexpr int kGroups = kChosenGroups != 0 ? kChosenGroups
                                  : kHeld            ? (kPower == 9 ? 1 : kTiles)
                                  : kChunks <= 2     ? 4
-                                 : kChunks == 4     ? (kTiles > 7 ? 4 : 2)
+                                 : kChunks == 4     ? (kTiles <= 4 ? 1 : 2)
                                                     : 2;
   static constexpr int kOwn = kHeld ? kTiles / kGroups : 1;  // row tiles at once
   static constexpr int kThreads = 32 * kChunks * kGroups;

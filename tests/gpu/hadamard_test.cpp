@@ -101,7 +101,8 @@ void expect_equal_to_cpu(const Case& c, uint64_t seed) {
   check_cuda(cudaDeviceSynchronize(), "hadamard");
 
   const std::vector<std::byte> got = download(device_out.get(), total * element);
-  // Two roundings to the dtype at most, and sums of float32 in another order.
+  // Two roundings to the dtype at most, and sums of float32 in another order: of up to 924 terms at once.
+  const double absolute = 1e-5;
   const double unit = c.dtype == DType::f32 ? 4e-6 : c.dtype == DType::f16 ? 0x1p-10 : 0x1p-7;
   for (int64_t i = 0; i < total; ++i) {
     const int64_t at = i - c.offset;
@@ -114,7 +115,7 @@ void expect_equal_to_cpu(const Case& c, uint64_t seed) {
       continue;
     }
     const double wanted = element_at(expected, c.dtype, i);
-    ASSERT_NEAR(element_at(got, c.dtype, i), wanted, unit * std::abs(wanted) + 4e-6)
+    ASSERT_NEAR(element_at(got, c.dtype, i), wanted, unit * std::abs(wanted) + absolute)
         << "row " << at / stride << ", column " << at % stride;
   }
 }

@@ -179,13 +179,14 @@ inline std::shared_ptr<const Format> random_codebook(int bits, int64_t group, DT
   return std::make_shared<const Codebook>(std::span<const float>(table), group, scale_dtype, bits);
 }
 
-inline PackedTensor random_planes(const ProductCase& c, Draws& draws);
+inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest);
 
 // Outliers at random places, most of them in the first rows; values as small as weights if `exact`.
 inline PackedTensor random_outliers(const ProductCase& c, const Outliers& format, Draws& draws) {
+  const int lowest = lowest_exponent(c);
   ProductCase dense = c;
   dense.format = format.dense;
-  PackedTensor packed = random_planes(dense, draws);
+  PackedTensor packed = random_planes(dense, draws, lowest);
   packed.format = c.format;
   for (const PlaneSpec& spec : format.planes(c.n, c.k)) {
     if (spec.name.starts_with("outlier_")) packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
@@ -200,7 +201,6 @@ inline PackedTensor random_outliers(const ProductCase& c, const Outliers& format
   }
   const auto offsets = packed.planes.at("outlier_offsets").values<int32_t>();
   Tensor& columns = packed.planes.at("outlier_columns");
-  const int lowest = lowest_exponent(c);
   size_t i = 0;
   for (const int64_t at : positions) {
     for (auto row = static_cast<size_t>(at / c.k + 1); row < offsets.size(); ++row) ++offsets[row];
@@ -217,13 +217,13 @@ inline PackedTensor random_outliers(const ProductCase& c, const Outliers& format
   return packed;
 }
 
-inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
+// lowest: of lowest_exponent().
+inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest) {
   if (const auto* outliers = dynamic_cast<const Outliers*>(c.format.get())) {
     return random_outliers(c, *outliers, draws);
   }
   const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
-  const int lowest = lowest_exponent(c);
   const auto* const vectors = dynamic_cast<const VectorCodebook*>(c.format.get());
   for (const PlaneSpec& spec : c.format->planes(c.n, c.k)) {
     if (spec.optional && !c.group_index) continue;
@@ -266,6 +266,9 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
     packed.planes.emplace(spec.name, std::move(plane));
   }
   return packed;
+}
+inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
+  return random_planes(c, draws, lowest_exponent(c));
 }
 
 // Memory of prepared_planes(), full of NaN; "source" is filled in, as prepare_cuda() wants it.

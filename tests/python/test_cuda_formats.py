@@ -84,7 +84,8 @@ def test_entropy_coded_on_the_device():
         fmt = Q.CompressedLUTFormat.train_grid(x, step, compressor=compressor)
         encoded = fmt.encode(x)
         codes = fmt._get_codes_on(Planes(encoded.planes), x.numel(), torch.device("cuda"))
-        assert codes.is_cuda and codes.dtype == (torch.uint8 if len(fmt.lut.values) <= 256 else torch.int32)
+        on_device = len(fmt.lut.values) <= 256
+        assert (codes.is_cuda, codes.dtype) == (on_device, torch.uint8 if on_device else torch.int32)
         assert encoded.decode("cuda").cpu().equal(encoded.decode())
         stream = encoded.planes["stream"]
         stream[-9:] ^= 0x5A
