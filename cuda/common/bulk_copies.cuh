@@ -19,6 +19,10 @@ __device__ __forceinline__ void announce_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// Arrives without bytes.
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 // Multiples of 16 bytes, at such addresses.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, int bytes, uint32_t barrier,
                                           uint64_t policy) {
@@ -48,7 +52,8 @@ __device__ __forceinline__ void wait_for_reads() {
 __device__ __forceinline__ void wait_for_writes() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
-// Until the phase of this parity has ended: 0 for the first, then 1, 0, ...
+// Until the phase of this parity has ended: 0 for the first, then 1, 0, ... Before the first has ended, that of
+// parity 1 counts as ended.
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"

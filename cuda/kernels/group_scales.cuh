@@ -20,15 +20,20 @@ class GroupScales {
   // For blocks of columns [begin, end) of a block of rows.
   __device__ __forceinline__ void begin(const FragmentMatrix& w, int row_block, int begin, int end,
                                         int lane) {
-    at_ = static_cast<int64_t>(row_block) * w.group_count * 64 + lane / 4 * 8;
+    const int64_t row = static_cast<int64_t>(row_block) * w.group_count * 64 + lane / 4 * 8;
     const int step = 4 * begin;
-    group_ = step / w.group_steps;
+    const int group = step / w.group_steps;
     left_ = w.group_steps - step % w.group_steps;
     if constexpr (kIsHalf) {
       exponents_[0] = exponents_[1] = 0x7F7F7F7FU;
-      if (w.scale_dtype != DType::f16) find_exponents(w, (4 * end - 1) / w.group_steps);
+      if (w.scale_dtype != DType::f16) find_exponents(w, row, group, (4 * end - 1) / w.group_steps);
     }
-    next_.load(w, place(w, group_));
+    // Columns past the last group are padding: activations are 0 there.
+    groups_left_ = w.group_count - 1 - group;
+    const int64_t at = row + static_cast<int64_t>(min(group, w.group_count - 1)) * 64;
+    scales_at_ = static_cast<const uint4*>(w.scales) + at / (w.scale_dtype == DType::f32 ? 4 : 8);
+    if constexpr (kZeros) zeros_at_ = reinterpret_cast<const uint2*>(w.zeros + at);
+    load_next(w);
     take_next(w);
   }
 
@@ -46,7 +51,6 @@ class GroupScales {
   __device__ __forceinline__ void advance(const FragmentMatrix& w) {
     if (--left_ > 0) return;
     left_ = w.group_steps;
-    ++group_;
     take_next(w);
   }
 
@@ -60,9 +64,15 @@ class GroupScales {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr DType kDType = kIsHalf ? DType::f16 : DType::bf16;
 
-  // Columns past the last group are padding: activations are 0 there.
-  __device__ __forceinline__ int64_t place(const FragmentMatrix& w, int group) const {
-    return at_ + static_cast<int64_t>(min(group, w.group_count - 1)) * 64;
+  // Of the group at hand, and moves on to the one after.
+  __device__ __forceinline__ void load_next(const FragmentMatrix& w) {
+    const bool wide = w.scale_dtype == DType::f32;
+    next_.scales[0] = __ldg(scales_at_);
+    if (wide) next_.scales[1] = __ldg(scales_at_ + 1);
+    if constexpr (kZeros) next_.zeros = __ldg(zeros_at_);
+    if (--groups_left_ < 0) return;
+    scales_at_ += wide ? 16 : 8;
+    if constexpr (kZeros) zeros_at_ += 8;
   }
 
   __device__ __forceinline__ uint32_t exponent(int i) const {
@@ -90,7 +100,7 @@ class GroupScales {
         offset_[i] = Pair::both((Decoder::kCenter - next_.zero(i)) * (1.0F / Decoder::kUnit));
       }
     }
-    next_.load(w, place(w, group_ + 1));
+    load_next(w);
   }
 
   __device__ __forceinline__ void convert_scales(DType dtype) {
@@ -102,11 +112,11 @@ class GroupScales {
     }
   }
 
-  __device__ __forceinline__ void find_exponents(const FragmentMatrix& w, int last) {
+  __device__ __forceinline__ void find_exponents(const FragmentMatrix& w, int64_t row, int first, int last) {
     uint32_t largest[8] = {};
-    for (int group = group_; group <= min(last, w.group_count - 1); ++group) {
+    for (int group = first; group <= min(last, w.group_count - 1); ++group) {
       RawParameters raw;
-      raw.load(w, place(w, group));
+      raw.load(w, row + static_cast<int64_t>(group) * 64);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         largest[i] = max(largest[i], (__float_as_uint(raw.scale(w.scale_dtype, i)) >> 23) & 0xFFU);
@@ -117,9 +127,10 @@ class GroupScales {
     for (int i = 0; i < 8; ++i) exponents_[i / 4] |= min(largest[i] + 2, 253U) << (i % 4 * 8);
   }
 
-  int64_t at_;
-  int group_;
-  int left_;
+  const uint4* scales_at_;
+  const uint2* zeros_at_;
+  int groups_left_;  // behind the one at hand
+  int left_;         // steps of the group in use
   RawParameters next_;
   uint32_t scale_[8];
   uint32_t offset_[8];

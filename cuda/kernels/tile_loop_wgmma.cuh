@@ -19,67 +19,146 @@
 namespace quantloom::cuda {
 
 // Sizes of the ring. A stage holds activations [tokens][128 bytes], then codes [warp][bits][lane][16 bytes];
-// each begins at a multiple of 1024 bytes.
+// each begins at a multiple of 1024 bytes. After the table come two barriers for each stage: its copies have
+// arrived; all warps are done with its activations.
 template <class Decoder, int kTokens>
 struct WarpgroupRing {
   static constexpr int kTokenBytes = kTokens * fragments::kTokenBytes;
   static constexpr int kWarpBytes = Decoder::kBits * 512;
   static constexpr int kStageBytes = kTokenBytes + TilePlan::kWarps * kWarpBytes;
-  // Two blocks of threads share the 227 KB of a multiprocessor; a barrier for each stage follows the table.
-  static constexpr int kRoom = (115712 - 64 - Decoder::kSharedBytes) / kStageBytes;
+  // Two blocks of threads share the 227 KB of a multiprocessor.
+  static constexpr int kRoom = (115712 - 96 - Decoder::kSharedBytes) / kStageBytes;
   static constexpr int kStages = kRoom < 6 ? kRoom : 6;
+  // Stages that are filled while one is multiplied, and one is still read by products of the unit before.
+  static constexpr int kAhead = kStages - 2;
   static constexpr int kBytes = kStages * kStageBytes;
   static constexpr int kBarriers = kBytes + Decoder::kSharedBytes;
-  static constexpr int kAllBytes = kBarriers + 8 * kStages;
+  static constexpr int kAllBytes = kBarriers + 16 * kStages;
   static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
 };
 
-// The copies of one warp into the ring: its codes, and a quarter of the activations. Its first lane begins
-// them.
+// The copies of one warp into the ring, begun by its first lane: its own codes, and the activations of every
+// kWarps-th unit.
 template <class Ring>
 class BulkLoader {
  public:
-  __device__ __forceinline__ BulkLoader(const ProductArguments& p, const TileWork& work, uint32_t ring)
+  // Units [begin, end).
+  __device__ __forceinline__ BulkLoader(const ProductArguments& p, const TileWork& work, uint32_t ring,
+                                        int64_t begin, int64_t end)
       : p_(p),
         work_(work),
         ring_(ring),
         warp_(static_cast<int>(threadIdx.x) / 32),
+        unasked_(end - begin),
+        tokens_turn_(warp_),
+        at_(work.plan, begin),
         codes_policy_(codes_policy(work.plan.token_tiles == 1)),
         tokens_policy_(codes_policy(false)) {}
 
-  __device__ __forceinline__ uint32_t barrier(int stage) const { return ring_ + Ring::kBarriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t arrived(int stage) const { return ring_ + Ring::kBarriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t done(int stage) const { return arrived(Ring::kStages + stage); }
 
-  // Announces both copies of a stage, begins that of the codes.
-  __device__ __forceinline__ void load_codes(const TileCursor& at, int stage) const {
-    const int row_block = at.row_group * TilePlan::kWarps + warp_;
-    const bool has_rows = row_block < p_.w.row_blocks;
-    announce_bytes(barrier(stage), kTokenPart + (has_rows ? Ring::kWarpBytes : 0));
-    if (!has_rows) return;
-    const uint4* from = p_.w.codes + (static_cast<int64_t>(row_block) * p_.w.column_blocks + at.block) *
-                                         (Ring::kWarpBytes / 16);
-    copy_bulk(ring_ + stage * Ring::kStageBytes + Ring::kTokenBytes + warp_ * Ring::kWarpBytes, from,
-              Ring::kWarpBytes, barrier(stage), codes_policy_);
+  __device__ __forceinline__ void start_barriers() const {
+#pragma unroll
+    for (int stage = 0; stage < 2 * Ring::kStages; ++stage) start_barrier(arrived(stage), TilePlan::kWarps);
+    publish_barriers();
   }
 
-  __device__ __forceinline__ void load_tokens(const TileCursor& at, int stage) const {
-    const uint4* from = work_.tokens +
-                        (static_cast<int64_t>(at.block) * work_.plan.padded_tokens() +
-                         static_cast<int64_t>(at.token_tile) * work_.plan.tokens) *
-                            fragments::kTokenPieces +
-                        warp_ * (kTokenPart / 16);
-    copy_bulk(ring_ + stage * Ring::kStageBytes + warp_ * kTokenPart, from, kTokenPart, barrier(stage),
-              tokens_policy_);
+  // By the first lane: the codes of the first units; then, once they may be read, their activations.
+  __device__ __forceinline__ void ask_first_codes() const {
+    TileCursor at = at_;
+#pragma unroll
+    for (int stage = 0; stage < Ring::kAhead; ++stage) {
+      if (stage >= unasked_) break;
+      announce_bytes(arrived(stage), (warp_ == stage % TilePlan::kWarps ? Ring::kTokenBytes : 0) +
+                                         (has_rows(at) ? Ring::kWarpBytes : 0));
+      if (has_rows(at)) copy_codes(codes_of(at), stage);
+      at.advance(work_.plan);
+    }
+  }
+  __device__ __forceinline__ void ask_first_tokens() {
+#pragma unroll
+    for (int stage = 0; stage < Ring::kAhead; ++stage) {
+      if (stage >= unasked_) break;
+      if (warp_ == stage % TilePlan::kWarps) copy_tokens(tokens_of(at_), stage);
+      at_.advance(work_.plan);
+    }
+    unasked_ -= Ring::kAhead;
+    tokens_turn_ = (warp_ + TilePlan::kWarps - Ring::kAhead % TilePlan::kWarps) % TilePlan::kWarps;
+    follow();
+  }
+
+  // By the first lane: the next unit's copies, into a stage whose products of this warp have ended.
+  __device__ __forceinline__ void ask_next() {
+    if (--unasked_ < 0) return;
+    const bool tokens = tokens_turn_ == 0;
+    announce_bytes(arrived(stage_), (tokens ? Ring::kTokenBytes : 0) + code_bytes_);
+    if (code_bytes_ > 0) copy_codes(codes_, stage_);
+    if (tokens) {
+      wait_for_phase(done(stage_), parity_);
+      copy_tokens(tokens_, stage_);
+    }
+    tokens_turn_ = tokens ? TilePlan::kWarps - 1 : tokens_turn_ - 1;
+    if (++stage_ == Ring::kStages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+    if (--left_ > 0) {
+      codes_ += Ring::kWarpBytes;
+      tokens_ += work_.plan.padded_tokens() * fragments::kTokenBytes;
+      return;
+    }
+    at_.end_tile(work_.plan);
+    follow();
   }
 
  private:
-  static constexpr int kTokenPart = Ring::kTokenBytes / TilePlan::kWarps;
+  __device__ __forceinline__ int row_block(const TileCursor& at) const {
+    return at.row_group * TilePlan::kWarps + warp_;
+  }
+  __device__ __forceinline__ bool has_rows(const TileCursor& at) const {
+    return row_block(at) < p_.w.row_blocks;
+  }
+  __device__ __forceinline__ const unsigned char* codes_of(const TileCursor& at) const {
+    return reinterpret_cast<const unsigned char*>(p_.w.codes) +
+           (static_cast<int64_t>(row_block(at)) * p_.w.column_blocks + at.block) * Ring::kWarpBytes;
+  }
+  __device__ __forceinline__ const unsigned char* tokens_of(const TileCursor& at) const {
+    return reinterpret_cast<const unsigned char*>(work_.tokens) +
+           (static_cast<int64_t>(at.block) * work_.plan.padded_tokens() +
+            static_cast<int64_t>(at.token_tile) * work_.plan.tokens) *
+               fragments::kTokenBytes;
+  }
+  __device__ __forceinline__ void copy_codes(const unsigned char* from, int stage) const {
+    copy_bulk(ring_ + stage * Ring::kStageBytes + Ring::kTokenBytes + warp_ * Ring::kWarpBytes, from,
+              Ring::kWarpBytes, arrived(stage), codes_policy_);
+  }
+  __device__ __forceinline__ void copy_tokens(const unsigned char* from, int stage) const {
+    copy_bulk(ring_ + stage * Ring::kStageBytes, from, Ring::kTokenBytes, arrived(stage), tokens_policy_);
+  }
+  // To the unit at_, which may be past the end.
+  __device__ __forceinline__ void follow() {
+    left_ = work_.plan.column_blocks - at_.block;
+    code_bytes_ = has_rows(at_) ? Ring::kWarpBytes : 0;
+    codes_ = codes_of(at_);
+    tokens_ = tokens_of(at_);
+  }
 
   const ProductArguments& p_;
   const TileWork& work_;
   uint32_t ring_;
   int warp_;
+  int64_t unasked_;
+  int tokens_turn_;  // units until the next whose activations this warp copies
+  TileCursor at_;    // the next unit; after the first, its tile
   uint64_t codes_policy_;
   uint64_t tokens_policy_;
+  int stage_ = Ring::kAhead;  // the stage to fill next
+  int parity_ = 1;            // of the phase in which its activations were last read
+  int left_ = 0;              // units of the tile, from the next on
+  int code_bytes_ = 0;
+  const unsigned char* codes_ = nullptr;  // the next unit's
+  const unsigned char* tokens_ = nullptr;
 };
 
 template <class Decoder, class T, int kTokens, bool kZeros>
@@ -97,13 +176,16 @@ class WarpgroupProduct {
   }
 
   // `stage`: where a stage lies in shared memory; `codes`: this lane's codes in it. The products of the last
-  // step still run when this returns; they read the stage until the first step of the next call is over.
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t codes) {
+  // step still run when this returns; they read the stage until the first step of the next call is over, when
+  // that calls once_over().
+  template <class OnceOver>
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t codes, const OnceOver& once_over) {
     uint4 pieces[kBits];
 #pragma unroll
     for (int i = 0; i < kBits; ++i) pieces[i] = load_shared(codes + i * 512);
     const uint64_t tokens = token_descriptor(stage);
     multiply_step<0>(tokens, pieces);
+    once_over();
     multiply_step<1>(tokens, pieces);
     multiply_step<2>(tokens, pieces);
     multiply_step<3>(tokens, pieces);
@@ -165,8 +247,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     multiply_tiles_wgmma(const __grid_constant__ ProductArguments p, const __grid_constant__ TileWork work) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   using Ring = WarpgroupRing<Decoder, kTokens>;
-  // Stages that are filled while one is multiplied, and one is still read by products of the step before.
-  constexpr int kAhead = Ring::kStages - 2;
   extern __shared__ __align__(1024) unsigned char tile_memory[];
   const uint32_t ring = shared_address(tile_memory);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -175,37 +255,20 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t end = work.plan.begin(static_cast<int64_t>(blockIdx.x) + 1);
 
   let_next_begin();
-  const BulkLoader<Ring> loader(p, work, ring);
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int s = 0; s < Ring::kStages; ++s) start_barrier(loader.barrier(s), TilePlan::kWarps);
-    publish_barriers();
-  }
+  BulkLoader<Ring> loader(p, work, ring, begin, end);
+  if (threadIdx.x == 0) loader.start_barriers();
   __syncthreads();
-  TileCursor ahead(work.plan, begin);
-  if (lane == 0) {
-    TileCursor codes = ahead;
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (begin + s >= end) break;
-      loader.load_codes(codes, s);
-      codes.advance(work.plan);
-    }
-  }
+  if (lane == 0) loader.ask_first_codes();
   Decoder decoder;
   decoder.template prepare<T>(p.w.table, p.w.table_entries, tile_memory + Ring::kBytes);
   wait_for_previous();
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    if (begin + s >= end) break;
-    if (lane == 0) loader.load_tokens(ahead, s);
-    ahead.advance(work.plan);
-  }
+  if (lane == 0) loader.ask_first_tokens();
+  if constexpr (Decoder::kSharedBytes > 0) __syncthreads();
 
   WarpgroupProduct<Decoder, T, kTokens, kZeros> product(p, decoder);
   int stage = 0;
-  int parity = 0;       // of the stage's phase
-  int filled = kAhead;  // the stage to fill next
+  int parity = 0;  // of the stage's phase
+  int before = -1;
   for (int64_t unit = begin; unit < end;) {
     const TileCursor at(work.plan, unit);
     const int stop =
@@ -214,21 +277,16 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int row_block = min(at.row_group * TilePlan::kWarps + warp, p.w.row_blocks - 1);
     product.begin(row_block, at.block, stop);
     for (int block = at.block; block < stop; ++block, ++unit) {
-      wait_for_phase(loader.barrier(stage), parity);
-      __syncthreads();
-      // All warps have multiplied the unit before this one, so the products of the unit before that have
-      // ended: its stage is filled anew.
-      if (unit + kAhead < end) {
+      wait_for_phase(loader.arrived(stage), parity);
+      const uint32_t place = ring + stage * Ring::kStageBytes;
+      product.multiply(place, place + Ring::kTokenBytes + warp * Ring::kWarpBytes + lane * 16, [&] {
         if (lane == 0) {
-          loader.load_codes(ahead, filled);
-          loader.load_tokens(ahead, filled);
+          if (before >= 0) arrive(loader.done(before));
+          loader.ask_next();
         }
         __syncwarp();  // the products take whole warps
-        ahead.advance(work.plan);
-      }
-      filled = filled + 1 == Ring::kStages ? 0 : filled + 1;
-      const uint32_t place = ring + stage * Ring::kStageBytes;
-      product.multiply(place, place + Ring::kTokenBytes + warp * Ring::kWarpBytes + lane * 16);
+      });
+      before = stage;
       if (++stage == Ring::kStages) {
         stage = 0;
         parity ^= 1;

@@ -19,7 +19,10 @@ struct TileCursor {
     token_tile = static_cast<int>(tile % plan.token_tiles);
   }
   __device__ __forceinline__ void advance(const TilePlan& plan) {
-    if (++block < plan.column_blocks) return;
+    if (++block == plan.column_blocks) end_tile(plan);
+  }
+  // To the first unit of the next tile.
+  __device__ __forceinline__ void end_tile(const TilePlan& plan) {
     block = 0;
     if (++token_tile < plan.token_tiles) return;
     token_tile = 0;
