@@ -33,7 +33,7 @@ template <class T, int kLog>
 void launch_walsh(const HadamardArguments& a, const DeviceFacts& device, cudaStream_t stream) {
   using S = WalshShape<T, kLog>;
   constexpr int64_t kBytes = int64_t{4} * S::kFloats;
-  if constexpr (kLog >= 13) {
+  if constexpr (kLog >= 14 || (kLog == 13 && sizeof(T) == 4)) {
     // One that copies ahead, where shared memory has room for it.
     constexpr int64_t kAhead = kBytes + (int64_t{1} << kLog) * static_cast<int64_t>(sizeof(T));
     const int64_t resident =
