@@ -155,8 +155,8 @@ void multiply_trellis_tiles(const TrellisMatrix& w, const TrellisJob& job) {
     case TrellisCode::hyb:
       return multiply_tiles_of<Hyb>(w, job);
     case TrellisCode::table:
-      return w.ring.weights_per_step == 2 ? multiply_tiles_of<Table<2>>(w, job)
-                                          : multiply_tiles_of<Table<1>>(w, job);
+      return w.ring.weights_per_step == 2 ? multiply_tiles_of<Pairs>(w, job)
+                                          : multiply_tiles_of<Table>(w, job);
   }
 }
 

@@ -39,7 +39,8 @@ TrellisMatrix matrix_of(const PreparedTrellis& w) {
   matrix.tile_columns = w.padded_columns / kTileSide;
   matrix.code = w.format->codebook.code;
   matrix.multiplier = w.format->codebook.multiplier;
-  matrix.table = w.table.empty() ? nullptr : w.table.data();
+  matrix.table = w.table.data();
+  matrix.pairs = w.pairs.data();
   matrix.ring = w.format->shape();
   return matrix;
 }
@@ -71,7 +72,17 @@ std::shared_ptr<const PreparedTrellis> prepare_trellis(const PackedTensor& packe
   w.padded_rows = codes.shape()[1] * kTileSide;
   w.input_scales = floats_of(packed.plane("input_scales"));
   w.output_scales = floats_of(packed.plane("output_scales"));
-  if (!w.format->codebook.table.empty()) w.table = floats_of(packed.plane("table"));
+  if (!w.format->codebook.table.empty()) {
+    const Tensor& table = packed.plane("table");
+    if (table.shape()[1] == 1) {
+      w.table = floats_of(table);
+    } else {
+      const auto halves = table.values<uint16_t>();
+      for (size_t i = 0; i < halves.size(); i += 2) {
+        w.pairs.push_back(halves[i] | static_cast<uint32_t>(halves[i + 1]) << 16);
+      }
+    }
+  }
   const int64_t tile_columns = codes.shape()[0];
   const int64_t tile_rows = codes.shape()[1];
   const int64_t ring_words = codes.shape()[2];

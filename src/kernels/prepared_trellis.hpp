@@ -14,7 +14,8 @@ struct PreparedTrellis final : PreparedTensor {
   int64_t n() const override { return rows; }
   int64_t k() const override { return columns; }
   int64_t byte_count() const override {
-    return words.size() + 4 * static_cast<int64_t>(table.size() + input_scales.size() + output_scales.size());
+    return words.size() +
+           4 * static_cast<int64_t>(table.size() + pairs.size() + input_scales.size() + output_scales.size());
   }
   int64_t strip_count() const { return ceil_div(padded_rows, kTrellisOutputs); }
 
@@ -25,8 +26,9 @@ struct PreparedTrellis final : PreparedTensor {
   int64_t padded_columns = 0;
   std::vector<float> input_scales;   // [columns]
   std::vector<float> output_scales;  // [rows]
-  std::vector<float> table;          // of hyb and table, in float32
-  AlignedBytes words;                // in kernel order
+  std::vector<float> table;          // as TrellisMatrix has them
+  std::vector<uint32_t> pairs;
+  AlignedBytes words;  // in kernel order
 };
 
 // `packed` is valid, a trellis, and on the CPU.

@@ -223,31 +223,45 @@ struct Octagon {
   VU multiplier;
 };
 
+// Both numbers of pairs of float16 ones, fetched at once.
+HWY_INLINE void split_pairs(VU pairs, VF (&weights)[2]) {
+  const DF df;
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<hwy::float16_t, DF> half;
+  const VU low = hn::And(pairs, hn::Set(DU(), 0xFFFFU));
+  weights[0] = hn::PromoteTo(df, hn::BitCast(half, hn::TruncateTo(d16, low)));
+  weights[1] = hn::PromoteTo(df, hn::BitCast(half, hn::TruncateTo(d16, hn::ShiftRight<16>(pairs))));
+}
+
 struct Hyb {
   static constexpr int kWeights = 2;
-  explicit Hyb(const TrellisMatrix& w) : table(w.table) {}
+  explicit Hyb(const TrellisMatrix& w) : pairs(w.pairs) {}
   HWY_INLINE void operator()(VU states, VF (&weights)[2]) const {
-    const DF df;
     const VU hash = hn::Add(hn::Mul(states, states), states);
-    const VU pair = hn::And(hn::ShiftRight<5>(hash), hn::Set(DU(), 1022U));  // twice the entry
-    const VI index = hn::BitCast(DI(), pair);
-    const VU sign = hn::ShiftLeft<16>(hn::And(hash, hn::Set(DU(), 0x8000U)));
-    const VU first = hn::BitCast(DU(), hn::GatherIndex(df, table, index));
-    weights[0] = hn::BitCast(df, hn::Xor(first, sign));
-    weights[1] = hn::GatherIndex(df, table + 1, index);
+    const VU entry = hn::And(hn::ShiftRight<6>(hash), hn::Set(DU(), 511U));
+    const VU sign = hn::And(hash, hn::Set(DU(), 0x8000U));
+    const VU found = hn::GatherIndex(DU(), pairs, hn::BitCast(DI(), entry));
+    split_pairs(hn::Xor(found, sign), weights);
+  }
+  const uint32_t* pairs;
+};
+
+struct Table {
+  static constexpr int kWeights = 1;
+  explicit Table(const TrellisMatrix& w) : table(w.table) {}
+  HWY_INLINE void operator()(VU states, VF (&weights)[1]) const {
+    weights[0] = hn::GatherIndex(DF(), table, hn::BitCast(DI(), states));
   }
   const float* table;
 };
 
-template <int kPerStep>
-struct Table {
-  static constexpr int kWeights = kPerStep;
-  explicit Table(const TrellisMatrix& w) : table(w.table) {}
-  HWY_INLINE void operator()(VU states, VF (&weights)[kPerStep]) const {
-    const VI index = hn::BitCast(DI(), kPerStep == 2 ? hn::Add(states, states) : states);
-    for (int i = 0; i < kPerStep; ++i) weights[i] = hn::GatherIndex(DF(), table + i, index);
+struct Pairs {
+  static constexpr int kWeights = 2;
+  explicit Pairs(const TrellisMatrix& w) : pairs(w.pairs) {}
+  HWY_INLINE void operator()(VU states, VF (&weights)[2]) const {
+    split_pairs(hn::GatherIndex(DU(), pairs, hn::BitCast(DI(), states)), weights);
   }
-  const float* table;
+  const uint32_t* pairs;
 };
 
 // ---- Both ----

@@ -21,7 +21,9 @@ struct TrellisMatrix {
   int64_t tile_columns = 0;  // tiles along the inputs
   TrellisCode code = TrellisCode::mul1;
   uint32_t multiplier = 0;
-  const float* table = nullptr;  // of hyb and table
+  // Of hyb and table: the weights of an entry, or pairs of float16 numbers, the first one in the low half.
+  const float* table = nullptr;
+  const uint32_t* pairs = nullptr;
   TrellisShape ring;
 };
 
