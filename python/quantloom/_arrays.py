@@ -269,7 +269,7 @@ def empty(kind: str, shape: tuple[int, ...], name: str) -> Any:
         return np.empty(shape, numpy_dtype(name))
     import torch
 
-    return torch.empty(shape, dtype=getattr(torch, name))
+    return torch.empty(shape, dtype=getattr(torch, name), device="cpu")
 
 
 def cast(value: Any, name: str) -> Any:

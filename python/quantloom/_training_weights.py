@@ -335,7 +335,7 @@ class VectorWeight(_ScaledWeight):
         element = (fmt.format if isinstance(fmt, Q.SparseFormat) else fmt).element_format
         if weight.numel() % element.dim:
             raise ValueError(f"weight: got {weight.numel()} elements, expected a multiple of {element.dim}")
-        table = torch.tensor(element.values, dtype=torch.float32)
+        table = torch.tensor(element.values, dtype=torch.float32, device="cpu")
         super().__init__(weight, fmt, table, scaling_mode, clip_gradient)
 
     def _rounded(self, normalised: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ class Sign3D8Weight(_ScaledWeight):
             raise ValueError(f"fmt: got {fmt}, expected a Q.LinearScalingFormat of Q.Sign3D8Format")
         if weight.ndim != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected two dimensions")
-        table = torch.as_tensor(fmt.element_format.lut.values, dtype=torch.float32)
+        table = torch.as_tensor(fmt.element_format.lut.values, dtype=torch.float32, device="cpu")
         super().__init__(weight, fmt, table, scaling_mode, clip_gradient)
 
     def _rounded(self, normalised: Tensor) -> Tensor:
@@ -456,7 +456,7 @@ def _scalar_centroids(fmt: Q.LinearScalingFormat) -> Tensor:
     element = fmt.element_format
     try:
         element = element.lut if isinstance(element, Q.CompressedLUTFormat) else element
-        centroids = torch.tensor(element.centroids, dtype=torch.float32)
+        centroids = torch.tensor(element.centroids, dtype=torch.float32, device="cpu")
     except (AttributeError, NotImplementedError):
         raise ValueError(f"fmt: got {fmt}, whose elements have no list of centroids") from None
     if centroids.ndim != 1 or centroids.numel() < 2:

@@ -56,13 +56,16 @@ class Distribution:
         """
         half = math.asinh(REACH)
         step = 2 * half / _checks.integer("n", n, 2)
-        place = (torch.arange(n, dtype=torch.float64) + 0.5) * step - half
+        place = (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) * step - half
         points = torch.sinh(place) * self.scale
         arguments = {
-            name: torch.tensor(float(value), dtype=torch.float64) for name, value in vars(self).items()
+            name: torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            for name, value in vars(self).items()
         }
         law = getattr(torch.distributions, type(self).__name__)
-        density = law(loc=torch.tensor(0.0, dtype=torch.float64), **arguments).log_prob(points).exp()
+        density = (
+            law(loc=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **arguments).log_prob(points).exp()
+        )
         return points.float(), density * torch.cosh(place) * self.scale * step
 
     def expected_error(self, fmt: Q.TensorFormat, n: int = 1 << 18) -> float:
@@ -131,7 +134,9 @@ class Distribution:
             if half not in formats:
                 points = 2 * half + 1
                 if power == 0 and scaling == "rms":
-                    table = Q.LUTFormat.create(torch.linspace(-largest, largest, points), "GRID")
+                    table = Q.LUTFormat.create(
+                        torch.linspace(-largest, largest, points, device="cpu"), "GRID"
+                    )
                 else:
                     table = self.quantiser(math.log2(points), scaling, block_size, power=power)
                 fmt = Q.CompressedLUTFormat.train(table, X_train, compressor=compressor)

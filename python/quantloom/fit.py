@@ -332,7 +332,7 @@ class Scaled(TensorFormat):
 
         def grid(half: int) -> LUTFormat:
             count = 2 * half + 1
-            table = torch.arange(-half, half + 1, dtype=torch.float64) * (limit / half)
+            table = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu") * (limit / half)
             return LUTFormat.create(table.float(), f"GRID{{n={count}}}", (-limit, limit))
 
         def bits(half: int) -> float:

@@ -259,12 +259,15 @@ def _variable_bits(
             raise ValueError(
                 f"fisher_sum: got {value} for {name!r}, expected a finite sum > 0 for every matrix"
             )
-    sizes = torch.tensor([param.numel() for _, param in matrices], dtype=torch.float64)
+    sizes = torch.tensor([param.numel() for _, param in matrices], dtype=torch.float64, device="cpu")
     squares = [param.detach().float().square().mean(dtype=torch.float64).cpu() for _, param in matrices]
     rms = torch.stack(squares).sqrt()
     if not bool((rms > 0).all()):
         raise ValueError(f"model: {matrices[int(rms.argmin())][0]} is all zeros, which asks for no bits")
-    fisher = torch.tensor([float(fisher_sum[name]) for name, _ in matrices], dtype=torch.float64) / sizes
+    fisher = (
+        torch.tensor([float(fisher_sum[name]) for name, _ in matrices], dtype=torch.float64, device="cpu")
+        / sizes
+    )
     delta = rms.log2() + 0.5 * fisher.log2()
     bits = fmt_spec.element_bits + delta - (delta * sizes).sum() / sizes.sum()
     if fmt_spec.compressor is None:

@@ -139,11 +139,17 @@ def test_runs_train_and_measure_tasks(tmp_path, monkeypatch):
     assert abs(np.mean(runs[0].summary.kl_div)) < 1e-5
     for run in runs[1:]:
         assert run.config.test.fmt_str == str(SPEC)
-        assert len(run.summary.train_loss) == 3  # means of 5, 5 and 2 steps
+        log = run.summary.train
+        assert log.loss[0] is None and all(loss > 0 for loss in log.loss[1:])
+        assert {len(entries) for entries in log.values()} == {3}  # of step 0, 5 and 10
+        assert log.valid_kl_div[-1] < log.valid_kl_div[0]
+        assert log.bits_per_param[-1] == run.summary.bits_per_param
         assert np.mean(run.summary.kl_div) < np.mean(cast.summary.kl_div)
         assert len(run.summary.kl_div) == 8
     for run in runs:
+        assert run.summary.valid_kl_div == pytest.approx(np.mean(run.summary.kl_div))
         assert run.summary.downstream.letters.questions == 3
+    assert runs[0].summary.bits_per_param == 32 and len(runs[0].summary.train.loss) == 1
     again = qat.run_sweep(
         [qat.Run("qat", str(folder), tests[1], train, opt, exe, tasks)], folder=tmp_path / "runs"
     )

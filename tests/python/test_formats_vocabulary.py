@@ -130,3 +130,42 @@ def test_compressed_tables_are_compared_by_value():
     stored = fmt.encode(x)
     assert Q.Encoded.from_bytes(stored.to_bytes()).format == fmt
     assert "0.10000000149" not in stored.describe()
+
+
+def every_kind(x):
+    """Formats of each kind, made and fitted."""
+    grid = Q.CompressedLUTFormat.train_grid(x, 0.3)
+    vectors = Q.vlut_lloyd_max(x.reshape(-1, 2), 2, 1e-2, Q.BFLOAT16)
+    block = Q.LinearScalingFormat(Q.crd_block_t(4, 32, 7), Q.BFLOAT16, (1, 32), "absmax")
+    yield from (
+        Q.FP16,
+        Q.NF4,
+        Q.parse("E2M1"),
+        Q.parse("EXP6"),
+        Q.IntFormat(2.3, "symmetric"),
+        Q.nf_approx(3),
+    )
+    yield from (grid, vectors, block, Q.ScaledFormat.create(Q.NF4, 0.3), Q.SparseFormat(block, Q.FP16, 0.01))
+    yield Q.LinearScalingFormat(vectors, Q.BFLOAT16, (None, None), "rms")
+    yield Q.LinearScalingFormat(grid, Q.BFLOAT16, (None, None), "rms")
+    yield Q.RandomRotationFormat(block, (0, 1), 3)
+    yield Q.scaled_int8_3d8_lloyd_max(x, Q.BFLOAT16, (1, None), 1e-2)
+    yield Q.lut_lloyd_max(x, 3, 1e-3, weight=x.abs(), init=("uniform_rms", 3.0), max_samples=1000)
+    for family in ("int", "fp", "t", "lloyd_max"):
+        yield F.Scaled(4, family, Q.BFLOAT16, (1, 32), "absmax").fit(x)
+    yield F.Scaled(3, "int", Q.BFLOAT16, (None, None), "rms", compressor="optimal").fit(x)
+
+
+def test_the_default_device_is_of_no_matter():
+    """Scripts set torch's default device; tensors of another one keep theirs."""
+    x = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
+    expected = [(str(fmt), fmt.quantise(x), fmt.count_bits_tensor(x)) for fmt in every_kind(x)]
+    with torch.device("meta"):
+        found = list(every_kind(x))
+        assert len(found) == len(expected)
+        for fmt, (name, values, bits) in zip(found, expected):
+            assert str(fmt) == name
+            assert fmt.quantise(x).equal(values) and fmt.encode(x).decode().equal(values), name
+            assert fmt.count_bits_tensor(x) == bits
+            assert Q.TensorFormat.load(Q.TensorFormat.save(fmt)) == fmt
+            assert float(Q.qrmse_norm(fmt, x)) < 2

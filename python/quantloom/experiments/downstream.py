@@ -88,9 +88,9 @@ def evaluate(
         tokenizer: text to ids, without special tokens (`quantloom.evaluate.tokenizer`).
         bos_token_id: begins each text; None: that of the model's config, none if it has none.
 
-    Returns ``accuracy``; ``accuracy_per_character``, with logarithms of probabilities over the length of the
-    answer, which does not favour short ones; ``log_likelihood``, the mean of the right answers'; and
-    ``questions``, their number.
+    Returns ``accuracy``, under the name ``primary_score`` as well; ``accuracy_per_character``, with
+    logarithms of probabilities over the length of the answer, which does not favour short ones;
+    ``log_likelihood``, the mean of the right answers'; and ``questions``, their number.
     """
     questions = load(task) if isinstance(task, Task) else task
     _checks.integer("batch_size", batch_size, 1)
@@ -112,6 +112,7 @@ def evaluate(
         right_per_character += relative.index(max(relative)) == question.answer
         total += own[question.answer]
     return {
+        "primary_score": right / len(questions),
         "accuracy": right / len(questions),
         "accuracy_per_character": right_per_character / len(questions),
         "log_likelihood": total / len(questions),

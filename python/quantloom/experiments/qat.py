@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -65,7 +66,7 @@ class TrainingSettings:
     text: str
     valid_text: str
     log_interval: int = 100
-    """Steps between two entries of ``train_loss``, each the mean since the last; 0: one for each step."""
+    """Steps between two entries of the log."""
     valid_sequences: int | None = 132
     sequence_length: int = 1024
 
@@ -80,6 +81,7 @@ class LRModifiers:
     other: float = 1.0
 
 
+Each: TypeAlias = Callable[[nn.Module, list[float]], None]
 LRSchedule: TypeAlias = Literal["constant", "cosine", "linear"]
 
 
@@ -147,10 +149,13 @@ class QAT(Test):
             eps=self.eps,
         )
         settings = TrainingSettings(
-            self.steps, self.train_batch_size, self.train_text, "", 0, sequence_length=data.sequence_length
+            self.steps, self.train_batch_size, self.train_text, "", sequence_length=data.sequence_length
         )
-        summary, trained = self.trained(model.model, settings, opt)
-        return {**summary, **data.evaluate(trained)}
+        losses: list[float] = []
+        summary, trained = self.trained(
+            model.model, settings, opt, each=lambda student, so_far: losses.extend(so_far[-1:])
+        )
+        return {**summary, "train_loss": losses, **data.evaluate(trained)}
 
     def trained(
         self,
@@ -158,9 +163,12 @@ class QAT(Test):
         settings: TrainingSettings,
         opt: OptimiserSettings,
         compile: str | None = None,
+        each: Each | None = None,
     ) -> tuple[dict[str, Any], nn.Module]:
-        """What of a run does not depend on the data to measure with, and the trained model: dense, with
-        weights that were decoded from what is stored (mode "qat"), or as they are (mode "one-shot")."""
+        """Bits of the converted model, counted and measured, and the trained model: dense, with weights that
+        were decoded from what is stored (mode "qat"), or as they are (mode "one-shot").
+
+        `each`: called with the model and the losses so far, before the first step and after each."""
         student = copy.deepcopy(reference)
         text = Dataset.load(
             reference,
@@ -174,12 +182,9 @@ class QAT(Test):
         if compile is not None:
             for layer in M._decoder_layers(student):
                 layer.compile(mode=compile)
-        losses = _fit(student, reference, text, settings.steps, opt)
-        interval = settings.log_interval or 1
-        means = [sum(part) / len(part) for part in _parts(losses, interval)]
-        dtype = next(reference.parameters()).dtype
+        _fit(student, reference, text, settings.steps, opt, each=each)
         count = T.count_parameters(student)
-        summary = {"bits_per_param": T.count_bits(student, dtype) / count, "train_loss": means}
+        summary = {"bits_per_param": _bits_per_param(student), "params": count}
         if self.mode == "one-shot":
             return summary, student
         encoded = T.encode(student)
@@ -217,8 +222,16 @@ def run_sweep(
 ) -> list[store.AttrDict]:
     """Runs all tests as runs of their experiments; see `experiments.run_sweep`.
 
-    A record's config has the fields of `Run`; its summary what `QAT.run` tells (of `Baseline` the losses
-    alone), and ``downstream``: what `downstream.evaluate` tells of each task, by its name.
+    A record's config has the fields of `Run`. Its summary:
+
+    - ``train``: lists, an entry before the first step and one after every `log_interval` of them: ``loss``,
+      the mean over these steps (the first is None), ``duration`` of a step in seconds, ``bits_per_param``,
+      ``valid_cross_entropy`` and ``valid_kl_div`` of the model in training
+    - ``bits_per_param`` and ``params`` of the result, ``measured_bits_per_param`` of its bytes,
+      ``duration_train`` in seconds
+    - ``cross_entropy`` and ``kl_div`` of the result, one value for each sequence, and their means,
+      ``valid_cross_entropy`` and ``valid_kl_div``; in mode "qat" of what was decoded from its bytes
+    - ``downstream``: what `downstream.evaluate` tells of each task, by its name
     """
     configs = []
     for run in runs:
@@ -245,10 +258,17 @@ def _measure(config: store.AttrDict, experiment: store.Experiment) -> dict[str, 
         kl_topk=min(128, model.config.vocab_size),
         sequence_limit=train.valid_sequences,
     )
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"bits_per_param": _bits_per_param(model), "params": T.count_parameters(model)}
+    start, log = time.perf_counter(), _Log(_checks.integer("log_interval", train.log_interval, 1), data)
     if isinstance(config.test, QAT):
-        summary, model = config.test.trained(model, train, config.opt, exe.compile)
-    summary |= data.evaluate(model)
+        summary, model = config.test.trained(model, train, config.opt, exe.compile, log)
+        summary["duration_train"] = time.perf_counter() - start
+    else:
+        log(model, [])
+    summary["train"] = log.entries
+    experiment.summary(**summary)
+    losses = data.evaluate(model)
+    summary |= {**losses, **_means(losses)}
     if questions:
         tokenizer = evaluate.tokenizer(config.model)
         summary["downstream"] = {
@@ -257,8 +277,34 @@ def _measure(config: store.AttrDict, experiment: store.Experiment) -> dict[str, 
     return summary
 
 
-def _parts(items: list[float], size: int) -> Iterator[list[float]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
+class _Log:
+    """What a record tells of training."""
+
+    def __init__(self, interval: int, data: Dataset) -> None:
+        self._interval, self._data = interval, data
+        self._start = time.perf_counter()
+        self.entries: dict[str, list[Any]] = {}
+
+    def __call__(self, model: nn.Module, losses: list[float]) -> None:
+        if len(losses) % self._interval:
+            return
+        entry: dict[str, Any] = {"loss": None, "duration": None}
+        if losses:
+            entry["loss"] = sum(losses[-self._interval :]) / self._interval
+            entry["duration"] = (time.perf_counter() - self._start) / self._interval
+        entry["bits_per_param"] = _bits_per_param(model)
+        entry |= _means(self._data.evaluate(model))
+        for key, value in entry.items():
+            self.entries.setdefault(key, []).append(value)
+        self._start = time.perf_counter()  # measuring takes time as well
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {f"valid_{key}": float(value.double().mean()) for key, value in losses.items()}
+
+
+def _bits_per_param(model: nn.Module) -> float:
+    return T.count_bits(model, next(model.parameters()).dtype) / T.count_parameters(model)
 
 
 def stored_bits(item: Q.Encoded | Tensor) -> int:
@@ -295,6 +341,7 @@ def _fit(
     steps: int,
     opt: OptimiserSettings,
     progress: bool = False,
+    each: Each | None = None,
 ) -> list[float]:
     _checks.integer("steps", steps, 0)
     groups, frozen = [], []
@@ -307,7 +354,9 @@ def _fit(
     optimiser = torch.optim.AdamW(groups, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(opt.lr_schedule, steps))
     needed = [parameter.requires_grad for parameter in frozen]
-    losses = []
+    losses: list[float] = []
+    if each is not None:
+        each(student, losses)
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -326,6 +375,8 @@ def _fit(
             loss.backward()
             optimiser.step()
             schedule.step()
+            if each is not None:
+                each(student, losses)
     finally:
         for parameter, value in zip(frozen, needed):
             parameter.requires_grad_(value)

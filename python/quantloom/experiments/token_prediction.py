@@ -130,7 +130,9 @@ class Dataset:
         count = ids.numel() // width
         if count == 0:
             raise ValueError(f"text: got {ids.numel()} tokens, expected at least {width} for a sequence")
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:sequence_limit]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")[
+            :sequence_limit
+        ]
         sequences = ids[: count * width].view(count, width)[order].to(device)
         count = sequences.shape[0]
         filling = -count % batch_size
@@ -192,7 +194,7 @@ class Dataset:
 
 def _token_ids(model: nn.Module, text: Any) -> tuple[str, Tensor]:
     if isinstance(text, (np.ndarray, Tensor)):
-        ids = torch.as_tensor(text)
+        ids = torch.as_tensor(text, device="cpu")
         if ids.ndim != 1 or ids.is_floating_point():
             raise ValueError(f"text: got {ids.dtype} {list(ids.shape)}, expected integers [tokens]")
         return "tokens", ids.to("cpu", torch.int64)

@@ -53,7 +53,7 @@ def _round(elements: Any, fmt: Any, tensor: Tensor, grid: Grid | None, values: b
     if x.device.type != "cpu":
         return _round_reference(fmt, x, grid, values, codes)
     out_values = torch.empty_like(x) if values else None
-    out_codes = torch.empty(x.shape, dtype=torch.int32) if codes else None
+    out_codes = torch.empty(x.shape, dtype=torch.int32, device="cpu") if codes else None
     if not x.numel():
         return out_values, out_codes
     _core.round_elements(
@@ -82,7 +82,7 @@ class Rounded:
         x = matrix(native(self._tensor))
         if x.device.type != "cpu" or count != self._elements.count or not x.numel():
             return pack_codes(self.codes(), count)
-        out = torch.empty(_core.packed_code_bytes(x.numel(), count), dtype=torch.uint8)
+        out = torch.empty(_core.packed_code_bytes(x.numel(), count), dtype=torch.uint8, device="cpu")
         _core.encode_elements(
             self._elements,
             array("tensor", x),
@@ -208,7 +208,7 @@ def decode(
     if isinstance(codes, Tensor) and codes.device.type != "cpu":
         return _decode_reference(elements, codes.reshape(shape), dtype, grid, factor)
     kept = dtype if dtype in NATIVE else torch.float32
-    out = torch.empty(shape, dtype=kept)
+    out = torch.empty(shape, dtype=kept, device="cpu")
     flat = matrix(out)
     if isinstance(codes, Packed):
         codes.decode_into(elements, flat, grid, factor)
@@ -229,7 +229,7 @@ def _decode_reference(
         scales = None if grid is None else grid._replace(scales=grid.scales.cpu())
         on_cpu = codes.to("cpu", torch.int32)
         return decode(elements, on_cpu, tuple(codes.shape), dtype, scales, factor).to(codes.device)
-    every = torch.arange(elements.count, dtype=torch.int32)
+    every = torch.arange(elements.count, dtype=torch.int32, device="cpu")
     table = decode(elements, every, tuple(every.shape), torch.float32, factor=factor)
     flat = matrix(codes)
     values = table.to(codes.device)[flat.to(torch.int32)]
@@ -242,7 +242,7 @@ def block_statistics(tensor: Tensor, rows: int, cols: int, statistic: str) -> Te
     """float32 [blocks of rows, blocks of columns] of a CPU matrix; the order of sums is fixed."""
     x = native(tensor)
     shape = (math.ceil(x.shape[0] / rows), math.ceil(x.shape[1] / cols))
-    out = torch.empty(shape, dtype=torch.float32)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     _core.block_statistics(array("tensor", x), rows, cols, statistic, array("out", out), 0)
     return out
 
@@ -250,7 +250,7 @@ def block_statistics(tensor: Tensor, rows: int, cols: int, statistic: str) -> Te
 def pack_codes(codes: Tensor, count: int) -> Tensor:
     """Codes below `count` (int64 or int32) as bytes."""
     codes = codes.to(device="cpu", dtype=torch.int32).contiguous().reshape(-1)
-    out = torch.empty(_core.packed_code_bytes(codes.numel(), count), dtype=torch.uint8)
+    out = torch.empty(_core.packed_code_bytes(codes.numel(), count), dtype=torch.uint8, device="cpu")
     _core.pack_codes(array("codes", codes), count, array("out", out), 0)
     return out
 
@@ -260,6 +260,6 @@ def unpack_codes(data: Tensor, codes: int, count: int) -> Tensor:
     expected = _core.packed_code_bytes(codes, count)
     if data.numel() != expected:
         raise ValueError(f"codes: got {data.numel()} bytes, expected {expected}")
-    out = torch.empty(codes, dtype=torch.int32)
+    out = torch.empty(codes, dtype=torch.int32, device="cpu")
     _core.unpack_codes(array("codes", data.contiguous()), count, array("out", out), 0)
     return out

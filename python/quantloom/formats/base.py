@@ -149,14 +149,14 @@ def _load_tensor(fields: dict[str, Any]) -> Tensor:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"tensor: got dtype {fields['dtype']!r}, expected {expected}")
     try:
-        return torch.tensor(fields["data"], dtype=dtype).reshape(fields["shape"])
+        return torch.tensor(fields["data"], dtype=dtype, device="cpu").reshape(fields["shape"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"tensor: got values that do not fit ({error}), expected {expected}") from None
 
 
 @functools.lru_cache(maxsize=64)
 def _all_centroids(kind: type, key: Any, elements: _core.Elements) -> tuple[float, ...]:
-    codes = torch.arange(elements.count, dtype=torch.int32)
+    codes = torch.arange(elements.count, dtype=torch.int32, device="cpu")
     return tuple(_numerics.decode(elements, codes, tuple(codes.shape), torch.float32).tolist())
 
 

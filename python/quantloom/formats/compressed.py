@@ -194,7 +194,7 @@ def _log_probabilities(lut: LUTFormat, logp: Any) -> Tensor:
     values = numbers("model_logp", [max(float(value), -1e4) for value in values])
     if len(values) != len(lut.values):
         raise ValueError(f"model_logp: got {len(values)} numbers, expected {len(lut.values)}")
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _counts(codes: Tensor, count: int) -> np.ndarray:

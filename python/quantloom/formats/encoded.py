@@ -76,7 +76,7 @@ class Planes:
         return _numerics.Packed(data, codes, count, f"plane {self._prefix}{name}")
 
     def put_table(self, name: str, values: tuple[float, ...]) -> None:
-        exact = torch.tensor(values, dtype=torch.float64)
+        exact = torch.tensor(values, dtype=torch.float64, device="cpu")
         short = exact.float()
         self.put(name, short if torch.equal(short.double(), exact) else exact)
 
@@ -89,9 +89,9 @@ class Planes:
     def put_places(self, name: str, places: Tensor) -> None:
         """Ascending places, as distances in as few bits as the largest takes."""
         places = places.cpu()
-        gaps = torch.diff(places, prepend=torch.tensor([-1])) - 1
+        gaps = torch.diff(places, prepend=torch.tensor([-1], device="cpu")) - 1
         width = max(1, int(gaps.max()).bit_length()) if gaps.numel() else 1
-        self.put(f"{name}_bits", torch.tensor([width], dtype=torch.uint8))
+        self.put(f"{name}_bits", torch.tensor([width], dtype=torch.uint8, device="cpu"))
         self.put_codes(name, gaps, 2**width)
 
     def get_places(self, name: str, count: int, limit: int) -> Tensor:
@@ -167,10 +167,10 @@ class Encoded:
             raise ValueError(f"format: got {self.format}, which does not decode ({error})") from None
         if table.count > 65536:
             raise RuntimeError(f"format: got {fmt} with {table.count} values, expected at most 65536")
-        every = torch.arange(table.count, dtype=torch.int32)
+        every = torch.arange(table.count, dtype=torch.int32, device="cpu")
         values = _numerics.decode(table, every, tuple(every.shape), torch.float32)
         if coder._factor != 1:
-            values = values * torch.tensor(coder._factor, dtype=torch.float32)
+            values = values * torch.tensor(coder._factor, dtype=torch.float32, device="cpu")
         width = np.uint8 if table.count <= 256 else np.uint16
         return codes.numpy().astype(width).reshape(shape), tuple(values.tolist()), scales, block
 

@@ -25,7 +25,7 @@ def _subset(tensor: Tensor, max_samples: int | None, seed: int) -> Tensor | None
     if max_samples is None or tensor.numel() <= _checks.integer("max_samples", max_samples, 1):
         return None
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(tensor.numel(), generator=generator)[:max_samples]
+    return torch.randperm(tensor.numel(), generator=generator, device="cpu")[:max_samples]
 
 
 def lut_lloyd_max(
@@ -70,7 +70,7 @@ def lut_lloyd_max(
         weights = None if weights is None else weights[places.to(weights.device)]
     start: Any = init
     if isinstance(init, (Tensor, list)):
-        start = torch.as_tensor(init, dtype=torch.float32).cpu().sort().values
+        start = torch.as_tensor(init, dtype=torch.float32, device="cpu").sort().values
     fit = _fitting.lloyd_max(
         values.cpu(),
         count,
@@ -121,7 +121,7 @@ def vlut_lloyd_max(
         threshold=threshold,
         seed=seed,
     )
-    return VectorLUTFormat.create(torch.as_tensor(fit.centroids), element_type, "LM", range)
+    return VectorLUTFormat.create(torch.as_tensor(fit.centroids, device="cpu"), element_type, "LM", range)
 
 
 def scaled_int8_3d8_lloyd_max(

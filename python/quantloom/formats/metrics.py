@@ -155,7 +155,7 @@ def grid_of(scales: Tensor, blocked: tuple[int, ...], shape: tuple[int, ...]) ->
         return _numerics.Grid(scales.reshape(1, -1).contiguous(), 1, max(1, blocked[1]))
     if len(shape) == 2:
         return _numerics.Grid(scales.contiguous(), max(1, blocked[1]), max(1, blocked[3]))
-    full = spread(scales, blocked, shape) if math.prod(shape) else torch.ones(shape)
+    full = spread(scales, blocked, shape) if math.prod(shape) else torch.ones(shape, device="cpu")
     return _numerics.Grid(_numerics.matrix(full.contiguous()), 1, 1)
 
 

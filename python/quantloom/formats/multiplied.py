@@ -104,7 +104,7 @@ def _scalars(encoded: Encoded, scale_dtype: str | None) -> tuple[Format, dict[st
         if (order != np.arange(len(table))).any():
             codes = np.argsort(order, kind="stable").astype(codes.dtype)[codes]
         form = Codebook(tuple(table[i] for i in order), bits, group_size, name)
-        planes["codebook"] = torch.tensor(form.values, dtype=torch.float32).half()
+        planes["codebook"] = torch.tensor(form.values, dtype=torch.float32, device="cpu").half()
     return form, {"codes": _packed_rows(codes, bits), **planes}
 
 
@@ -130,7 +130,7 @@ def _vectors(encoded: Encoded, scale_dtype: str | None) -> tuple[Format, dict[st
     form = VectorCodebook(entries, fmt.dim, group_size, 1, name)
     fmt._check_table(planes)
     codes = planes.get_codes("codes", math.prod(shape) // fmt.dim, entries).numpy().reshape(n, -1)
-    table = torch.tensor(fmt.values, dtype=torch.float32).half()
+    table = torch.tensor(fmt.values, dtype=torch.float32, device="cpu").half()
     if not table.isfinite().all():
         raise ValueError("values: got numbers that float16 cannot hold, expected at most 65504")
     return form, {
@@ -155,7 +155,7 @@ def _with_outliers(encoded: Encoded, fmt: SparseFormat, scale_dtype: str | None)
     missing = (values - dense.dequantize("float32").reshape(-1)[places]).half()
     if not missing.isfinite().all():
         raise ValueError("outliers: got values beyond 65504, which float16 cannot hold")
-    offsets = torch.searchsorted(places, torch.arange(n + 1 if k else 1) * k).to(torch.int32)
+    offsets = torch.searchsorted(places, torch.arange(n + 1 if k else 1, device="cpu") * k).to(torch.int32)
     columns = places % max(1, k)
     return PackedTensor(
         Outliers(dense.format, count=count),

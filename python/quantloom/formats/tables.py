@@ -88,7 +88,7 @@ class LUTFormat(ScalarFormat):
     @property
     def boundaries(self) -> Tensor:
         """The midpoints between neighbouring values, float32."""
-        table = torch.tensor(self.values, dtype=torch.float32)
+        table = torch.tensor(self.values, dtype=torch.float32, device="cpu")
         return (table[1:] + table[:-1]) / 2
 
     def _reference_codes(self, values: Tensor) -> Tensor:
@@ -114,7 +114,9 @@ def _table_elements(values: tuple[float, ...]) -> _core.Elements:
 
 def lut_function(fn: Callable[[Tensor], Tensor], bits: int, name: str) -> LUTFormat:
     """The values of an ascending function at 2^bits evenly spaced places in [-1, 1]."""
-    return LUTFormat.create(fn(torch.linspace(-1, 1, 2 ** _checks.integer("bits", bits, 0))), name)
+    return LUTFormat.create(
+        fn(torch.linspace(-1, 1, 2 ** _checks.integer("bits", bits, 0), device="cpu")), name
+    )
 
 
 def nf_approx(bits: int) -> LUTFormat:
@@ -135,7 +137,7 @@ def lut_grid(resolution: float, max: float) -> LUTFormat:
     half = math.ceil(limit / step * (1 - 1e-12))
     if half >= 1 << 23:
         raise ValueError(f"resolution: got {step}, expected steps of which 2**24 reach {limit}")
-    return LUTFormat.create(step * torch.arange(-half, half + 1), f"GRID{{{resolution}}}")
+    return LUTFormat.create(step * torch.arange(-half, half + 1, device="cpu"), f"GRID{{{resolution}}}")
 
 
 NF4 = LUTFormat(

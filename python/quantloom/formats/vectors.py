@@ -63,7 +63,8 @@ def nearest_neighbour(
     table = centroids.detach().float().to(x.device).contiguous()
     exact = method != "torch" and 1 <= x.shape[1] <= 16 and table.shape[0] <= 65536
     if exact and (x.device.type == "cpu" or _core.built_with_cuda()):
-        result = torch.as_tensor(_fitting.nearest_neighbour(x, table)).to(torch.int64)
+        found = _fitting.nearest_neighbour(x, table)
+        result = (found if isinstance(found, Tensor) else torch.from_numpy(found)).to(torch.int64)
     else:
         result = _nearest_by_scores(x, table)
     if out is None:
@@ -104,7 +105,7 @@ class VectorLUTFormat(ScalarFormat):
             raise ValueError(f"values: got vectors of {len(rows[0])} numbers, expected at most {_MOST_DIMS}")
         if not isinstance(self.element_type, TensorFormat):
             raise TypeError(f"element_type: got {_checks.type_name(self.element_type)}, expected a format")
-        table = self.element_type.quantise(torch.tensor(rows, dtype=torch.float32))
+        table = self.element_type.quantise(torch.tensor(rows, dtype=torch.float32, device="cpu"))
         self.values = tuple(map(tuple, table.tolist()))
         _checks.string("name", self.name)
         self._range = optional_range(self._range)

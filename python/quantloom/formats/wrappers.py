@@ -84,8 +84,8 @@ class ScaledFormat(ScalarFormat):
 
     @property
     def centroids(self) -> tuple[float, ...]:
-        values = torch.tensor(self.format.centroids, dtype=torch.float32)
-        return tuple((values * torch.tensor(self.scale, dtype=torch.float32)).tolist())
+        values = torch.tensor(self.format.centroids, dtype=torch.float32, device="cpu")
+        return tuple((values * torch.tensor(self.scale, dtype=torch.float32, device="cpu")).tolist())
 
     def count_bits(self, shape: Shape) -> int:
         return self.format.count_bits(shape)
@@ -377,7 +377,7 @@ class RandomRotationFormat(TensorFormat):
         return self.unrotate(self.format.quantise(rotated), self.dims, rotations).to(tensor.dtype)
 
     def _encode(self, tensor: Tensor, planes: Planes) -> None:
-        planes.put("seed", torch.tensor([self.seed], dtype=torch.int64))
+        planes.put("seed", torch.tensor([self.seed], dtype=torch.int64, device="cpu"))
         self.format._encode(self.rotate(tensor, self.dims, self.seed)[0], planes.child("format"))
 
     def _decode(self, planes: Planes, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -389,5 +389,5 @@ class RandomRotationFormat(TensorFormat):
 
 def _haar(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix; signs make the factorization unique, and so the law uniform."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, device="cpu"))
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
