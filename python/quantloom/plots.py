@@ -1,12 +1,15 @@
-"""Plots of measurements. Needs matplotlib; draws to a file, never to a screen."""
+"""Plots of measurements and codebooks. Needs matplotlib; draws to a file, never to a screen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["plot_divergence"]
+import numpy as np
+
+__all__ = ["plot_codebooks", "plot_distortion", "plot_divergence"]
 
 _COLORS = {"nearest": "#b4530a", "gptq": "#1d5fa8"}
 _NAMES = {"nearest": "nearest (RTN)", "gptq": "GPTQ"}
@@ -22,14 +25,7 @@ def plot_divergence(rows: Iterable[Any], path: str | Path, title: str) -> None:
     rows = [row for row in rows if row.kl > 0]
     if not rows:
         raise ValueError("rows: got no measurement with a divergence above 0, expected at least one")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(f"plot: matplotlib is needed ({error}); pip install matplotlib") from None
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(8, 5, dpi=150)
     axes = figure.add_subplot()
     for rounding in dict.fromkeys(row.rounding for row in rows):
         color = _COLORS.get(rounding.split(":")[0])
@@ -89,6 +85,109 @@ def plot_divergence(rows: Iterable[Any], path: str | Path, title: str) -> None:
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9.5, loc="upper right")
     figure.savefig(path)
+
+
+def plot_codebooks(
+    names: Iterable[str], path: str | Path | BinaryIO, bits: float = 2, window: int = 16
+) -> None:
+    """What trellis codebooks are made of, a row of pictures for each.
+
+    The histogram of all weights over their root mean square, next to a normal law; how often which weight
+    follows which, over all states and all fresh bits at `bits` a weight; and for two weights a state, how
+    often which pair makes up a state. A normal source wants a round cloud without gaps.
+
+    Args:
+        names: as `quantloom.trellis.codebook` takes them.
+        path: a file, or an open one, for a PNG image.
+
+    Raises RuntimeError if matplotlib is missing, ValueError for a name or width that is not known.
+    """
+    from quantloom import trellis
+
+    books = [trellis.codebook(name, window) for name in names]
+    if not books:
+        raise ValueError("names: got none, expected at least one codebook")
+    for book in books:
+        fresh = bits * book.values.shape[1]
+        if not 1 <= fresh <= 8 or fresh != int(fresh):
+            raise ValueError(f"bits: got {bits!r}, expected whole bits for each state of {book.name}, 1 to 8")
+    figure = _new_figure(8.4, 2.6 * len(books), dpi=75)
+    for i, book in enumerate(books):
+        weights = book.values / book.rms
+        panels = figure.add_subplot(len(books), 3, 3 * i + 1)
+        panels.hist(weights.ravel(), bins=np.linspace(-4, 4, 129), density=True, color="#7ba7d0")
+        x = np.linspace(-4, 4, 200)
+        panels.plot(x, np.exp(-x * x / 2) / math.sqrt(2 * math.pi), color="#b4530a", linewidth=1)
+        panels.set_title(book.name, loc="left", fontsize=10)
+        panels.set_yticks([])
+        panels.set_xlabel("weight / RMS", fontsize=8)
+
+        states = np.arange(len(weights), dtype=np.uint32)
+        count = round(bits * weights.shape[1])
+        following = (states[:, None] << count | np.arange(1 << count, dtype=np.uint32)) & (len(weights) - 1)
+        last = np.broadcast_to(weights[:, -1:], following.shape)
+        clouds = [(last, weights[following, 0], "next state's weight against weight")]
+        if weights.shape[1] == 2:
+            clouds.append((weights[:, 0], weights[:, 1], "second weight of a state against first"))
+        for column, (first, second, label) in enumerate(clouds, 2):
+            panels = figure.add_subplot(len(books), 3, 3 * i + column)
+            panels.hist2d(first.ravel(), second.ravel(), bins=96, range=[[-4, 4]] * 2, cmap="Blues")
+            panels.set_aspect("equal")
+            panels.set_title(label, loc="left", fontsize=8)
+            panels.set_xticks([-3, 0, 3])
+            panels.set_yticks([-3, 0, 3])
+    figure.savefig(path, format="png")
+
+
+def plot_distortion(rows: Iterable[Any], path: str | Path | BinaryIO, title: str = "") -> None:
+    """Distortion over bits of the codes of `quantloom.trellis.distortion_table`, and over the bound.
+
+    Takes the least of `matched` and `best` of each row. `path`: a file, or an open one, for a PNG image.
+    Raises RuntimeError if matplotlib is missing, ValueError without a row.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        least = row.matched if row.best is None else min(row.best, row.matched)
+        series.setdefault(row.code, []).append((row.bits, least))
+    if not series:
+        raise ValueError("rows: got none, expected at least one")
+    figure = _new_figure(9.5, 4.2, dpi=100)
+    absolute, relative = (figure.add_subplot(1, 2, i) for i in (1, 2))
+    widths = sorted({bits for points in series.values() for bits, _ in points})
+    bound = np.linspace(widths[0], widths[-1], 50)
+    absolute.plot(bound, 4.0**-bound, color="black", linestyle="--", linewidth=1, label="bound")
+    for code, points in series.items():
+        points.sort()
+        x, y = np.array(points).T
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "label": code}
+        if code == "lloyd-max":
+            style["color"] = "#888888"
+        absolute.plot(x, y, **style)
+        relative.plot(x, y * 4.0**x, **style)
+    absolute.set_yscale("log")
+    absolute.set_ylabel("mean squared error over variance")
+    relative.set_ylabel("mean squared error over the bound")
+    for axes in (absolute, relative):
+        axes.set_xlabel("bits per weight")
+        axes.grid(True, color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    absolute.set_title(title, loc="left", fontsize=10)
+    relative.legend(frameon=False, fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def _new_figure(width: float, height: float, dpi: int) -> Any:
+    """A figure apart from pyplot's state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(f"plot: matplotlib is needed ({error}); pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _bits(row: Any) -> float:

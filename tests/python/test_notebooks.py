@@ -82,6 +82,19 @@ def test_direct_cast_and_training(monkeypatch):
     assert len(results["qat"]) == 2
 
 
+def test_trellis_codebooks(monkeypatch):
+    results = run("trellis_codebooks", monkeypatch)
+    errors = {(code, bits): error for code, bits, error in results["distortion"]}
+    assert errors["lloyd-max", 2] == pytest.approx(0.1175, abs=2e-4)
+    assert errors["mul1", 2] == pytest.approx(0.0683, rel=0.05)
+    assert errors["octagon", 2] == pytest.approx(0.0701, rel=0.05)
+    for (_, bits), error in errors.items():
+        assert error > 4.0**-bits
+    for _, _, narrow, wide in results["windows"]:
+        assert wide < narrow
+    assert {name for name, published, *_ in results["search"] if published} > {"octagon", "octagon-FF7A83E5"}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_are_whole(path):
     """What is committed ran in one go, without an error, on the full settings."""
@@ -97,10 +110,11 @@ def test_committed_outputs_are_whole(path):
     assert "Warning" not in text
 
 
-def test_there_are_four():
+def test_there_are_five():
     assert [path.stem for path in NOTEBOOKS] == [
         "direct_cast_and_training",
         "entropy_coding",
         "formats_on_synthetic_data",
         "rotation",
+        "trellis_codebooks",
     ]
