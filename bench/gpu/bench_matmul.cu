@@ -280,7 +280,7 @@ class Benchmark {
 
   void measure_format(const Shape& shape, const std::string& spec) {
     const ProductCase product(stream_, format_from_spec(spec), shape.n, shape.k);
-    const int64_t bits = product.copy(0).plane("codes").shape().at(2);
+    const int64_t bits = product.bits();
     const FloorTimes floor = floor_of(shape, bits);
     const Expected expected = product.expected(stream_, x_.get(), settings_.dtype, checked_);
     for (const int64_t m : settings_.tokens) {

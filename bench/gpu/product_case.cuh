@@ -8,6 +8,7 @@
 
 #include "device.cuh"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/dequantize.hpp"
@@ -177,13 +178,18 @@ class ProductCase {
   int64_t k() const { return packed_.k; }
   // What a product reads of the matrix: codes, scales, zero points, codebook.
   int64_t bytes() const { return bytes_; }
+  // Of a code, over the weights that it stands for; those of half a bit rounded up.
+  int64_t bits() const {
+    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get())) return (trellis->half_bits + 1) / 2;
+    return copies_[0].plane("codes").shape().at(2);
+  }
   int copies() const { return static_cast<int>(copies_.size()); }
   const PreparedPlanes& copy(int i) const { return copies_[static_cast<size_t>(i) % copies_.size()]; }
 
   Expected expected(const Stream& stream, const void* x, DType dtype, const std::vector<int>& tokens) const {
     const auto decoded = device_memory(checked_mul(checked_mul(n(), k()), 4));
     // From fragment order all formats decode; its rows end with a whole block.
-    if (k() % 64 == 0) {
+    if (k() % 128 == 0 || (k() % 64 == 0 && dynamic_cast<const Trellis*>(format_.get()) == nullptr)) {
       decode_fragments_cuda(copies_[0], decoded.get(), DType::f32, k(), stream.get());
     } else {
       dequantize_cuda(packed_, decoded.get(), DType::f32, k(), stream.get());
@@ -258,6 +264,16 @@ class ProductCase {
     const auto* outliers = dynamic_cast<const Outliers*>(format_.get());
     const Format& dense = outliers != nullptr ? *outliers->dense : *format_;
     const auto* uniform = dynamic_cast<const Uniform*>(&dense);
+    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get()); trellis != nullptr && name != "codes") {
+      if (name != "table") {
+        fill_values(plane.bytes(), plane.dtype(), plane.element_count(), 0.125F, 0.25F, 0, seed, stream.get());
+        return;
+      }
+      check_cuda(cudaMemcpy(plane.bytes(), trellis->codebook.table.data(),
+                            static_cast<size_t>(plane.byte_count()), cudaMemcpyHostToDevice),
+                 "table");
+      return;
+    }
     if (name == "codes" || name == "zeros") {
       fill_words(plane.bytes(), plane.byte_count(), seed, stream.get());
     } else if (name == "scales") {

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/cuda_products.hpp"
+#include "kernels/trellis_product.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 
@@ -60,10 +61,18 @@ std::vector<KernelEntry> cuda_kernel_table() {
   add("vector_codebook", "1-16", false);
   // With any dense format of those.
   add("outliers", "1-16", false);
+  // The streaming kernels: whole bits, codebooks 3inst, mcg, mul1 (and 1mad), windows of 16.
+  for (const CudaProduct& product : cuda::trellis_products()) {
+    for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+      if (dtype == DType::f32 && !product.float32) continue;
+      table.push_back(product_entry("trellis", "1-8", product, dtype));
+    }
+  }
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
-        std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments")}) {
+        std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments"),
+        std::pair("trellis", "decode_trellis")}) {
     table.push_back(
         {.operation = "dequantize",
          .format = format,

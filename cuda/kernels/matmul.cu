@@ -15,9 +15,42 @@
 #include "kernels/fragment_layout.hpp"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
+#include "kernels/trellis_product.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
 namespace quantloom {
+namespace {
+
+// Fills a processor.
+__global__ void __launch_bounds__(512, 1) occupy() {}
+
+}  // namespace
+
+namespace cuda {
+
+int resident_clusters(const DeviceFacts& device, int size) {
+  if (size == 1) return device.processors;
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const std::scoped_lock lock(mutex);
+  const auto [place, is_new] = known.try_emplace({device.index, size}, 0);
+  if (is_new) {
+    check_cuda(
+        cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory),
+        "shared memory of a processor");
+    const auto blocks = static_cast<unsigned>(device.processors / size * size);
+    LaunchSettings settings(dim3(std::max(blocks, static_cast<unsigned>(size))), dim3(512), nullptr,
+                                  false, size);
+    settings.config.dynamicSmemBytes = static_cast<size_t>(device.shared_memory);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&place->second, occupy, &settings.config);
+    if (error != cudaSuccess) known.erase(place);
+    check_cuda(error, "clusters that run at the same time");
+  }
+  return std::max(place->second, 1);
+}
+
+}  // namespace cuda
+
 namespace {
 
 using cuda::ProductArguments;
@@ -131,31 +164,6 @@ struct Plan {
   int64_t workspace = 0;
 };
 
-// Fills a processor.
-__global__ void __launch_bounds__(512, 1) occupy() {}
-
-// Clusters of `size` blocks of threads that run at the same time, one block on a processor.
-int resident_clusters(const DeviceFacts& device, int size) {
-  if (size == 1) return device.processors;
-  static std::mutex mutex;
-  static std::map<std::pair<int, int>, int> known;
-  const std::scoped_lock lock(mutex);
-  const auto [place, is_new] = known.try_emplace({device.index, size}, 0);
-  if (is_new) {
-    check_cuda(
-        cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory),
-        "shared memory of a processor");
-    const auto blocks = static_cast<unsigned>(device.processors / size * size);
-    cuda::LaunchSettings settings(dim3(std::max(blocks, static_cast<unsigned>(size))), dim3(512), nullptr,
-                                  false, size);
-    settings.config.dynamicSmemBytes = static_cast<size_t>(device.shared_memory);
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&place->second, occupy, &settings.config);
-    if (error != cudaSuccess) known.erase(place);
-    check_cuda(error, "clusters that run at the same time");
-  }
-  return std::max(place->second, 1);
-}
-
 // What the streaming loop's time is estimated from, in us; fitted to measurements on an H200.
 struct StreamCosts {
   double of_block;     // of 64 x 64, of each of 16 warps
@@ -194,7 +202,7 @@ StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, 
   const auto consider = [&](int team_blocks, double overhead) {
     const bool in_memory = team_blocks > 1 && !in_clusters;
     const int resident =
-        in_memory ? std::max(device.processors / team_blocks, 1) : resident_clusters(device, team_blocks);
+        in_memory ? std::max(device.processors / team_blocks, 1) : cuda::resident_clusters(device, team_blocks);
     int teams = resident;
     int team_warps = team_blocks * warps;
     const auto bytes_of = [&](const cuda::StreamDeal& deal) {
@@ -380,6 +388,13 @@ const uint8_t* plane_or_null(const PreparedPlanes& w, const char* name) {
   return w.has(name) ? reinterpret_cast<const uint8_t*>(w.plane(name).bytes()) : nullptr;
 }
 
+cuda::TrellisPlan plan_trellis(const TrellisLayout& layout, int64_t m, DType dtype, const DeviceFacts& device,
+                               const CudaMatmulOptions& options) {
+  cuda::TrellisPlan plan = cuda::trellis_plan(layout, m, dtype, device, options);
+  if (plan.product == nullptr) throw Unsupported("matmul_cuda: " + plan.reason);
+  return plan;
+}
+
 // The sizes, without the planes.
 cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
   cuda::FragmentMatrix w;
@@ -417,6 +432,12 @@ std::span<const CudaProduct> cuda_products() {
 std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, DType dtype,
                                                const CudaMatmulOptions& options) {
   try {
+    if (const Trellis* trellis = as_trellis(format)) {
+      cuda::TrellisPlan plan =
+          cuda::trellis_plan(trellis_layout(*trellis, 1, 1), m, dtype, current_device(), options);
+      if (plan.product == nullptr) return std::move(plan.reason);
+      return std::nullopt;
+    }
     Choice choice =
         choose(0, is_plain(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
@@ -429,6 +450,10 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
 std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
                                const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
+  if (const Trellis* trellis = as_trellis(*w.format)) {
+    const TrellisLayout layout = trellis_layout(*trellis, w.n, w.k);
+    return std::string(plan_trellis(layout, m, dtype, current_device(), options).product->name);
+  }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
@@ -438,8 +463,11 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
 int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
                               const CudaMatmulOptions& options) {
   if (w.format == nullptr) throw InvalidArgument("w", "no format", "prepared planes");
-  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
+  if (const Trellis* trellis = as_trellis(*w.format)) {
+    return plan_trellis(trellis_layout(*trellis, w.n, w.k), m, dtype, device, options).workspace;
+  }
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
@@ -451,8 +479,15 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options) {
   validate(w);
   require_arguments(w, arguments);
-  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const DeviceFacts device = current_device();
+  if (const Trellis* trellis = as_trellis(*w.format)) {
+    const TrellisLayout layout = trellis_layout(*trellis, w.n, w.k);
+    const cuda::TrellisPlan plan = plan_trellis(layout, arguments.m, arguments.dtype, device, options);
+    if (arguments.m == 0 || w.n == 0) return;
+    require_memory(w, arguments, plan.workspace, device.index);
+    return cuda::run_trellis(layout, plan, w, arguments, options, device);
+  }
+  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const Choice choice = choose(w.n * w.k, is_plain(layout), arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
@@ -497,10 +532,14 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
     throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
   }
-  const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  if (stride < layout.padded_k() || stride % 8 != 0) {
-    throw InvalidArgument("stride", text_of(stride),
-                          text_of("a multiple of 8, at least ", layout.padded_k()));
+  const Trellis* const trellis = as_trellis(*w.format);
+  const FragmentLayout layout = trellis != nullptr
+                                    ? FragmentLayout{}
+                                    : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const TrellisLayout rings = trellis != nullptr ? trellis_layout(*trellis, w.n, w.k) : TrellisLayout{};
+  const int64_t padded_k = trellis != nullptr ? 64 * rings.column_blocks : layout.padded_k();
+  if (stride < padded_k || stride % 8 != 0) {
+    throw InvalidArgument("stride", text_of(stride), text_of("a multiple of 8, at least ", padded_k));
   }
   static_cast<void>(checked_mul(checked_mul(w.n, stride), 4));
   if (w.n == 0 || w.k == 0) return;
@@ -509,9 +548,13 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   if (out == nullptr) throw InvalidArgument("out", "a null pointer", "memory of the current CUDA device");
   require_aligned(out, "out", 16);
   require_on_device(out, "out", device.index);
+  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (trellis != nullptr) {
+    return cuda::decode_trellis(rings, w, 0, w.n, out, dtype, stride, cuda_stream);
+  }
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
-  launchers_of(layout).decode(matrix, out, stride, dtype, false, static_cast<cudaStream_t>(stream));
+  launchers_of(layout).decode(matrix, out, stride, dtype, false, cuda_stream);
 }
 
 }  // namespace quantloom

@@ -6,6 +6,7 @@
 #include "common/device.hpp"
 #include "formats/vector_order.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/trellis_product.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
 namespace quantloom {
@@ -261,6 +262,14 @@ const int32_t* source_of(const PreparedPlanes& prepared) {
                                 : nullptr;
 }
 
+// Planes of a trellis beside its codes: the same in both orders.
+void copy_trellis_scales(const std::map<std::string, Tensor>& from, std::map<std::string, Tensor>& to,
+                         cudaStream_t stream) {
+  for (const auto& [name, plane] : from) {
+    if (name != "codes") copy(plane, to.at(name), stream);
+  }
+}
+
 // Calls run(T{}) with an unsigned integer as wide as a scale.
 template <class Run>
 void with_scale_type(DType dtype, const Run& run) {
@@ -272,10 +281,17 @@ void with_scale_type(DType dtype, const Run& run) {
 
 void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream) {
   require_same_matrix(packed, prepared);
+  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const Trellis* trellis = as_trellis(*packed.format)) {
+    copy_trellis_scales(packed.planes, prepared.planes, cuda_stream);
+    return cuda::prepare_trellis_words(trellis_layout(*trellis, packed.n, packed.k),
+                                       reinterpret_cast<const uint32_t*>(packed.plane("codes").bytes()),
+                                       reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()),
+                                       cuda_stream);
+  }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
   const Orders orders = orders_of(layout, source_of(prepared));
-  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   if (prepared.has("group_index"))
     copy(packed.plane("group_index"), prepared.planes.at("group_index"), cuda_stream);
   if (prepared.has("codebook")) copy(packed.plane("codebook"), prepared.planes.at("codebook"), cuda_stream);
@@ -307,10 +323,17 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
 
 void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream) {
   require_same_matrix(packed, prepared);
+  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const Trellis* trellis = as_trellis(*packed.format)) {
+    copy_trellis_scales(prepared.planes, packed.planes, cuda_stream);
+    return cuda::unprepare_trellis_words(trellis_layout(*trellis, packed.n, packed.k),
+                                         reinterpret_cast<const uint32_t*>(prepared.plane("codes").bytes()),
+                                         reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()),
+                                         cuda_stream);
+  }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
   const Orders orders = orders_of(layout, source_of(prepared));
-  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   if (prepared.has("group_index"))
     copy(prepared.plane("group_index"), packed.planes.at("group_index"), cuda_stream);
   if (prepared.has("codebook")) copy(prepared.plane("codebook"), packed.planes.at("codebook"), cuda_stream);

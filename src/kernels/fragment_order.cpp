@@ -7,6 +7,7 @@
 
 #include "formats/vector_order.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/trellis_layout.hpp"
 #include "kernels/vector_fragments.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
@@ -211,6 +212,9 @@ const Tensor& PreparedPlanes::plane(std::string_view name) const {
 }
 
 std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t k, bool with_group_index) {
+  if (const Trellis* trellis = as_trellis(format)) {
+    return trellis_planes(trellis_layout(*trellis, n, k), *trellis);
+  }
   std::vector<PlaneSpec> specs = specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
   if (dynamic_cast<const Outliers*>(&format) == nullptr) return specs;
   for (PlaneSpec& spec : format.planes(n, k)) {
@@ -241,6 +245,7 @@ void validate(const PreparedPlanes& prepared) {
 }
 
 std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index) {
+  if (as_trellis(format) != nullptr) return {};
   const FragmentLayout layout = fragment_layout(format, 1, k, !group_index.empty());
   if (!layout.gathered) return {};
   std::vector<int32_t> source(static_cast<size_t>(layout.padded_k()), -1);
@@ -266,6 +271,7 @@ std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<
 PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   validate(packed);
   require_on_cpu(packed.planes, "prepare_fragments");
+  if (as_trellis(*packed.format) != nullptr) return prepare_trellis(packed);
   const bool indexed = packed.planes.contains("group_index");
   const FragmentLayout layout = fragment_layout(*packed.format, packed.n, packed.k, indexed);
   PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
@@ -308,6 +314,7 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
 PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   validate(prepared);
   require_on_cpu(prepared.planes, "unprepare_fragments");
+  if (as_trellis(*prepared.format) != nullptr) return unprepare_trellis(prepared);
   const bool indexed = prepared.has("group_index");
   const FragmentLayout layout = fragment_layout(*prepared.format, prepared.n, prepared.k, indexed);
   PackedTensor packed{prepared.format, prepared.n, prepared.k, {}};

@@ -1,0 +1,290 @@
+// Products with trellis codes: which kernel, how its work is dealt, and its launch.
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "formats/trellis_codes.hpp"
+#include "kernels/dense_product.cuh"
+#include "kernels/tile_products.cuh"
+#include "kernels/tile_support.cuh"
+#include "kernels/trellis_launch.hpp"
+#include "kernels/trellis_product.hpp"
+
+namespace quantloom::cuda {
+namespace {
+
+constexpr std::string_view kExact = "trellis_exact";
+
+constexpr std::array<CudaProduct, 3> kProducts = {{
+    {.name = "trellis_stream",
+     .description = "hash words through the tensor cores, rotations in the same launch",
+     .max_tokens = kMostTrellisTokens,
+     .min_architecture = 90,
+     .needs_clusters = true},
+    {.name = kExact,
+     .description = "the same with the weights decoded to float16 as the format defines them",
+     .max_tokens = kMostTrellisTokens,
+     .min_architecture = 90,
+     .needs_clusters = true},
+    {.name = "decode",
+     .description = "decoded once, multiplied by cuBLASLt",
+     .float32 = true,
+     .workspace = true},
+}};
+
+bool is_halves(TrellisCode code) {
+  return code == TrellisCode::lcg || code == TrellisCode::mcg;
+}
+bool is_bytes(TrellisCode code) {
+  return code == TrellisCode::mul1 || code == TrellisCode::one_mad;
+}
+
+TrellisMap map_of(const TrellisLayout& layout, bool exact) {
+  TrellisMap map;
+  switch (layout.code) {
+    case TrellisCode::lcg:
+      map.multiplier = trellis::kLcgMultiplier;
+      map.addend = trellis::kLcgAddend;
+      break;
+    case TrellisCode::one_mad:
+      map.multiplier = trellis::kOneMadMultiplier;
+      map.addend = trellis::kOneMadAddend;
+      if (!exact) {
+        map.slope = 1.0F / 147.800537109375F;
+        map.offset = -510.0F / 147.800537109375F;
+      }
+      break;
+    case TrellisCode::mul1:
+      map.multiplier = layout.multiplier;
+      if (!exact) {
+        // 1024 times the slope, less 10.3828125.
+        map.slope = 0.00676727294921875F;
+        map.offset = -3.453125F;
+      }
+      break;
+    default:
+      map.multiplier = layout.multiplier;
+  }
+  return map;
+}
+
+TrellisWords words_of(const TrellisLayout& layout, bool exact) {
+  if (is_halves(layout.code)) return exact ? TrellisWords::exact_halves : TrellisWords::halves;
+  return exact ? TrellisWords::exact_bytes : TrellisWords::bytes;
+}
+
+TrellisLauncher launcher_of(const TrellisLayout& layout, bool exact) {
+  const TrellisWords words = words_of(layout, exact);
+  switch (layout.bits()) {
+    case 1:
+      return trellis_launcher<1>(words);
+    case 2:
+      return trellis_launcher<2>(words);
+    case 3:
+      return trellis_launcher<3>(words);
+    case 4:
+      return trellis_launcher<4>(words);
+    case 5:
+      return trellis_launcher<5>(words);
+    case 6:
+      return trellis_launcher<6>(words);
+    case 7:
+      return trellis_launcher<7>(words);
+    default:
+      return trellis_launcher<8>(words);
+  }
+}
+
+// Deals the work to teams of each size (or of the given one) and takes the one of least estimated time;
+// teams = 0 if none has room.
+TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& device, int blocks,
+                    int (*memory)(const TrellisDeal&)) {
+  const int bands = static_cast<int>(layout.row_blocks / 2);
+  const int spans = static_cast<int>(layout.column_blocks / 2);
+  TrellisDeal best;
+  best.teams = 0;
+  double least = std::numeric_limits<double>::infinity();
+  // Microseconds, for 1, 2, 4 and 8 blocks of threads: the wait for each other. For a piece of 16 warps; for
+  // the digits of a span.
+  constexpr std::array<double, 4> kMeeting = {0.4, 1.2, 1.4, 1.7};
+  constexpr double kPiece = 1.3;
+  constexpr double kSpan = 0.25;
+  for (int i = 0; i < 4; ++i) {
+    const int size = 1 << i;
+    if (blocks > 0 && size != blocks) continue;
+    const int resident = resident_clusters(device, size);
+    for (int teams = std::min(resident, bands);; teams = std::min(2 * teams, bands)) {
+      TrellisDeal deal;
+      deal.teams = teams;
+      deal.blocks = size;
+      deal.bands = bands / teams;
+      deal.extra = bands % teams;
+      deal.spans = spans;
+      deal.chunk = 4;
+      while (deal.chunk > 1 && deal.most_chunks() * m < kTrellisWarps) deal.chunk /= 2;
+      const int columns = 2 * deal.most_spans();
+      deal.parts = 1;
+      for (int rank = 0; rank < size; ++rank) {
+        const int own = 2 * (deal.begin_of(rank + 1) - deal.begin_of(rank));
+        deal.parts = std::max(deal.parts, most_parts(2 * deal.most_bands(), own, kTrellisWarps));
+        if (deal.extra > 0) deal.parts = std::max(deal.parts, most_parts(2 * deal.bands, own, kTrellisWarps));
+      }
+      if (memory(deal) > device.shared_memory) {
+        if (teams == bands) break;
+        continue;
+      }
+      const auto rounds = static_cast<double>(ceil_div(teams, resident));
+      const auto longest = static_cast<double>(ceil_div(2 * deal.most_bands() * columns, kTrellisWarps));
+      const auto chunks = static_cast<double>(ceil_div(deal.most_chunks() * m, kTrellisWarps));
+      const double time = rounds * (longest * kPiece + chunks * deal.chunk * kSpan + kMeeting[static_cast<size_t>(i)]);
+      if (time < least) {
+        least = time;
+        best = deal;
+      }
+      break;
+    }
+  }
+  return best;
+}
+
+// Why the kernels that stream cannot run, beside the shape, or nothing.
+std::optional<std::string> why_no_stream(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
+                                         DType dtype, const DeviceFacts& device,
+                                         const CudaMatmulOptions& options) {
+  if (layout.ring.window != 16 || !layout.fragments || !(is_halves(layout.code) || is_bytes(layout.code))) {
+    return text_of("kernel ", product.name,
+                   " takes 3inst, mcg, mul1 and 1mad of whole bits with windows of 16");
+  }
+  if (product.name == kExact && layout.code == TrellisCode::one_mad) {
+    return text_of("kernel ", product.name, " takes no 1mad, whose weights are no float16 sums");
+  }
+  if (dtype != DType::f16 && dtype != DType::bf16) {
+    return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
+  }
+  if (m > product.max_tokens) {
+    return text_of("kernel ", product.name, " takes 1 to ", product.max_tokens, " tokens, not ", m);
+  }
+  if (device.code < 90 || !device.clusters) {
+    return text_of("kernel ", product.name, " needs compute capability 9.0 and code built for it; this device, of ",
+                   device.architecture / 10, ".", device.architecture % 10, ", runs what was built for ",
+                   device.code / 10, ".", device.code % 10);
+  }
+  if (options.splits > 8 || (options.splits & (options.splits - 1)) != 0) {
+    return text_of("kernel ", product.name, " takes teams of 1, 2, 4 or 8 blocks of threads, not ",
+                   options.splits);
+  }
+  return std::nullopt;
+}
+
+// What of cuBLASLt's product does not depend on the order of the weights.
+FragmentMatrix dense_matrix(const TrellisLayout& layout) {
+  FragmentMatrix w;
+  w.n = layout.n;
+  w.k = layout.k;
+  w.row_blocks = static_cast<int>(layout.row_blocks);
+  w.column_blocks = static_cast<int>(layout.column_blocks);
+  return w;
+}
+
+// As many bands of 128 rows at a time as decoded_plan() has blocks of 64, or one more.
+DecodedPlan dense_plan(const TrellisLayout& layout, int m, DType dtype) {
+  DecodedPlan plan = decoded_plan(dense_matrix(layout), m, dtype, 0);
+  const int64_t size = dtype == DType::f32 ? 4 : 2;
+  plan.rows = checked_pad(plan.rows, kTrellisBand);
+  plan.bias = aligned_bytes(plan.rows * layout.column_blocks * 64 * size);
+  plan.gathered = plan.bias + aligned_bytes(plan.rows * size);
+  plan.library = plan.gathered;
+  plan.bytes = plan.library + kLibraryBytes;
+  return plan;
+}
+
+void run_decoded(const TrellisLayout& layout, const PreparedPlanes& w, const CudaMatmulArguments& a) {
+  ProductLaunch launch;
+  ProductArguments& p = launch.arguments;
+  p.w = dense_matrix(layout);
+  p.x = a.x;
+  p.x_stride = a.x_stride;
+  p.bias = a.bias;
+  p.y = a.y;
+  p.y_stride = a.y_stride;
+  p.m = static_cast<int>(a.m);
+  launch.dtype = a.dtype;
+  launch.stream = static_cast<cudaStream_t>(a.stream);
+  if (layout.k == 0) return launch_bias_alone(launch);
+  const DecodedPlan plan = dense_plan(layout, p.m, a.dtype);
+  for (int64_t first = 0; first < layout.n; first += plan.rows) {
+    const ProductLaunch part = part_of_rows(launch, first, plan.rows, layout.bits());
+    decode_trellis(layout, w, first, plan.rows, a.workspace, a.dtype, layout.column_blocks * 64, launch.stream);
+    multiply_decoded(part, plan, first == 0, a.workspace);
+  }
+}
+
+}  // namespace
+
+std::span<const CudaProduct> trellis_products() {
+  return kProducts;
+}
+
+TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, const DeviceFacts& device,
+                         const CudaMatmulOptions& options) {
+  TrellisPlan plan;
+  bool known = options.kernel.empty();
+  for (const CudaProduct& product : kProducts) {
+    if (options.kernel.empty() ? product.name == kExact : product.name != options.kernel) continue;
+    known = true;
+    std::optional<std::string> reason;
+    if (product.max_tokens > 0) {
+      reason = why_no_stream(product, layout, m, dtype, device, options);
+      if (!reason && layout.n > 0 && layout.k > 0) {
+        const TrellisLauncher launcher = launcher_of(layout, product.name == kExact);
+        plan.deal = deal_of(layout, static_cast<int>(std::max<int64_t>(m, 1)), device, options.splits,
+                            launcher.memory[m > 1 ? 1 : 0]);
+        if (plan.deal.teams == 0) {
+          reason = text_of("kernel ", product.name, " has no room for the activations of ", m, " tokens of ",
+                           layout.k, " columns in shared memory");
+        }
+      }
+    } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
+      reason = text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
+    } else if (m > 0 && layout.n > 0 && layout.k > 0) {
+      plan.workspace = dense_plan(layout, static_cast<int>(m), dtype).bytes;
+    }
+    if (!reason) {
+      plan.product = &product;
+      return plan;
+    }
+    plan.reason += (plan.reason.empty() ? "" : "; ") + *reason;
+  }
+  if (!known) throw InvalidArgument("kernel", options.kernel, "a kernel of trellis codes of the kernel table");
+  return plan;
+}
+
+void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const PreparedPlanes& w,
+                 const CudaMatmulArguments& a, const CudaMatmulOptions& options, const DeviceFacts& device) {
+  if (plan.product->max_tokens == 0 || layout.k == 0) return run_decoded(layout, w, a);
+  const bool exact = plan.product->name == kExact;
+  TrellisLaunch launch;
+  TrellisProduct& p = launch.product;
+  p.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
+  p.input_scales = reinterpret_cast<const __half*>(w.plane("input_scales").bytes());
+  p.output_scales = reinterpret_cast<const __half*>(w.plane("output_scales").bytes());
+  p.map = map_of(layout, exact);
+  p.rotated = layout.rotated;
+  p.n = static_cast<int>(layout.n);
+  p.k = static_cast<int>(layout.k);
+  p.column_pieces = static_cast<int>(layout.column_blocks);
+  p.x = a.x;
+  p.x_stride = a.x_stride;
+  p.bias = a.bias;
+  p.y = a.y;
+  p.y_stride = a.y_stride;
+  p.m = static_cast<int>(a.m);
+  p.bfloat16 = a.dtype == DType::bf16;
+  p.x_in_fours = reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && (a.m == 1 || a.x_stride % 4 == 0);
+  launch.deal = plan.deal;
+  launch.overlap = options.overlap && device.code >= 90;
+  launch.stream = static_cast<cudaStream_t>(a.stream);
+  launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);
+}
+
+}  // namespace quantloom::cuda

@@ -1,0 +1,487 @@
+// Products of few tokens with trellis codes, in one launch: activations are scaled, rotated and made digits,
+// ring words pass from memory through registers to the tensor cores, and sums are rotated and scaled.
+//
+// A team of thread blocks (a cluster) has some bands of 128 rows to itself; each of its blocks has some of the
+// columns, and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64 in
+// order, each a run of equal length, the words of the next piece on their way to registers. The sums of a
+// band are added in a fixed order: those of the warps, then those of the blocks.
+#pragma once
+
+#include "common/check.cuh"
+#include "common/cluster.cuh"
+#include "formats/trellis_operands.cuh"
+#include "kernels/overlap.cuh"
+#include "kernels/trellis_launch.hpp"
+
+namespace quantloom::cuda {
+
+// Where things lie in shared memory.
+struct TrellisMemory {
+  int units = 0;     // float [chunks][tokens]: what a sum of digits is worth
+  int shares = 0;    // float [chunks][tokens]: the sums of the activations
+  int parts = 0;     // float [64-row pieces][parts][tokens][64]
+  int received = 0;  // float [own bands][blocks][tokens][128]
+  int bytes = 0;
+
+  QUANTLOOM_HOST_DEVICE TrellisMemory(const TrellisDeal& deal, int operand_bytes, int tokens) {
+    const int scales = deal.most_chunks() * tokens * 4;
+    units = 2 * deal.most_spans() * operand_bytes;
+    shares = units + scales;
+    parts = (shares + scales + 15) / 16 * 16;
+    received = parts + 2 * deal.most_bands() * deal.parts * tokens * 256;
+    bytes = received + deal.own_bands() * deal.blocks * tokens * 512;
+  }
+};
+
+__device__ __forceinline__ float trellis_element(const TrellisProduct& p, const void* row, int64_t at) {
+  return p.bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(row)[at])
+                    : __half2float(static_cast<const __half*>(row)[at]);
+}
+
+// The orthonormal Hadamard matrix of order 128, natural order: a lane has four values, of the numbers
+// 4 * lane + i or of any others whose bits are those, changed in place.
+__device__ __forceinline__ void rotate_128(float (&v)[4]) {
+  const float a = v[0] + v[1];
+  const float b = v[0] - v[1];
+  const float c = v[2] + v[3];
+  const float d = v[2] - v[3];
+  v[0] = a + c;
+  v[1] = b + d;
+  v[2] = a - c;
+  v[3] = b - d;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float sign = (threadIdx.x & distance) != 0 ? -1.0F : 1.0F;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = fmaf(sign, v[i], __shfl_xor_sync(~0U, v[i], distance));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] *= 0.08838834764831845F;
+}
+
+// A lane's four activations of a span, scaled and rotated.
+__device__ __forceinline__ void load_span(const TrellisProduct& p, int token, int span, float (&v)[4]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int column = span * kTrellisBand + lane * 4;
+  const auto* const row = static_cast<const unsigned char*>(p.x) + token * p.x_stride * 2;
+  if (p.x_in_fours && column + 4 <= p.k) {
+    uint2 x;  // not through the read-only path, which may be read before the previous kernel has ended
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x.x), "=r"(x.y)
+                 : "l"(row + static_cast<int64_t>(column) * 2));
+    const uint2 scales = __ldg(reinterpret_cast<const uint2*>(p.input_scales + column));
+    using Half = HalfPair<__half>;
+    using Brain = HalfPair<__nv_bfloat16>;
+    v[0] = (p.bfloat16 ? Brain::low(x.x) : Half::low(x.x)) * Half::low(scales.x);
+    v[1] = (p.bfloat16 ? Brain::high(x.x) : Half::high(x.x)) * Half::high(scales.x);
+    v[2] = (p.bfloat16 ? Brain::low(x.y) : Half::low(x.y)) * Half::low(scales.y);
+    v[3] = (p.bfloat16 ? Brain::high(x.y) : Half::high(x.y)) * Half::high(scales.y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] = column + i < p.k
+                 ? trellis_element(p, row, column + i) * __half2float(p.input_scales[column + i])
+                 : 0.0F;
+    }
+  }
+  if (p.rotated) rotate_128(v);
+}
+
+// Makes the digits of one chunk of one token: by one warp.
+template <class Decoder, int kTokens>
+__device__ __forceinline__ void make_digits(const TrellisProduct& p, const TrellisDeal& deal,
+                                            const TrellisMemory& place, unsigned char* memory, int first_span,
+                                            int spans, int chunk, int token) {
+  using Operand = TrellisOperand<Decoder, kTokens>;
+  constexpr int kMost = 4;  // spans of a chunk
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int begin = chunk * deal.chunk;
+  const int count = min(deal.chunk, spans - begin);
+  float v[kMost][4];
+  float largest = 0.0F;
+  bool finite = true;
+#pragma unroll
+  for (int s = 0; s < kMost; ++s) {
+    if (s >= count) break;
+    load_span(p, token, first_span + begin + s, v[s]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest = fmaxf(largest, fabsf(v[s][i]));
+      finite = finite && fabsf(v[s][i]) <= 3.0e38F;
+    }
+  }
+  // Numbers of one sign order as their bits do.
+  largest = __uint_as_float(__reduce_max_sync(~0U, __float_as_uint(largest)));
+  finite = __all_sync(~0U, finite);
+  float unit;
+  float inverse;
+  if constexpr (Decoder::kHalves) {
+    // A power of two, so that the largest is from 1024 to 2047.
+    const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23), 30), 250) - 127 - 10;
+    unit = __int_as_float((127 + exponent) << 23);
+    inverse = __int_as_float((127 - exponent) << 23);
+  } else {
+    // Tinier than 2^-97 are as good as zero.
+    largest = largest < 0x1p-97F ? 0.0F : largest;
+    unit = ByteDigits::unit_of(largest);
+    inverse = ByteDigits::inverse_of(largest);
+  }
+  float share = 0.0F;
+  int whole = 0;
+#pragma unroll
+  for (int s = 0; s < kMost; ++s) {
+    if (s >= count) break;
+    unsigned char* const piece = memory + (2 * (begin + s) + lane / 16) * Operand::kBytes;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      uint32_t digits[2][2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float scaled = v[s][i + j] * inverse;
+        if constexpr (Decoder::kHalves) {
+          const __half high = __float2half_rn(scaled);
+          const __half low = __float2half_rn(scaled - __half2float(high));
+          digits[j][0] = __half_as_ushort(high);
+          digits[j][1] = __half_as_ushort(low);
+          share += __half2float(high) + __half2float(low);
+        } else {
+          const int rounded = __float2int_rn(scaled);
+          whole += rounded;
+          // 256 * high + low, low from -128 to 127.
+          digits[j][0] = static_cast<uint32_t>(rounded);
+          digits[j][1] = static_cast<uint32_t>((rounded + 128) >> 8);
+        }
+      }
+      // Activations 4 * (lane % 16) + i of the piece: of a tile, 2 a + 8 b with a = 2 * (lane % 2) + i / 2.
+      const int pair = 2 * (2 * (lane & 1) + i / 2) + (lane >> 1 & 1);
+      Operand::store(piece, token, lane % 16 / 4, pair, digits);
+    }
+  }
+  if constexpr (Decoder::kHalves) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) share += __shfl_xor_sync(~0U, share, distance);
+  } else {
+    share = static_cast<float>(__reduce_add_sync(~0U, whole));
+  }
+  if (lane == 0) {
+    const float worth = finite ? unit : __uint_as_float(0x7FC00000U);
+    reinterpret_cast<float*>(memory + place.units)[chunk * kTokens + token] = worth * p.map.slope;
+    reinterpret_cast<float*>(memory + place.shares)[chunk * kTokens + token] = worth * share * p.map.offset;
+  }
+}
+
+// The walk of one warp.
+template <class Decoder, int kTokens>
+class TrellisWalk {
+ public:
+  static constexpr int kBits = Decoder::kBits;
+  using Operand = TrellisOperand<Decoder, kTokens>;
+
+  // Asks for the first words of pieces [begin, end) of a block whose rows have `columns` pieces, from
+  // `codes` on.
+  __device__ __forceinline__ TrellisWalk(const TrellisProduct& p, const uint4* codes, int columns, int begin,
+                                         int end)
+      : lane_(static_cast<int>(threadIdx.x % 32)),
+        columns_(columns),
+        row_(columns > 0 ? begin / columns : 0),
+        column_(begin - row_ * columns),
+        left_(end - begin),
+        row_step_((p.column_pieces - columns) * (kBits * 32)) {
+    codes_ = codes + (static_cast<int64_t>(row_) * p.column_pieces + column_) * (kBits * 32) + lane_;
+    asked_ = column_;
+    if (left_ > 0) ask();
+  }
+
+  // Calls leave(row, totals) for each row of pieces that the walk meets: totals[2 * unit + r] is that of row
+  // 16 * unit + 8 * r + lane / 4 and token lane % 4.
+  template <class Leave>
+  __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands, const float* units,
+                                      int chunk_pieces, Leave leave) {
+    if (left_ <= 0) return;
+    const unsigned char* const lane_operands = operands + Operand::lane_place(lane_);
+    const float* const lane_units = units + (kTokens > 1 ? lane_ % 4 : 0);
+    const unsigned char* at = lane_operands + column_ * Operand::kBytes;
+    const float* unit = lane_units + column_ / chunk_pieces * kTokens;
+    clear_totals();
+    clear_sums();
+    for (;;) {
+      uint4 words[kBits];
+#pragma unroll
+      for (int i = 0; i < kBits; ++i) words[i] = next_[i];
+      if (left_ > 1) ask();
+      Operand operand;
+      operand.load(at);
+      at += Operand::kBytes;
+      multiply<0>(map, words, operand);
+      multiply<1>(map, words, operand);
+      multiply<2>(map, words, operand);
+      multiply<3>(map, words, operand);
+      --left_;
+      ++column_;
+      const bool row_ends = column_ == columns_;
+      if (row_ends || left_ == 0 || (column_ & (chunk_pieces - 1)) == 0) {
+        add_scaled(*unit);
+        unit += kTokens;
+        clear_sums();
+      }
+      if (row_ends || left_ == 0) {
+        leave(row_, totals_);
+        if (left_ == 0) return;
+        clear_totals();
+        ++row_;
+        column_ = 0;
+        at = lane_operands;
+        unit = lane_units;
+      }
+    }
+  }
+
+ private:
+  // Words are read once: they leave the caches first.
+  __device__ __forceinline__ void ask() {
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) next_[i] = __ldcs(codes_ + i * 32);
+    codes_ += kBits * 32;
+    if (++asked_ == columns_) {
+      codes_ += row_step_;
+      asked_ = 0;
+    }
+  }
+
+  template <int kUnit>
+  __device__ __forceinline__ void multiply(const TrellisMap& map, const uint4 (&pieces)[kBits],
+                                           const Operand& operand) {
+    uint32_t words[kBits];
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) {
+      const int at = kUnit * kBits + i;
+      const uint4& piece = pieces[at / 4];
+      words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
+    }
+    const typename Decoder::Windows windows(words);
+    multiply_eight<kUnit, 0>(map, windows, operand);
+    multiply_eight<kUnit, 1>(map, windows, operand);
+    multiply_eight<kUnit, 2>(map, windows, operand);
+    multiply_eight<kUnit, 3>(map, windows, operand);
+  }
+
+  // The eight positions from 8 * kEight on: two products, or one if a word is of two weights. Rows lane / 4
+  // have the first four.
+  template <int kUnit, int kEight>
+  __device__ __forceinline__ void multiply_eight(const TrellisMap& map, const typename Decoder::Windows& windows,
+                                                 const Operand& operand) {
+    if constexpr (Decoder::kWeights == 2) {
+      const uint32_t a[4] = {Decoder::template word<4 * kEight>(windows, map),
+                             Decoder::template word<4 * kEight + 2>(windows, map),
+                             Decoder::template word<4 * kEight + 1>(windows, map),
+                             Decoder::template word<4 * kEight + 3>(windows, map)};
+      sums_[kUnit].add(a, operand.template word<2 * kEight>(), operand.template word<2 * kEight + 1>());
+    } else {
+      multiply_four<kUnit, kEight, 0>(map, windows, operand);
+      multiply_four<kUnit, kEight, 1>(map, windows, operand);
+    }
+  }
+
+  template <int kUnit, int kEight, int kHalf>
+  __device__ __forceinline__ void multiply_four(const TrellisMap& map, const typename Decoder::Windows& windows,
+                                                const Operand& operand) {
+    constexpr int kFirst = 8 * kEight + 2 * kHalf;
+    const uint32_t a[4] = {Decoder::template word<kFirst>(windows, map),
+                           Decoder::template word<kFirst + 4>(windows, map),
+                           Decoder::template word<kFirst + 1>(windows, map),
+                           Decoder::template word<kFirst + 5>(windows, map)};
+    constexpr int kIndex = 4 * kEight + 2 * kHalf;
+    sums_[kUnit].add(a, operand.template word<kIndex>(), operand.template word<kIndex + 1>());
+  }
+
+  __device__ __forceinline__ void add_scaled(float unit) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      totals_[2 * i] = fmaf(unit, sums_[i].template value<0>(), totals_[2 * i]);
+      totals_[2 * i + 1] = fmaf(unit, sums_[i].template value<1>(), totals_[2 * i + 1]);
+    }
+  }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums_[i].clear();
+  }
+  __device__ __forceinline__ void clear_totals() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) totals_[i] = 0.0F;
+  }
+
+  int lane_;
+  int columns_;
+  int row_;
+  int column_;
+  int left_;   // pieces of the walk
+  int asked_;  // the column of the next piece to ask for
+  int row_step_;
+  const uint4* codes_;
+  uint4 next_[kBits];
+  TrellisSums<Decoder::kHalves> sums_[4];
+  float totals_[8];
+};
+
+// Sums of a band that the blocks of a team have sent: rotated, scaled, and out. By one warp.
+__device__ __forceinline__ void finish_band(const TrellisProduct& p, const TrellisDeal& deal,
+                                            const float* received, int tokens, int band, int token) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float v[4] = {};
+  for (int rank = 0; rank < deal.blocks; ++rank) {
+    const float4 four = *reinterpret_cast<const float4*>(received + (rank * tokens + token) * 128 + lane * 4);
+    v[0] += four.x;
+    v[1] += four.y;
+    v[2] += four.z;
+    v[3] += four.w;
+  }
+  if (p.rotated) rotate_128(v);
+  // Place 4 * lane + i of a band: see TrellisWalk::run().
+  const int row = band * kTrellisBand + 64 * (lane / 16) + 32 * (lane & 1) + lane % 16 / 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = row + 16 * (i / 2) + 8 * (i % 2);
+    if (at >= p.n) continue;
+    float sum = v[i] * __half2float(p.output_scales[at]);
+    if (p.bias != nullptr) sum += trellis_element(p, p.bias, at);
+    const int64_t to = token * p.y_stride + at;
+    if (p.bfloat16) {
+      static_cast<__nv_bfloat16*>(p.y)[to] = __float2bfloat16_rn(sum);
+    } else {
+      static_cast<__half*>(p.y)[to] = __float2half_rn(sum);
+    }
+  }
+}
+
+// Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster.
+template <class Decoder, int kTokens>
+__global__ void __launch_bounds__(32 * kTrellisWarps, 1)
+    multiply_trellis(const __grid_constant__ TrellisProduct p, const __grid_constant__ TrellisDeal deal) {
+  using Operand = TrellisOperand<Decoder, kTokens>;
+  extern __shared__ __align__(128) unsigned char memory[];
+  const TrellisMemory place(deal, Operand::kBytes, kTokens);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int team = static_cast<int>(blockIdx.x) / deal.blocks;
+  const int rank = static_cast<int>(blockIdx.x) - team * deal.blocks;
+  const int first_band = deal.first_band(team);
+  const int bands = deal.bands_of(team);
+  const int first_span = deal.begin_of(rank);
+  const int spans = deal.begin_of(rank + 1) - first_span;
+  const int columns = 2 * spans;
+  const TrellisRuns runs{2 * bands * columns, kTrellisWarps};
+
+  let_next_begin();
+  if (deal.blocks > 1) cluster_begin();
+  TrellisWalk<Decoder, kTokens> walk(
+      p,
+      p.codes + (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
+      columns, runs.begin(warp), runs.begin(warp + 1));
+  wait_for_previous();
+  const int chunks = (spans + deal.chunk - 1) / deal.chunk;
+  for (int i = warp; i < chunks * p.m; i += kTrellisWarps) {
+    make_digits<Decoder, kTokens>(p, deal, place, memory, first_span, spans, i / p.m, i % p.m);
+  }
+  // Columns of tokens that are not there stay apart from the others, but must hold numbers.
+  if constexpr (kTokens > 1) {
+    constexpr int kColumnPieces = 4;  // of 16 bytes
+    const int unused = (kTokens - p.m) * 2 * kColumnPieces;
+    for (int i = static_cast<int>(threadIdx.x); i < unused * Operand::kPieces * columns;
+         i += 32 * kTrellisWarps) {
+      unsigned char* const to = memory + i / unused * Operand::kPieceBytes;
+      reinterpret_cast<uint4*>(to)[p.m * 2 * kColumnPieces + i % unused] = make_uint4(0, 0, 0, 0);
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < chunks * (kTokens - p.m); i += 32 * kTrellisWarps) {
+      reinterpret_cast<float*>(memory + place.units)[i / (kTokens - p.m) * kTokens + p.m + i % (kTokens - p.m)] =
+          0.0F;
+    }
+  }
+  __syncthreads();
+
+  auto* const parts = reinterpret_cast<float*>(memory + place.parts);
+  walk.run(p.map, memory, reinterpret_cast<const float*>(memory + place.units), 2 * deal.chunk,
+           [&](int row, const float(&totals)[8]) {
+             if (lane % 4 >= kTokens) return;
+             const int part = warp - runs.warp_of(row * columns);
+             float* const to = parts + ((row * deal.parts + part) * kTokens + lane % 4) * 64 + lane / 4 * 8;
+             *reinterpret_cast<float4*>(to) = make_float4(totals[0], totals[1], totals[2], totals[3]);
+             *reinterpret_cast<float4*>(to + 4) = make_float4(totals[4], totals[5], totals[6], totals[7]);
+           });
+  if (deal.blocks > 1) cluster_wait();  // the shared memory of the others is there
+  __syncthreads();
+
+  // The block's sums, to the block that finishes the band.
+  auto* const received = reinterpret_cast<float*>(memory + place.received);
+  const auto* const shares = reinterpret_cast<const float*>(memory + place.shares);
+  for (int i = static_cast<int>(threadIdx.x) / 64; i < 2 * bands * p.m; i += kTrellisWarps / 2) {
+    const int row = i / p.m;
+    const int token = i - row * p.m;
+    const int at = static_cast<int>(threadIdx.x) % 64;
+    float sum = 0.0F;
+    if (columns > 0) {
+      const int met = runs.warp_of((row + 1) * columns - 1) - runs.warp_of(row * columns) + 1;
+      const float* const from = parts + (row * deal.parts * kTokens + token) * 64 + at;
+      for (int part = 0; part < met; ++part) sum += from[part * kTokens * 64];
+      float share = 0.0F;
+      for (int chunk = 0; chunk < chunks; ++chunk) share += shares[chunk * kTokens + token];
+      sum += share;
+    }
+    const int band = row / 2;
+    const int own = band / deal.blocks;
+    float* const to = received + ((own * deal.blocks + rank) * kTokens + token) * 128 + row % 2 * 64 + at;
+    *(deal.blocks > 1 ? cluster_place(to, band - own * deal.blocks) : to) = sum;
+  }
+  if (deal.blocks > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  const int own_bands = (bands - rank + deal.blocks - 1) / deal.blocks;
+  for (int i = warp; i < own_bands * p.m; i += kTrellisWarps) {
+    const int own = i / p.m;
+    finish_band(p, deal, received + own * deal.blocks * kTokens * 128, kTokens,
+                first_band + own * deal.blocks + rank, i - own * p.m);
+  }
+}
+
+// Bytes of shared memory that a deal takes.
+template <class Decoder, int kTokens>
+int trellis_memory(const TrellisDeal& deal) {
+  return TrellisMemory(deal, TrellisOperand<Decoder, kTokens>::kBytes, kTokens).bytes;
+}
+
+template <class Decoder, int kTokens>
+void launch_trellis(const TrellisLaunch& launch) {
+  const int shared = trellis_memory<Decoder, kTokens>(launch.deal);
+  LaunchSettings settings(dim3(static_cast<unsigned>(launch.deal.teams * launch.deal.blocks)),
+                          dim3(32 * kTrellisWarps), launch.stream, launch.overlap, launch.deal.blocks);
+  settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
+  const auto kernel = multiply_trellis<Decoder, kTokens>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+             "matmul_cuda: shared memory of multiply_trellis");
+  check_cuda(cudaLaunchKernelEx(&settings.config, kernel, launch.product, launch.deal),
+             "matmul_cuda: launch of multiply_trellis");
+}
+
+template <class Decoder>
+constexpr TrellisLauncher trellis_launcher_of() {
+  return {.launch = {&launch_trellis<Decoder, 1>, &launch_trellis<Decoder, kMostTrellisTokens>},
+          .memory = {&trellis_memory<Decoder, 1>, &trellis_memory<Decoder, kMostTrellisTokens>}};
+}
+
+template <int kBits>
+TrellisLauncher trellis_launcher(TrellisWords words) {
+  switch (words) {
+    case TrellisWords::bytes:
+      return trellis_launcher_of<TrellisBytes<kBits>>();
+    case TrellisWords::halves:
+      return trellis_launcher_of<TrellisHalves<kBits>>();
+    case TrellisWords::exact_bytes:
+      return trellis_launcher_of<TrellisExact<kBits, false>>();
+    default:
+      return trellis_launcher_of<TrellisExact<kBits, true>>();
+  }
+}
+
+}  // namespace quantloom::cuda

@@ -1,0 +1,65 @@
+// How the work of a trellis product is dealt: bands of 128 rows to teams of thread blocks, the columns of a
+// team to its blocks, and a block's pieces of 64 x 64 weights to its warps.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "formats/fragment_order.hpp"
+
+namespace quantloom::cuda {
+
+constexpr int kTrellisBand = 128;  // rows that are rotated together, as are columns
+constexpr int kTrellisPiece = 64;  // rows and columns of a piece
+
+struct TrellisDeal {
+  int teams = 1;
+  int blocks = 1;   // of threads, in a team; a cluster
+  int bands = 0;    // of 128 rows, of a team
+  int extra = 0;    // teams, the first, that have one more
+  int spans = 0;    // of 128 columns, of the matrix
+  int chunk = 1;    // spans whose activations share a scale
+  int parts = 1;    // places for the parts of the sums of 64 rows
+
+  QUANTLOOM_HOST_DEVICE int first_band(int team) const { return team * bands + (team < extra ? team : extra); }
+  QUANTLOOM_HOST_DEVICE int bands_of(int team) const { return bands + (team < extra ? 1 : 0); }
+  QUANTLOOM_HOST_DEVICE int most_bands() const { return bands + (extra > 0 ? 1 : 0); }
+  // The spans of a team's block: from begin_of(rank) to begin_of(rank + 1).
+  QUANTLOOM_HOST_DEVICE int begin_of(int rank) const {
+    return static_cast<int>(static_cast<int64_t>(spans) * rank / blocks);
+  }
+  QUANTLOOM_HOST_DEVICE int most_spans() const { return (spans + blocks - 1) / blocks; }
+  QUANTLOOM_HOST_DEVICE int most_chunks() const { return (most_spans() + chunk - 1) / chunk; }
+  // Bands that one block of threads finishes, at most.
+  QUANTLOOM_HOST_DEVICE int own_bands() const { return (most_bands() + blocks - 1) / blocks; }
+};
+
+// The pieces of one block of threads, dealt to its warps in order: a row of `columns` pieces, and the next.
+struct TrellisRuns {
+  int count = 0;  // pieces
+  int warps = 1;
+
+  QUANTLOOM_HOST_DEVICE int begin(int warp) const {
+    const int share = count / warps;
+    const int longer = count - share * warps;
+    return warp * share + (warp < longer ? warp : longer);
+  }
+  QUANTLOOM_HOST_DEVICE int warp_of(int piece) const {
+    const int share = count / warps;
+    const int longer = count - share * warps;
+    const int first = longer * (share + 1);
+    return piece < first ? piece / (share + 1) : longer + (piece - first) / share;
+  }
+};
+
+// The most warps that meet one row of pieces.
+inline int most_parts(int rows, int columns, int warps) {
+  const TrellisRuns runs{rows * columns, warps};
+  int most = 1;
+  for (int row = 0; row < rows && columns > 0; ++row) {
+    most = std::max(most, runs.warp_of((row + 1) * columns - 1) - runs.warp_of(row * columns) + 1);
+  }
+  return most;
+}
+
+}  // namespace quantloom::cuda
