@@ -180,7 +180,8 @@ class ProductCase {
   int64_t bytes() const { return bytes_; }
   // Of a code, over the weights that it stands for; those of half a bit rounded up.
   int64_t bits() const {
-    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get())) return (trellis->half_bits + 1) / 2;
+    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get()))
+      return (trellis->half_bits + 1) / 2;
     return copies_[0].plane("codes").shape().at(2);
   }
   int copies() const { return static_cast<int>(copies_.size()); }
@@ -264,9 +265,11 @@ class ProductCase {
     const auto* outliers = dynamic_cast<const Outliers*>(format_.get());
     const Format& dense = outliers != nullptr ? *outliers->dense : *format_;
     const auto* uniform = dynamic_cast<const Uniform*>(&dense);
-    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get()); trellis != nullptr && name != "codes") {
+    if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get());
+        trellis != nullptr && name != "codes") {
       if (name != "table") {
-        fill_values(plane.bytes(), plane.dtype(), plane.element_count(), 0.125F, 0.25F, 0, seed, stream.get());
+        fill_values(plane.bytes(), plane.dtype(), plane.element_count(), 0.125F, 0.25F, 0, seed,
+                    stream.get());
         return;
       }
       check_cuda(cudaMemcpy(plane.bytes(), trellis->codebook.table.data(),

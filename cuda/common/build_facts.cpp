@@ -72,11 +72,11 @@ std::vector<KernelEntry> cuda_kernel_table() {
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
         std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments"),
-        std::pair("trellis", "decode_trellis")}) {
+        std::pair("trellis", "decode_fragments")}) {
     table.push_back(
         {.operation = "dequantize",
          .format = format,
-         .bits = kernel == std::string_view("decode_fragments") && format != std::string_view("codebook")
+         .bits = format == std::string_view("vector_codebook") || format == std::string_view("outliers")
                      ? "1-16"
                      : "1-8",
          .groups = "any",

@@ -1,5 +1,5 @@
-// How trellis codes meet the tensor cores: a word that comes from a state is four bytes or two float16 numbers
-// in the 16-row operand, and the activations of the words' weights are the other operand.
+// How trellis codes meet the tensor cores: a word that comes from a state is four bytes or two float16
+// numbers in the 16-row operand, and the activations of the words' weights are the other operand.
 //
 // The hash word of a state is not decoded to a weight: the tensor core adds up its bytes (or halves), each
 // times the activation. An activation is two digits, in neighbouring columns of the operand: of eight bits

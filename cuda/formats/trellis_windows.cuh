@@ -1,8 +1,8 @@
 // The states of a trellis from the words of a lane, in the order that the product kernels read.
 //
-// A lane of a warp holds 32 consecutive positions of a ring: kBits words, those of ring words lane / 4 * kBits
-// and on, of the tile of inputs number lane % 4. Its first states begin in the last word of the lane four
-// before, around the ring's end.
+// A lane of a warp holds 32 consecutive positions of a ring: kBits words, those of ring words lane / 4 *
+// kBits and on, of the tile of inputs number lane % 4. Its first states begin in the last word of the lane
+// four before, around the ring's end.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,7 +40,9 @@ class TrellisWindows {
 
  private:
   // The first bit of a state, from the beginning of the word before the lane's.
-  static __host__ __device__ constexpr int start_of(int step) { return 32 + (step + 1) * kStepBits - 16; }
+  static __host__ __device__ constexpr int start_of(int step) {
+    return 32 + (step + 1) * kStepBits - 16;
+  }
 
   // Where the 32 bits begin that a state is taken from by one operation, whole bytes before it. Those of a
   // word cost nothing; others are shared by the states that they hold.

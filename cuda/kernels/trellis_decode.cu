@@ -12,9 +12,10 @@ namespace quantloom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSide = 128;         // of what a block of threads decodes, and of the rotation
+constexpr int kSide = 128;          // of what a block of threads decodes, and of the rotation
 constexpr int kStride = kSide + 1;  // columns are read without conflicts
 constexpr int kByteSums = 1021;
+constexpr auto kNorm = static_cast<float>(0.08838834764831845);  // 1 / sqrt(128)
 
 struct Words {
   bool fragments;
@@ -43,9 +44,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const int64_t tile = i / words.ring_words;
-  packed[i] = prepared[trellis_place(words.fragments, words.ring_words, words.column_blocks,
-                                     tile % words.row_tiles, tile / words.row_tiles,
-                                     static_cast<int>(i - tile * words.ring_words))];
+  packed[i] =
+      prepared[trellis_place(words.fragments, words.ring_words, words.column_blocks, tile % words.row_tiles,
+                             tile / words.row_tiles, static_cast<int>(i - tile * words.ring_words))];
 }
 
 dim3 grid_for(int64_t threads) {
@@ -87,26 +88,25 @@ __device__ __forceinline__ float weight(const Matrix& w, const __half* byte_sums
     case TrellisCode::one_mad:
       return __half2float(byte_sums[trellis::byte_sum(hash)]);
     default:
-      return __half2float(__ushort_as_half(trellis::weight_at(w.code, w.multiplier, w.table,
-                                                              w.ring.weights_per_step, state, which)));
+      return __half2float(__ushort_as_half(
+          trellis::weight_at(w.code, w.multiplier, w.table, w.ring.weights_per_step, state, which)));
   }
 }
 
-// A lane's four values of 128, numbers lane + 32 * i.
+// A lane's four values of 128, numbers lane + 32 * i: added in the order of the CPU, to the same bits.
 __device__ __forceinline__ void rotate(float (&v)[4]) {
-  const float a = v[0] + v[1];
-  const float b = v[0] - v[1];
-  const float c = v[2] + v[3];
-  const float d = v[2] - v[3];
-  v[0] = a + c;
-  v[1] = b + d;
-  v[2] = a - c;
-  v[3] = b - d;
   for (int distance = 1; distance < 32; distance *= 2) {
     const float sign = (threadIdx.x & distance) != 0 ? -1.0F : 1.0F;
     for (float& value : v) value = fmaf(sign, value, __shfl_xor_sync(~0U, value, distance));
   }
-  for (float& value : v) value *= 0.08838834764831845F;
+  const float a = v[0] + v[1];
+  const float b = v[0] - v[1];
+  const float c = v[2] + v[3];
+  const float d = v[2] - v[3];
+  v[0] = __fmul_rn(a + c, kNorm);
+  v[1] = __fmul_rn(b + d, kNorm);
+  v[2] = __fmul_rn(a - c, kNorm);
+  v[3] = __fmul_rn(b - d, kNorm);
 }
 
 __device__ __forceinline__ void store(float value, float* to) {
@@ -121,7 +121,8 @@ __device__ __forceinline__ void store(float value, __nv_bfloat16* to) {
 
 // A block of threads decodes 128 x 128, the pair of blocks of 64 columns number blockIdx.x.
 template <class Out>
-__global__ void __launch_bounds__(kThreads) decode_band(const __grid_constant__ Matrix w, Out* out, int64_t stride) {
+__global__ void __launch_bounds__(kThreads)
+    decode_band(const __grid_constant__ Matrix w, Out* out, int64_t stride) {
   extern __shared__ float values[];  // [128 rows][kStride], then the words of 64 rings
   __shared__ __half byte_sums[kByteSums];
   auto* const words = reinterpret_cast<uint32_t*>(values + kSide * kStride);
@@ -207,8 +208,9 @@ void launch(const Matrix& matrix, int64_t columns, int ring_words, void* out, in
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, part, static_cast<Out*>(out) + first * kSide * stride, stride),
-               "launch of the trellis decoder");
+    check_cuda(
+        cudaLaunchKernelEx(&config, kernel, part, static_cast<Out*>(out) + first * kSide * stride, stride),
+        "launch of the trellis decoder");
   }
 }
 

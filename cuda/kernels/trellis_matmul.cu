@@ -9,13 +9,16 @@
 #include "kernels/tile_support.cuh"
 #include "kernels/trellis_launch.hpp"
 #include "kernels/trellis_product.hpp"
+#include "kernels/trellis_tiles.cuh"
 
 namespace quantloom::cuda {
 namespace {
 
 constexpr std::string_view kExact = "trellis_exact";
+constexpr std::string_view kTiles = "trellis_tiles";
+constexpr int64_t kMostTileTokens = 192;  // from there on, decoding the matrix once is faster: estimated
 
-constexpr std::array<CudaProduct, 3> kProducts = {{
+constexpr std::array<CudaProduct, 4> kProducts = {{
     {.name = "trellis_stream",
      .description = "hash words through the tensor cores, rotations in the same launch",
      .max_tokens = kMostTrellisTokens,
@@ -26,6 +29,12 @@ constexpr std::array<CudaProduct, 3> kProducts = {{
      .max_tokens = kMostTrellisTokens,
      .min_architecture = 90,
      .needs_clusters = true},
+    {.name = kTiles,
+     .description = "rotated, tiles through shared memory, wgmma, and rotated back; in float16",
+     .max_tokens = kMostTileTokens,
+     .min_architecture = 90,
+     .workspace = true,
+     .needs_wgmma = true},
     {.name = "decode",
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
@@ -136,7 +145,8 @@ TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devic
       const auto rounds = static_cast<double>(ceil_div(teams, resident));
       const auto longest = static_cast<double>(ceil_div(2 * deal.most_bands() * columns, kTrellisWarps));
       const auto chunks = static_cast<double>(ceil_div(deal.most_chunks() * m, kTrellisWarps));
-      const double time = rounds * (longest * kPiece + chunks * deal.chunk * kSpan + kMeeting[static_cast<size_t>(i)]);
+      const double time =
+          rounds * (longest * kPiece + chunks * deal.chunk * kSpan + kMeeting[static_cast<size_t>(i)]);
       if (time < least) {
         least = time;
         best = deal;
@@ -165,7 +175,8 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
     return text_of("kernel ", product.name, " takes 1 to ", product.max_tokens, " tokens, not ", m);
   }
   if (device.code < 90 || !device.clusters) {
-    return text_of("kernel ", product.name, " needs compute capability 9.0 and code built for it; this device, of ",
+    return text_of("kernel ", product.name,
+                   " needs compute capability 9.0 and code built for it; this device, of ",
                    device.architecture / 10, ".", device.architecture % 10, ", runs what was built for ",
                    device.code / 10, ".", device.code % 10);
   }
@@ -174,6 +185,51 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
                    options.splits);
   }
   return std::nullopt;
+}
+
+// Why the tile loop cannot run, or nothing.
+std::optional<std::string> why_no_tiles(const TrellisLayout& layout, int64_t m, DType dtype) {
+  if (layout.ring.window != 16 || !layout.fragments || layout.bits() < 2 || layout.bits() > 4 ||
+      !(is_halves(layout.code) || layout.code == TrellisCode::mul1)) {
+    return text_of("kernel ", kTiles, " takes 3inst, mcg and mul1 of 2, 3 or 4 bits with windows of 16");
+  }
+  if (dtype != DType::f16 && dtype != DType::bf16) {
+    return text_of("kernel ", kTiles, " takes no ", name_of(dtype), " activations");
+  }
+  if (m > kMostTileTokens) {
+    return text_of("kernel ", kTiles, " takes 1 to ", kMostTileTokens, " tokens, not ", m);
+  }
+  if (layout.column_blocks > 1024) {
+    return text_of("kernel ", kTiles, " takes up to 65536 columns, not ", layout.k);
+  }
+  if (!runs_wgmma()) {
+    return text_of("kernel ", kTiles, " needs a device of compute capability 9.0 and a build for sm_90a");
+  }
+  return std::nullopt;
+}
+
+// The matrix as the tile loop sees it: sums of all rows, also those of padding.
+FragmentMatrix tile_matrix(const TrellisLayout& layout) {
+  FragmentMatrix w;
+  w.n = 64 * layout.row_blocks;
+  w.k = 64 * layout.column_blocks;
+  w.row_blocks = static_cast<int>(layout.row_blocks);
+  w.column_blocks = static_cast<int>(layout.column_blocks);
+  w.group_steps = 4 * w.column_blocks;
+  w.table_entries =
+      static_cast<int>(layout.code == TrellisCode::lcg ? trellis::kLcgMultiplier : layout.multiplier);
+  return w;
+}
+
+TrellisTileWork tile_workspace(const TrellisLayout& layout, int m) {
+  const FragmentMatrix w = tile_matrix(layout);
+  TrellisTileWork work;
+  work.sums = aligned_bytes(checked_mul(int64_t{2} * m, w.k));
+  work.ones = work.sums + aligned_bytes(checked_mul(int64_t{2} * m, w.n));
+  work.factors = work.ones + aligned_bytes(2 * w.n);
+  work.tiles = work.factors + aligned_bytes(int64_t{4} * m);
+  work.bytes = work.tiles + tiles_workspace(w, m, 0);
+  return work;
 }
 
 // What of cuBLASLt's product does not depend on the order of the weights.
@@ -214,9 +270,40 @@ void run_decoded(const TrellisLayout& layout, const PreparedPlanes& w, const Cud
   const DecodedPlan plan = dense_plan(layout, p.m, a.dtype);
   for (int64_t first = 0; first < layout.n; first += plan.rows) {
     const ProductLaunch part = part_of_rows(launch, first, plan.rows, layout.bits());
-    decode_trellis(layout, w, first, plan.rows, a.workspace, a.dtype, layout.column_blocks * 64, launch.stream);
+    decode_trellis(layout, w, first, plan.rows, a.workspace, a.dtype, layout.column_blocks * 64,
+                   launch.stream);
     multiply_decoded(part, plan, first == 0, a.workspace);
   }
+}
+
+void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
+  const TrellisProduct& p = launch.product;
+  const TrellisTileWork work = tile_workspace(layout, p.m);
+  const int row_blocks = static_cast<int>(layout.row_blocks);
+  ProductLaunch tiles;
+  ProductArguments& arguments = tiles.arguments;
+  arguments.w = tile_matrix(layout);
+  arguments.w.codes = p.codes;
+  arguments.w.scales = workspace + work.ones;
+  arguments.x = workspace + work.activations;
+  arguments.x_stride = arguments.w.k;
+  arguments.y = workspace + work.sums;
+  arguments.y_stride = arguments.w.n;
+  arguments.m = p.m;
+  arguments.x_in_pieces = true;
+  tiles.splits = 0;
+  tiles.stream = launch.stream;
+  launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
+  void* const own = workspace + work.tiles;
+  const bool halves = is_halves(layout.code);
+  if (layout.bits() == 2) {
+    halves ? launch_trellis_tiles<2, true>(tiles, own) : launch_trellis_tiles<2, false>(tiles, own);
+  } else if (layout.bits() == 3) {
+    halves ? launch_trellis_tiles<3, true>(tiles, own) : launch_trellis_tiles<3, false>(tiles, own);
+  } else {
+    halves ? launch_trellis_tiles<4, true>(tiles, own) : launch_trellis_tiles<4, false>(tiles, own);
+  }
+  launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
 }
 
 }  // namespace
@@ -233,7 +320,7 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
     if (options.kernel.empty() ? product.name == kExact : product.name != options.kernel) continue;
     known = true;
     std::optional<std::string> reason;
-    if (product.max_tokens > 0) {
+    if (product.needs_clusters) {
       reason = why_no_stream(product, layout, m, dtype, device, options);
       if (!reason && layout.n > 0 && layout.k > 0) {
         const TrellisLauncher launcher = launcher_of(layout, product.name == kExact);
@@ -243,6 +330,11 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
           reason = text_of("kernel ", product.name, " has no room for the activations of ", m, " tokens of ",
                            layout.k, " columns in shared memory");
         }
+      }
+    } else if (product.name == kTiles) {
+      reason = why_no_tiles(layout, m, dtype);
+      if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
+        plan.workspace = tile_workspace(layout, static_cast<int>(m)).bytes;
       }
     } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
       reason = text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
@@ -255,14 +347,16 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
     }
     plan.reason += (plan.reason.empty() ? "" : "; ") + *reason;
   }
-  if (!known) throw InvalidArgument("kernel", options.kernel, "a kernel of trellis codes of the kernel table");
+  if (!known)
+    throw InvalidArgument("kernel", options.kernel, "a kernel of trellis codes of the kernel table");
   return plan;
 }
 
 void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const PreparedPlanes& w,
                  const CudaMatmulArguments& a, const CudaMatmulOptions& options, const DeviceFacts& device) {
   if (plan.product->max_tokens == 0 || layout.k == 0) return run_decoded(layout, w, a);
-  const bool exact = plan.product->name == kExact;
+  const bool tiles = plan.product->name == kTiles;
+  const bool exact = tiles || plan.product->name == kExact;
   TrellisLaunch launch;
   TrellisProduct& p = launch.product;
   p.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
@@ -281,9 +375,10 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   p.m = static_cast<int>(a.m);
   p.bfloat16 = a.dtype == DType::bf16;
   p.x_in_fours = reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && (a.m == 1 || a.x_stride % 4 == 0);
+  launch.stream = static_cast<cudaStream_t>(a.stream);
+  if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
   launch.overlap = options.overlap && device.code >= 90;
-  launch.stream = static_cast<cudaStream_t>(a.stream);
   launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);
 }
 

@@ -1,9 +1,9 @@
 // Products of few tokens with trellis codes, in one launch: activations are scaled, rotated and made digits,
 // ring words pass from memory through registers to the tensor cores, and sums are rotated and scaled.
 //
-// A team of thread blocks (a cluster) has some bands of 128 rows to itself; each of its blocks has some of the
-// columns, and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64 in
-// order, each a run of equal length, the words of the next piece on their way to registers. The sums of a
+// A team of thread blocks (a cluster) has some bands of 128 rows to itself; each of its blocks has some of
+// the columns, and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64
+// in order, each a run of equal length, the words of the next piece on their way to registers. The sums of a
 // band are added in a fixed order: those of the warps, then those of the blocks.
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "common/cluster.cuh"
 #include "formats/trellis_operands.cuh"
 #include "kernels/overlap.cuh"
-#include "kernels/trellis_launch.hpp"
+#include "kernels/trellis_spans.cuh"
 
 namespace quantloom::cuda {
 
@@ -32,60 +32,6 @@ struct TrellisMemory {
     bytes = received + deal.own_bands() * deal.blocks * tokens * 512;
   }
 };
-
-__device__ __forceinline__ float trellis_element(const TrellisProduct& p, const void* row, int64_t at) {
-  return p.bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(row)[at])
-                    : __half2float(static_cast<const __half*>(row)[at]);
-}
-
-// The orthonormal Hadamard matrix of order 128, natural order: a lane has four values, of the numbers
-// 4 * lane + i or of any others whose bits are those, changed in place.
-__device__ __forceinline__ void rotate_128(float (&v)[4]) {
-  const float a = v[0] + v[1];
-  const float b = v[0] - v[1];
-  const float c = v[2] + v[3];
-  const float d = v[2] - v[3];
-  v[0] = a + c;
-  v[1] = b + d;
-  v[2] = a - c;
-  v[3] = b - d;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float sign = (threadIdx.x & distance) != 0 ? -1.0F : 1.0F;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = fmaf(sign, v[i], __shfl_xor_sync(~0U, v[i], distance));
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] *= 0.08838834764831845F;
-}
-
-// A lane's four activations of a span, scaled and rotated.
-__device__ __forceinline__ void load_span(const TrellisProduct& p, int token, int span, float (&v)[4]) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int column = span * kTrellisBand + lane * 4;
-  const auto* const row = static_cast<const unsigned char*>(p.x) + token * p.x_stride * 2;
-  if (p.x_in_fours && column + 4 <= p.k) {
-    uint2 x;  // not through the read-only path, which may be read before the previous kernel has ended
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(x.x), "=r"(x.y)
-                 : "l"(row + static_cast<int64_t>(column) * 2));
-    const uint2 scales = __ldg(reinterpret_cast<const uint2*>(p.input_scales + column));
-    using Half = HalfPair<__half>;
-    using Brain = HalfPair<__nv_bfloat16>;
-    v[0] = (p.bfloat16 ? Brain::low(x.x) : Half::low(x.x)) * Half::low(scales.x);
-    v[1] = (p.bfloat16 ? Brain::high(x.x) : Half::high(x.x)) * Half::high(scales.x);
-    v[2] = (p.bfloat16 ? Brain::low(x.y) : Half::low(x.y)) * Half::low(scales.y);
-    v[3] = (p.bfloat16 ? Brain::high(x.y) : Half::high(x.y)) * Half::high(scales.y);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = column + i < p.k
-                 ? trellis_element(p, row, column + i) * __half2float(p.input_scales[column + i])
-                 : 0.0F;
-    }
-  }
-  if (p.rotated) rotate_128(v);
-}
 
 // Makes the digits of one chunk of one token: by one warp.
 template <class Decoder, int kTokens>
@@ -195,8 +141,8 @@ class TrellisWalk {
   // Calls leave(row, totals) for each row of pieces that the walk meets: totals[2 * unit + r] is that of row
   // 16 * unit + 8 * r + lane / 4 and token lane % 4.
   template <class Leave>
-  __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands, const float* units,
-                                      int chunk_pieces, Leave leave) {
+  __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands,
+                                      const float* units, int chunk_pieces, Leave leave) {
     if (left_ <= 0) return;
     const unsigned char* const lane_operands = operands + Operand::lane_place(lane_);
     const float* const lane_units = units + (kTokens > 1 ? lane_ % 4 : 0);
@@ -268,7 +214,8 @@ class TrellisWalk {
   // The eight positions from 8 * kEight on: two products, or one if a word is of two weights. Rows lane / 4
   // have the first four.
   template <int kUnit, int kEight>
-  __device__ __forceinline__ void multiply_eight(const TrellisMap& map, const typename Decoder::Windows& windows,
+  __device__ __forceinline__ void multiply_eight(const TrellisMap& map,
+                                                 const typename Decoder::Windows& windows,
                                                  const Operand& operand) {
     if constexpr (Decoder::kWeights == 2) {
       const uint32_t a[4] = {Decoder::template word<4 * kEight>(windows, map),
@@ -283,13 +230,13 @@ class TrellisWalk {
   }
 
   template <int kUnit, int kEight, int kHalf>
-  __device__ __forceinline__ void multiply_four(const TrellisMap& map, const typename Decoder::Windows& windows,
+  __device__ __forceinline__ void multiply_four(const TrellisMap& map,
+                                                const typename Decoder::Windows& windows,
                                                 const Operand& operand) {
     constexpr int kFirst = 8 * kEight + 2 * kHalf;
-    const uint32_t a[4] = {Decoder::template word<kFirst>(windows, map),
-                           Decoder::template word<kFirst + 4>(windows, map),
-                           Decoder::template word<kFirst + 1>(windows, map),
-                           Decoder::template word<kFirst + 5>(windows, map)};
+    const uint32_t a[4] = {
+        Decoder::template word<kFirst>(windows, map), Decoder::template word<kFirst + 4>(windows, map),
+        Decoder::template word<kFirst + 1>(windows, map), Decoder::template word<kFirst + 5>(windows, map)};
     constexpr int kIndex = 4 * kEight + 2 * kHalf;
     sums_[kUnit].add(a, operand.template word<kIndex>(), operand.template word<kIndex + 1>());
   }
@@ -342,14 +289,7 @@ __device__ __forceinline__ void finish_band(const TrellisProduct& p, const Trell
   for (int i = 0; i < 4; ++i) {
     const int at = row + 16 * (i / 2) + 8 * (i % 2);
     if (at >= p.n) continue;
-    float sum = v[i] * __half2float(p.output_scales[at]);
-    if (p.bias != nullptr) sum += trellis_element(p, p.bias, at);
-    const int64_t to = token * p.y_stride + at;
-    if (p.bfloat16) {
-      static_cast<__nv_bfloat16*>(p.y)[to] = __float2bfloat16_rn(sum);
-    } else {
-      static_cast<__half*>(p.y)[to] = __float2half_rn(sum);
-    }
+    store_row(p, token, at, v[i] * __half2float(p.output_scales[at]));
   }
 }
 
@@ -375,7 +315,8 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
   if (deal.blocks > 1) cluster_begin();
   TrellisWalk<Decoder, kTokens> walk(
       p,
-      p.codes + (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
+      p.codes +
+          (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
       columns, runs.begin(warp), runs.begin(warp + 1));
   wait_for_previous();
   const int chunks = (spans + deal.chunk - 1) / deal.chunk;
@@ -392,8 +333,8 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
       reinterpret_cast<uint4*>(to)[p.m * 2 * kColumnPieces + i % unused] = make_uint4(0, 0, 0, 0);
     }
     for (int i = static_cast<int>(threadIdx.x); i < chunks * (kTokens - p.m); i += 32 * kTrellisWarps) {
-      reinterpret_cast<float*>(memory + place.units)[i / (kTokens - p.m) * kTokens + p.m + i % (kTokens - p.m)] =
-          0.0F;
+      reinterpret_cast<float*>(memory +
+                               place.units)[i / (kTokens - p.m) * kTokens + p.m + i % (kTokens - p.m)] = 0.0F;
     }
   }
   __syncthreads();

@@ -14,14 +14,16 @@ constexpr int kTrellisPiece = 64;  // rows and columns of a piece
 
 struct TrellisDeal {
   int teams = 1;
-  int blocks = 1;   // of threads, in a team; a cluster
-  int bands = 0;    // of 128 rows, of a team
-  int extra = 0;    // teams, the first, that have one more
-  int spans = 0;    // of 128 columns, of the matrix
-  int chunk = 1;    // spans whose activations share a scale
-  int parts = 1;    // places for the parts of the sums of 64 rows
+  int blocks = 1;  // of threads, in a team; a cluster
+  int bands = 0;   // of 128 rows, of a team
+  int extra = 0;   // teams, the first, that have one more
+  int spans = 0;   // of 128 columns, of the matrix
+  int chunk = 1;   // spans whose activations share a scale
+  int parts = 1;   // places for the parts of the sums of 64 rows
 
-  QUANTLOOM_HOST_DEVICE int first_band(int team) const { return team * bands + (team < extra ? team : extra); }
+  QUANTLOOM_HOST_DEVICE int first_band(int team) const {
+    return team * bands + (team < extra ? team : extra);
+  }
   QUANTLOOM_HOST_DEVICE int bands_of(int team) const { return bands + (team < extra ? 1 : 0); }
   QUANTLOOM_HOST_DEVICE int most_bands() const { return bands + (extra > 0 ? 1 : 0); }
   // The spans of a team's block: from begin_of(rank) to begin_of(rank + 1).

@@ -22,7 +22,9 @@ struct TrellisLayout {
   int64_t column_tiles = 0;   // of 16 columns, in the packed tensor
 
   int bits() const { return ring.half_bits / 2; }
-  int64_t words() const { return checked_mul(checked_mul(row_blocks, column_blocks), int64_t{16} * ring.words()); }
+  int64_t words() const {
+    return checked_mul(checked_mul(row_blocks, column_blocks), int64_t{16} * ring.words());
+  }
 };
 
 // The trellis of a format, or null.
@@ -41,8 +43,8 @@ struct TrellisWord {
   int word;
 };
 
-// ring_words: of a ring. whole bits in fragment order: word w of lane (g, t) in unit u of block (r, c) is word
-// g * bits + w of the ring of tile (4 r + u, 4 c + t).
+// ring_words: of a ring. whole bits in fragment order: word w of lane (g, t) in unit u of block (r, c) is
+// word g * bits + w of the ring of tile (4 r + u, 4 c + t).
 QUANTLOOM_HOST_DEVICE TrellisWord trellis_word(bool fragments, int ring_words, int64_t column_blocks,
                                                int64_t index) {
   const int block_words = 16 * ring_words;

@@ -32,14 +32,16 @@ TEST(TrellisLayout, PreparedPlanesLeadBackToThePackedTensor) {
   uint64_t seed = 0;
   for (const double bits : {1.0, 1.5, 2.0, 3.0, 3.5, 4.0}) {
     for (const char* name : {"mul1", "hyb"}) {
-      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {0, 40}, {40, 0}, {130, 270}}) {
+      for (const auto& [n, k] :
+           std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {0, 40}, {40, 0}, {130, 270}}) {
         const auto format = std::make_shared<const Trellis>(bits, name, ++seed % 2 == 0 ? 0 : 128);
         const PackedTensor packed = random_trellis(format, n, k, seed);
         const PreparedPlanes prepared = prepare_fragments(packed);
         EXPECT_NO_THROW(validate(prepared));
         const PackedTensor back = unprepare_fragments(prepared);
         for (const auto& [plane, tensor] : packed.planes) {
-          EXPECT_TRUE(std::equal(tensor.bytes(), tensor.bytes() + tensor.byte_count(), back.plane(plane).bytes()))
+          EXPECT_TRUE(
+              std::equal(tensor.bytes(), tensor.bytes() + tensor.byte_count(), back.plane(plane).bytes()))
               << format->spec() << " " << n << " x " << k << " " << plane;
         }
       }
@@ -60,7 +62,8 @@ TEST(TrellisLayout, LanesHoldConsecutivePositions) {
           EXPECT_EQ(from.row_tile, 4 * 2 + unit);
           EXPECT_EQ(from.column_tile, 4 * 3 + lane % 4);
           EXPECT_EQ(from.word, lane / 4 * bits + word);
-          EXPECT_EQ(trellis_place(true, 8 * bits, column_blocks, from.row_tile, from.column_tile, from.word), at);
+          EXPECT_EQ(trellis_place(true, 8 * bits, column_blocks, from.row_tile, from.column_tile, from.word),
+                    at);
         }
       }
     }
@@ -78,7 +81,8 @@ TEST(TrellisDeal, RunsCoverAllPiecesOnce) {
       }
     }
   }
-  for (const auto& [rows, columns] : std::vector<std::pair<int, int>>{{2, 16}, {6, 192}, {1, 1}, {30, 2}, {3, 7}}) {
+  for (const auto& [rows, columns] :
+       std::vector<std::pair<int, int>>{{2, 16}, {6, 192}, {1, 1}, {30, 2}, {3, 7}}) {
     const cuda::TrellisRuns runs{rows * columns, 16};
     int most = 0;
     for (int row = 0; row < rows; ++row) {
