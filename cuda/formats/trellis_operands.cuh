@@ -56,8 +56,10 @@ struct ByteDigits {
   }
 };
 
-// MUL1 and 1MAD: one weight a state, the sum of the four bytes of its hash.
-template <int kBits_>
+// MUL1 and 1MAD: one weight a state, the sum of the four bytes of its hash. kMultiplier: that of the hash, which
+// then adds nothing; 0 if it is known at run time. An immediate operand leaves more of the registers' ports to
+// the tensor cores.
+template <int kBits_, uint32_t kMultiplier = 0>
 struct TrellisBytes {
   static constexpr int kBits = kBits_;
   static constexpr int kWeights = 1;  // of a word
@@ -66,6 +68,7 @@ struct TrellisBytes {
 
   template <int kWord>
   static __device__ __forceinline__ uint32_t word(const Windows& windows, const TrellisMap& map) {
+    if constexpr (kMultiplier != 0) return windows.template state<kWord>() * kMultiplier;
     return windows.template state<kWord>() * map.multiplier + map.addend;
   }
 };

@@ -57,6 +57,7 @@ struct TrellisLauncher {
 // Words as they meet the tensor cores.
 enum class TrellisWords : uint8_t {
   bytes,         // the bytes of the hash
+  exl3_bytes,    // those of the hash of EXL3's MUL1; 2, 3 and 4 bits
   halves,        // the two float16 numbers of the hash
   exact_bytes,   // weights, decoded to float16 from the bytes of the hash
   exact_halves,  // weights, decoded to float16 from its two float16 numbers

@@ -79,7 +79,9 @@ TrellisMap map_of(const TrellisLayout& layout, bool exact) {
 
 TrellisWords words_of(const TrellisLayout& layout, bool exact) {
   if (is_halves(layout.code)) return exact ? TrellisWords::exact_halves : TrellisWords::halves;
-  return exact ? TrellisWords::exact_bytes : TrellisWords::bytes;
+  if (exact) return TrellisWords::exact_bytes;
+  return layout.code == TrellisCode::mul1 && layout.multiplier == trellis::kExl3Mul1 ? TrellisWords::exl3_bytes
+                                                                                     : TrellisWords::bytes;
 }
 
 TrellisLauncher launcher_of(const TrellisLayout& layout, bool exact) {

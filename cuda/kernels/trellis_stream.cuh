@@ -416,6 +416,12 @@ TrellisLauncher trellis_launcher(TrellisWords words) {
   switch (words) {
     case TrellisWords::bytes:
       return trellis_launcher_of<TrellisBytes<kBits>>();
+    case TrellisWords::exl3_bytes:
+      if constexpr (kBits >= 2 && kBits <= 4) {
+        return trellis_launcher_of<TrellisBytes<kBits, trellis::kExl3Mul1>>();
+      } else {
+        return trellis_launcher_of<TrellisBytes<kBits>>();
+      }
     case TrellisWords::halves:
       return trellis_launcher_of<TrellisHalves<kBits>>();
     case TrellisWords::exact_bytes:

@@ -26,6 +26,12 @@ _OPTIONS = _core.CudaMatmulOptions()
 
 
 @functools.cache
+def options(kernel: str | None) -> _core.CudaMatmulOptions:
+    """Of a product; `kernel`: a name of the kernel table, or None for the one that suits."""
+    return _OPTIONS if kernel is None else _core.CudaMatmulOptions(kernel=kernel)
+
+
+@functools.cache
 def find_libraries() -> None:
     """Tells the C++ side where pip packages keep cuBLAS and its like, for processes that have not loaded
     them yet. Called before the first work that may need them."""
@@ -223,10 +229,10 @@ def _check_bias(bias: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"bias: got elements {bias.stride(0)} apart, expected them next to each other")
 
 
-def why_not(format: str, tokens: int, dtype: str, device: str) -> str | None:
+def why_not(format: str, tokens: int, dtype: str, device: str, kernel: str | None = None) -> str | None:
     """None if a kernel of `device` takes the product, else the reason why not."""
     if not _core.built_with_cuda():
         return "this build of quantloom has no CUDA kernels"
     find_libraries()
     with torch.cuda.device(device):
-        return _core.why_not_matmul_cuda(format, tokens, dtype, _OPTIONS)
+        return _core.why_not_matmul_cuda(format, tokens, dtype, options(kernel))

@@ -186,6 +186,7 @@ def matmul(
     threads: int = 0,
     *,
     bias: Any = None,
+    kernel: str | None = None,
 ) -> Any:
     """``x @ W.T + bias`` straight from the packed codes of W.
 
@@ -202,6 +203,10 @@ def matmul(
             and W uniform.
         threads: 0 for OpenMP's default. The result does not depend on it.
         bias: None or ``[n]``, of the kind and dtype of `x`.
+        kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits. For
+            a trellis, up to 4 tokens, ``"trellis_exact"`` multiplies the weights as the format defines
+            them in float16, where ``"trellis_stream"`` leaves out that rounding (2e-4 of a weight), and
+            activations with 22 bits instead of 16.
 
     Returns ``[..., n]``, of the kind and dtype of `x`, without a gradient (``quantloom.nn.QuantLinear`` has
     one). On a CUDA device the work is queued on torch's current stream of that device.
@@ -227,6 +232,12 @@ def matmul(
         raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
     if not on_cpu and activations != "exact":
         raise RuntimeError(f"activations: got {activations!r}, but on a CUDA device there is only 'exact'")
+    if kernel is not None:
+        _checks.string("kernel", kernel, "a name of kernel_table()")
+        if on_cpu or isinstance(q, CodedTensor):
+            raise RuntimeError(
+                f"kernel: got {kernel!r}, but only packed codes on a CUDA device have a choice"
+            )
     if isinstance(q, CodedTensor):
         if activations != "exact":
             raise RuntimeError(f"activations: got {activations!r}, but coded weights take only 'exact'")
@@ -240,7 +251,15 @@ def matmul(
         from quantloom import _cuda
 
         late = transform is not None and transform.has_output  # outputs are rotated back before the bias
-        y = _cuda.product(tokens.value, prepared._core, n, k, tokens.value.device, None if late else added)
+        y = _cuda.product(
+            tokens.value,
+            prepared._core,
+            n,
+            k,
+            tokens.value.device,
+            None if late else added,
+            _cuda.options(kernel),
+        )
         if late:
             y = transform.rotate_output(y, inverse=True)
             y = y if added is None else y + added
@@ -281,6 +300,7 @@ def can_matmul(
     dtype: Any = None,
     device: Any = None,
     activations: str = "exact",
+    kernel: str | None = None,
 ) -> Possible:
     """Whether ``matmul`` has a kernel, asked before any work.
 
@@ -290,8 +310,11 @@ def can_matmul(
         dtype: of x; float16 if None.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``; None: the device of the tensor, the
             CPU for a format.
+        kernel: as for ``matmul``.
     """
     _checks.choice("activations", activations, ACTIVATIONS)
+    if kernel is not None:
+        _checks.string("kernel", kernel, "a name of kernel_table()")
     tokens = _checks.integer("tokens", tokens, 0)
     name = "float16" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
     if isinstance(q, (PackedTensor, PreparedTensor)):
@@ -303,12 +326,14 @@ def can_matmul(
     except RuntimeError as error:  # no such device, or no kernels for it
         return Possible(False, str(error))
     if place == "cpu":
+        if kernel is not None:
+            return Possible(False, f"only a CUDA device has a choice of kernels, got {kernel!r}")
         return _can_matmul_on_cpu(format, activations)
     if activations != "exact":
         return Possible(False, f"on a CUDA device activations can only be 'exact', got {activations!r}")
     from quantloom import _cuda
 
-    reason = _cuda.why_not(format.to_json(), tokens, name, place)
+    reason = _cuda.why_not(format.to_json(), tokens, name, place, kernel)
     return Possible(reason is None, reason or "")
 
 

@@ -26,6 +26,12 @@ namespace quantloom {
 //                padding
 //   group_index  as in the packed tensor, where it has one
 //   outlier_*    as in the packed tensor, where its format has outliers; columns are inputs, not padded
+//
+// A trellis has its rings in blocks of 64 x 64, rows and columns padded to multiples of 128 with rings of
+// zeros, and its other planes as in the packed tensor:
+//   codes        int32 [row_blocks, column_blocks, bits, 32, 4] at whole bits: lane (g, t) of a warp, 4 g + t,
+//                has words g * bits ... of the ring of tile t along the columns, for four tiles of 16 rows; at
+//                half bits [row_blocks, column_blocks, 16, words of a ring], tile 4 i + t that of rows 16 i ...
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;
@@ -95,7 +101,10 @@ struct CudaMatmulArguments {
 };
 
 // All memory on the current device. float32 accumulation; the result is rounded once, but with a bias the
-// kernel "decode" (cuBLASLt) rounds before it adds it, too. Throws Unsupported where no kernel takes the
+// kernel "decode" (cuBLASLt) rounds before it adds it, too. Of the kernels of trellis codes, "trellis_stream"
+// takes activations with 16 bits of the largest of up to 512 of them (3inst, mcg: 22 bits), and weights
+// without their last rounding to float16, "trellis_exact" 22 bits and the weights as they are, and
+// "trellis_tiles" rounds rotated activations and sums to float16; one that is not finite makes NaN. Throws Unsupported where no kernel takes the
 // format, dtype or device, InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});
