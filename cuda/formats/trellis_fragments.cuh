@@ -17,8 +17,7 @@ __host__ __device__ constexpr int trellis_column(int place) {
   return 16 * tile + 2 * step + j % 2 + 8 * (j / 2);
 }
 
-// kHashHalves: of 3INST, else of MUL1.
-template <int kCodeBits, bool kHashHalves>
+template <int kCodeBits, TrellisHash kHash>
 class TrellisFragments {
  public:
   static constexpr int kBits = kCodeBits;
@@ -39,7 +38,7 @@ class TrellisFragments {
   template <class T, int kStep>
   __device__ __forceinline__ void fragment(const uint32_t (&words)[kBits], uint32_t (&a)[4]) const {
     static_assert(std::is_same_v<T, __half>);
-    using Exact = TrellisExact<kBits, kHashHalves>;
+    using Exact = TrellisExact<kBits, kHash>;
     const typename Exact::Windows windows(words);
     a[0] = Exact::template word<4 * kStep>(windows, map_);
     a[1] = Exact::template word<4 * kStep + 2>(windows, map_);

@@ -56,9 +56,9 @@ struct ByteDigits {
   }
 };
 
-// MUL1 and 1MAD: one weight a state, the sum of the four bytes of its hash. kMultiplier: that of the hash, which
-// then adds nothing; 0 if it is known at run time. An immediate operand leaves more of the registers' ports to
-// the tensor cores.
+// MUL1 and 1MAD: one weight a state, the sum of the four bytes of its hash. kMultiplier: that of the hash,
+// which then adds nothing; 0 if it is known at run time. An immediate operand leaves more of the registers'
+// ports to the tensor cores.
 template <int kBits_, uint32_t kMultiplier = 0>
 struct TrellisBytes {
   static constexpr int kBits = kBits_;
@@ -96,30 +96,69 @@ struct TrellisHalves {
   }
 };
 
-// Either, decoded to the float16 numbers that the format defines, two in a word.
-template <int kBits_, bool kHashHalves>
+// octagon: two weights a state, sums of the four bytes of its hash along four axes. The bytes meet what the
+// two activations are along the axes.
+template <int kBits_, uint32_t kMultiplier = 0>
+struct TrellisOctagon {
+  static constexpr int kBits = kBits_;
+  static constexpr int kWeights = 2;
+  static constexpr bool kHalves = false;
+  using Windows = TrellisWindows<kBits, 2 * kBits>;
+
+  template <int kWord>
+  static __device__ __forceinline__ uint32_t word(const Windows& windows, const TrellisMap& map) {
+    if constexpr (kMultiplier != 0) return windows.template state<kWord>() * kMultiplier;
+    return windows.template state<kWord>() * map.multiplier;
+  }
+};
+
+// The weights themselves, as the float16 numbers that the format defines, two in a word.
+template <int kBits_, TrellisHash kHash>
 struct TrellisExact {
   static constexpr int kBits = kBits_;
   static constexpr int kWeights = 2;
   static constexpr bool kHalves = true;
-  using Windows = TrellisWindows<kBits, kBits>;
+  using Windows = TrellisWindows<kBits, kHash == TrellisHash::octagon ? 2 * kBits : kBits>;
 
   template <int kWord>
   static __device__ __forceinline__ uint32_t word(const Windows& windows, const TrellisMap& map) {
-    const uint32_t first = windows.template state<2 * kWord>() * map.multiplier + map.addend;
-    const uint32_t second = windows.template state<2 * kWord + 1>() * map.multiplier + map.addend;
-    if constexpr (kHashHalves) {
-      const uint32_t a = halves_of_hash(first);
-      const uint32_t b = halves_of_hash(second);
-      return HalfPair<__half>::add(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+    if constexpr (kHash == TrellisHash::octagon) {
+      const uint32_t hash = windows.template state<kWord>() * map.multiplier;
+      // Twice the bytes along the axes of either weight, less 255 times what the bytes count for.
+      constexpr int kAxis = trellis::kOctagonAxis;
+      constexpr int kDiagonal = trellis::kOctagonDiagonal;
+      const int first = bytes_along(hash, kAxis | kDiagonal << 16 | kDiagonal << 24);
+      const int second = bytes_along(hash, kAxis << 8 | kDiagonal << 16 | (256 - kDiagonal) << 24);
+      // Exact until they are rounded: integers of 24 bits.
+      constexpr float kUnit = static_cast<float>(trellis::kOctagonSlope) * 0x1p-22F;
+      const __half2 pair = __floats2half2_rn(
+          fmaf(static_cast<float>(first), 2 * kUnit, -255 * (kAxis + 2 * kDiagonal) * kUnit),
+          fmaf(static_cast<float>(second), 2 * kUnit, -255 * kAxis * kUnit));
+      return *reinterpret_cast<const uint32_t*>(&pair);
     } else {
-      // 1024 + the sum of the bytes, as float16 bits.
-      const uint32_t a = __dp4a(first, 0x01010101U, 0x6400U);
-      const uint32_t b = __dp4a(second, 0x01010101U, 0x6400U);
-      constexpr uint32_t kSlope = uint32_t{trellis::kMul1Slope} * 0x10001U;
-      constexpr uint32_t kOffset = uint32_t{trellis::kMul1Offset} * 0x10001U;
-      return HalfPair<__half>::multiply_add(__byte_perm(a, b, 0x5410), kSlope, kOffset);
+      const uint32_t first = windows.template state<2 * kWord>() * map.multiplier + map.addend;
+      const uint32_t second = windows.template state<2 * kWord + 1>() * map.multiplier + map.addend;
+      if constexpr (kHash == TrellisHash::halves) {
+        const uint32_t a = halves_of_hash(first);
+        const uint32_t b = halves_of_hash(second);
+        return HalfPair<__half>::add(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+      } else {
+        // 1024 + the sum of the bytes, as float16 bits.
+        const uint32_t a = __dp4a(first, 0x01010101U, 0x6400U);
+        const uint32_t b = __dp4a(second, 0x01010101U, 0x6400U);
+        constexpr uint32_t kSlope = uint32_t{trellis::kMul1Slope} * 0x10001U;
+        constexpr uint32_t kOffset = uint32_t{trellis::kMul1Offset} * 0x10001U;
+        return HalfPair<__half>::multiply_add(__byte_perm(a, b, 0x5410), kSlope, kOffset);
+      }
     }
+  }
+
+ private:
+  // The sum of the bytes of `hash`, times those of `steps`, which have signs.
+  static __device__ __forceinline__ int bytes_along(uint32_t hash, int steps) {
+    int sum;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(hash), "r"(steps), "r"(0));
+    return sum;
   }
 };
 
@@ -135,6 +174,8 @@ class TrellisOperand {
   static constexpr int kWords = kSpread ? 16 : Decoder::kHalves || Decoder::kWeights == 2 ? 8 : 4;
   static constexpr int kPieces = kWords / 4;
   static constexpr int kColumns = 2 * kTokens;
+  // What the digits of two activations are of: of them, or of four directions.
+  static constexpr int kDigits = Decoder::kWeights == 2 && !Decoder::kHalves ? 4 : 2;
   static constexpr int kPieceBytes = kColumns * 4 * 16;
   static constexpr int kBytes = kPieces * kPieceBytes;
 
@@ -159,9 +200,9 @@ class TrellisOperand {
   }
 
   // Stores the digits of two activations, numbers 2 * pair and 2 * pair + 1 of tile `tile`. digits: of the
-  // bytes, or float16 bits, [activation][digit].
+  // bytes, or float16 bits, [activation][digit]. Of an octagon, of what they are along the four axes.
   static __device__ __forceinline__ void store(unsigned char* piece, int token, int tile, int pair,
-                                               const uint32_t (&digits)[2][2]) {
+                                               const uint32_t (&digits)[kDigits][2]) {
 #pragma unroll
     for (int d = 0; d < 2; ++d) {
       const uint32_t x = digits[0][d];
@@ -173,6 +214,9 @@ class TrellisOperand {
             make_uint2(__byte_perm(x, 0, kSelect), __byte_perm(y, 0, kSelect));
       } else if constexpr (Decoder::kHalves) {
         *reinterpret_cast<uint32_t*>(to + pair / 4 * kPieceBytes + pair % 4 * 4) = __byte_perm(x, y, 0x5410);
+      } else if constexpr (kDigits == 4) {
+        *reinterpret_cast<uint32_t*>(to + pair / 4 * kPieceBytes + pair % 4 * 4) =
+            __byte_perm(__byte_perm(x, y, 0x0040), __byte_perm(digits[2][d], digits[3][d], 0x0040), 0x5410);
       } else {
         *reinterpret_cast<uint16_t*>(to + pair * 2) = static_cast<uint16_t>(__byte_perm(x, y, 0x0040));
       }

@@ -11,6 +11,9 @@ namespace quantloom::cuda {
 constexpr int kMostTrellisTokens = 4;
 constexpr int kTrellisWarps = 16;  // of a block of threads
 
+// How weights are made of a hash: one of the sum of its bytes or of two float16 numbers, or two of its bytes.
+enum class TrellisHash : uint8_t { bytes, halves, octagon };
+
 // What a code is, beside its bits: word = multiplier * state + addend, and weight = slope * (sum of the bytes
 // or halves of the word) + offset.
 struct TrellisMap {
@@ -56,11 +59,14 @@ struct TrellisLauncher {
 
 // Words as they meet the tensor cores.
 enum class TrellisWords : uint8_t {
-  bytes,         // the bytes of the hash
-  exl3_bytes,    // those of the hash of EXL3's MUL1; 2, 3 and 4 bits
-  halves,        // the two float16 numbers of the hash
-  exact_bytes,   // weights, decoded to float16 from the bytes of the hash
-  exact_halves,  // weights, decoded to float16 from its two float16 numbers
+  bytes,          // the bytes of the hash
+  exl3_bytes,     // those of the hash of EXL3's MUL1; 2, 3 and 4 bits
+  halves,         // the two float16 numbers of the hash
+  octagon,        // the bytes of a hash of two weights; up to 4 bits
+  own_octagon,    // those of the hash of kOctagonMultiplier
+  exact_bytes,    // weights, decoded to float16 from the bytes of the hash
+  exact_halves,   // weights, decoded to float16 from its two float16 numbers
+  exact_octagon,  // weights, decoded to float16 from the bytes of a hash of two
 };
 
 // Defined for each number of bits in a translation unit of its own.

@@ -41,11 +41,21 @@ constexpr std::array<CudaProduct, 4> kProducts = {{
      .workspace = true},
 }};
 
-bool is_halves(TrellisCode code) {
-  return code == TrellisCode::lcg || code == TrellisCode::mcg;
-}
-bool is_bytes(TrellisCode code) {
-  return code == TrellisCode::mul1 || code == TrellisCode::one_mad;
+// How the weights of a code are made, if by a hash that the kernels take.
+std::optional<TrellisHash> hash_of(const TrellisLayout& layout) {
+  if (layout.ring.window != 16 || !layout.fragments) return std::nullopt;
+  switch (layout.code) {
+    case TrellisCode::lcg:
+    case TrellisCode::mcg:
+      return TrellisHash::halves;
+    case TrellisCode::mul1:
+    case TrellisCode::one_mad:
+      return TrellisHash::bytes;
+    case TrellisCode::octagon:
+      return TrellisHash::octagon;
+    default:
+      return std::nullopt;
+  }
 }
 
 TrellisMap map_of(const TrellisLayout& layout, bool exact) {
@@ -71,6 +81,14 @@ TrellisMap map_of(const TrellisLayout& layout, bool exact) {
         map.offset = -3.453125F;
       }
       break;
+    case TrellisCode::octagon:
+      map.multiplier = layout.multiplier;
+      if (!exact) {
+        // Of the sum of the bytes less 127.5, each along its axis.
+        map.slope = 2.0F * static_cast<float>(trellis::kOctagonAxis * trellis::kOctagonSlope) * 0x1p-22F;
+        map.offset = -127.5F * map.slope;
+      }
+      break;
     default:
       map.multiplier = layout.multiplier;
   }
@@ -78,10 +96,19 @@ TrellisMap map_of(const TrellisLayout& layout, bool exact) {
 }
 
 TrellisWords words_of(const TrellisLayout& layout, bool exact) {
-  if (is_halves(layout.code)) return exact ? TrellisWords::exact_halves : TrellisWords::halves;
-  if (exact) return TrellisWords::exact_bytes;
-  return layout.code == TrellisCode::mul1 && layout.multiplier == trellis::kExl3Mul1 ? TrellisWords::exl3_bytes
-                                                                                     : TrellisWords::bytes;
+  switch (*hash_of(layout)) {
+    case TrellisHash::halves:
+      return exact ? TrellisWords::exact_halves : TrellisWords::halves;
+    case TrellisHash::octagon:
+      if (exact) return TrellisWords::exact_octagon;
+      return layout.multiplier == trellis::kOctagonMultiplier ? TrellisWords::own_octagon
+                                                              : TrellisWords::octagon;
+    default:
+      if (exact) return TrellisWords::exact_bytes;
+      return layout.code == TrellisCode::mul1 && layout.multiplier == trellis::kExl3Mul1
+                 ? TrellisWords::exl3_bytes
+                 : TrellisWords::bytes;
+  }
 }
 
 TrellisLauncher launcher_of(const TrellisLayout& layout, bool exact) {
@@ -163,9 +190,9 @@ TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devic
 std::optional<std::string> why_no_stream(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
                                          DType dtype, const DeviceFacts& device,
                                          const CudaMatmulOptions& options) {
-  if (layout.ring.window != 16 || !layout.fragments || !(is_halves(layout.code) || is_bytes(layout.code))) {
+  if (!hash_of(layout)) {
     return text_of("kernel ", product.name,
-                   " takes 3inst, mcg, mul1 and 1mad of whole bits with windows of 16");
+                   " takes 3inst, mcg, mul1, 1mad and octagon of whole bits with windows of 16");
   }
   if (product.name == kExact && layout.code == TrellisCode::one_mad) {
     return text_of("kernel ", product.name, " takes no 1mad, whose weights are no float16 sums");
@@ -191,9 +218,9 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
 
 // Why the tile loop cannot run, or nothing.
 std::optional<std::string> why_no_tiles(const TrellisLayout& layout, int64_t m, DType dtype) {
-  if (layout.ring.window != 16 || !layout.fragments || layout.bits() < 2 || layout.bits() > 4 ||
-      !(is_halves(layout.code) || layout.code == TrellisCode::mul1)) {
-    return text_of("kernel ", kTiles, " takes 3inst, mcg and mul1 of 2, 3 or 4 bits with windows of 16");
+  if (!hash_of(layout) || layout.bits() < 2 || layout.bits() > 4 || layout.code == TrellisCode::one_mad) {
+    return text_of("kernel ", kTiles,
+                   " takes 3inst, mcg, mul1 and octagon of 2, 3 or 4 bits with windows of 16");
   }
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("kernel ", kTiles, " takes no ", name_of(dtype), " activations");
@@ -297,13 +324,22 @@ void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigne
   tiles.stream = launch.stream;
   launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
   void* const own = workspace + work.tiles;
-  const bool halves = is_halves(layout.code);
+  const auto launch_bits = [&]<int kBits>() {
+    switch (*hash_of(layout)) {
+      case TrellisHash::bytes:
+        return launch_trellis_tiles<kBits, TrellisHash::bytes>(tiles, own);
+      case TrellisHash::halves:
+        return launch_trellis_tiles<kBits, TrellisHash::halves>(tiles, own);
+      default:
+        return launch_trellis_tiles<kBits, TrellisHash::octagon>(tiles, own);
+    }
+  };
   if (layout.bits() == 2) {
-    halves ? launch_trellis_tiles<2, true>(tiles, own) : launch_trellis_tiles<2, false>(tiles, own);
+    launch_bits.template operator()<2>();
   } else if (layout.bits() == 3) {
-    halves ? launch_trellis_tiles<3, true>(tiles, own) : launch_trellis_tiles<3, false>(tiles, own);
+    launch_bits.template operator()<3>();
   } else {
-    halves ? launch_trellis_tiles<4, true>(tiles, own) : launch_trellis_tiles<4, false>(tiles, own);
+    launch_bits.template operator()<4>();
   }
   launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
 }

@@ -33,6 +33,17 @@ struct TrellisMemory {
   }
 };
 
+// One of two activations, or (kDigits = 4) what they are along the axes of an octagon.
+template <int kDigits>
+__device__ __forceinline__ float along(float x, float y, int axis) {
+  if constexpr (kDigits == 4) {
+    constexpr float kDiagonal =
+        static_cast<float>(trellis::kOctagonDiagonal) / static_cast<float>(trellis::kOctagonAxis);
+    if (axis >= 2) return (axis == 2 ? x + y : x - y) * kDiagonal;
+  }
+  return axis == 0 ? x : y;
+}
+
 // Makes the digits of one chunk of one token: by one warp.
 template <class Decoder, int kTokens>
 __device__ __forceinline__ void make_digits(const TrellisProduct& p, const TrellisDeal& deal,
@@ -51,9 +62,13 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
     if (s >= count) break;
     load_span(p, token, first_span + begin + s, v[s]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      largest = fmaxf(largest, fabsf(v[s][i]));
-      finite = finite && fabsf(v[s][i]) <= 3.0e38F;
+    for (int i = 0; i < 4; ++i) finite = finite && fabsf(v[s][i]) <= 2.0e38F;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+#pragma unroll
+      for (int j = 0; j < Operand::kDigits; ++j) {
+        largest = fmaxf(largest, fabsf(along<Operand::kDigits>(v[s][i], v[s][i + 1], j)));
+      }
     }
   }
   // Numbers of one sign order as their bits do.
@@ -80,10 +95,10 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
     unsigned char* const piece = memory + (2 * (begin + s) + lane / 16) * Operand::kBytes;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      uint32_t digits[2][2];
+      uint32_t digits[Operand::kDigits][2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float scaled = v[s][i + j] * inverse;
+      for (int j = 0; j < Operand::kDigits; ++j) {
+        const float scaled = along<Operand::kDigits>(v[s][i], v[s][i + 1], j) * inverse;
         if constexpr (Decoder::kHalves) {
           const __half high = __float2half_rn(scaled);
           const __half low = __float2half_rn(scaled - __half2float(high));
@@ -135,7 +150,7 @@ class TrellisWalk {
         row_step_((p.column_pieces - columns) * (kBits * 32)) {
     codes_ = codes + (static_cast<int64_t>(row_) * p.column_pieces + column_) * (kBits * 32) + lane_;
     asked_ = column_;
-    if (left_ > 0) ask();
+    if (left_ > 0) ask(ahead_[0]);
   }
 
   // Calls leave(row, totals) for each row of pieces that the walk meets: totals[2 * unit + r] is that of row
@@ -144,49 +159,56 @@ class TrellisWalk {
   __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands,
                                       const float* units, int chunk_pieces, Leave leave) {
     if (left_ <= 0) return;
-    const unsigned char* const lane_operands = operands + Operand::lane_place(lane_);
-    const float* const lane_units = units + (kTokens > 1 ? lane_ % 4 : 0);
-    const unsigned char* at = lane_operands + column_ * Operand::kBytes;
-    const float* unit = lane_units + column_ / chunk_pieces * kTokens;
+    operands_ = operands + Operand::lane_place(lane_);
+    units_ = units + (kTokens > 1 ? lane_ % 4 : 0);
+    chunk_ = chunk_pieces;
+    at_ = operands_ + column_ * Operand::kBytes;
+    unit_ = units_ + column_ / chunk_pieces * kTokens;
     clear_totals();
     clear_sums();
-    for (;;) {
-      uint4 words[kBits];
-#pragma unroll
-      for (int i = 0; i < kBits; ++i) words[i] = next_[i];
-      if (left_ > 1) ask();
-      Operand operand;
-      operand.load(at);
-      at += Operand::kBytes;
-      multiply<0>(map, words, operand);
-      multiply<1>(map, words, operand);
-      multiply<2>(map, words, operand);
-      multiply<3>(map, words, operand);
-      --left_;
-      ++column_;
-      const bool row_ends = column_ == columns_;
-      if (row_ends || left_ == 0 || (column_ & (chunk_pieces - 1)) == 0) {
-        add_scaled(*unit);
-        unit += kTokens;
-        clear_sums();
-      }
-      if (row_ends || left_ == 0) {
-        leave(row_, totals_);
-        if (left_ == 0) return;
-        clear_totals();
-        ++row_;
-        column_ = 0;
-        at = lane_operands;
-        unit = lane_units;
-      }
+    while (multiply_piece(map, ahead_[0], ahead_[1], leave) &&
+           multiply_piece(map, ahead_[1], ahead_[0], leave)) {
+      continue;
     }
   }
 
  private:
+  // One piece, while the words of the next are on their way. False: it was the last.
+  template <class Leave>
+  __device__ __forceinline__ bool multiply_piece(const TrellisMap& map, const uint4 (&words)[kBits],
+                                                 uint4 (&next)[kBits], Leave leave) {
+    if (left_ > 1) ask(next);
+    Operand operand;
+    operand.load(at_);
+    at_ += Operand::kBytes;
+    multiply<0>(map, words, operand);
+    multiply<1>(map, words, operand);
+    multiply<2>(map, words, operand);
+    multiply<3>(map, words, operand);
+    --left_;
+    ++column_;
+    const bool row_ends = column_ == columns_;
+    if (row_ends || left_ == 0 || (column_ & (chunk_ - 1)) == 0) {
+      add_scaled(*unit_);
+      unit_ += kTokens;
+      clear_sums();
+      if (row_ends || left_ == 0) {
+        leave(row_, totals_);
+        if (left_ == 0) return false;
+        clear_totals();
+        ++row_;
+        column_ = 0;
+        at_ = operands_;
+        unit_ = units_;
+      }
+    }
+    return true;
+  }
+
   // Words are read once: they leave the caches first.
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void ask(uint4 (&to)[kBits]) {
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) next_[i] = __ldcs(codes_ + i * 32);
+    for (int i = 0; i < kBits; ++i) to[i] = __ldcs(codes_ + i * 32);
     codes_ += kBits * 32;
     if (++asked_ == columns_) {
       codes_ += row_step_;
@@ -264,8 +286,13 @@ class TrellisWalk {
   int left_;   // pieces of the walk
   int asked_;  // the column of the next piece to ask for
   int row_step_;
+  int chunk_;  // pieces that share a scale
+  const unsigned char* operands_;
+  const unsigned char* at_;  // of the piece
+  const float* units_;
+  const float* unit_;  // of the chunk
   const uint4* codes_;
-  uint4 next_[kBits];
+  uint4 ahead_[2][kBits];
   TrellisSums<Decoder::kHalves> sums_[4];
   float totals_[8];
 };
@@ -424,10 +451,22 @@ TrellisLauncher trellis_launcher(TrellisWords words) {
       }
     case TrellisWords::halves:
       return trellis_launcher_of<TrellisHalves<kBits>>();
+    case TrellisWords::octagon:
+    case TrellisWords::own_octagon:
+    case TrellisWords::exact_octagon:
+      if constexpr (kBits <= 4) {
+        if (words == TrellisWords::octagon) return trellis_launcher_of<TrellisOctagon<kBits>>();
+        if (words == TrellisWords::exact_octagon) {
+          return trellis_launcher_of<TrellisExact<kBits, TrellisHash::octagon>>();
+        }
+        return trellis_launcher_of<TrellisOctagon<kBits, trellis::kOctagonMultiplier>>();
+      } else {
+        return {};
+      }
     case TrellisWords::exact_bytes:
-      return trellis_launcher_of<TrellisExact<kBits, false>>();
+      return trellis_launcher_of<TrellisExact<kBits, TrellisHash::bytes>>();
     default:
-      return trellis_launcher_of<TrellisExact<kBits, true>>();
+      return trellis_launcher_of<TrellisExact<kBits, TrellisHash::halves>>();
   }
 }
 

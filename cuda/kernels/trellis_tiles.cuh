@@ -9,8 +9,8 @@
 
 namespace quantloom::cuda {
 
-// float16 in and out. Defined for each decoder in a translation unit of its own.
-template <int kBits, bool kHashHalves>
+// float16 in and out. Defined for each number of bits in a translation unit of its own.
+template <int kBits, TrellisHash kHash>
 void launch_trellis_tiles(const ProductLaunch& launch, void* workspace);
 
 // Where things lie in the workspace.

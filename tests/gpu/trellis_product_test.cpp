@@ -54,16 +54,17 @@ std::set<std::string> check_case(const ProductCase& c) {
   return taken;
 }
 
-const std::vector<std::string>& streamed_codebooks() {
-  static const std::vector<std::string> names = {"mul1",  "mul1-AD9A2EC5", "1mad",
-                                                 "3inst", "mcg",           "mcg-FF7A83E5"};
+// Those that the streaming kernels take.
+std::vector<std::string> streamed_codebooks(double bits) {
+  std::vector<std::string> names = {"mul1", "mul1-AD9A2EC5", "1mad", "3inst", "mcg", "mcg-FF7A83E5"};
+  if (bits <= 4) names.insert(names.end(), {"octagon", "octagon", "octagon-83DCD12D"});
   return names;
 }
 
 ProductCase random_case(Draws& draws, double bits, uint64_t seed) {
   ProductCase c;
-  c.format =
-      std::make_shared<const Trellis>(bits, draws.pick(streamed_codebooks()), draws.below(4) == 0 ? 0 : 128);
+  c.format = std::make_shared<const Trellis>(bits, draws.pick(streamed_codebooks(bits)),
+                                             draws.below(4) == 0 ? 0 : 128);
   c.n = 1 + draws.below(seed % 6 == 0 ? 3000 : 500);
   c.k = 1 + draws.below(seed % 6 == 1 ? 6000 : 900);
   if (draws.below(2) == 0) c.k = (c.k + 127) / 128 * 128;
@@ -117,7 +118,7 @@ TEST_F(TrellisProductCuda, LargerMatrices) {
        std::vector<std::tuple<double, std::string, int64_t, int64_t>>{{2, "mul1", 4096, 4096},
                                                                       {3, "3inst", 14336, 2048},
                                                                       {4, "mul1", 1024, 30000},
-                                                                      {2, "mcg", 20000, 512}}) {
+                                                                      {2, "octagon", 20000, 512}}) {
     for (const int64_t m : {1, 4, 70}) {
       ProductCase c;
       c.format = std::make_shared<const Trellis>(bits, name);
@@ -135,7 +136,8 @@ TEST_F(TrellisProductCuda, LargerMatrices) {
 // Activations of one input at a time, without a rotation and with scales of one: the weights themselves.
 TEST_P(TrellisProductCuda, ExactProductsOfUnitVectorsAreTheWeights) {
   const CudaMatmulOptions options{.kernel = "trellis_exact"};
-  for (const char* name : {"mul1", "3inst", "mcg"}) {
+  for (const char* name : {"mul1", "3inst", "mcg", "octagon"}) {
+    if (name == std::string("octagon") && GetParam() > 4) continue;
     ProductCase c;
     c.format = std::make_shared<const Trellis>(GetParam(), name, 0);
     if (why_not_matmul_cuda(*c.format, 4, DType::f16, options)) GTEST_SKIP() << "no clusters on this device";
@@ -168,7 +170,7 @@ TEST_P(TrellisProductCuda, ExactProductsOfUnitVectorsAreTheWeights) {
 // A token with an activation that is not finite is NaN where it enters; others are as they were.
 TEST_F(TrellisProductCuda, TokensThatAreNotFiniteStayAlone) {
   for (const char* kernel : {"trellis_stream", "trellis_exact"}) {
-    for (const char* name : {"mul1", "3inst"}) {
+    for (const char* name : {"mul1", "3inst", "octagon"}) {
       ProductCase c;
       c.format = std::make_shared<const Trellis>(2, name);
       const CudaMatmulOptions options{.kernel = kernel};
@@ -202,7 +204,7 @@ TEST_F(TrellisProductCuda, TokensThatAreNotFiniteStayAlone) {
 
 TEST_F(TrellisProductCuda, DecodesToTheValuesOfTheCpu) {
   Draws draws(11);
-  for (const char* name : {"mul1", "1mad", "3inst", "mcg-FF7A83E5", "hyb", "rptc"}) {
+  for (const char* name : {"mul1", "1mad", "3inst", "mcg-FF7A83E5", "octagon", "hyb", "rptc"}) {
     for (const int64_t rotation : {0, 128}) {
       for (const double bits : {1.0, 2.0, 2.5, 4.0}) {
         ProductCase c;
@@ -277,7 +279,8 @@ TEST_F(TrellisProductCuda, RefusesWhatAKernelDoesNotTake) {
 // For compute-sanitizer: memory that ends with the last element.
 TEST_P(TrellisProductCudaSmall, EveryKernelIsRight) {
   const int bits = GetParam();
-  for (const char* name : {"mul1", "3inst"}) {
+  for (const char* name : {"mul1", "3inst", "octagon"}) {
+    if (name == std::string("octagon") && bits > 4) continue;
     for (const int64_t m : {1, 3, 6}) {
       ProductCase c;
       c.format = std::make_shared<const Trellis>(bits, name, bits % 3 == 0 ? 0 : 128);
