@@ -9,7 +9,7 @@
 
 #include "common/check.cuh"
 #include "common/cluster.cuh"
-#include "formats/trellis_operands.cuh"
+#include "kernels/trellis_operands.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/trellis_spans.cuh"
 

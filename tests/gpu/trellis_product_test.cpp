@@ -36,8 +36,15 @@ std::set<std::string> check_case(const ProductCase& c) {
   const auto check = [&](const CudaMatmulOptions& options) {
     if (why_not_matmul_cuda(*c.format, c.m, c.dtype, options)) return;
     SCOPED_TRACE(text_of_options(options));
+    std::string kernel;
+    try {
+      kernel = matmul_cuda_kernel(product.prepared(), c.m, c.dtype, options);
+    } catch (const Unsupported& refusal) {
+      // A forced team may have no room for long rows.
+      EXPECT_GT(options.splits, 0) << refusal.what();
+      return;
+    }
     const auto y = product.run(options);
-    const std::string kernel = matmul_cuda_kernel(product.prepared(), c.m, c.dtype, options);
     taken.insert(kernel);
     EXPECT_EQ(y ? product.compare(*y, kernel) : "memory damaged", "");
     const auto again = product.run(options);
@@ -273,7 +280,7 @@ TEST_F(TrellisProductCuda, RefusesWhatAKernelDoesNotTake) {
   EXPECT_NE(why(Trellis(5, "mul1"), 8, "trellis_tiles").find("2, 3 or 4 bits"), std::string::npos);
   EXPECT_NE(why(Trellis(2, "mul1"), 500, "trellis_tiles").find("tokens"), std::string::npos);
   EXPECT_NE(why(Trellis(2, "1mad"), 1, "trellis_exact").find("1mad"), std::string::npos);
-  EXPECT_THROW(why(Trellis(2, "mul1"), 1, "stream"), InvalidArgument);
+  EXPECT_NE(why(Trellis(2, "mul1"), 1, "stream").find("kernel table"), std::string::npos);
 }
 
 // For compute-sanitizer: memory that ends with the last element.

@@ -4,7 +4,7 @@
 // uniform_fragments.cuh says what a decoder offers.
 #pragma once
 
-#include "formats/trellis_operands.cuh"
+#include "kernels/trellis_operands.cuh"
 
 namespace quantloom::cuda {
 
