@@ -19,12 +19,12 @@
 #include "device_memory.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "product_reference.hpp"
-#include "random_trellis.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
+#include "random_trellis.hpp"
 
 namespace quantloom {
 
@@ -220,9 +220,6 @@ inline PackedTensor random_outliers(const ProductCase& c, const Outliers& format
 
 // lowest: of lowest_exponent().
 inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest) {
-  if (dynamic_cast<const Trellis*>(c.format.get()) != nullptr) {
-    return random_trellis(c.format, c.n, c.k, c.exact, draws);
-  }
   if (const auto* outliers = dynamic_cast<const Outliers*>(c.format.get())) {
     return random_outliers(c, *outliers, draws);
   }
@@ -272,6 +269,9 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
   return packed;
 }
 inline PackedTensor random_planes(const ProductCase& c, Draws& draws) {
+  if (dynamic_cast<const Trellis*>(c.format.get()) != nullptr) {
+    return random_trellis(c.format, c.n, c.k, c.exact, draws);
+  }
   return random_planes(c, draws, lowest_exponent(c));
 }
 
