@@ -62,7 +62,7 @@ double best_of(const bench::Stream& stream, int repeats, const auto& body) {
 
 // Seconds of the two searches and the two ways back, for rings that fit one batch.
 std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const CudaRings& rings,
-                                 TrellisSearch search, bool bulk, void* workspace, int processors,
+                                 TrellisSearch search, bool bulk, int pairs, void* workspace, int processors,
                                  const bench::Stream& stream, int repeats) {
   const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
   cuda::SearchTask first = cuda::first_pass(rings.shape, search);
@@ -73,6 +73,7 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
     task->count = static_cast<int>(rings.count);
     task->history = static_cast<uint32_t*>(workspace);
     task->bulk = bulk;
+    task->pairs = pairs;
   }
   first.ends = edges.data();
   second.pins = edges.data() + rings.count;
@@ -147,19 +148,23 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
     rings.count = std::min<int64_t>(c.rings, int64_t{8} * processors);
     std::printf("\n");
     row["steps"] = nlohmann::json::array();
-    for (const bool bulk : {false, true}) {
+    // As the library does it, with bulk copies, and with so many pairs of rings in a block.
+    for (const auto& [bulk, pairs] : {std::pair{false, 0}, {true, 0}, {false, 1}, {false, 2}, {false, 4}}) {
       if (bulk && (host.weights_per_step != 1 || shape.half_bits % 2 != 0 || c.bits > 4)) continue;
+      if (pairs > 0 && (host.weights_per_step != 2 || 512 * pairs >> shape.half_bits > 140)) continue;
       const std::vector<double> steps =
-          step_seconds(codebook, rings, c.search, bulk, workspace.get(), processors, stream, repeats);
+          step_seconds(codebook, rings, c.search, bulk, pairs, workspace.get(), processors, stream, repeats);
       cuda::download(errors.data(), sums.data(), rings.count, stream.get());
       double again = 0;
       for (int64_t i = 0; i < rings.count; ++i) again += sums[static_cast<size_t>(i)];
       again /= static_cast<double>(rings.count * cuda::kRingPositions) * scale * scale;
+      const std::string how = bulk ? ", bulk copies" : pairs > 0 ? text_of(", pairs in a block ", pairs) : "";
       std::printf("  %lld rings%s: searches %.0f and %.0f us, ways back %.0f and %.0f us; error %.6f\n",
-                  static_cast<long long>(rings.count), bulk ? ", bulk copies" : "", steps[0] * 1e6,
-                  steps[2] * 1e6, steps[1] * 1e6, steps[3] * 1e6, again);
+                  static_cast<long long>(rings.count), how.c_str(), steps[0] * 1e6, steps[2] * 1e6,
+                  steps[1] * 1e6, steps[3] * 1e6, again);
       row["steps"].push_back({{"rings", rings.count},
                               {"bulk", bulk},
+                              {"pairs", pairs},
                               {"first_search_seconds", steps[0]},
                               {"first_way_back_seconds", steps[1]},
                               {"second_search_seconds", steps[2]},
@@ -200,6 +205,12 @@ nlohmann::json run(bool quick) {
     }
     for (const int64_t batch : {kMany / 4, kMany}) {
       cases.push_back({"mul1", whole, TrellisSearch::normal, kMany, batch});
+    }
+  }
+  for (const double bits : {1.0, 2.0, 2.5, 3.0, 4.0}) {
+    for (const TrellisSearch search : every) {
+      if (quick && (search != TrellisSearch::normal || bits == 1 || bits == 2.5)) continue;
+      for (const int64_t rings : {kMany, kFew}) cases.push_back({"octagon", bits, search, rings});
     }
   }
   if (!quick) {

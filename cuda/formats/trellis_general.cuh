@@ -1,5 +1,5 @@
-// The search for shapes that the registers of a block cannot hold the codebook for: bits in halves, and two
-// weights a step. Plain, and slower: weights come from memory, and costs are copied at every step.
+// The search for bits in halves, whose steps take turns. Plain, and slower: weights come from memory, and
+// costs are copied at every step. The way back here is that of two weights a step as well.
 //
 // Before step t, which takes b(t) fresh bits, a path is at an edge of 16 - b(t) bits: the newest bits of the
 // state before it. Costs of both rings of a block share a word.
@@ -11,19 +11,6 @@
 
 namespace quantloom::cuda {
 
-// Both weights of a state of a codebook with two, or twice the one.
-struct StateWeights {
-  uint32_t first;  // in both halves
-  uint32_t second;
-};
-
-__device__ __forceinline__ StateWeights weights_of_state(const uint16_t* table, int per_step,
-                                                         uint32_t state) {
-  if (per_step == 1) return {table[state] * 0x10001U, 0};
-  const uint32_t pair = reinterpret_cast<const uint32_t*>(table)[state];
-  return {low_halves(pair, pair), high_halves(pair, pair)};
-}
-
 // Targets of both rings in a word: float16, and what it lacks.
 struct PairTarget {
   uint32_t high;
@@ -31,20 +18,16 @@ struct PairTarget {
 };
 
 // The least cost of an edge after a step, for both rings.
-__device__ inline uint32_t least_cost(const uint16_t* table, int per_step, int fresh_bits, int next_bits,
-                                      uint32_t edge, const uint32_t* costs, const PairTarget* targets) {
+__device__ inline uint32_t least_cost(const uint16_t* table, int fresh_bits, int next_bits, uint32_t edge,
+                                      const uint32_t* costs, const PairTarget& target) {
   uint32_t least = 0x7C007C00U;
   const uint32_t inputs = 1U << next_bits;
 #pragma unroll 4
   for (uint32_t input = 0; input < inputs; ++input) {
     const uint32_t state = input << (16 - next_bits) | edge;
-    const StateWeights weights = weights_of_state(table, per_step, state);
-    uint32_t cost = costs[state >> fresh_bits];
-    cost = pair_square_add(pair_add(pair_subtract(targets[0].high, weights.first), targets[0].low), cost);
-    if (per_step == 2) {
-      cost = pair_square_add(pair_add(pair_subtract(targets[1].high, weights.second), targets[1].low), cost);
-    }
-    least = pair_min(least, cost);
+    const uint32_t weight = table[state] * 0x10001U;
+    const uint32_t difference = pair_add(pair_subtract(target.high, weight), target.low);
+    least = pair_min(least, pair_square_add(difference, costs[state >> fresh_bits]));
   }
   return least;
 }

@@ -55,6 +55,7 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
+  int pairs = 0;                       // two weights a step: pairs of rings in a block, 1, 2 or 4; 0: what suits
   int stop = 0;                        // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
@@ -120,9 +121,12 @@ inline SearchTask second_pass(const TrellisShape& shape) {
 // Shared memory that a block of search_rings() needs.
 int64_t search_memory(const SearchTask& task);
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream);
-// The same for shapes that are not plain().
+// The same for half bits.
 int64_t general_search_memory(const SearchTask& task);
 void search_general(const SearchTask& task, int processors, cudaStream_t stream);
+// And for two weights a step.
+int64_t two_weights_search_memory(const SearchTask& task);
+void search_two_weights(const SearchTask& task, int processors, cudaStream_t stream);
 void trace_back(const SearchTask& task, const TracebackResult& result, cudaStream_t stream);
 
 }  // namespace quantloom::cuda

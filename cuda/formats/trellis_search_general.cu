@@ -17,7 +17,6 @@ __device__ __forceinline__ int64_t tile_at(const SearchTask& task, int index) {
 __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask task, int64_t history_words) {
   __shared__ uint32_t least[2][kWarps];
   const TrellisShape shape = task.shape;
-  const int per_step = shape.weights_per_step;
   const int ring_steps = shape.steps();
   const int thread = static_cast<int>(threadIdx.x);
   const int count = task.list == nullptr ? task.count : *task.list_size;
@@ -29,8 +28,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
   for (int group = static_cast<int>(blockIdx.x); 2 * group < count; group += static_cast<int>(gridDim.x)) {
     // A missing second ring repeats the last.
     const int64_t tiles[2] = {tile_at(task, 2 * group), tile_at(task, min(2 * group + 1, count - 1))};
-    for (int i = thread; i < task.steps * per_step; i += kSearchThreads) {
-      const int place = (task.first_position * per_step + i) % kRingPositions;
+    for (int i = thread; i < task.steps; i += kSearchThreads) {
+      const int place = (task.first_position + i) % kRingPositions;
       PairTarget target{};
 #pragma unroll
       for (int ring = 0; ring < 2; ++ring) {
@@ -62,9 +61,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
       const int next_bits = shape.step_bits(next);
       const bool kept = step + 1 >= task.stop && step + 1 < task.steps;
       for (int edge = thread; edge < kStates >> next_bits; edge += kSearchThreads) {
-        const uint32_t cost =
-            least_cost(task.table, per_step, fresh_bits, next_bits, static_cast<uint32_t>(edge),
-                       costs[position % 2], targets + step * per_step);
+        const uint32_t cost = least_cost(task.table, fresh_bits, next_bits, static_cast<uint32_t>(edge),
+                                         costs[position % 2], targets[step]);
         costs[next % 2][edge] = cost;
         if (kept) history[edge] = cost;
       }
@@ -103,8 +101,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
 
 int64_t general_search_memory(const SearchTask& task) {
   const int64_t edges = (kStates >> task.shape.step_bits(0)) + (kStates >> task.shape.step_bits(1));
-  const int64_t targets = int64_t{task.steps} * task.shape.weights_per_step;
-  return edges * static_cast<int64_t>(sizeof(uint32_t)) + targets * static_cast<int64_t>(sizeof(PairTarget));
+  return edges * static_cast<int64_t>(sizeof(uint32_t)) +
+         task.steps * static_cast<int64_t>(sizeof(PairTarget));
 }
 
 void search_general(const SearchTask& task, int processors, cudaStream_t stream) {

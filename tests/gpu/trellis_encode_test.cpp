@@ -264,6 +264,40 @@ TEST_F(TrellisCuda, ValidRingsHaveNoLoss) {
 }
 
 // Paired with a plain search on the same rings.
+// Two weights a step, against the float32 search of the CPU, in batches of one, two and four pairs of rings a
+// block.
+TEST_F(TrellisCuda, TwoWeightsAStepLoseAsLittle) {
+  for (const char* name : {"octagon", "hyb"}) {
+    const Twin codebook(name);
+    for (const int half_bits : {2, 3, 4, 5, 6, 7, 8}) {
+      const double scale = trellis_best_ratio(half_bits, codebook.host.code) * codebook.host.rms();
+      constexpr int64_t kCount = 96;
+      std::vector<float> targets = normal_targets(kCount, scale, 31);
+      const TrellisShape shape = shape_of(half_bits / 2.0, 2);
+      std::vector<uint32_t> states(static_cast<size_t>(kCount * shape.steps()));
+      encode_rings(codebook.host, shape, {targets.data(), kCount, kPositions},
+                   {states.data(), kCount, shape.steps()});
+      std::vector<float> weights(targets.size());
+      decode_rings(codebook.host, shape, {states.data(), kCount, shape.steps()},
+                   {weights.data(), kCount, kPositions});
+      double exact = 0;
+      for (size_t i = 0; i < targets.size(); ++i) exact += std::pow(double{targets[i]} - weights[i], 2);
+      exact /= static_cast<double>(targets.size());
+      const Rings few = encode(codebook, targets, half_bits / 2.0, TrellisSearch::normal);
+      EXPECT_NEAR(mean_error(few) / exact, 1, 2e-3) << name << ", " << half_bits << "/2 bits";
+      // The same rings among many more, some thousand of them.
+      while (targets.size() < size_t{kPositions} * 1500) {
+        targets.insert(targets.end(), targets.begin(), targets.begin() + kPositions * kCount);
+      }
+      const Rings many = encode(codebook, targets, half_bits / 2.0, TrellisSearch::normal);
+      for (size_t ring = 0; ring < many.errors.size(); ++ring) {
+        ASSERT_EQ(many.errors[ring], few.errors[ring % kCount])
+            << name << ", " << half_bits << "/2 bits, " << ring;
+      }
+    }
+  }
+}
+
 TEST_F(TrellisCuda, LossAgainstFloat32SearchIsAsStated) {
   constexpr int64_t kCount = 1056;
   for (const char* name : {"mul1", "3inst"}) {

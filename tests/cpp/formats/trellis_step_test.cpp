@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "formats/trellis_general.cuh"
+#include "formats/trellis_two_weights.cuh"
 #include "formats/trellis_walk.cuh"
 #include "quantloom/random.hpp"
 
@@ -315,6 +316,25 @@ void expect_no_loss(int side) {
   EXPECT_EQ(encoder.words, rings.words) << kBits << " bits";
 }
 
+// The costs after a step with two weights a state, four edges after the other.
+std::vector<uint32_t> step_of_two_weights(const std::vector<uint16_t>& table, int bits,
+                                          const std::vector<uint32_t>& costs, const PairTarget* targets) {
+  const QuadPlan plan(bits);
+  const StepTargets<1> wanted{{targets[0].high}, {targets[1].high}};
+  std::vector<uint32_t> after(static_cast<size_t>(plan.edges()), 0x7C007C00U);
+  for (int slice = 0; slice < plan.slices(); ++slice) {
+    for (int quad = 0; quad < plan.quads(); ++quad) {
+      QuadCosts<1> found;
+      found.find(table.data(), plan, quad, slice, costs.data(), wanted);
+      for (int e = 0; e < kQuad; ++e) {
+        uint32_t& least = after[static_cast<size_t>(kQuad * quad + e)];
+        least = pair_min(least, found.least[0][e]);
+      }
+    }
+  }
+  return after;
+}
+
 // The search of other shapes, an edge after the other.
 class GeneralEncoder {
  public:
@@ -392,10 +412,11 @@ class GeneralEncoder {
         }
       }
       std::vector<uint32_t> after(static_cast<size_t>(kStates >> shape_.step_bits(next)));
-      for (size_t edge = 0; edge < after.size(); ++edge) {
-        after[edge] = least_cost(table_.data(), per_step, shape_.step_bits(position), shape_.step_bits(next),
-                                 static_cast<uint32_t>(edge), costs.data(), wanted);
+      for (size_t edge = 0; edge < after.size() && per_step == 1; ++edge) {
+        after[edge] = least_cost(table_.data(), shape_.step_bits(position), shape_.step_bits(next),
+                                 static_cast<uint32_t>(edge), costs.data(), wanted[0]);
       }
+      if (per_step == 2) after = step_of_two_weights(table_, shape_.step_bits(0), costs, wanted);
       costs = after;
       if (step + 1 >= task.stop && step + 1 < task.steps) {
         std::copy(costs.begin(), costs.end(), copy);
@@ -489,6 +510,62 @@ TEST(TrellisStep, RingsCloseAfterOneRound) {
   for (size_t ring = 0; ring < 2; ++ring) {
     EXPECT_NEAR(wrapped.errors[ring], twice_around.errors[ring], 0.02F * twice_around.errors[ring]);
     EXPECT_NEAR(wrapped.errors[ring] / kRingPositions, 0.0047F, 0.001F);
+  }
+}
+
+// A step of two weights a state against its definition, for one and for two words of rings.
+TEST(TrellisStep, TwoWeightsAStep) {
+  const std::vector<uint16_t> table = general_table(2);
+  const CounterRandom random(17);
+  for (int bits = 2; bits <= 8; ++bits) {
+    const QuadPlan plan(bits);
+    EXPECT_EQ(plan.inputs() * plan.slices(), 1 << bits);
+    EXPECT_LE(plan.inputs(), kInputsOfThread);
+    EXPECT_TRUE(plan.slices() == 1 || plan.slices() * plan.quads() == kSearchThreads);
+    const auto edges = static_cast<size_t>(plan.edges());
+    std::vector<uint32_t> costs(2 * edges);
+    for (size_t i = 0; i < costs.size(); ++i) {
+      const auto half = [&](size_t j) {
+        return uint32_t{f16_from_float(static_cast<float>(5 * random.uniform(j)))};
+      };
+      costs[i] = half(2 * i) | half(2 * i + 1) << 16;
+    }
+    costs[3] = 0x7C007C00U;
+    StepTargets<2> targets{};
+    float wanted[4][2];  // [ring][weight]
+    for (size_t ring = 0; ring < 4; ++ring) {
+      for (size_t w = 0; w < 2; ++w) {
+        const uint16_t target = f16_from_float(static_cast<float>(random.normal(9000 + 2 * ring + w)));
+        wanted[ring][w] = float_from_f16(target);
+        (w == 0 ? targets.first : targets.second)[ring / 2] |= static_cast<uint32_t>(target)
+                                                               << (16 * (ring % 2));
+      }
+    }
+    for (const int quad : {0, 1, plan.quads() / 2, plan.quads() - 1}) {
+      uint32_t least[2][kQuad] = {{~0U, ~0U, ~0U, ~0U}, {~0U, ~0U, ~0U, ~0U}};
+      for (int slice = 0; slice < plan.slices(); ++slice) {
+        QuadCosts<2> found;
+        found.find(table.data(), plan, quad, slice, costs.data(), targets);
+        for (int w = 0; w < 2; ++w) {
+          for (int e = 0; e < kQuad; ++e) least[w][e] = pair_min(least[w][e], found.least[w][e]);
+        }
+      }
+      for (size_t ring = 0; ring < 4; ++ring) {
+        for (int e = 0; e < kQuad; ++e) {
+          float expected = std::numeric_limits<float>::infinity();
+          for (uint32_t input = 0; input < 1U << bits; ++input) {
+            const uint32_t state = input << (16 - bits) | static_cast<uint32_t>(kQuad * quad + e);
+            const float x = float_from_f16(table[2 * state]) - wanted[ring][0];
+            const float y = float_from_f16(table[2 * state + 1]) - wanted[ring][1];
+            const uint32_t before = costs[2 * (state >> bits) + ring / 2] >> (16 * (ring % 2)) & 0xFFFFU;
+            expected = std::min(expected, float_from_f16(static_cast<uint16_t>(before)) + x * x + y * y);
+          }
+          const uint32_t cost = least[ring / 2][e] >> (16 * (ring % 2)) & 0xFFFFU;
+          EXPECT_NEAR(float_from_f16(static_cast<uint16_t>(cost)), expected, 2e-3F * (1 + expected))
+              << bits << " bits, quad " << quad << ", ring " << ring << ", edge " << e;
+        }
+      }
+    }
   }
 }
 
