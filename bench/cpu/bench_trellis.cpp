@@ -111,6 +111,9 @@ int main(int argc, char** argv) {
   }
   add_encode("mul1", 5, TrellisSearch::normal, 1);
   add_encode("hyb", 4, TrellisSearch::normal, 1);
+  for (int half_bits = 2; half_bits <= 8; half_bits += 2) {
+    add_encode("octagon", half_bits, TrellisSearch::normal, 1);
+  }
   add_encode("mul1", 4, TrellisSearch::fast, 1);
   add_encode("mul1", 4, TrellisSearch::best, 1);
   for (const int half_bits : {4, 8}) {
