@@ -162,8 +162,8 @@ int main(int argc, char** argv) {
 #endif
   std::printf("[%lld, %lld], %d thread(s), %s, plain product: %s\n", static_cast<long long>(s.n),
               static_cast<long long>(s.k), s.threads, cpu_target().c_str(), library);
-  std::printf("%-18s %6s %11s %11s %8s %12s %9s %9s\n", "format", "tokens", "product us", "plain us", "times",
-              "weights/s", "decode us", "rel.err");
+  std::printf("%-18s %-5s %6s %11s %11s %8s %12s %9s %9s\n", "format", "path", "tokens", "product us",
+              "plain us", "times", "weights/s", "decode us", "rel.err");
   nlohmann::json json = {{"n", s.n},
                          {"k", s.k},
                          {"threads", s.threads},
@@ -174,40 +174,49 @@ int main(int argc, char** argv) {
     const PackedTensor packed = random_weights(spec, s.n, s.k);
     const auto prepared = prepare(packed);
     const double decode = seconds_of(s.threads, [&] { dequantize(packed, {w.data(), s.n, s.k}, s.threads); });
-    std::vector<Cell> cells(s.tokens.size());
-    double error = 0;
-    for (int round = 0; round < s.rounds; ++round) {
-      for (size_t i = 0; i < cells.size(); ++i) {
-        const int m = s.tokens[i];
-        const MatrixView<const float> tokens(x.data(), m, s.k);
-        cells[i].seconds = std::min(cells[i].seconds, seconds_of(s.threads, [&] {
-                                      matmul(tokens, *prepared, {y.data(), m, s.n}, {.threads = s.threads});
-                                    }));
-        cells[i].plain_seconds = std::min(cells[i].plain_seconds,
-                                          seconds_of(s.threads, [&] { plain_product(x, w, plain, m, s); }));
-        double squares = 0;
-        double norm = 0;
-        for (size_t j = 0; j < static_cast<size_t>(m * s.n); ++j) {
-          squares += std::pow(double{y[j]} - double{plain[j]}, 2);
-          norm += std::pow(double{plain[j]}, 2);
+    const TrellisCode code = dynamic_cast<const Trellis&>(*packed.format).codebook.code;
+    const bool sums_bytes = code == TrellisCode::mul1 || code == TrellisCode::one_mad;
+    for (const Activations activations : {Activations::exact, Activations::int8}) {
+      if (activations == Activations::int8 && !sums_bytes) continue;
+      const char* path = activations == Activations::int8 ? "int8" : "exact";
+      std::vector<Cell> cells(s.tokens.size());
+      double error = 0;
+      for (int round = 0; round < s.rounds; ++round) {
+        for (size_t i = 0; i < cells.size(); ++i) {
+          const int m = s.tokens[i];
+          const MatrixView<const float> tokens(x.data(), m, s.k);
+          const MatrixView<float> out(y.data(), m, s.n);
+          const auto multiply = [&] {
+            matmul(tokens, *prepared, out, {.activations = activations, .threads = s.threads});
+          };
+          cells[i].seconds = std::min(cells[i].seconds, seconds_of(s.threads, multiply));
+          cells[i].plain_seconds = std::min(cells[i].plain_seconds,
+                                            seconds_of(s.threads, [&] { plain_product(x, w, plain, m, s); }));
+          double squares = 0;
+          double norm = 0;
+          for (size_t j = 0; j < static_cast<size_t>(m * s.n); ++j) {
+            squares += std::pow(double{y[j]} - double{plain[j]}, 2);
+            norm += std::pow(double{plain[j]}, 2);
+          }
+          error = std::max(error, std::sqrt(squares / norm));
         }
-        error = std::max(error, std::sqrt(squares / norm));
       }
+      for (size_t i = 0; i < cells.size(); ++i) {
+        const Cell& cell = cells[i];
+        const double rate = static_cast<double>(s.n * s.k) / cell.seconds;
+        std::printf("%-18s %-5s %6d %11.0f %11.0f %7.2fx %12.3g %9.0f %9.1e\n", spec.c_str(), path,
+                    s.tokens[i], cell.seconds * 1e6, cell.plain_seconds * 1e6,
+                    cell.plain_seconds / cell.seconds, rate, decode * 1e6, error);
+        json["results"].push_back({{"format", spec},
+                                   {"activations", path},
+                                   {"tokens", s.tokens[i]},
+                                   {"product_us", cell.seconds * 1e6},
+                                   {"plain_us", cell.plain_seconds * 1e6},
+                                   {"decode_us", decode * 1e6},
+                                   {"relative_difference", error}});
+      }
+      std::fflush(stdout);
     }
-    for (size_t i = 0; i < cells.size(); ++i) {
-      const Cell& cell = cells[i];
-      const double rate = static_cast<double>(s.n * s.k) / cell.seconds;
-      std::printf("%-18s %6d %11.0f %11.0f %7.2fx %12.3g %9.0f %9.1e\n", spec.c_str(), s.tokens[i],
-                  cell.seconds * 1e6, cell.plain_seconds * 1e6, cell.plain_seconds / cell.seconds, rate,
-                  decode * 1e6, error);
-      json["results"].push_back({{"format", spec},
-                                 {"tokens", s.tokens[i]},
-                                 {"product_us", cell.seconds * 1e6},
-                                 {"plain_us", cell.plain_seconds * 1e6},
-                                 {"decode_us", decode * 1e6},
-                                 {"relative_difference", error}});
-    }
-    std::fflush(stdout);
   }
   if (!s.json_path.empty()) {
     std::ofstream out(s.json_path);

@@ -200,7 +200,7 @@ def matmul(
         activations: ``"exact"``: x enters as it is, sums are taken in float32. ``"int8"`` (on the CPU): x is
             rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
             8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
-            and W uniform.
+            and W uniform or a trellis of the codebook ``mul1`` or ``1mad``.
         threads: 0 for OpenMP's default. The result does not depend on it.
         bias: None or ``[n]``, of the kind and dtype of `x`.
         kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits. For
@@ -342,6 +342,11 @@ def _can_matmul_on_cpu(format: Format, activations: str) -> Possible:
     if fields["format"] == "outliers":  # added to the product of the dense format
         fields = fields["dense"]
     stands_for = "float32" if activations == "exact" else activations
+    sums_bytes = str(fields.get("codebook")).partition("-")[0] in ("mul1", "1mad")
+    if fields["format"] == "trellis" and activations != "exact" and not sums_bytes:
+        return Possible(
+            False, f"int8 activations need the codebook mul1 or 1mad, and the trellis is {format.spec}"
+        )
     for row in kernel_table():
         first, _, last = row["bits"].partition("-")
         if (

@@ -28,6 +28,8 @@ std::vector<KernelEntry> kernel_table() {
                    "rows decoded, then multiplied", algebra::instruction_set()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "float32", "any",
                    "rings decoded in vectors, multiplied in their basis", cpu_target()});
+  table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "int8", "any",
+                   "dot products with hashes, for the codebooks mul1 and 1mad", cpu_target()});
   // Of any dense format: with int8 activations where the dense format takes them.
   table.push_back({"matmul", "outliers", "1-16", "any", "cpu", "float32", "any",
                    "that of the dense format, outliers added", "portable"});

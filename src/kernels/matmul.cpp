@@ -265,8 +265,9 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
   if (rows == nullptr && rings == nullptr && prepared == nullptr) {
     throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
   }
-  if (options.activations == Activations::int8 && (prepared == nullptr || !prepared->table.empty())) {
-    throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid, and w is ",
+  if (options.activations == Activations::int8 &&
+      (rings != nullptr ? !kernels::takes_int8(*rings) : prepared == nullptr || !prepared->table.empty())) {
+    throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid or byte sums, and w is ",
                               rows != nullptr    ? rows->packed.format->spec()
                               : rings != nullptr ? rings->format->spec()
                                                  : prepared->format->spec(),
@@ -275,7 +276,7 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
   kernels::check_shapes(x, w.n(), w.k(), y);
   if (y.rows() == 0 || y.cols() == 0) return;
   if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
-  if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, threads);
+  if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, options.activations, threads);
   // A single batch is checked as it is rounded, before y is touched.
   if (options.activations == Activations::int8 && x.rows() > kernels::kBatchTokens)
     require_finite(x, "x", threads);

@@ -22,6 +22,10 @@ constexpr int kFewTokens = 6;
 // Tiles that are decoded before tokens pass over them, so that their sums are not fetched for each tile.
 constexpr int64_t kTilesAtOnce = 4;
 
+constexpr int64_t tiles_at_once(int64_t tokens) {
+  return tokens > kFewTokens ? kTilesAtOnce : 1;
+}
+
 }  // namespace
 }  // namespace quantloom::kernels
 #endif
@@ -107,9 +111,10 @@ void multiply_tiles_of(const TrellisMatrix& w, const TrellisJob& job) {
   const Code code(w);
   const PieceStates states_of = piece_states_of(w.ring.half_bits * Code::kWeights, w.ring.window);
   const int64_t ring_words = int64_t{w.ring.words()} * kTrellisLanes;
-  const int64_t at_once = job.tokens > kFewTokens ? kTilesAtOnce : 1;
+  const int64_t inputs = 16 * w.tile_columns;
+  const int64_t at_once = tiles_at_once(job.tokens);
   float* weights = job.workspace;
-  float* sums = job.workspace + kTilesAtOnce * kTile * kTrellisLanes;
+  float* sums = job.workspace + at_once * kTile * kTrellisLanes;
   std::fill_n(sums, job.tokens * kTrellisOutputs, 0.0F);
   const uint32_t* words = w.words + (job.strip * w.tile_columns + job.first_tile) * ring_words;
   for (int64_t first = 0; first < job.tiles; first += at_once) {
@@ -121,23 +126,12 @@ void multiply_tiles_of(const TrellisMatrix& w, const TrellisJob& job) {
       }
       for (int64_t token = 0; token < job.tokens; token += kFewTokens) {
         add_products_of(std::min<int64_t>(kFewTokens, job.tokens - token), weights, tiles,
-                        job.x + token * job.x_stride + (job.first_tile + first) * 16, job.x_stride,
+                        job.x + token * inputs + (job.first_tile + first) * 16, inputs,
                         sums + token * kTrellisOutputs + part * kLanes, kTrellisOutputs);
       }
     }
   }
-  // From [16, lanes] to outputs in order.
-  for (int64_t token = 0; token < job.tokens; ++token) {
-    const float* from = sums + token * kTrellisOutputs;
-    float* to = job.y + token * job.y_stride;
-    for (int lane = 0; lane < kTrellisLanes; ++lane) {
-      for (int output = 0; output < 16; ++output) {
-        float& y = to[lane * 16 + output];
-        const float sum = from[output * kTrellisLanes + lane];
-        y = job.add ? y + sum : sum;
-      }
-    }
-  }
+  store_outputs(job, sums);
 }
 
 void multiply_trellis_tiles(const TrellisMatrix& w, const TrellisJob& job) {
@@ -169,7 +163,8 @@ namespace quantloom::kernels {
 HWY_EXPORT(multiply_trellis_tiles);
 
 int64_t trellis_workspace(int64_t tokens) {
-  return kTilesAtOnce * kTile * kTrellisLanes + tokens * kTrellisOutputs;
+  const int64_t weights = tiles_at_once(tokens) * kTile * kTrellisLanes;
+  return std::max(weights, tokens * kTrellisOutputs) + tokens * kTrellisOutputs;
 }
 
 void multiply_trellis_tiles(const TrellisMatrix& w, const TrellisJob& job) {

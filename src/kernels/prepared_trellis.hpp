@@ -34,7 +34,11 @@ struct PreparedTrellis final : PreparedTensor {
 // `packed` is valid, a trellis, and on the CPU.
 std::shared_ptr<const PreparedTrellis> prepare_trellis(const PackedTensor& packed, int threads);
 
-// y [m, n] = x [m, k] W^T; shapes are checked.
-void multiply_trellis(const FloatMatrix& x, const PreparedTrellis& w, MatrixView<float> y, int threads);
+// True for the codes whose weights are sums of bytes.
+bool takes_int8(const PreparedTrellis& w);
+
+// y [m, n] = x [m, k] W^T; shapes are checked, and for int8 activations takes_int8().
+void multiply_trellis(const FloatMatrix& x, const PreparedTrellis& w, MatrixView<float> y,
+                      Activations activations, int threads);
 
 }  // namespace quantloom::kernels

@@ -266,19 +266,28 @@ struct Pairs {
 
 // ---- Both ----
 
-// The weights [256, kLanes] of kLanes rings, whose first words are at `words`.
+// Calls use(piece, states) for the pieces of kLanes rings, whose first words are at `words`, in order.
+template <int kPieces, class Use>
+HWY_INLINE void for_each_piece(const TrellisMatrix& w, PieceStates states_of, const uint32_t* words,
+                               const Use& use) {
+  const int piece_words = w.ring.words() / kPieces;
+  const uint32_t mask = (uint32_t{1} << w.ring.window) - 1;
+  const uint32_t* before = words + (w.ring.words() - 1) * kTrellisLanes;
+  for (int piece = 0; piece < kPieces; ++piece) {
+    use(piece, [&](uint32_t* states) { states_of(words, before, mask, states); });
+    words += piece_words * kTrellisLanes;
+    before = words - kTrellisLanes;
+  }
+}
+
+// The weights [256, kLanes] of kLanes rings.
 template <class Code>
 HWY_NOINLINE void decode_rings(const TrellisMatrix& w, const Code& code, PieceStates states_of,
                                const uint32_t* HWY_RESTRICT words, float* HWY_RESTRICT weights) {
   constexpr int kPieces = trellis::kRingLength / Code::kWeights / kPieceSteps;
-  const int piece_words = w.ring.words() / kPieces;
-  const uint32_t mask = (uint32_t{1} << w.ring.window) - 1;
   HWY_ALIGN uint32_t states[kPieceSteps * kLanes];
-  const uint32_t* before = words + (w.ring.words() - 1) * kTrellisLanes;
-  for (int piece = 0; piece < kPieces; ++piece) {
-    states_of(words, before, mask, states);
-    words += piece_words * kTrellisLanes;
-    before = words - kTrellisLanes;
+  for_each_piece<kPieces>(w, states_of, words, [&](int /*piece*/, const auto& read) HWY_ATTR {
+    read(states);
     HWY_UNROLL(4)
     for (int step = 0; step < kPieceSteps; ++step) {
       VF values[Code::kWeights];
@@ -286,6 +295,21 @@ HWY_NOINLINE void decode_rings(const TrellisMatrix& w, const Code& code, PieceSt
       for (int i = 0; i < Code::kWeights; ++i) {
         hn::Store(values[i], DF(), weights);
         weights += kLanes;
+      }
+    }
+  });
+}
+
+// Sums [tokens, 16, kTrellisLanes] to the outputs of the job, in order.
+inline void store_outputs(const TrellisJob& job, const float* sums) {
+  for (int64_t token = 0; token < job.tokens; ++token) {
+    const float* from = sums + token * kTrellisOutputs;
+    float* to = job.y + token * job.y_stride;
+    for (int lane = 0; lane < kTrellisLanes; ++lane) {
+      for (int output = 0; output < 16; ++output) {
+        float& y = to[lane * 16 + output];
+        const float sum = from[output * kTrellisLanes + lane];
+        y = job.add ? y + sum : sum;
       }
     }
   }

@@ -27,12 +27,20 @@ struct TrellisMatrix {
   TrellisShape ring;
 };
 
+// Tiles of a block of inputs that share a scale when they are int8 codes.
+inline constexpr int64_t kTrellisBlockTiles = 8;
+
 struct TrellisJob {
   int64_t strip = 0;
-  int64_t first_tile = 0;  // along the inputs
+  int64_t first_tile = 0;  // along the inputs, a multiple of kTrellisBlockTiles
   int64_t tiles = 0;
-  const float* x = nullptr;  // [tokens, 16 * tile_columns], of the first input of the matrix
-  int64_t x_stride = 0;
+  // Of all inputs of the matrix:
+  const float* x = nullptr;  // [tokens, 16 * tile_columns]
+  // Or, for int8 activations: the code of each input in all bytes of a dword, and of each block of inputs the
+  // scale and the sum of the codes.
+  const int32_t* codes = nullptr;     // [tokens, 16 * tile_columns]
+  const float* code_scale = nullptr;  // [tokens, blocks]
+  const int32_t* code_sum = nullptr;  // [tokens, blocks]
   int64_t tokens = 0;
   float* workspace = nullptr;  // trellis_workspace(tokens) numbers, aligned to 64 bytes
   float* y = nullptr;          // [tokens, kTrellisOutputs]
@@ -44,5 +52,9 @@ int64_t trellis_workspace(int64_t tokens);
 
 // Each output sums its inputs in an order of its own tiles alone: y does not depend on the other tokens.
 void multiply_trellis_tiles(const TrellisMatrix& w, const TrellisJob& job);
+
+// The same with codes: of mul1 and one_mad the sum of scale * (code * (sum of the hash's bytes - 510)), which
+// is not brought to the weights' own scale and offset. The same numbers on every instruction set.
+void multiply_trellis_tiles_int8(const TrellisMatrix& w, const TrellisJob& job);
 
 }  // namespace quantloom::kernels

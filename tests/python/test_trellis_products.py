@@ -46,12 +46,25 @@ def test_outliers_besides(rng):
     np.testing.assert_allclose(ql.matmul(x, q), x.astype(np.float64) @ q.dequantize().T, atol=2e-5)
 
 
-def test_int8_activations_are_refused(rng):
-    q = packed(rng, FORMATS[0])
+@pytest.mark.parametrize("form", FORMATS)
+def test_int8_activations(rng, form):
+    q = packed(rng, form)
+    x = rng.standard_normal((7, 200)).astype(np.float32)
     possible = ql.can_matmul(q, activations="int8")
-    assert not possible and "int8" in possible.reason
-    with pytest.raises(RuntimeError, match=r"int8.*trellis:2:mul1:l10"):
-        ql.matmul(np.ones((1, 200), np.float32), q, activations="int8")
+    if form.codebook not in ("mul1", "1mad"):
+        assert not possible and form.spec in possible.reason
+        with pytest.raises(RuntimeError, match=rf"int8.*{form.spec}"):
+            ql.matmul(x, q, activations="int8")
+        return
+    assert possible
+    exact, rounded = ql.matmul(x, q), ql.matmul(x, q, activations="int8")
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-3 < error < 1e-2
+    linear = ql.nn.QuantLinear(q.to("torch"), activations="int8")
+    np.testing.assert_array_equal(linear(torch.from_numpy(x)).numpy(), rounded)
+    x[3, 5] = np.nan
+    with pytest.raises(ValueError, match="x: got nan"):
+        ql.matmul(x, q, activations="int8")
 
 
 @pytest.mark.parametrize("form", FORMATS[:3])

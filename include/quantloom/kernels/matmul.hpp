@@ -16,7 +16,8 @@ enum class Activations : uint8_t {
   // Rounded to int8 with one scale per token and block of at most 128 inputs of one group. Adds a relative
   // output error of about 0.7% for normally distributed inputs (bench_matmul prints it) and keeps up with
   // memory at all widths, where decoding to float does not below 4 bits. A token's result depends neither on
-  // the batch it comes in nor on the instruction set. Evenly spaced grids only.
+  // the batch it comes in nor on the instruction set. Evenly spaced grids, and trellises whose weights are
+  // sums of bytes (mul1, 1mad): inputs are rounded in the rotated basis, weights not rounded to float16.
   int8,
 };
 

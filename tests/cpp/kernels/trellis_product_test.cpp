@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "formats/trellis_basis.hpp"
+#include "formats/trellis_codes.hpp"
 #include "kernels/hwy_targets.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/trellis.hpp"
@@ -53,11 +55,12 @@ std::vector<float> decoded(const PackedTensor& packed) {
   return w;
 }
 
-std::vector<float> product(const std::vector<float>& x, int64_t m, const PreparedTensor& w, int threads = 1) {
+std::vector<float> product(const std::vector<float>& x, int64_t m, const PreparedTensor& w, int threads = 1,
+                           Activations activations = Activations::exact) {
   const int64_t stride = w.n() + 5;  // gaps between rows must survive
   std::vector<float> padded(static_cast<size_t>(m * stride), std::numeric_limits<float>::quiet_NaN());
   matmul(MatrixView<const float>(x.data(), m, w.k()), w, {padded.data(), m, w.n(), stride},
-         {.threads = threads});
+         {.activations = activations, .threads = threads});
   std::vector<float> y;
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t c = 0; c < stride; ++c) {
@@ -234,6 +237,134 @@ TEST(TrellisProduct, TakesHalvesAndEmptyMatrices) {
                       {.activations = Activations::int8}),
                Unsupported);
   EXPECT_THROW(matmul(MatrixView<const float>(x.data(), 3, 49), *w, {y.data(), 3, 40}), InvalidArgument);
+}
+
+// The int8 path one number at a time, for matrices whose inputs are not cut (fewer than 1024).
+std::vector<float> emulate_int8(const std::vector<float>& x, int64_t m, const PackedTensor& packed) {
+  const auto& format = dynamic_cast<const Trellis&>(*packed.format);
+  const Tensor& codes = packed.plane("codes");
+  const int64_t columns = codes.shape()[0] * 16;
+  const int64_t rows = codes.shape()[1] * 16;
+  const int64_t rings = codes.shape()[0] * codes.shape()[1];
+  std::vector<uint32_t> states(static_cast<size_t>(rings * 256));
+  const auto words = codes.values<uint32_t>();
+  unpack_rings(format.shape(), {words.data(), rings, codes.shape()[2]}, {states.data(), rings, 256});
+  const auto bytes_at = [&](int64_t r, int64_t c) {
+    const int64_t ring = c / 16 * codes.shape()[1] + r / 16;
+    const int position = trellis::position_of(static_cast<int>(c % 16), static_cast<int>(r % 16));
+    const uint32_t state = states[static_cast<size_t>(ring * 256 + position)];
+    return trellis::byte_sum(trellis::hash_of(format.codebook.code, format.codebook.multiplier, state));
+  };
+  const bool mul1 = format.codebook.code == TrellisCode::mul1;
+  const float slope = mul1 ? 1774 * 0x1p-18F : static_cast<float>(1 / 147.800537109375);
+  const float offset = mul1 ? 1534 * slope - 10.3828125F : 0.0F;
+  std::vector<float> y;
+  for (int64_t t = 0; t < m; ++t) {
+    std::vector<float> inputs(static_cast<size_t>(columns), 0.0F);
+    for (int64_t c = 0; c < packed.k; ++c) {
+      const auto i = static_cast<size_t>(c);
+      inputs[i] = x[static_cast<size_t>(t * packed.k + c)] *
+                  float_from_f16(packed.plane("input_scales").values<uint16_t>()[i]);
+    }
+    if (format.rotation > 0) trellis::rotate_columns(MatrixView<float>(inputs.data(), 1, columns));
+    std::vector<float> total(static_cast<size_t>(rows), 0.0F);
+    float sum = 0;
+    for (int64_t first = 0; first < columns; first += 128) {
+      const int64_t last = std::min(first + 128, columns);
+      float largest = 0;
+      for (int64_t c = first; c < last; ++c) {
+        largest = std::max(largest, std::fabs(inputs[static_cast<size_t>(c)]));
+      }
+      const float inverse = largest > 0 ? 127.0F / largest : 0.0F;
+      const float scale = largest / 127.0F;
+      std::vector<int> rounded;
+      int64_t code_sum = 0;
+      for (int64_t c = first; c < last; ++c) {
+        rounded.push_back(static_cast<int>(std::nearbyint(inputs[static_cast<size_t>(c)] * inverse)));
+        code_sum += rounded.back();
+      }
+      sum += scale * static_cast<float>(code_sum);
+      for (int64_t r = 0; r < rows; ++r) {
+        int64_t dot = 0;
+        for (int64_t c = first; c < last; ++c) {
+          dot += rounded[static_cast<size_t>(c - first)] * (int64_t{bytes_at(r, c)} - 510);
+        }
+        const float products = static_cast<float>(dot) * scale;
+        total[static_cast<size_t>(r)] += products;
+      }
+    }
+    const float shift = offset * sum;
+    for (float& value : total) {
+      value *= slope;
+      value += shift;
+    }
+    if (format.rotation > 0) trellis::rotate_columns(MatrixView<float>(total.data(), 1, rows));
+    for (int64_t r = 0; r < packed.n; ++r) {
+      const auto i = static_cast<size_t>(r);
+      y.push_back(float_from_f16(packed.plane("output_scales").values<uint16_t>()[i]) * total[i]);
+    }
+  }
+  return y;
+}
+
+TEST(TrellisProduct, Int8EqualsItsEmulationOnEveryInstructionSet) {
+  struct Case {
+    PackedTensor packed;
+    std::vector<float> x, y;
+    int64_t m;
+  };
+  std::vector<Case> cases;
+  for (const std::string name : {"mul1", "1mad", "mul1-AD9A2EC5"}) {
+    for (const int64_t rotation : {0, 128}) {
+      for (const int64_t m : {1, 2, 3, 4, 5, 6, 9}) {
+        const double bits = static_cast<double>(2 + cases.size() % 15) / 2;
+        const int window = cases.size() % 3 == 0 ? 18 : 16;
+        const int64_t k = 100 + 37 * std::ssize(cases) % 300;
+        Case c{random_trellis(130, k, Trellis(bits, name, rotation, window), cases.size(), false),
+               random_x(m, k, cases.size()),
+               {},
+               m};
+        c.y = emulate_int8(c.x, m, c.packed);
+        cases.push_back(std::move(c));
+      }
+    }
+  }
+  for_each_target([&] {
+    for (const Case& c : cases) {
+      EXPECT_EQ(product(c.x, c.m, *prepare(c.packed), 2, Activations::int8), c.y) << c.packed.format->spec();
+    }
+  });
+}
+
+TEST(TrellisProduct, Int8ErrsLittleAndTokensDoNotKnowEachOther) {
+  constexpr int64_t kTokens = 530;
+  for (const std::string name : {"mul1", "1mad"}) {
+    const PackedTensor packed = random_trellis(300, 2100, Trellis(3, name), 5, false);
+    const auto w = prepare(packed);
+    const CounterRandom random(6);
+    std::vector<float> x(kTokens * 2100);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(random.normal(i));
+    const std::vector<float> exact = product(x, kTokens, *w, 2);
+    const std::vector<float> all = product(x, kTokens, *w, 3, Activations::int8);
+    double squares = 0;
+    double norm = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+      squares += std::pow(double{all[i]} - double{exact[i]}, 2);
+      norm += std::pow(double{exact[i]}, 2);
+    }
+    EXPECT_LT(std::sqrt(squares / norm), 0.008);
+    EXPECT_GT(std::sqrt(squares / norm), 0.002);
+    for (const int64_t count : {1, 4, 32, 33}) {
+      const std::vector<float> some(x.end() - count * 2100, x.end());
+      const std::vector<float> y = product(some, count, *w, 1, Activations::int8);
+      EXPECT_TRUE(std::equal(y.begin(), y.end(), all.end() - count * 300)) << count;
+    }
+    x[7 * 2100 + 3] = std::numeric_limits<float>::infinity();
+    EXPECT_THROW(product(x, kTokens, *w, 1, Activations::int8), NumericError);
+    x[7 * 2100 + 3] = 3e38F;
+    x[7 * 2100 + 4] = 3e38F;
+    EXPECT_THROW(product(x, 8, *w, 1, Activations::int8), NumericError);
+  }
 }
 
 TEST(TrellisProduct, TakesOutliersBesides) {
