@@ -57,7 +57,8 @@ std::vector<KernelEntry> cuda_kernel_table() {
   for (const char* format : {"uniform", "codebook"}) {
     for (int bits = 1; bits <= 8; ++bits) add(format, std::to_string(bits), true);
   }
-  // One table of vectors of 2 (codes of up to 12 bits), 4 or 8 weights.
+  // Tables of vectors of 2, 4 or 8 weights. One of them: codes of up to 12 bits for 2 weights, 16 for others;
+  // several: together codes of up to 4 bits for a weight.
   add("vector_codebook", "1-16", false);
   // With any dense format of those.
   add("outliers", "1-16", false);

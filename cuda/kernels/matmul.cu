@@ -8,11 +8,10 @@
 #include <utility>
 
 #include "common/device.hpp"
-#include "formats/codebook_fragments.cuh"
-#include "formats/uniform_fragments.cuh"
-#include "formats/vector_fragments.cuh"
+#include "formats/sum_order.hpp"
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/launchers.hpp"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
 #include "kernels/trellis_product.hpp"
@@ -39,8 +38,8 @@ int resident_clusters(const DeviceFacts& device, int size) {
         cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory),
         "shared memory of a processor");
     const auto blocks = static_cast<unsigned>(device.processors / size * size);
-    LaunchSettings settings(dim3(std::max(blocks, static_cast<unsigned>(size))), dim3(512), nullptr,
-                                  false, size);
+    LaunchSettings settings(dim3(std::max(blocks, static_cast<unsigned>(size))), dim3(512), nullptr, false,
+                            size);
     settings.config.dynamicSmemBytes = static_cast<size_t>(device.shared_memory);
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&place->second, occupy, &settings.config);
     if (error != cudaSuccess) known.erase(place);
@@ -89,12 +88,21 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .all_formats = true},
 }};
 
-// Why `product` cannot run, or nothing. `plain`: scalar codes without outliers.
-std::optional<std::string> why_not(const CudaProduct& product, bool plain, int64_t m, DType dtype,
+// What kernels ask of a format.
+struct Kind {
+  bool plain = true;     // scalar codes without outliers
+  bool streamed = true;  // the streaming loop has a decoder
+};
+
+// Why `product` cannot run, or nothing.
+std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_t m, DType dtype,
                                    const DeviceFacts& device, const CudaMatmulOptions& options) {
   const std::string name(product.name);
-  if (!plain && !product.all_formats) {
+  if (!kind.plain && !product.all_formats) {
     return text_of("kernel ", name, " takes no vector codebooks and no outliers");
+  }
+  if (!kind.streamed && product.max_tokens > 0) {
+    return text_of("kernel ", name, " takes no vector codebooks of so many or so large tables");
   }
   if (dtype != DType::f16 && dtype != DType::bf16 && !(product.float32 && dtype == DType::f32)) {
     return text_of("kernel ", name, " takes no ", name_of(dtype), " activations");
@@ -124,8 +132,8 @@ std::optional<std::string> why_not(const CudaProduct& product, bool plain, int64
   return std::nullopt;
 }
 
-bool is_plain(const FragmentLayout& layout) {
-  return layout.dim == 1 && !layout.outliers;
+Kind kind_of(const FragmentLayout& layout) {
+  return {.plain = layout.dim == 1 && !layout.outliers, .streamed = cuda::is_streamed(layout)};
 }
 
 struct Choice {
@@ -133,8 +141,8 @@ struct Choice {
   std::string reason;  // why none
 };
 
-// `weights`: n * k. `plain`: scalar codes without outliers.
-Choice choose(int64_t weights, bool plain, int64_t m, DType dtype, const DeviceFacts& device,
+// `weights`: n * k.
+Choice choose(int64_t weights, Kind kind, int64_t m, DType dtype, const DeviceFacts& device,
               const CudaMatmulOptions& options) {
   const int64_t decode_from = weights < kSmallWeights ? kDecodeFromTokensIfSmall : kDecodeFromTokens;
   if (options.splits < 0 || options.splits > kMaxSplits) {
@@ -146,7 +154,7 @@ Choice choose(int64_t weights, bool plain, int64_t m, DType dtype, const DeviceF
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
     if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
-    const auto reason = why_not(product, plain, std::max<int64_t>(m, 1), dtype, device, options);
+    const auto reason = why_not(product, kind, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
       return choice;
@@ -201,8 +209,8 @@ StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, 
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](int team_blocks, double overhead) {
     const bool in_memory = team_blocks > 1 && !in_clusters;
-    const int resident =
-        in_memory ? std::max(device.processors / team_blocks, 1) : cuda::resident_clusters(device, team_blocks);
+    const int resident = in_memory ? std::max(device.processors / team_blocks, 1)
+                                   : cuda::resident_clusters(device, team_blocks);
     int teams = resident;
     int team_warps = team_blocks * warps;
     const auto bytes_of = [&](const cuda::StreamDeal& deal) {
@@ -242,72 +250,9 @@ StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, 
   return best;
 }
 
-// The products of one decoder.
-struct Launchers {
-  int table_bytes = 0;  // of shared memory, in the streaming loop
-  bool quads = false;   // codes can be taken out as bytes
-  void (*stream)(const ProductLaunch&);
-  void (*tiles)(const ProductLaunch&, void*);
-  void (*tiles_wgmma)(const ProductLaunch&, void*);
-  void (*decoded)(const ProductLaunch&, void*);
-  void (*decode)(const cuda::FragmentMatrix&, void*, int64_t, DType, bool, cudaStream_t);
-};
-
-template <class Decoder>
-constexpr Launchers launchers() {
-  return {Decoder::kSharedBytes,
-          Decoder::kQuads,
-          &cuda::launch_stream<Decoder>,
-          &cuda::launch_tiles<Decoder>,
-          &cuda::launch_tiles_wgmma<Decoder>,
-          &cuda::launch_decoded<Decoder>,
-          &cuda::launch_decode_fragments<Decoder>};
-}
-
-template <template <int> class Fragments>
-constexpr std::array<Launchers, 8> all_launchers() {
-  return {launchers<Fragments<1>>(), launchers<Fragments<2>>(), launchers<Fragments<3>>(),
-          launchers<Fragments<4>>(), launchers<Fragments<5>>(), launchers<Fragments<6>>(),
-          launchers<Fragments<7>>(), launchers<Fragments<8>>()};
-}
-
-// Without tile loops.
-template <int kDim, int kWords, bool kInShared>
-constexpr Launchers vector_launchers() {
-  using Decoder = cuda::VectorFragments<kDim, kWords, kInShared>;
-  return {.table_bytes = Decoder::kSharedBytes,
-          .quads = Decoder::kQuads,
-          .stream = &cuda::launch_stream<Decoder>,
-          .tiles = nullptr,
-          .tiles_wgmma = nullptr,
-          .decoded = &cuda::launch_decoded<Decoder>,
-          .decode = &cuda::launch_decode_fragments<Decoder>};
-}
-
-const Launchers& vector_launchers_of(const FragmentLayout& layout) {
-  static constexpr std::array<Launchers, 5> kTwo = {
-      vector_launchers<2, 2, true>(), vector_launchers<2, 3, true>(), vector_launchers<2, 4, true>(),
-      vector_launchers<2, 5, true>(), vector_launchers<2, 6, true>()};
-  static constexpr std::array<Launchers, 4> kFour = {
-      vector_launchers<4, 1, true>(), vector_launchers<4, 2, true>(), vector_launchers<4, 3, true>(),
-      vector_launchers<4, 4, false>()};
-  static constexpr std::array<Launchers, 3> kEight = {
-      vector_launchers<8, 1, true>(), vector_launchers<8, 2, true>(), vector_launchers<8, 2, false>()};
-  if (layout.dim == 2) return kTwo[static_cast<size_t>(layout.bits - 2)];
-  if (layout.dim == 4) return kFour[static_cast<size_t>(layout.bits - 1)];
-  return kEight[layout.bits == 1 ? 0 : layout.code_bits <= 12 ? 1 : 2];
-}
-
-const Launchers& launchers_of(const FragmentLayout& layout) {
-  if (layout.dim > 1) return vector_launchers_of(layout);
-  static constexpr auto kUniform = all_launchers<cuda::UniformFragments>();
-  static constexpr auto kCodebook = all_launchers<cuda::CodebookFragments>();
-  return (layout.table_entries > 0 ? kCodebook : kUniform)[static_cast<size_t>(layout.bits - 1)];
-}
-
 Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
              int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options,
-             const Launchers& launchers) {
+             const cuda::Launchers& launchers) {
   Plan plan;
   plan.splits = options.splits;
   if (product.name == "tiles" || product.name == "tiles_wgmma") {
@@ -405,6 +350,10 @@ cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
   w.group_count = static_cast<int>(layout.group_count);
   w.group_steps = static_cast<int>(layout.group_columns / 16);
   w.table_entries = static_cast<int>(layout.table_entries);
+  if (layout.tables > 1) {
+    const fragments::TableSizes sizes{layout.tables, w.table_entries, layout.code_bits / layout.tables};
+    w.table_entries = sizes.packed();
+  }
   w.scale_dtype = layout.scale_dtype;
   w.outliers.format_columns = layout.format_columns;
   return w;
@@ -439,7 +388,7 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
       return std::nullopt;
     }
     Choice choice =
-        choose(0, is_plain(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
+        choose(0, kind_of(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -455,7 +404,7 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
     return std::string(plan_trellis(layout, m, dtype, current_device(), options).product->name);
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, current_device(), options);
+  const Choice choice = choose(w.n * w.k, kind_of(layout), m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
 }
@@ -468,11 +417,12 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
     return plan_trellis(trellis_layout(*trellis, w.n, w.k), m, dtype, device, options).workspace;
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const Choice choice = choose(w.n * w.k, is_plain(layout), m, dtype, device, options);
+  const Choice choice = choose(w.n * w.k, kind_of(layout), m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
-  return plan_of(*choice.product, layout, matrix, m, dtype, device, options, launchers_of(layout)).workspace;
+  return plan_of(*choice.product, layout, matrix, m, dtype, device, options, cuda::launchers_of(layout))
+      .workspace;
 }
 
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
@@ -488,13 +438,13 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     return cuda::run_trellis(layout, plan, w, arguments, options, device);
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const Choice choice = choose(w.n * w.k, is_plain(layout), arguments.m, arguments.dtype, device, options);
+  const Choice choice = choose(w.n * w.k, kind_of(layout), arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
   const CudaProduct& product = *choice.product;
-  const Launchers& launchers = launchers_of(layout);
+  const cuda::Launchers& launchers = cuda::launchers_of(layout);
   const Plan plan =
       plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers);
   require_memory(w, arguments, plan.workspace, device.index);
@@ -533,9 +483,8 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
     throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
   }
   const Trellis* const trellis = as_trellis(*w.format);
-  const FragmentLayout layout = trellis != nullptr
-                                    ? FragmentLayout{}
-                                    : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const FragmentLayout layout =
+      trellis != nullptr ? FragmentLayout{} : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   const TrellisLayout rings = trellis != nullptr ? trellis_layout(*trellis, w.n, w.k) : TrellisLayout{};
   const int64_t padded_k = trellis != nullptr ? 64 * rings.column_blocks : layout.padded_k();
   if (stride < padded_k || stride % 8 != 0) {
@@ -554,7 +503,7 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   }
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
-  launchers_of(layout).decode(matrix, out, stride, dtype, false, cuda_stream);
+  cuda::launchers_of(layout).decode(matrix, out, stride, dtype, false, cuda_stream);
 }
 
 }  // namespace quantloom

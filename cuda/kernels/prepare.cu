@@ -4,7 +4,7 @@
 
 #include "common/check.cuh"
 #include "common/device.hpp"
-#include "formats/vector_order.hpp"
+#include "formats/sum_order.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/formats/bit_packing.hpp"
@@ -19,7 +19,7 @@ struct Orders {
   fragments::CodeOrder code_order = fragments::CodeOrder::bytes;
   int bits = 0;
   int dim = 1;        // weights of a code
-  int code_bits = 0;  // of a packed code
+  int code_bits = 0;  // of a packed code, of all tables together
   int64_t n = 0;
   int64_t k = 0;
   int64_t column_blocks = 0;
@@ -35,7 +35,7 @@ __device__ uint32_t read_code(const uint32_t* words, int bits, int64_t index) {
   const auto shift = static_cast<int>(bit % 32);
   uint64_t window = words[bit / 32];
   if (shift + bits > 32) window |= static_cast<uint64_t>(words[bit / 32 + 1]) << 32;
-  return static_cast<uint32_t>(window >> shift) & ((1U << bits) - 1U);
+  return static_cast<uint32_t>(window >> shift) & (~0U >> (32 - bits));
 }
 
 // Into words that were zeroed before; other threads put codes into them too.
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
     locate_vector(orders, unit_index, field, row, column);
     if (row >= orders.n || column < 0 || column >= orders.k) continue;
     put_code(packed + row * orders.row_words, orders.code_bits, column / orders.dim,
-             fragments::field_of(words, orders.dim * orders.bits, field));
+             fragments::wide_field_of(words, orders.dim * orders.bits, field));
   }
 }
 

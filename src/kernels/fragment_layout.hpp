@@ -9,7 +9,8 @@ namespace quantloom {
 struct FragmentLayout {
   int bits = 0;       // of a weight: a lane's unit of 32 weights comes in so many words
   int dim = 1;        // weights of a code
-  int code_bits = 0;  // of a code in the packed planes; at most dim * bits
+  int code_bits = 0;  // of a code in the packed planes, of all tables together; at most dim * bits
+  int tables = 1;     // of vectors, whose entries add up
   fragments::CodeOrder code_order = fragments::CodeOrder::bytes;
   DType scale_dtype = DType::f16;
   bool asymmetric = false;  // has a plane of zero points

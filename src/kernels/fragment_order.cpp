@@ -5,7 +5,7 @@
 #include <limits>
 #include <span>
 
-#include "formats/vector_order.hpp"
+#include "formats/sum_order.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/trellis_layout.hpp"
 #include "kernels/vector_fragments.hpp"
@@ -85,7 +85,7 @@ std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_in
       {"scales", layout.scale_dtype, parameters, false}};
   if (layout.asymmetric) specs.push_back({"zeros", DType::u8, parameters, false});
   if (layout.dim > 1) {
-    specs.push_back({"codebook", DType::f16, {1, layout.table_entries, layout.dim}, false});
+    specs.push_back({"codebook", DType::f16, {layout.tables, layout.table_entries, layout.dim}, false});
   } else if (layout.table_entries > 0) {
     specs.push_back({"codebook", DType::f16, {layout.table_entries}, false});
   }
@@ -143,14 +143,24 @@ void unprepare_scalar_codes(const FragmentLayout& layout, std::span<const uint32
 }
 
 void set_vectors(const VectorCodebook& format, FragmentLayout& layout) {
-  const bool taken = fragments::is_vector_dim(format.dim) && format.codebooks == 1;
   layout.dim = static_cast<int>(format.dim);
-  layout.code_bits = format.bits;
+  layout.tables = static_cast<int>(format.codebooks);
+  layout.code_bits = layout.tables * format.bits;
   layout.table_entries = format.entries;
-  if (taken) layout.bits = fragments::vector_bits(layout.dim, format.bits);
-  if (!taken || (layout.dim == 2 && layout.bits > 6)) {
+  if (!fragments::is_vector_dim(format.dim)) {
+    throw Unsupported(
+        text_of("no CUDA kernel takes format ", format.spec(), ": expected vectors of 2, 4 or 8 weights"));
+  }
+  if (layout.tables > 1) {
+    layout.bits = fragments::sum_bits(layout.dim, layout.code_bits);
+    if (layout.bits > 0) return;
+    throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(), ": the codes of a vector have ",
+                              layout.code_bits, " bits together, expected at most ", 4 * layout.dim));
+  }
+  layout.bits = fragments::vector_bits(layout.dim, format.bits);
+  if (layout.dim == 2 && layout.bits > 6) {
     throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
-                              ": expected one table of vectors of 2 weights (up to 4096 of them), 4 or 8"));
+                              ": expected a table of up to 4096 vectors of 2 weights"));
   }
 }
 

@@ -2,7 +2,7 @@
 
 #include <array>
 
-#include "formats/vector_order.hpp"
+#include "formats/sum_order.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
 namespace quantloom {
@@ -47,11 +47,16 @@ using UnitWords = std::array<uint32_t, 9>;
 void prepare_vector_codes(const FragmentLayout& layout, std::span<const uint32_t> codes,
                           std::span<const int32_t> source, std::span<uint32_t> words) {
   const auto row_words = static_cast<size_t>(packed_words(ceil_div(layout.k, layout.dim), layout.code_bits));
+  const int bits = layout.code_bits / layout.tables;
+  std::vector<uint16_t> of_vector(static_cast<size_t>(layout.tables));
   for_each_vector(layout, source,
                   [&](int64_t block, int unit, int lane, int field, int64_t row, int64_t vector) {
-                    uint16_t code = 0;
-                    unpack_wide_bits(codes.subspan(static_cast<size_t>(row) * row_words, row_words),
-                                     layout.code_bits, vector, {&code, 1});
+                    unpack_wide_bits(codes.subspan(static_cast<size_t>(row) * row_words, row_words), bits,
+                                     vector * layout.tables, of_vector);
+                    uint32_t code = 0;
+                    for (int t = 0; t < layout.tables; ++t) {
+                      code |= static_cast<uint32_t>(of_vector[static_cast<size_t>(t)]) << (t * bits);
+                    }
                     UnitWords unit_words{};
                     fragments::put_field(unit_words.data(), layout.dim * layout.bits, field, code);
                     for (int w = 0; w < layout.bits; ++w) {
@@ -63,20 +68,26 @@ void prepare_vector_codes(const FragmentLayout& layout, std::span<const uint32_t
 void unprepare_vector_codes(const FragmentLayout& layout, std::span<const uint32_t> words,
                             std::span<const int32_t> source, std::span<uint32_t> codes) {
   const int64_t vectors = ceil_div(layout.k, layout.dim);
-  std::vector<uint16_t> all(static_cast<size_t>(checked_mul(layout.n, vectors)));
+  const int bits = layout.code_bits / layout.tables;
+  const int64_t row_codes = vectors * layout.tables;
+  std::vector<uint16_t> all(static_cast<size_t>(checked_mul(layout.n, row_codes)));
   for_each_vector(
       layout, source, [&](int64_t block, int unit, int lane, int field, int64_t row, int64_t vector) {
         UnitWords unit_words{};
         for (int w = 0; w < layout.bits; ++w) {
           unit_words[static_cast<size_t>(w)] = words[word_at(layout, block, unit, w, lane)];
         }
-        all[static_cast<size_t>(row * vectors + vector)] =
-            static_cast<uint16_t>(fragments::field_of(unit_words.data(), layout.dim * layout.bits, field));
+        const uint32_t code = fragments::wide_field_of(unit_words.data(), layout.dim * layout.bits, field);
+        for (int t = 0; t < layout.tables; ++t) {
+          all[static_cast<size_t>(row * row_codes + vector * layout.tables + t)] =
+              static_cast<uint16_t>(code >> (t * bits) & ((1U << bits) - 1U));
+        }
       });
   const auto row_words = static_cast<size_t>(packed_words(vectors, layout.code_bits));
   for (int64_t row = 0; row < layout.n; ++row) {
-    pack_wide_bits(std::span(all).subspan(static_cast<size_t>(row * vectors), static_cast<size_t>(vectors)),
-                   layout.code_bits, codes.subspan(static_cast<size_t>(row) * row_words, row_words));
+    pack_wide_bits(
+        std::span(all).subspan(static_cast<size_t>(row * row_codes), static_cast<size_t>(row_codes)), bits,
+        codes.subspan(static_cast<size_t>(row) * row_words, row_words));
   }
 }
 

@@ -160,12 +160,38 @@ TEST_P(PrepareVectorsCuda, EqualsTheCpuByteForByte) {
   }
 }
 
+TEST_P(PrepareVectorsCuda, SeveralTablesEqualTheCpuByteForByte) {
+  const int dim = GetParam();
+  Draws draws(static_cast<uint64_t>(10 + dim));
+  const std::vector<int64_t> sizes = {0, 1, 2, 7, 16, 17, 63, 64, 65, 127, 128, 129, 333};
+  const std::vector<int64_t> groups = {
+      8, 16, 24, 64, 128, ScaledFormat::kPerChannel, ScaledFormat::kPerTensor};
+  for (int64_t tables = 2; tables <= 8; ++tables) {
+    for (int bits = 1; bits <= 16 && tables * bits <= 4 * dim; ++bits) {
+      for (uint64_t seed = 0; seed < 3; ++seed) {
+        const int64_t most = int64_t{1} << bits;
+        const int64_t entries = seed % 2 == 0 || most < 4 ? most : most - draws.below(most / 2 - 1);
+        ProductCase c;
+        c.format = std::make_shared<const VectorCodebook>(
+            entries, dim, draws.pick(groups), draws.pick(std::vector{DType::f16, DType::bf16, DType::f32}),
+            tables);
+        c.n = draws.pick(sizes);
+        c.k = draws.pick(sizes);
+        c.seed = seed;
+        check_round_trip(c);
+        check_decoding(c);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
 class PrepareOutliersCuda : public PrepareCuda {};
 
 TEST_F(PrepareOutliersCuda, EqualsTheCpuByteForByte) {
   Draws draws(5);
   for (const char* dense : {"uniform:4:g24:asym", "uniform:3:g64", "codebook:nf4:g16",
-                            "vector_codebook:64x4:g8", "uniform:2:tensor"}) {
+                            "vector_codebook:64x4:g8", "vector_codebook:2x256x8:g16", "uniform:2:tensor"}) {
     for (const auto& [n, k] :
          std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {130, 100}, {67, 256}, {3, 0}}) {
       ProductCase c;

@@ -85,6 +85,44 @@ TEST_P(VectorProductCuda, RandomConfigurationsAgreeWithFloat64) {
   EXPECT_EQ(taken, expected);
 }
 
+// Tables that add up: every number of them, codes of all widths that have a kernel.
+TEST_P(VectorProductCuda, SeveralTablesAgreeWithFloat64) {
+  const int dim = GetParam();
+  static const std::vector<int64_t> kTokens = {1, 1, 1, 2, 7, 8, 9, 16, 17, 64, 129};
+  static const std::vector<int64_t> kGroups = {
+      8, 16, 24, 64, 128, 256, ScaledFormat::kPerChannel, ScaledFormat::kPerTensor};
+  Draws draws(static_cast<uint64_t>(20 + dim));
+  std::set<std::string> taken;
+  for (int64_t tables = 2; tables <= 8; ++tables) {
+    for (int bits = 1; bits <= 16 && tables * bits <= 4 * dim; ++bits) {
+      for (uint64_t seed = 0; seed < 5 && !HasFailure(); ++seed) {
+        const int64_t most = int64_t{1} << bits;
+        const int64_t entries = seed % 3 != 0 || most < 4 ? most : most - draws.below(most / 2 - 1);
+        ProductCase c;
+        c.format = std::make_shared<const VectorCodebook>(
+            entries, dim, draws.pick(kGroups), draws.pick(std::vector{DType::f16, DType::bf16, DType::f32}),
+            tables);
+        c.n = 1 + draws.below(seed == 4 ? 2000 : 300);
+        c.k = 1 + draws.below(seed == 3 ? 2000 : 600);
+        if (draws.below(2) == 0) c.k = (c.k + 63) / 64 * 64;
+        c.m = draws.pick(kTokens);
+        c.exact = seed % 2 == 0;
+        c.dtype = draws.pick(std::vector{DType::f16, DType::f16, DType::bf16, DType::bf16, DType::f32});
+        c.bias = draws.below(2) == 0;
+        c.prepare_on_cpu = draws.below(2) == 0;
+        c.x_offset = draws.below(3) == 0 ? draws.below(9) : 0;
+        c.seed = seed + 100 * static_cast<uint64_t>(bits) + 10000 * static_cast<uint64_t>(tables);
+        taken.merge(check_case(c, draws));
+      }
+    }
+  }
+  std::set<std::string> expected = kernels_of_table();
+  const CudaMatmulOptions cluster{.kernel = "stream"};
+  const VectorCodebook some(16, dim, 8 * dim, DType::f16, 2);
+  if (why_not_matmul_cuda(some, 1, DType::f16, cluster)) expected.erase("stream");
+  EXPECT_EQ(taken, expected);
+}
+
 INSTANTIATE_TEST_SUITE_P(Dims, VectorProductCuda, ::testing::Values(2, 4, 8));
 
 // Shapes of models: several row blocks to a team, tables at their largest.
@@ -107,11 +145,38 @@ TEST_F(VectorProductCuda, LargerMatrices) {
   }
 }
 
+// Tables in shared memory in many copies and in one, and read where they are.
+TEST_F(VectorProductCuda, LargerMatricesOfSeveralTables) {
+  Draws draws(4);
+  for (const auto& [tables, entries, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+           {2, 256, 8}, {4, 256, 8}, {2, 4096, 8}, {2, 65536, 8}, {2, 256, 4}, {4, 16, 2}}) {
+    for (const int64_t m : {1, 5, 16, 200}) {
+      ProductCase c;
+      c.format = std::make_shared<const VectorCodebook>(entries, dim, 128, DType::f16, tables);
+      c.n = 4096;
+      c.k = 2048;
+      c.m = m;
+      c.prepare_on_cpu = false;
+      c.exact = m == 1;
+      c.seed = static_cast<uint64_t>(entries + m);
+      check_case(c, draws);
+      if (HasFailure()) return;
+    }
+  }
+}
+
 TEST_F(VectorProductCuda, RefusesWhatNoKernelTakes) {
   for (const VectorCodebook& format :
-       {VectorCodebook(16, 3, 6), VectorCodebook(8192, 2), VectorCodebook(16, 4, 8, DType::f16, 2)}) {
+       {VectorCodebook(16, 3, 6), VectorCodebook(8192, 2), VectorCodebook(256, 4, 8, DType::f16, 3)}) {
     EXPECT_THROW(static_cast<void>(prepared_planes(format, 8, 8, false)), Unsupported) << format.spec();
     EXPECT_TRUE(why_not_matmul_cuda(format, 1, DType::f16)) << format.spec();
+  }
+  // The streaming loop has decoders for some numbers of tables, in shared memory; others are decoded.
+  for (const VectorCodebook& format :
+       {VectorCodebook(16, 8, 8, DType::f16, 4), VectorCodebook(4096, 8, 8, DType::f16, 2),
+        VectorCodebook(64, 4, 8, DType::f16, 2)}) {
+    EXPECT_TRUE(why_not_matmul_cuda(format, 1, DType::f16, {.kernel = "stream_partials"})) << format.spec();
+    EXPECT_FALSE(why_not_matmul_cuda(format, 1, DType::f16)) << format.spec();
   }
   for (const char* kernel : {"tiles", "tiles_wgmma"}) {
     const auto why = why_not_matmul_cuda(VectorCodebook(16, 4), 64, DType::f16, {.kernel = kernel});

@@ -17,11 +17,11 @@ namespace quantloom {
 // A matrix of codes (uniform, codebook, vector_codebook, each with or without outliers) in "fragment order":
 // blocks of 64 rows x 64 columns, in each the codes that one lane of a warp multiplies next to each other.
 // Rows and columns are padded to whole blocks, groups to multiples of 16 columns; padding has scale 0.
-//   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]; `bits` of a weight: for vectors those of a
-//                code over dim, rounded up
+//   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]; `bits` of a weight: for vectors those of
+//                its codes, of all tables, over dim, rounded up
 //   scales       scale_dtype [ceil(n/64), groups, 8, 8]
 //   zeros        uint8, as scales: asymmetric grids only
-//   codebook     float16 [entries], or [1, entries, dim] for vectors: codebooks only
+//   codebook     float16 [entries], or [codebooks, entries, dim] for vectors: codebooks only
 //   source       int32 [64 * column_blocks], only if columns change places: the input of each column, -1 for
 //                padding
 //   group_index  as in the packed tensor, where it has one

@@ -27,6 +27,9 @@ struct uint2 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) {
   return {x, y};
 }
+struct float2 {
+  float x, y;
+};
 template <class Value>
 Value __ldg(const Value* from) {
   return *from;
@@ -145,6 +148,15 @@ inline __nv_bfloat162 __float2bfloat162_rn(float value) {
 }
 inline float __bfloat162float(__nv_bfloat16 value) {
   return emulated::Bfloat16::to(value.bits);
+}
+
+inline __half2 __floats2half2_rn(float low, float high) {
+  return {emulated::rounded<emulated::Float16>(static_cast<double>(low)),
+          emulated::rounded<emulated::Float16>(static_cast<double>(high))};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {emulated::rounded<emulated::Bfloat16>(static_cast<double>(low)),
+          emulated::rounded<emulated::Bfloat16>(static_cast<double>(high))};
 }
 
 template <class Type>

@@ -1,0 +1,25 @@
+// What launches the products of a format's decoder.
+#pragma once
+
+#include "kernels/fragment_layout.hpp"
+#include "kernels/product_arguments.cuh"
+
+namespace quantloom::cuda {
+
+// The products of one decoder.
+struct Launchers {
+  int table_bytes = 0;  // of shared memory, in the streaming loop
+  bool quads = false;   // codes can be taken out as bytes
+  void (*stream)(const ProductLaunch&);
+  void (*tiles)(const ProductLaunch&, void*);
+  void (*tiles_wgmma)(const ProductLaunch&, void*);
+  void (*decoded)(const ProductLaunch&, void*);
+  void (*decode)(const FragmentMatrix&, void*, int64_t, DType, bool, cudaStream_t);
+};
+
+const Launchers& launchers_of(const FragmentLayout& layout);
+
+// Whether the streaming loop has a decoder for the format.
+bool is_streamed(const FragmentLayout& layout);
+
+}  // namespace quantloom::cuda
