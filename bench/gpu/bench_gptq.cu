@@ -5,9 +5,7 @@
 // Weights are random, inputs have a few strong features and depend on one another. Times are of the host,
 // around calls that wait for the device, the best of several repeats.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <string>
@@ -15,6 +13,7 @@
 
 #include "common/device_buffer.hpp"
 #include "common/math_handles.hpp"
+#include "gpu/layer.cuh"
 #include "gpu/program.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/dequantize.hpp"
@@ -25,64 +24,13 @@
 namespace quantloom {
 namespace {
 
+using bench::seconds_of;
 using cuda::DeviceBuffer;
 
 struct Settings {
   int repeats = 5;
   int64_t tokens = 65536;
 };
-
-// A number in [0, 1) that depends on (seed, i) alone.
-__device__ __forceinline__ float uniform_at(uint64_t seed, uint64_t i) {
-  uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ULL + seed * 0xD1B54A32D192ED03ULL;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
-  return static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24F;
-}
-
-__device__ __forceinline__ float normal_at(uint64_t seed, uint64_t i) {
-  const float radius = sqrtf(-2.0F * logf(1.0F - uniform_at(seed, 2 * i)));
-  return radius * cospif(2.0F * uniform_at(seed, 2 * i + 1));
-}
-
-__global__ void fill_normal(__half* out, int64_t count, float scale, uint64_t seed) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    out[i] = __float2half_rn(scale * normal_at(seed, static_cast<uint64_t>(i)));
-  }
-}
-
-// Features share 32 hidden factors, differ in energy, and one in 200 is ten times as strong.
-__global__ void fill_inputs(__half* out, int64_t first_token, int64_t tokens, int64_t k) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < tokens * k; i += step) {
-    const auto token = static_cast<uint64_t>(first_token + i / k);
-    const auto feature = static_cast<uint64_t>(i % k);
-    float value = normal_at(1, token * static_cast<uint64_t>(k) + feature);
-    for (uint64_t f = 0; f < 32; f += 8) {
-      value += 0.5F * normal_at(2, token * 32 + f + feature % 8) * normal_at(3, feature * 32 + f);
-    }
-    const float energy =
-        expf(0.5F * normal_at(4, feature)) * (uniform_at(5, feature) < 0.005F ? 10.0F : 1.0F);
-    out[i] = __float2half_rn(0.1F * energy * value);
-  }
-}
-
-// Seconds of one call, the best of the repeats; the first call warms up.
-template <class Run>
-double seconds_of(int repeats, const Run& run) {
-  using Clock = std::chrono::steady_clock;
-  double best = std::numeric_limits<double>::infinity();
-  for (int repeat = 0; repeat <= repeats; ++repeat) {
-    check_cuda(cudaDeviceSynchronize(), "synchronize");
-    const Clock::time_point begin = Clock::now();
-    run();
-    check_cuda(cudaDeviceSynchronize(), "synchronize");
-    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    if (repeat > 0) best = std::min(best, seconds);
-  }
-  return best;
-}
 
 // cuBLAS for products of [rows, depth] and [depth, depth]: seconds per floating-point operation.
 template <class T, class Multiply>
@@ -108,27 +56,9 @@ double seconds_per_flop(int64_t rows, int64_t depth, int repeats, const Multiply
 
 nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
   const auto format = std::make_shared<const Uniform>(4, 128);
-  const DeviceBuffer<__half> weights(n * k, nullptr);
-  fill_normal<<<4096, 256>>>(weights.data(), n * k, 0.02F, 7);
-  check_cuda(cudaGetLastError(), "launch");
-  const CudaMatrix w{weights.data(), DType::f16, n, k, k};
-
-  constexpr int64_t kBatch = 4096;
-  const DeviceBuffer<__half> inputs(kBatch * k, nullptr);
-  CudaHessian hessian(k);
-  double hessian_seconds = 0;
-  for (int64_t token = 0; token < settings.tokens; token += kBatch) {
-    fill_inputs<<<4096, 256>>>(inputs.data(), token, kBatch, k);
-    check_cuda(cudaDeviceSynchronize(), "inputs");
-    const auto begin = std::chrono::steady_clock::now();
-    hessian.add({inputs.data(), DType::f16, kBatch, k, k}, nullptr);
-    check_cuda(cudaDeviceSynchronize(), "Hessian");
-    if (token > 0) {
-      hessian_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    }
-  }
-  const double tokens_per_second =
-      static_cast<double>(settings.tokens - kBatch) / std::max(hessian_seconds, 1e-9);
+  const bench::Layer layer(n, k, settings.tokens);
+  const CudaMatrix w = layer.w();
+  const CudaHessian& hessian = layer.hessian();
 
   PackedTensor packed = empty_packed_cuda(format, n, k);
   CudaErrorFeedbackOptions options;
@@ -163,7 +93,7 @@ nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
       "with scale search %.1f ms, with losses %.1f ms; nearest %.2f ms; Hessian %.2f M tokens/s; "
       "loss %.3f of nearest\n",
       static_cast<long long>(n), static_cast<long long>(k), seconds * 1e3, factor * 1e3, seconds / same_flops,
-      same_flops * 1e3, with_search * 1e3, with_losses * 1e3, nearest * 1e3, tokens_per_second * 1e-6,
+      same_flops * 1e3, with_search * 1e3, with_losses * 1e3, nearest * 1e3, layer.tokens_per_second() * 1e-6,
       report.proxy_loss / report.proxy_loss_nearest);
   std::fflush(stdout);
   return {{"format", format->spec()},
@@ -176,7 +106,7 @@ nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
           {"nearest_seconds", nearest},
           {"cublas_same_operations_seconds", same_flops},
           {"ratio_to_cublas", seconds / same_flops},
-          {"hessian_tokens_per_second", tokens_per_second},
+          {"hessian_tokens_per_second", layer.tokens_per_second()},
           {"loss_over_nearest", report.proxy_loss / report.proxy_loss_nearest},
           {"damping", report.damping}};
 }

@@ -6,6 +6,7 @@
 #include "common/math_handles.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "rounding/rounds.hpp"
+#include "rounding/trellis_feedback.hpp"
 #include "rounding/upper_factor.hpp"
 #include "rounding/walk.hpp"
 #include "rounding/walk_block.hpp"
@@ -208,6 +209,9 @@ bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, boo
 RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
                                          const CudaHessian& hessian, const CudaErrorFeedbackOptions& options,
                                          void* stream) {
+  if (cuda::trellis_of(packed) != nullptr) {
+    return round_trellis_feedback_cuda(w, packed, hessian, options, {}, stream);
+  }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const GroupedFormat& format = cuda::require_scalar(packed, "round_error_feedback_cuda");
   ErrorFeedbackOptions checked;

@@ -40,8 +40,14 @@ PackedTensor scratch_planes(std::shared_ptr<const Format> format, int64_t n, int
 
 Losses measure_losses(const CudaMatrix& w, const PackedTensor& packed,
                       std::span<const CudaHessian* const> hessians, cudaStream_t stream) {
-  const int64_t n = w.rows;
-  const int64_t k = w.cols;
+  const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
+    measure_errors(w, packed, first_row, rows, errors, partial, stream);
+  };
+  return measure_losses(w.rows, w.cols, errors_of, hessians, stream);
+}
+
+Losses measure_losses(int64_t n, int64_t k, const ErrorBands& errors_of,
+                      std::span<const CudaHessian* const> hessians, cudaStream_t stream) {
   Losses losses;
   losses.proxy_losses.assign(hessians.size(), 0.0);
   const BlasScope blas(stream);
@@ -61,7 +67,7 @@ Losses measure_losses(const CudaMatrix& w, const PackedTensor& packed,
   const double zero = 0.0;
   for (int64_t b = 0; b < bands; ++b) {
     const int64_t rows = std::min(band, n - b * band);
-    measure_errors(w, packed, b * band, rows, errors.data(), partial.data() + b * kBlocks, stream);
+    errors_of(b * band, rows, errors.data(), partial.data() + b * kBlocks);
     for (size_t h = 0; h < hessians.size(); ++h) {
       // Column-major, (E H)^T = H E^T.
       check_cublas(

@@ -6,6 +6,7 @@
 #include "common/device_pointer.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/scale_search.hpp"
+#include "rounding/trellis_feedback.hpp"
 
 namespace quantloom {
 namespace cuda {
@@ -160,6 +161,9 @@ double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>
 RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
                                   const CudaNearestOptions& options, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const Trellis* trellis = cuda::trellis_of(packed)) {
+    return cuda::round_trellis_nearest(w, packed, *trellis, options, cuda_stream);
+  }
   cuda::require_scalar(packed, "round_nearest_cuda");
   if (options.scale_search) require_valid(*options.scale_search);
   if (options.hessian != nullptr) cuda::require_hessian(*options.hessian, w.cols, "hessian");

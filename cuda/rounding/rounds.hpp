@@ -1,6 +1,7 @@
 // What the roundings on the device share on the host's side.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -58,6 +59,10 @@ struct Losses {
 
 // For E = w - decoded, in float64. Waits for the stream.
 Losses measure_losses(const CudaMatrix& w, const PackedTensor& packed,
+                      std::span<const CudaHessian* const> hessians, cudaStream_t stream);
+// For E [n, k] by bands: errors_of(first_row, rows, errors, partial_squares) as measure_errors() leaves them.
+using ErrorBands = std::function<void(int64_t, int64_t, double*, double*)>;
+Losses measure_losses(int64_t n, int64_t k, const ErrorBands& errors_of,
                       std::span<const CudaHessian* const> hessians, cudaStream_t stream);
 
 // Planes in scratch memory of the stream, to be dropped before it is destroyed.

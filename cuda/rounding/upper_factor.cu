@@ -121,6 +121,11 @@ bool cholesky(double* a, int64_t k, cudaStream_t stream) {
   return result == 0;
 }
 
+std::vector<double> times(std::vector<double> values, double factor) {
+  for (double& value : values) value *= factor;
+  return values;
+}
+
 }  // namespace
 
 void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream) {
@@ -153,15 +158,21 @@ void require_usable(const CudaHessian& hessian, const std::vector<double>& diago
 UpperFactor::UpperFactor(const CudaHessian& hessian, const std::vector<double>& diagonal,
                          const int32_t* order, double damping, std::span<const double> ladder,
                          cudaStream_t stream)
-    : k_(hessian.k()), stride_(checked_pad(k_, kRowAlignment)), upper_(checked_mul(k_, stride_), stream) {
+    : UpperFactor(hessian.sum(stream), times(diagonal, static_cast<double>(hessian.tokens())), order, damping,
+                  ladder, stream) {}
+
+UpperFactor::UpperFactor(const double* sum, std::span<const double> diagonal, const int32_t* order,
+                         double damping, std::span<const double> ladder, cudaStream_t stream)
+    : k_(std::ssize(diagonal)),
+      stride_(checked_pad(k_, kRowAlignment)),
+      upper_(checked_mul(k_, stride_), stream) {
   int64_t live = 0;
   double total = 0;
   for (const double entry : diagonal) {
-    total += entry * static_cast<double>(hessian.tokens());
+    total += entry;
     live += static_cast<int64_t>(entry > 0);
   }
   const double mean = live > 0 ? total / static_cast<double>(live) : 1.0;
-  const double* sum = hessian.sum(stream);
   DeviceBuffer<double> factor(checked_mul(k_, k_), stream);
   factor.fill_bytes(0);  // the libraries may touch the triangle that they do not use
   damping_tried_.push_back(damping);

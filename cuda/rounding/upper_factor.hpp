@@ -22,6 +22,9 @@ class UpperFactor {
   // NumericError listing them if no factorization succeeds. Waits for the stream.
   UpperFactor(const CudaHessian& hessian, const std::vector<double>& diagonal, const int32_t* order,
               double damping, std::span<const double> ladder, cudaStream_t stream);
+  // Of a sum [k, k] on the device with this diagonal [k].
+  UpperFactor(const double* sum, std::span<const double> diagonal, const int32_t* order, double damping,
+              std::span<const double> ladder, cudaStream_t stream);
 
   // [k, stride], zero below the diagonal and beyond column k.
   const float* upper() const { return upper_.data(); }

@@ -7,12 +7,18 @@
 #include "arrays.hpp"
 #include "calibration.hpp"
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/rounding/cuda.hpp"
 #include "reports.hpp"
 
 namespace quantloom::python {
 namespace {
+
+bool rounds_trellis_on_cuda(const Format& format) {
+  const auto* trellis = dynamic_cast<const Trellis*>(&format);
+  return trellis != nullptr && trellis->rotation > 0 && trellis->codebook.window == 16;
+}
 
 void* to_stream(uintptr_t stream) {
   return reinterpret_cast<void*>(stream);
@@ -122,6 +128,24 @@ py::dict error_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessi
   return to_python(report);
 }
 
+py::dict trellis_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian,
+                          bool consistent_hessian, bool refit, double damping, bool act_order,
+                          SharedCudaHessian* held_out, uintptr_t stream) {
+  const CudaMatrix weights = w.cuda_matrix("w");
+  RoundingReport report;
+  {
+    const py::gil_scoped_release release;
+    const CudaHessianPair hessians(&hessian, held_out);
+    CudaErrorFeedbackOptions options;
+    options.damping = damping;
+    options.act_order = act_order;
+    options.held_out = hessians.second();
+    report = round_trellis_feedback_cuda(weights, packed, *hessians.first(), options,
+                                         {consistent_hessian, refit}, to_stream(stream));
+  }
+  return to_python(report);
+}
+
 }  // namespace
 
 void bind_cuda_rounding(py::module_& module) {
@@ -158,7 +182,7 @@ void bind_cuda_rounding(py::module_& module) {
   module.def("rounds_on_cuda", [](const std::string& format_json) {
     const auto format = format_from_json(format_json);
     return dynamic_cast<const Uniform*>(format.get()) != nullptr ||
-           dynamic_cast<const Codebook*>(format.get()) != nullptr;
+           dynamic_cast<const Codebook*>(format.get()) != nullptr || rounds_trellis_on_cuda(*format);
   });
   module.def("walk_needs_group_index",
              [](const std::string& format_json, int64_t k, bool act_order, bool static_groups) {
@@ -166,6 +190,7 @@ void bind_cuda_rounding(py::module_& module) {
              });
   module.def("round_nearest_cuda", &nearest);
   module.def("round_error_feedback_cuda", &error_feedback);
+  module.def("round_trellis_feedback_cuda", &trellis_feedback);
   module.def("packed_plane_names", [](const PackedTensor& packed) {
     std::vector<std::string> names;
     for (const auto& [name, plane] : packed.planes) names.push_back(name);

@@ -244,8 +244,10 @@ def quantize(
 
     On a CUDA device the work runs on torch's current stream, and the host waits for it. There, nearest
     rounding gives the CPU's codes and scales bit for bit; GPTQ takes its sums in another order, so that
-    weights close to the middle between two codes may take the other one. Raises RuntimeError for formats
-    other than ``uniform`` and ``codebook``, and where cuBLAS or cuSOLVER is missing.
+    weights close to the middle between two codes may take the other one. A ``trellis`` takes no scale search
+    there, and its rings are searched with float16 costs: other codes, at an error within 0.03% on normal
+    weights. Raises RuntimeError for formats other than ``uniform``, ``codebook`` and a ``trellis`` with its
+    rotation and a window of 16, and where cuBLAS or cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -329,8 +331,6 @@ def _rotated(hessian: Hessian, transform: Transform) -> Hessian:
 def _quantize_cuda(
     matrix: _arrays.Array, format: Format, rounding: Rounding, search: Any, hessian: Any, held_out: Any
 ) -> PackedTensor:
-    import torch
-
     if not _core.built_with_cuda():
         raise RuntimeError(
             f"w: got a tensor on {matrix.device}, but this build of quantloom has no CUDA kernels"
@@ -339,16 +339,12 @@ def _quantize_cuda(
     if not _core.rounds_on_cuda(format.to_json()):
         raise RuntimeError(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
-            " expected uniform or codebook (or pass w.cpu())"
+            " expected uniform, codebook or a rotated trellis with a window of 16 (or pass w.cpu())"
         )
     indexed = isinstance(rounding, GPTQ) and _core.walk_needs_group_index(
         format.to_json(), matrix.shape[1], rounding.act_order, rounding.static_groups
     )
-    planes = {
-        plane["name"]: torch.empty(plane["shape"], dtype=getattr(torch, plane["dtype"]), device=matrix.device)
-        for plane in _core.format_planes(format.to_json(), *matrix.shape)
-        if not plane["optional"] or (indexed and plane["name"] == "group_index")
-    }
+    planes = empty_planes(format, matrix, indexed)
     packed = PackedTensor(format, matrix.shape, planes)._core()
     with _devices.current(matrix.device) as stream:
         if isinstance(rounding, GPTQ):
@@ -370,6 +366,17 @@ def _quantize_cuda(
     report["damping_tried"] = tuple(report["damping_tried"])
     kept = {name: planes[name] for name in _core.packed_plane_names(packed)}
     return PackedTensor(format, matrix.shape, kept, RoundingReport(**report))
+
+
+def empty_planes(format: Format, matrix: _arrays.Array, indexed: bool = False) -> dict[str, Any]:
+    """Planes for a matrix, on its CUDA device, not initialized; `indexed`: with the plane group_index."""
+    import torch
+
+    return {
+        plane["name"]: torch.empty(plane["shape"], dtype=getattr(torch, plane["dtype"]), device=matrix.device)
+        for plane in _core.format_planes(format.to_json(), *matrix.shape)
+        if not plane["optional"] or (indexed and plane["name"] == "group_index")
+    }
 
 
 def parse_rounding(spec: str | Rounding) -> Rounding:

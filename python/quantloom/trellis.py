@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantloom import _arrays, _checks, _core, _fitting
+from quantloom import _arrays, _checks, _core, _devices, _fitting
 from quantloom._trellis_search import PUBLISHED_MCG, MultiplierSearch, SearchRow, search
 
 __all__ = [
@@ -303,8 +303,8 @@ def quantize(
     columns of that basis at a time.
 
     Args:
-        w: ``[out_features, in_features]`` on the CPU.
-        format: a ``Trellis`` with its rotation, or its short form.
+        w: ``[out_features, in_features]`` on the CPU or a CUDA device.
+        format: a ``Trellis`` with its rotation (on a CUDA device of a window of 16), or its short form.
         hessian, damp, act_order, held_out: as of ``GPTQ``.
         consistent_hessian: True: the Hessian is brought into the basis with the scales, so that the walk
             minimises the error of the layer's output. False: with their signs alone, as EXL3's own quantizer
@@ -313,11 +313,12 @@ def quantize(
 
     Returns a ``PackedTensor``. Raises TypeError or ValueError naming the argument.
     """
+    from quantloom.calibration import require_same_device
     from quantloom.formats import Trellis, parse_format
-    from quantloom.rounding import GPTQ, RoundingReport
+    from quantloom.rounding import GPTQ, RoundingReport, empty_planes
     from quantloom.tensors import PackedTensor
 
-    matrix = _arrays.matrix("w", w)
+    matrix = _arrays.matrix("w", w, cpu=False)
     form = parse_format(format)
     if not isinstance(form, Trellis):
         raise ValueError(f"format: got {form.spec!r}, expected a trellis")
@@ -328,21 +329,27 @@ def quantize(
         given = getattr(rounding, name)
         if given is not None and given.k != matrix.shape[1]:
             raise ValueError(f"{name}: got a Hessian of {given.k} inputs, expected {matrix.shape[1]}")
-        if given is not None and given.device != "cpu":
-            raise TypeError(f"{name}: got a Hessian on {given.device}, expected one on the CPU")
-    packed, report = _core.round_trellis_feedback(
-        matrix.core,
-        form.to_json(),
+        if given is not None:
+            require_same_device(name, given, matrix.device)
+    choices = (
         rounding.hessian._core,
         _checks.boolean("consistent_hessian", consistent_hessian),
         _checks.boolean("refit", refit),
         rounding.damp,
         rounding.act_order,
         rounding.held_out and rounding.held_out._core,
-        _checks.thread_count(threads),
     )
+    threads = _checks.thread_count(threads)
+    if matrix.device == "cpu":
+        packed, report = _core.round_trellis_feedback(matrix.core, form.to_json(), *choices, threads)
+        report["damping_tried"] = tuple(report["damping_tried"])
+        return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+    planes = empty_planes(form, matrix)
+    packed = PackedTensor(form, matrix.shape, planes)._core()
+    with _devices.current(matrix.device) as stream:
+        report = _core.round_trellis_feedback_cuda(matrix.core, packed, *choices, stream)
     report["damping_tried"] = tuple(report["damping_tried"])
-    return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+    return PackedTensor(form, matrix.shape, planes, RoundingReport(**report))
 
 
 def distortion(

@@ -94,6 +94,29 @@ void fit_rows(MatrixView<const float> columns, int64_t first_row, std::span<cons
   }
 }
 
+void fit_outputs(std::span<double> squares, int64_t k, Scales& scales) {
+  double mean = 0;
+  for (double& square : squares) {
+    square = std::sqrt(square / static_cast<double>(k));
+    mean += square / static_cast<double>(squares.size());
+  }
+  for (size_t j = 0; j < squares.size(); ++j) {
+    const auto r = static_cast<int64_t>(j);
+    const double scale = mean > 0 ? squares[j] / mean : 0;
+    scales.output[j] = stored(sign_of(kOutputSigns, r) * scale, "row", r);
+    const double kept = std::abs(double{float_from_f16(scales.output[j])});
+    squares[j] = kept > 0 ? 1 / kept : 0;
+  }
+}
+
+void fit_inputs(std::span<const double> squares, int64_t n, float shrink, double target, Scales& scales) {
+  for (size_t j = 0; j < squares.size(); ++j) {
+    const auto c = static_cast<int64_t>(j);
+    const double rms = std::sqrt(squares[j] / static_cast<double>(n));
+    scales.input[j] = stored(sign_of(kInputSigns, c) * double{shrink} * rms / target, "column", c);
+  }
+}
+
 void fit_both(MatrixView<const float> columns, float shrink, double target, Scales& scales) {
   const int64_t k = columns.rows();
   const int64_t n = columns.cols();
@@ -102,29 +125,35 @@ void fit_both(MatrixView<const float> columns, float shrink, double target, Scal
     const float* value = columns.row(c);
     for (int64_t r = 0; r < n; ++r) output[static_cast<size_t>(r)] += double{value[r]} * double{value[r]};
   }
-  double mean = 0;
-  for (double& square : output) {
-    square = std::sqrt(square / static_cast<double>(k));
-    mean += square / static_cast<double>(n);
-  }
-  for (int64_t r = 0; r < n; ++r) {
-    const auto j = static_cast<size_t>(r);
-    const double scale = mean > 0 ? output[j] / mean : 0;
-    scales.output[j] = stored(sign_of(kOutputSigns, r) * scale, "row", r);
-    const double kept = std::abs(double{float_from_f16(scales.output[j])});
-    output[j] = kept > 0 ? 1 / kept : 0;
-  }
+  fit_outputs(output, k, scales);
+  std::vector<double> input(static_cast<size_t>(k), 0.0);
   for (int64_t c = 0; c < k; ++c) {
     const float* value = columns.row(c);
-    double squares = 0;
     for (int64_t r = 0; r < n; ++r) {
       const double left = double{value[r]} * output[static_cast<size_t>(r)];
-      squares += left * left;
+      input[static_cast<size_t>(c)] += left * left;
     }
-    const double rms = std::sqrt(squares / static_cast<double>(n));
-    scales.input[static_cast<size_t>(c)] =
-        stored(sign_of(kInputSigns, c) * double{shrink} * rms / target, "column", c);
   }
+  fit_inputs(input, n, shrink, target, scales);
+}
+
+std::vector<double> hessian_factors(const Scales& scales, bool consistent) {
+  std::vector<double> factors;
+  double largest = 0;
+  for (const uint16_t bits : scales.input) {
+    const double scale = double{float_from_f16(bits)};
+    factors.push_back(consistent ? scale : scale == 0 ? 0.0 : std::copysign(1.0, scale));
+    largest = std::max(largest, std::abs(factors.back()));
+  }
+  for (double& factor : factors) factor = largest > 0 ? factor / largest : 1;
+  return factors;
+}
+
+uint16_t refitted_scale(uint16_t scale, double with_original, double with_decoded) {
+  const double factor = with_decoded > 0 ? with_original / with_decoded : 1;
+  if (!(factor > 0.5 && factor < 2)) return scale;
+  const uint16_t changed = f16_from_float(static_cast<float>(factor * double{float_from_f16(scale)}));
+  return (changed & 0x7FFFU) < 0x7C00U ? changed : scale;
 }
 
 }  // namespace quantloom::trellis

@@ -38,5 +38,18 @@ void fit_rows(MatrixView<const float> columns, int64_t first_row, std::span<cons
 // Fits both sides from all columns [k, n]: output scales to the root mean squares of the rows over their
 // mean, then input scales to what is left; both with random signs.
 void fit_both(MatrixView<const float> columns, float shrink, double target, Scales& scales);
+// Its two halves, from sums of squares. Of the rows [n], k values each; leaves 1 / |scale| there, 0 for 0:
+void fit_outputs(std::span<double> squares, int64_t k, Scales& scales);
+// Of the columns [k] over the scales of the n rows.
+void fit_inputs(std::span<const double> squares, int64_t n, float shrink, double target, Scales& scales);
+
+// The factors [k] by which rows and columns of a Hessian are multiplied before it is rotated: input scales,
+// or their signs alone if not `consistent`, in units of the largest: float16 scales of tiny weights, squared,
+// would leave the range of a factorization.
+std::vector<double> hessian_factors(const Scales& scales, bool consistent);
+
+// An output scale after a walk: the multiple of the decoded row d that is nearest to the row w under H, given
+// w H d^T and d H d^T. As it is where the factor is not between 1/2 and 2: far off, rounding decides.
+uint16_t refitted_scale(uint16_t scale, double with_original, double with_decoded);
 
 }  // namespace quantloom::trellis

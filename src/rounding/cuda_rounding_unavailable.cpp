@@ -57,6 +57,13 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& /*w*/, PackedTensor& 
   refuse("round_error_feedback_cuda");
 }
 
+RoundingReport round_trellis_feedback_cuda(const CudaMatrix& /*w*/, PackedTensor& /*packed*/,
+                                           const CudaHessian& /*hessian*/,
+                                           const CudaErrorFeedbackOptions& /*options*/,
+                                           const TrellisFeedbackOptions& /*trellis*/, void* /*stream*/) {
+  refuse("round_trellis_feedback_cuda");
+}
+
 bool walk_needs_group_index(const Format& /*format*/, int64_t /*k*/, bool /*act_order*/,
                             bool /*static_groups*/) {
   return false;

@@ -88,16 +88,7 @@ std::vector<float> rotated_weights(const std::vector<float>& columns, int64_t n,
 Hessian rotated_hessian(const Hessian& hessian, const trellis::Scales& scales, bool consistent, int threads) {
   const int64_t k = hessian.k();
   const int64_t size = checked_pad(k, kBlock);
-  std::vector<double> factor(static_cast<size_t>(k));
-  double largest = 0;
-  for (int64_t c = 0; c < k; ++c) {
-    const double scale = double{scale_of(scales.input, c)};
-    factor[static_cast<size_t>(c)] = consistent ? scale : scale == 0 ? 0.0 : std::copysign(1.0, scale);
-    largest = std::max(largest, std::abs(factor[static_cast<size_t>(c)]));
-  }
-  // In units of the largest scale: float16 scales of tiny weights, squared, would leave the range of the
-  // factor.
-  for (double& f : factor) f = largest > 0 ? f / largest : 1;
+  const std::vector<double> factor = trellis::hessian_factors(scales, consistent);
   std::vector<double> storage(static_cast<size_t>(checked_mul(size, size)), 0.0);
   const MatrixView<double> sum(storage.data(), size, size);
   parallel_for(size / kBlock, threads, [&](int64_t band) {
@@ -147,11 +138,8 @@ void refit_output_scales(const FloatMatrix& w, const Hessian& hessian, PackedTen
         with_original += double{product[i]} * double{original[static_cast<size_t>(c)]};
         with_decoded += double{product[i]} * double{decoded[i]};
       }
-      const double factor = with_decoded > 0 ? with_original / with_decoded : 1;
-      if (!(factor > 0.5 && factor < 2)) continue;  // far off, rounding decides
       uint16_t& scale = refitted[static_cast<size_t>(first + r)];
-      const uint16_t changed = f16_from_float(static_cast<float>(factor * double{float_from_f16(scale)}));
-      if ((changed & 0x7FFFU) < 0x7C00U) scale = changed;
+      scale = trellis::refitted_scale(scale, with_original, with_decoded);
     }
   });
   std::ranges::copy(refitted, outputs.begin());

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import quantloom as ql
 import torch
 from cuda_cases import needs_cuda
 from quantloom import trellis
@@ -172,3 +173,54 @@ def test_search_finds_what_the_cpu_finds():
     assert here == trellis.search("octagon", (2, 3.5), count=4, tiles=80)
     with pytest.raises(ValueError, match="window: got 18"):
         trellis.search(window=18, device="cuda")
+
+
+def _layer(rng, n, k):
+    w = torch.tensor((0.02 * rng.standard_normal((n, k))).astype(np.float32))
+    mixed = rng.standard_normal((4 * k, k)) @ (np.eye(k) + 0.1 * rng.standard_normal((k, k)))
+    x = torch.tensor((mixed * np.exp(0.5 * rng.standard_normal(k))).astype(np.float32))
+    here, there = ql.Hessian(k), ql.Hessian(k, device="cuda")
+    here.add(x)
+    there.add(x.cuda())
+    return w, here, there
+
+
+@pytest.mark.parametrize(("spec", "shape"), [("trellis:2:mul1", (128, 256)), ("trellis:3:mcg", (100, 200))])
+def test_quantizing_errs_like_the_cpu(rng, spec, shape):
+    w, here, there = _layer(rng, *shape)
+    q = ql.quantize(w.cuda(), spec, ql.GPTQ(there))
+    expected = ql.quantize(w, spec, ql.GPTQ(here)).report
+    assert q.device == "cuda:0" and q.report.method == "gptq"
+    assert q.report.proxy_loss == pytest.approx(expected.proxy_loss, rel=0.06)
+    assert q.report.proxy_loss_nearest == pytest.approx(expected.proxy_loss_nearest, rel=0.06)
+    error = w.double() - q.to("cpu").dequantize(torch.float32).double()
+    assert float(error.square().mean()) == pytest.approx(q.report.mean_squared_error, rel=1e-5)
+    again = ql.quantize(w.cuda(), spec, ql.GPTQ(there))
+    assert all(torch.equal(q.planes[name], again.planes[name]) for name in q.planes)
+    nearest = ql.quantize(w.cuda(), spec)
+    on_cpu = ql.quantize(w, spec)
+    assert nearest.report.mean_squared_error == pytest.approx(on_cpu.report.mean_squared_error, rel=0.02)
+
+
+def test_the_consistent_hessian_errs_less(rng):
+    w, _, there = _layer(rng, 128, 256)
+    w *= torch.exp(torch.tensor(0.7 * rng.standard_normal(256), dtype=torch.float32))
+    losses = {
+        (consistent, refit): trellis.quantize(
+            w.cuda(), "trellis:2", there, consistent_hessian=consistent, refit=refit
+        ).report.proxy_loss
+        for consistent, refit in [(True, True), (True, False), (False, False)]
+    }
+    assert losses[True, True] < losses[True, False] < losses[False, False]
+
+
+def test_what_quantizing_on_the_device_refuses(rng):
+    w, here, there = _layer(rng, 32, 48)
+    with pytest.raises(RuntimeError, match="rotated trellis"):
+        ql.quantize(w.cuda(), "trellis:2:mul1:plain")
+    with pytest.raises(ValueError, match="scale_search"):
+        ql.quantize(w.cuda(), "trellis:2", ql.Nearest(scale_search=ql.ScaleSearch()))
+    with pytest.raises((TypeError, ValueError), match="hessian"):
+        trellis.quantize(w.cuda(), "trellis:2", here)
+    with pytest.raises((TypeError, ValueError), match="hessian"):
+        trellis.quantize(w, "trellis:2", there)

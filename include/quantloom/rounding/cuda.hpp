@@ -1,5 +1,5 @@
-// Rounding on a CUDA device, for the formats "uniform" and "codebook": weights, Hessian and planes stay on
-// the current device.
+// Rounding on a CUDA device, for the formats "uniform", "codebook" and "trellis" (with its rotation and a
+// window of 16): weights, Hessian and planes stay on the current device.
 //
 // `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
 // empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a
@@ -13,6 +13,7 @@
 #include "quantloom/cuda_matrix.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/rounding.hpp"
+#include "quantloom/rounding/trellis_feedback.hpp"
 
 namespace quantloom {
 
@@ -24,7 +25,9 @@ struct CudaNearestOptions {
 
 // The same codes, scales and zero points as round_nearest(), bit for bit: each value is computed by the same
 // sequence of IEEE operations. Exception: a scale search with a norm other than 2 takes the device's pow(),
-// so that factors whose errors agree to about 1e-15 may change places.
+// so that factors whose errors agree to about 1e-15 may change places. Of a trellis, scales and what its
+// rings are to code are the CPU's up to roundings; rings are those of encode_rings_cuda(), whose costs are
+// float16, and a scale search is not taken.
 RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
                                   const CudaNearestOptions& options, void* stream);
 
@@ -52,6 +55,15 @@ struct CudaErrorFeedbackOptions {
 RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
                                          const CudaHessian& hessian, const CudaErrorFeedbackOptions& options,
                                          void* stream);
+
+// The walk of round_trellis_feedback(), which round_error_feedback_cuda() takes for a trellis, with the
+// choices of its own. Memory on the device beyond inputs and result, in elements of the sizes padded to 128:
+// 24 k^2 bytes for the Hessian in the basis and its factor, 16 n k for the walk, and up to half of what is
+// free for the search of rings.
+RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
+                                           const CudaHessian& hessian,
+                                           const CudaErrorFeedbackOptions& options,
+                                           const TrellisFeedbackOptions& trellis, void* stream);
 
 // Whether round_error_feedback_cuda() needs the plane group_index for a matrix of k columns.
 bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups);

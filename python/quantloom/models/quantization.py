@@ -161,7 +161,7 @@ def _require_cuda_rounding(targets: Targets, device: str) -> None:
         if not _core.rounds_on_cuda(form.to_json()):
             raise RuntimeError(
                 f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
-                'expected uniform or codebook, or device="cpu"'
+                'expected uniform, codebook or a rotated trellis with a window of 16, or device="cpu"'
             )
 
 

@@ -1,0 +1,443 @@
+#include "rounding/trellis_feedback.hpp"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/device_pointer.hpp"
+#include "common/math_handles.hpp"
+#include "common/matrix_checks.hpp"
+#include "formats/trellis_basis.hpp"
+#include "formats/trellis_codes.hpp"
+#include "quantloom/formats/trellis_cuda.hpp"
+#include "quantloom/rounding/nearest.hpp"
+#include "rounding/rounds.hpp"
+#include "rounding/trellis_steps.hpp"
+#include "rounding/upper_factor.hpp"
+#include "rounding/walk.hpp"
+#include "rounding/walk_block.hpp"
+
+namespace quantloom {
+namespace cuda {
+namespace {
+
+constexpr int64_t kStep = trellis::kTileSide;
+constexpr int64_t kRingsAtOnce = 4096;  // of a matrix whose rings are all known
+
+template <class T>
+DeviceBuffer<T> uploaded(const std::vector<T>& values, cudaStream_t stream) {
+  DeviceBuffer<T> buffer(static_cast<int64_t>(values.size()), stream);
+  buffer.upload(values.data(), static_cast<int64_t>(values.size()));
+  return buffer;
+}
+
+std::vector<float> floats_of(const std::vector<uint16_t>& halves) {
+  std::vector<float> values;
+  for (const uint16_t bits : halves) values.push_back(float_from_f16(bits));
+  return values;
+}
+
+CudaMatrix matrix_of(float* data, int64_t rows, int64_t cols, int64_t stride) {
+  return {data, DType::f32, rows, cols, stride};
+}
+
+// The scales of a matrix, on both sides of the bus.
+struct DeviceScales {
+  DeviceScales(trellis::Scales fitted, cudaStream_t stream)
+      : host(std::move(fitted)),
+        input(uploaded(floats_of(host.input), stream)),
+        output(uploaded(floats_of(host.output), stream)) {}
+  trellis::Scales host;
+  DeviceBuffer<float> input;
+  DeviceBuffer<float> output;
+};
+
+trellis::Scales fitted_scales(const CudaMatrix& w, const uint8_t* dead, double target, cudaStream_t stream) {
+  trellis::Scales scales = trellis::unit_scales(w.rows, w.cols);
+  std::vector<double> host(static_cast<size_t>(w.rows));
+  DeviceBuffer<double> rows(w.rows, stream);
+  sum_row_squares(w, dead, rows.data(), stream);
+  download(rows.data(), host.data(), w.rows, stream);
+  trellis::fit_outputs(host, w.cols, scales);
+  rows.upload(host.data(), w.rows);
+  const DeviceBuffer<double> columns(w.cols, stream);
+  sum_column_squares(w, dead, rows.data(), columns.data(), stream);
+  std::vector<double> squares(static_cast<size_t>(w.cols));
+  download(columns.data(), squares.data(), w.cols, stream);
+  trellis::fit_inputs(squares, w.rows, 1, target, scales);
+  return scales;
+}
+
+// Encodes strips of a rotated matrix.
+class RingCoder {
+ public:
+  // rings: the most at once.
+  RingCoder(const Trellis& format, int64_t rings, cudaStream_t stream)
+      : shape_(format.shape()),
+        codebook_(format.codebook, stream),
+        stream_(stream),
+        targets_(checked_mul(rings, trellis::kRingLength), stream) {
+    const TrellisWorkspace wanted = trellis_workspace_cuda(shape_, TrellisSearch::normal, rings);
+    size_t free_bytes = 0;
+    size_t all_bytes = 0;
+    check_cuda(cudaMemGetInfo(&free_bytes, &all_bytes), "memory of the device");
+    workspace_bytes_ =
+        std::clamp(static_cast<int64_t>(free_bytes / 2), wanted.least_bytes, wanted.fast_bytes);
+    workspace_ = DeviceBuffer<std::byte>(workspace_bytes_, stream);
+  }
+
+  const TrellisShape& shape() const { return shape_; }
+  // words: of all tiles of `strip`, whose columns follow each other.
+  void encode(const CudaMatrix& strip, uint32_t* words) const {
+    gather_tiles_cuda(strip, 1, targets_.data(), stream_);
+    CudaRings rings;
+    rings.targets = targets_.data();
+    rings.count = strip.rows / kStep * (strip.cols / kStep);
+    rings.shape = shape_;
+    rings.words = words;
+    encode_rings_cuda(codebook_, rings, TrellisSearch::normal, workspace_.data(), workspace_bytes_, stream_);
+  }
+  void decode(const uint32_t* words, const CudaMatrix& strip) const {
+    decode_tiles_cuda(codebook_, words, shape_, strip, stream_);
+  }
+
+ private:
+  TrellisShape shape_;
+  CudaTrellisCodebook codebook_;
+  cudaStream_t stream_;
+  DeviceBuffer<float> targets_;
+  DeviceBuffer<std::byte> workspace_;
+  int64_t workspace_bytes_ = 0;
+};
+
+// A matrix on its way to a trellis: its sizes, padded ones and dead columns.
+struct TrellisTask {
+  TrellisTask(const CudaMatrix& matrix, const Trellis& form, cudaStream_t s)
+      : w(matrix),
+        format(form),
+        stream(s),
+        rows(checked_pad(matrix.rows, kRotationBlock)),
+        cols(checked_pad(matrix.cols, kRotationBlock)),
+        target(form.codebook.rms() * trellis_best_ratio(form.half_bits, form.codebook.code)) {}
+
+  // Words of the rings of 16 columns.
+  int64_t step_words() const { return rows / kStep * format.shape().words(); }
+  DeviceBuffer<float> rotated(const uint8_t* dead, const DeviceScales& scales) const {
+    DeviceBuffer<float> result(checked_mul(rows, cols), stream);
+    divide_by_scales(w, dead, scales.input.data(), scales.output.data(), result.data(), rows, cols, stream);
+    rotate_columns(result.data(), rows, cols, stream);
+    rotate_rows(result.data(), rows, cols, stream);
+    return result;
+  }
+  // [n, k]. rotated: scratch memory of that size.
+  DeviceBuffer<float> decoded(const RingCoder& coder, const uint32_t* words, const DeviceScales& scales,
+                              float* rotated) const {
+    coder.decode(words, matrix_of(rotated, rows, cols, cols));
+    rotate_columns(rotated, rows, cols, stream);
+    rotate_rows(rotated, rows, cols, stream);
+    DeviceBuffer<float> result(checked_mul(w.rows, w.cols), stream);
+    multiply_by_scales(rotated, cols, scales.input.data(), scales.output.data(), result.data(), w.rows,
+                       w.cols, stream);
+    return result;
+  }
+
+  CudaMatrix w;
+  const Trellis& format;
+  cudaStream_t stream;
+  int64_t rows;
+  int64_t cols;
+  double target;
+};
+
+// What rounding makes, before it is written to planes.
+struct TrellisResult {
+  DeviceBuffer<uint32_t> words;
+  DeviceScales scales;
+  DeviceBuffer<float> decoded;  // [n, k]
+};
+
+TrellisResult round_nearest_trellis(const TrellisTask& task) {
+  DeviceScales scales(fitted_scales(task.w, nullptr, task.target, task.stream), task.stream);
+  const DeviceBuffer<float> rotated = task.rotated(nullptr, scales);
+  const int64_t strip_rings = task.rows / kStep;
+  const int64_t steps = task.cols / kStep;
+  const int64_t steps_at_once = std::clamp<int64_t>(kRingsAtOnce / strip_rings, 1, steps);
+  const RingCoder coder(task.format, steps_at_once * strip_rings, task.stream);
+  DeviceBuffer<uint32_t> words(steps * task.step_words(), task.stream);
+  for (int64_t step = 0; step < steps; step += steps_at_once) {
+    const int64_t count = std::min(steps_at_once, steps - step);
+    coder.encode(matrix_of(rotated.data() + step * kStep, task.rows, count * kStep, task.cols),
+                 words.data() + step * task.step_words());
+  }
+  DeviceBuffer<float> decoded = task.decoded(coder, words.data(), scales, rotated.data());
+  return {std::move(words), std::move(scales), std::move(decoded)};
+}
+
+// P diag(s) H diag(s) P of the padded size.
+DeviceBuffer<double> rotated_hessian(const TrellisTask& task, const double* sum,
+                                     const trellis::Scales& scales, bool consistent) {
+  const DeviceBuffer<double> factors = uploaded(trellis::hessian_factors(scales, consistent), task.stream);
+  DeviceBuffer<double> result(checked_mul(task.cols, task.cols), task.stream);
+  scale_both_sides(sum, task.w.cols, factors.data(), result.data(), task.cols, task.stream);
+  rotate_columns(result.data(), task.cols, task.cols, task.stream);
+  rotate_rows(result.data(), task.cols, task.cols, task.stream);
+  make_symmetric(result.data(), task.cols, task.stream);
+  return result;
+}
+
+std::vector<double> diagonal_of(const double* matrix, int64_t size, cudaStream_t stream) {
+  std::vector<double> diagonal(static_cast<size_t>(size));
+  check_cuda(cudaMemcpy2DAsync(diagonal.data(), sizeof(double), matrix,
+                               static_cast<size_t>(size + 1) * sizeof(double), sizeof(double),
+                               static_cast<size_t>(size), cudaMemcpyDeviceToHost, stream),
+             "copy from the device");
+  check_cuda(cudaStreamSynchronize(stream), "work of the stream");
+  return diagonal;
+}
+
+// Chooses the rings of 16 positions at a time. rotated: columns in their own order.
+void walk(const TrellisTask& task, const UpperFactor& factor, const std::vector<int32_t>& order,
+          const float* rotated, const RingCoder& coder, uint32_t* words) {
+  const cudaStream_t stream = task.stream;
+  const int64_t rows = task.rows;
+  const int64_t stride = factor.stride();
+  const BlasScope blas(stream);
+  const DeviceBuffer<int32_t> order_on_device = uploaded(order, stream);
+  DeviceBuffer<uint8_t> none_dead(task.cols, stream);
+  none_dead.fill_bytes(0);
+  const DeviceBuffer<float> working(checked_mul(rows, stride), stream);
+  const DeviceBuffer<float> errors(checked_mul(rows, kWalkBlock), stream);
+  const DeviceBuffer<float> decoded(checked_mul(rows, kStep), stream);
+  gather_columns({rotated, DType::f32, rows, task.cols, task.cols}, order_on_device.data(), none_dead.data(),
+                 working.data(), stride, stream);
+  const float one = 1.0F;
+  const float minus_one = -1.0F;
+  // Column-major: rest^T -= U[positions, rest]^T errors^T.
+  const auto push = [&](int64_t begin, int64_t count, int64_t first, int64_t last, const float* of) {
+    if (first >= last) return;
+    check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(last - first),
+                                static_cast<int>(rows), static_cast<int>(count), &minus_one,
+                                factor.upper() + begin * stride + first, static_cast<int>(stride), of,
+                                kWalkBlock, &one, working.data() + first, static_cast<int>(stride)),
+                 "update of the remaining columns");
+  };
+  for (int64_t begin = 0; begin < task.cols; begin += kWalkBlock) {
+    const int64_t end = std::min<int64_t>(task.cols, begin + kWalkBlock);
+    for (int64_t at = begin; at < end; at += kStep) {
+      uint32_t* const strip_words = words + order[static_cast<size_t>(at)] / kStep * task.step_words();
+      coder.encode(matrix_of(working.data() + at, rows, kStep, stride), strip_words);
+      coder.decode(strip_words, matrix_of(decoded.data(), rows, kStep, kStep));
+      float* const strip_errors = errors.data() + (at - begin);
+      solve_step(working.data() + at, stride, decoded.data(), factor.upper() + at * stride + at, stride,
+                 strip_errors, kWalkBlock, rows, stream);
+      push(at, kStep, at + kStep, end, strip_errors);
+    }
+    push(begin, end - begin, end, task.cols, errors.data());
+  }
+}
+
+// Multiplies output scales, and the rows of `decoded` with them.
+void refit_output_scales(const TrellisTask& task, const CudaHessian& hessian,
+                         const std::vector<double>& diagonal, TrellisResult& result) {
+  const cudaStream_t stream = task.stream;
+  const int64_t n = task.w.rows;
+  const int64_t k = task.w.cols;
+  const double largest = *std::ranges::max_element(diagonal) * static_cast<double>(hessian.tokens());
+  const DeviceBuffer<float> narrowed(checked_mul(k, k), stream);
+  const DeviceBuffer<float> product(checked_mul(n, k), stream);
+  narrow(hessian.sum(stream), 1 / largest, narrowed.data(), k * k, stream);
+  const BlasScope blas(stream);
+  const float one = 1.0F;
+  const float zero = 0.0F;
+  check_cublas(
+      cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k), static_cast<int>(n), static_cast<int>(k),
+                     &one, narrowed.data(), static_cast<int>(k), result.decoded.data(), static_cast<int>(k),
+                     &zero, product.data(), static_cast<int>(k)),
+      "products of the scales");
+  const DeviceBuffer<double> sums(2 * n, stream);
+  dot_rows(product.data(), task.w, result.decoded.data(), sums.data(), sums.data() + n, stream);
+  std::vector<double> host(static_cast<size_t>(2 * n));
+  download(sums.data(), host.data(), 2 * n, stream);
+  trellis::Scales scales = result.scales.host;
+  for (int64_t r = 0; r < n; ++r) {
+    uint16_t& scale = scales.output[static_cast<size_t>(r)];
+    scale = trellis::refitted_scale(scale, host[static_cast<size_t>(r)], host[static_cast<size_t>(n + r)]);
+  }
+  result.scales = DeviceScales(std::move(scales), stream);
+}
+
+void store(const TrellisTask& task, const TrellisResult& result, PackedTensor& packed) {
+  const auto copy = [&](const char* name, const void* from, int64_t bytes, cudaMemcpyKind kind) {
+    check_cuda(
+        cudaMemcpyAsync(packed.planes.at(name).bytes(), from, static_cast<size_t>(bytes), kind, task.stream),
+        "copy of a plane");
+  };
+  copy("codes", result.words.data(), task.cols / kStep * task.step_words() * 4, cudaMemcpyDeviceToDevice);
+  const trellis::Scales& scales = result.scales.host;
+  copy("input_scales", scales.input.data(), 2 * std::ssize(scales.input), cudaMemcpyHostToDevice);
+  copy("output_scales", scales.output.data(), 2 * std::ssize(scales.output), cudaMemcpyHostToDevice);
+  const std::vector<uint16_t>& table = task.format.codebook.table;
+  if (!table.empty()) copy("table", table.data(), 2 * std::ssize(table), cudaMemcpyHostToDevice);
+  check_cuda(cudaStreamSynchronize(task.stream), "work of the stream");
+}
+
+Losses losses_of(const TrellisTask& task, const float* decoded,
+                 std::span<const CudaHessian* const> hessians) {
+  const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
+    subtract_rows(task.w, decoded, first_row, rows, errors, partial, task.stream);
+  };
+  return measure_losses(task.w.rows, task.w.cols, errors_of, hessians, task.stream);
+}
+
+void require_arguments(const CudaMatrix& w, const PackedTensor& packed, const CudaHessian* hessian,
+                       const CudaHessian* held_out, const std::optional<ScaleSearch>& scale_search) {
+  if (scale_search) {
+    throw InvalidArgument("scale_search", "one",
+                          "none: on a CUDA device a trellis fits its scales to root mean squares");
+  }
+  require_matrix(w, "w");
+  require_same_shape(w, packed);
+  require_planes(packed);
+  if (hessian != nullptr) require_hessian(*hessian, w.cols, "hessian");
+  if (held_out != nullptr) require_hessian(*held_out, w.cols, "held_out");
+  if (w.cols > std::numeric_limits<int>::max() - 127) {
+    throw InvalidArgument("w", text_of(w.cols, " columns"), "fewer than 2^31");
+  }
+}
+
+// Planes of a matrix without elements.
+void store_empty(const CudaMatrix& w, PackedTensor& packed, cudaStream_t stream) {
+  copy_planes(round_nearest(FloatMatrix(nullptr, w.dtype, w.rows, w.cols, w.stride), packed.format).tensor,
+              packed, stream);
+}
+
+}  // namespace
+
+const Trellis* trellis_of(const PackedTensor& packed) {
+  const auto* format = dynamic_cast<const Trellis*>(packed.format.get());
+  if (format == nullptr) return nullptr;
+  if (format->rotation == 0 || format->codebook.window != 16) {
+    throw Unsupported(text_of("no CUDA kernel rounds to ", format->spec(),
+                              ", expected a trellis with its rotation and a window of 16"));
+  }
+  return format;
+}
+
+RoundingReport round_trellis_nearest(const CudaMatrix& w, PackedTensor& packed, const Trellis& format,
+                                     const CudaNearestOptions& options, cudaStream_t stream) {
+  require_arguments(w, packed, options.hessian, options.held_out, options.scale_search);
+  RoundingReport report;
+  report.method = "nearest";
+  if (options.hessian != nullptr) report.tokens = options.hessian->tokens();
+  std::vector<const CudaHessian*> hessians;
+  if (options.hessian != nullptr) hessians.push_back(options.hessian);
+  if (options.held_out != nullptr) hessians.push_back(options.held_out);
+  // Before any plane is written: a Hessian whose tokens held a NaN throws here.
+  for (const CudaHessian* hessian : hessians) static_cast<void>(hessian->sum(stream));
+  Losses losses{0, std::vector<double>(hessians.size(), 0.0)};
+  if (w.rows == 0 || w.cols == 0) {
+    store_empty(w, packed, stream);
+  } else {
+    require_finite_cuda(w, "w", stream);
+    const TrellisTask task(w, format, stream);
+    const TrellisResult result = round_nearest_trellis(task);
+    losses = losses_of(task, result.decoded.data(), hessians);
+    store(task, result, packed);
+    report.mean_squared_error = losses.mean_squared_error;
+  }
+  if (options.hessian != nullptr) report.proxy_loss = report.proxy_loss_nearest = losses.proxy_losses.front();
+  if (options.held_out != nullptr) {
+    report.held_out_loss = report.held_out_loss_nearest = losses.proxy_losses.back();
+  }
+  return report;
+}
+
+}  // namespace cuda
+
+RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
+                                           const CudaHessian& hessian,
+                                           const CudaErrorFeedbackOptions& options,
+                                           const TrellisFeedbackOptions& trellis_options, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const Trellis* format = cuda::trellis_of(packed);
+  if (format == nullptr) throw InvalidArgument("packed", packed.format->spec(), "a trellis");
+  ErrorFeedbackOptions checked;
+  checked.damping = options.damping;
+  checked.damping_ladder = options.damping_ladder;
+  checked.block = options.block;
+  require_valid(checked);
+  cuda::require_arguments(w, packed, &hessian, options.held_out, options.scale_search);
+  const std::vector<double> diagonal = hessian.diagonal(stream);
+  cuda::require_usable(hessian, diagonal, cuda_stream);
+  if (options.held_out != nullptr) static_cast<void>(options.held_out->sum(stream));
+  cuda::require_finite_cuda(w, "w", cuda_stream);
+
+  RoundingReport report;
+  report.method = "gptq";
+  report.act_order = options.act_order;
+  report.static_groups = true;
+  report.tokens = hessian.tokens();
+  report.dead_columns = std::count(diagonal.begin(), diagonal.end(), 0.0);
+  if (w.rows == 0 || w.cols == 0) {
+    cuda::store_empty(w, packed, cuda_stream);
+    if (options.measure_losses) report.proxy_loss = report.proxy_loss_nearest = 0;
+    if (options.measure_losses && options.held_out != nullptr) {
+      report.held_out_loss = report.held_out_loss_nearest = 0;
+    }
+    return report;
+  }
+
+  const cuda::TrellisTask task(w, *format, cuda_stream);
+  std::vector<uint8_t> dead_host;
+  for (const double entry : diagonal) dead_host.push_back(entry == 0 ? 1 : 0);
+  const cuda::DeviceBuffer<uint8_t> dead = cuda::uploaded(dead_host, cuda_stream);
+  cuda::TrellisResult result{
+      cuda::DeviceBuffer<uint32_t>(task.cols / cuda::kStep * task.step_words(), cuda_stream),
+      cuda::DeviceScales(cuda::fitted_scales(w, dead.data(), task.target, cuda_stream), cuda_stream),
+      {}};
+  const cuda::DeviceBuffer<float> rotated = task.rotated(dead.data(), result.scales);
+  {
+    const cuda::RingCoder coder(*format, task.rows / cuda::kStep, cuda_stream);
+    {
+      cuda::DeviceBuffer<double> sum = cuda::rotated_hessian(task, hessian.sum(stream), result.scales.host,
+                                                             trellis_options.consistent_hessian);
+      const std::vector<double> rotated_diagonal = cuda::diagonal_of(sum.data(), task.cols, cuda_stream);
+      std::vector<int32_t> order;
+      for (const int64_t column : walk_order(rotated_diagonal, cuda::kStep, options.act_order)) {
+        order.push_back(static_cast<int32_t>(column));
+      }
+      const cuda::DeviceBuffer<int32_t> order_on_device = cuda::uploaded(order, cuda_stream);
+      const cuda::UpperFactor factor(sum.data(), rotated_diagonal, order_on_device.data(), options.damping,
+                                     options.damping_ladder, cuda_stream);
+      sum.release();
+      report.damping_tried = factor.damping_tried();
+      report.damping = report.damping_tried.back();
+      cuda::walk(task, factor, order, rotated.data(), coder, result.words.data());
+    }
+    result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
+    if (trellis_options.refit_output_scales) {
+      cuda::refit_output_scales(task, hessian, diagonal, result);
+      result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
+    }
+  }
+  std::vector<const CudaHessian*> hessians;
+  if (options.measure_losses) {
+    hessians.push_back(&hessian);
+    if (options.held_out != nullptr) hessians.push_back(options.held_out);
+  }
+  const cuda::Losses own = cuda::losses_of(task, result.decoded.data(), hessians);
+  report.mean_squared_error = own.mean_squared_error;
+  if (options.measure_losses) {
+    const cuda::TrellisResult plain = cuda::round_nearest_trellis(task);
+    const cuda::Losses nearest = cuda::losses_of(task, plain.decoded.data(), hessians);
+    report.proxy_loss = own.proxy_losses.front();
+    report.proxy_loss_nearest = nearest.proxy_losses.front();
+    if (options.held_out != nullptr) {
+      report.held_out_loss = own.proxy_losses.back();
+      report.held_out_loss_nearest = nearest.proxy_losses.back();
+    }
+  }
+  cuda::store(task, result, packed);
+  return report;
+}
+
+}  // namespace quantloom
