@@ -154,7 +154,8 @@ TEST_F(TrellisFeedbackCuda, DeadColumnsAndEmptyMatrices) {
   const int64_t n = 40;
   const int64_t k = 200;
   std::vector<double> sum(static_cast<size_t>(k * k), 0.0);
-  for (int64_t i = 0; i < k; ++i) sum[static_cast<size_t>(i * k + i)] = i % 3 == 0 || i < 64 ? 0.0 : 1.0 + i;
+  for (int64_t i = 0; i < k; ++i)
+    sum[static_cast<size_t>(i * k + i)] = i % 3 == 0 || i < 64 ? 0.0 : 1.0 + static_cast<double>(i);
   const Hessian hessian(MatrixView<const double>(sum.data(), k, k), 10);
   const CudaHessian device_hessian(hessian);
   const auto format = trellis_of("trellis:4:mul1");
