@@ -89,7 +89,8 @@ class Exl3Folder:
             linear = model.get_submodule(place) if place else None
             if not isinstance(linear, torch.nn.Linear):
                 raise ValueError(
-                    f"{self.path}: {name!r} is stored as a trellis, but is no Linear of the model"
+                    f"{self.path}: {name!r} is stored as a trellis, but is no Linear of the model as "
+                    "transformers builds it; quantloom.layouts.read_exl3 reads tensors without the model"
                 )
             sizes[name] = linear.out_features, linear.in_features
         return sizes
