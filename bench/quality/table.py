@@ -76,6 +76,7 @@ def conditions(arguments, calibration, validation) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        "device": arguments.device,
     }
 
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--held-out-windows", type=int, default=8)
     parser.add_argument("--evaluation-windows", type=int, default=48)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     arguments = parser.parse_args()
 
     from quantloom import evaluate
@@ -160,6 +162,7 @@ def main() -> None:
             held_out_windows=arguments.held_out_windows,
             evaluation_windows=arguments.evaluation_windows,
             threads=arguments.threads,
+            device=arguments.device,
             progress=update,
             done=keep,
         )

@@ -70,6 +70,7 @@ def measure(
     evaluation_windows: int | None = None,
     keep: dict[Setting, Path] | None = None,
     threads: int = 0,
+    device: str = "cpu",
     progress: Progress | None = None,
     done: Callable[[Measurement], None] | None = None,
 ) -> list[Measurement]:
@@ -80,6 +81,7 @@ def measure(
         calibration, validation: token ids [tokens].
         work_folder: an existing folder for checkpoints, each of which is removed when it is measured.
         keep: settings whose checkpoints are moved to a folder of their own.
+        device: where models run and weights are rounded: "cpu", "cuda" or "cuda:N".
         progress: called with a description, the work done and the total of the setting at hand.
         done: called with each row.
 
@@ -89,7 +91,7 @@ def measure(
 
     import quantloom
 
-    reference = quantloom.models.load_reference(model_path)
+    reference = quantloom.models.load_reference(model_path, device=device)
     stored = _stored_tensors(model_path)
     tell: Progress = (lambda *_: None) if progress is None else progress
     rows = []
@@ -117,11 +119,12 @@ def measure(
                 window=window,
                 held_out_windows=held_out_windows,
                 threads=threads,
+                device=device,
                 progress=follow,
                 overwrite=True,
                 resume=False,
             )
-            model = quantloom.models.load(folder, torch.float32, dequantized=True)
+            model = quantloom.models.load(folder, torch.float32, device=device, dequantized=True)
             row = _row(
                 setting, model, reference, validation, window, evaluation_windows, report, folder, tell
             )
