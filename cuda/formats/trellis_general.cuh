@@ -32,6 +32,52 @@ __device__ inline uint32_t least_cost(const uint16_t* table, int fresh_bits, int
   return least;
 }
 
+// What a state before an edge is looked for with, on the way back.
+struct StepBack {
+  const uint16_t* table;
+  const uint16_t* costs;  // of one ring, before the step; null at the run's first step, where they are 0
+  const float* targets;
+  int per_step;
+  int fresh_bits;
+  int next_bits;
+  uint32_t edge;
+  uint32_t only;  // the one edge before the first step that may be; kAnyEdge: all of them
+
+  static constexpr uint32_t kAnyEdge = 0xFFFFFFFFU;
+
+  __device__ __forceinline__ float cost(uint32_t state) const {
+    const uint32_t before = state >> fresh_bits;
+    float cost = 0;
+    if (costs != nullptr) {
+      cost = __half2float(__ushort_as_half(costs[2 * before]));
+    } else if (only != kAnyEdge && before != only) {
+      cost = INFINITY;
+    }
+    return cost + state_error(table, per_step, state, targets);
+  }
+  // The best of the lane's states; all their loads are under way at once.
+  template <int kStates>
+  __device__ __forceinline__ void find(int lane, uint32_t& least, uint32_t& best_state) const {
+    float found[kStates];
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) found[i] = cost(state_of(lane, i));
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      // Not negative: bits order as the numbers do.
+      const uint32_t bits = __float_as_uint(found[i]);
+      if (bits < least) {
+        least = bits;
+        best_state = state_of(lane, i);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t state_of(int lane, int i) const {
+    return static_cast<uint32_t>(lane + 32 * i) << (16 - next_bits) | edge;
+  }
+};
+
 // walk_back() for any shape.
 __device__ inline void walk_back_general(const SearchTask& task, const TracebackResult& result,
                                          int64_t history_words, int index, int lane, PathMemory& memory) {
@@ -55,25 +101,28 @@ __device__ inline void walk_back_general(const SearchTask& task, const Traceback
     const int position = (task.first_position + step) % ring_steps;
     const int fresh_bits = shape.step_bits(position);
     const int next_bits = shape.step_bits((position + 1) % ring_steps);
-    const uint16_t* costs = history + (step - first_copy) * copy_halves;
+    const StepBack back{task.table,
+                        step > 0 ? history + (step - first_copy) * copy_halves : nullptr,
+                        memory.targets + position * per_step,
+                        per_step,
+                        fresh_bits,
+                        next_bits,
+                        edge,
+                        task.pins != nullptr ? last : StepBack::kAnyEdge};
     uint32_t least = 0xFFFFFFFFU;
     uint32_t best_state = 0;
-    for (uint32_t input = static_cast<uint32_t>(lane); input < 1U << next_bits; input += 32) {
-      const uint32_t state = input << (16 - next_bits) | edge;
-      const uint32_t before = state >> fresh_bits;
-      float cost = 0;
-      if (step > 0) {
-        cost = __half2float(__ushort_as_half(costs[2 * before]));
-      } else if (task.pins != nullptr && before != last) {
-        cost = INFINITY;
-      }
-      cost += state_error(task.table, per_step, state, memory.targets + position * per_step);
-      // Not negative: bits order as the numbers do.
-      const uint32_t bits = __float_as_uint(cost);
-      if (bits < least) {
-        least = bits;
-        best_state = state;
-      }
+    switch (next_bits) {
+      case 8:
+        back.find<8>(lane, least, best_state);
+        break;
+      case 7:
+        back.find<4>(lane, least, best_state);
+        break;
+      case 6:
+        back.find<2>(lane, least, best_state);
+        break;
+      default:
+        if (lane < 1 << next_bits) back.find<1>(lane, least, best_state);
     }
     const uint32_t best = __reduce_min_sync(kAllLanes, least);
     const uint32_t state = __reduce_min_sync(kAllLanes, least == best ? best_state : 0xFFFFFFFFU);

@@ -70,7 +70,7 @@ __device__ void find_ends(const SearchTask& task, const Rings<kWords>& rings, in
   for (int r = 0; r < 2 * kWords; ++r) {
     uint32_t best = 0xFFFFFFFFU;
     for (int edge = thread; edge < edges; edge += kSearchThreads) {
-      const uint32_t cost = halves[2 * (edge * kWords + r / 2) + r % 2];
+      const uint32_t cost = halves[2 * (cost_place<kWords>(edge) * kWords + r / 2) + r % 2];
       best = min(best, cost << 16 | static_cast<uint32_t>(edge));
     }
     best = __reduce_min_sync(kAllLanes, best);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
           if (task.pins[rings.tiles[2 * w + 1]] != edge) cost |= kInfinities & 0xFFFF0000U;
         }
       }
-      costs[i] = cost;
+      costs[cost_place<kWords>(i / kWords) * kWords + i % kWords] = cost;
     }
     __syncthreads();
 
@@ -132,34 +132,34 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
       }
       for (int item = thread; item < quads * slices; item += kSearchThreads) {
         const int quad = item & (quads - 1);
+        const int slice = item >> plan.quad_bits();
         QuadCosts<kWords> found;
-        found.find(task.table, plan, quad, item / quads, costs, wanted);
+        found.find(task.table, plan, quad, slice, costs, wanted);
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           const uint4 four =
               make_uint4(found.least[w][0], found.least[w][1], found.least[w][2], found.least[w][3]);
           if (slices > 1) {
             // [slice][word][quad]: neighbouring lanes write next to each other.
-            reinterpret_cast<uint4*>(partial)[(item / quads * kWords + w) * quads + quad] = four;
+            reinterpret_cast<uint4*>(partial)[(slice * kWords + w) * quads + quad] = four;
             continue;
           }
-#pragma unroll
-          for (int e = 0; e < kQuad; ++e) next[(kQuad * quad + e) * kWords + w] = found.least[w][e];
           if (kept && w < rings.pairs) {
             reinterpret_cast<uint4*>(history + w * history_words)[quad] = four;
           }
         }
+        if (slices == 1) found.store(quad, next);
       }
       if (slices > 1) {
         __syncthreads();
         for (int i = thread; i < edges * kWords; i += kSearchThreads) {
           uint32_t cost = partial[i];
-          for (int slice = 1; slice < slices; ++slice) {
-            cost = pair_min(cost, partial[slice * edges * kWords + i]);
+          for (int s = 1; s < slices; ++s) {
+            cost = pair_min(cost, partial[s * edges * kWords + i]);
           }
-          const int word = i / edges;
+          const int word = i >> (plan.quad_bits() + 2);
           const int edge = i & (edges - 1);
-          next[edge * kWords + word] = cost;
+          next[cost_place<kWords>(edge) * kWords + word] = cost;
           if (kept && word < rings.pairs) history[word * history_words + edge] = cost;
         }
       }
@@ -214,8 +214,8 @@ void search_two_weights(const SearchTask& task, int processors, cudaStream_t str
                              : launch<4>(task, processors, stream);
   }
   const double one = cost(1, Layout<1>{plan}.bytes(), 1);
-  const double two = cost(2, Layout<2>{plan}.bytes(), 1.4);
-  const double four = cost(4, Layout<4>{plan}.bytes(), 2.5);
+  const double two = cost(2, Layout<2>{plan}.bytes(), 1.5);
+  const double four = cost(4, Layout<4>{plan}.bytes(), plan.slices() == 1 ? 3.0 : 2.4);
   if (four < two && four < one) return launch<4>(task, processors, stream);
   if (two < one) return launch<2>(task, processors, stream);
   launch<1>(task, processors, stream);

@@ -19,10 +19,19 @@ struct QuadPlan {
   int bits;
   QUANTLOOM_TRELLIS explicit QuadPlan(int fresh_bits) : bits(fresh_bits) {}
   QUANTLOOM_TRELLIS int edges() const { return kStates >> bits; }
-  QUANTLOOM_TRELLIS int quads() const { return edges() / kQuad; }
+  QUANTLOOM_TRELLIS int quad_bits() const { return 14 - bits; }
+  QUANTLOOM_TRELLIS int quads() const { return 1 << quad_bits(); }
   QUANTLOOM_TRELLIS int inputs() const { return 1 << bits < kInputsOfThread ? 1 << bits : kInputsOfThread; }
   QUANTLOOM_TRELLIS int slices() const { return (1 << bits) / inputs(); }
 };
+
+// Where the costs of an edge are, in runs of kWords words: two bits are turned, so that neighbouring lanes,
+// which hold quads of edges, write to different banks.
+template <int kWords>
+QUANTLOOM_TRELLIS int cost_place(int edge) {
+  constexpr int kShift = kWords == 4 ? 3 : 4;
+  return kWords == 1 ? edge : edge ^ (edge >> kShift & 3);
+}
 
 // Targets of the rings of a block, float16 in both weights' words: up to 4 bits a weight that is exact
 // enough.
@@ -61,6 +70,24 @@ struct QuadCosts {
     }
   }
 
+  // To where the next step looks for them.
+  __device__ __forceinline__ void store(int quad, uint32_t* costs) const {
+    if constexpr (kWords == 1) {
+      reinterpret_cast<uint4*>(costs)[quad] = make_uint4(least[0][0], least[0][1], least[0][2], least[0][3]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kQuad; ++e) {
+        const int place = cost_place<kWords>(kQuad * quad + e);
+        if constexpr (kWords == 2) {
+          reinterpret_cast<uint2*>(costs)[place] = make_uint2(least[0][e], least[1][e]);
+        } else {
+          reinterpret_cast<uint4*>(costs)[place] =
+              make_uint4(least[0][e], least[1][e], least[2][e], least[3][e]);
+        }
+      }
+    }
+  }
+
  private:
   // Four neighbouring states.
   struct Candidates {
@@ -74,7 +101,7 @@ struct QuadCosts {
       weights[2] = pairs.z;
       weights[3] = pairs.w;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) before[w] = costs[(state >> bits) * kWords + w];
+      for (int w = 0; w < kWords; ++w) before[w] = costs[cost_place<kWords>(state >> bits) * kWords + w];
     }
     __device__ __forceinline__ uint32_t cost(const StepTargets<kWords>& targets, int w, int e) const {
       const uint32_t first = pair_subtract(targets.first[w], low_halves(weights[e], weights[e]));

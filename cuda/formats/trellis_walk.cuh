@@ -41,13 +41,11 @@ __device__ inline void write_words(const TrellisShape& shape, const uint16_t* st
 // The squared error of a state at a step, in float32.
 __device__ __forceinline__ float state_error(const uint16_t* table, int per_step, uint32_t state,
                                              const float* targets) {
-  float sum = 0;
-  for (int w = 0; w < per_step; ++w) {
-    const uint32_t place = state * static_cast<uint32_t>(per_step) + static_cast<uint32_t>(w);
-    const float d = targets[w] - weight_of_state(table, place);
-    sum = fmaf(d, d, sum);
-  }
-  return sum;
+  const uint32_t place = state * static_cast<uint32_t>(per_step);
+  const float first = targets[0] - weight_of_state(table, place);
+  if (per_step == 1) return first * first;
+  const float second = targets[1] - weight_of_state(table, place + 1);
+  return fmaf(second, second, first * first);
 }
 
 // Of a run that began at the ring's first step and is longer than a round: the step at which an edge comes

@@ -531,6 +531,10 @@ TEST(TrellisStep, TwoWeightsAStep) {
       costs[i] = half(2 * i) | half(2 * i + 1) << 16;
     }
     costs[3] = 0x7C007C00U;
+    std::vector<int> places(edges);
+    for (size_t edge = 0; edge < edges; ++edge)
+      ++places[static_cast<size_t>(cost_place<2>(static_cast<int>(edge)))];
+    EXPECT_EQ(places, std::vector<int>(edges, 1));
     StepTargets<2> targets{};
     float wanted[4][2];  // [ring][weight]
     for (size_t ring = 0; ring < 4; ++ring) {
@@ -557,7 +561,8 @@ TEST(TrellisStep, TwoWeightsAStep) {
             const uint32_t state = input << (16 - bits) | static_cast<uint32_t>(kQuad * quad + e);
             const float x = float_from_f16(table[2 * state]) - wanted[ring][0];
             const float y = float_from_f16(table[2 * state + 1]) - wanted[ring][1];
-            const uint32_t before = costs[2 * (state >> bits) + ring / 2] >> (16 * (ring % 2)) & 0xFFFFU;
+            const auto place = static_cast<size_t>(cost_place<2>(static_cast<int>(state >> bits)));
+            const uint32_t before = costs[2 * place + ring / 2] >> (16 * (ring % 2)) & 0xFFFFU;
             expected = std::min(expected, float_from_f16(static_cast<uint16_t>(before)) + x * x + y * y);
           }
           const uint32_t cost = least[ring / 2][e] >> (16 * (ring % 2)) & 0xFFFFU;
