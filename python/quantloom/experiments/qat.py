@@ -179,6 +179,10 @@ class QAT(Test):
             seed=self.seed,
         )
         T.convert(student, self.fmt, self.scaling_mode, self.clip_gradient, mode=self.mode)
+        if opt.lr_modifiers.centroids == 0:
+            # Tables that are not trained are those of the format, which does not count them.
+            for parameter in _parameters(student, "centroids"):
+                parameter.requires_grad_(False)
         if compile is not None:
             for layer in M._decoder_layers(student):
                 layer.compile(mode=compile)
