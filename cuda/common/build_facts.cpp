@@ -47,7 +47,7 @@ std::vector<KernelEntry> cuda_kernel_table() {
   std::vector<KernelEntry> table;
   const auto add = [&](const char* format, const std::string& bits, bool plain) {
     for (const CudaProduct& product : cuda_products()) {
-      if (!plain && !product.all_formats) continue;
+      if (plain ? !product.plain : !product.all_formats) continue;
       for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         if (dtype == DType::f32 && !product.float32) continue;
         table.push_back(product_entry(format, bits, product, dtype));

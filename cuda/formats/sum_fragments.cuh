@@ -13,15 +13,14 @@
 
 namespace quantloom::cuda {
 
-constexpr int kSumSharedBytes = 64 << 10;
-
-// Whether they hold all tables.
-__host__ __device__ constexpr bool sums_fit_shared(int dim, int tables, int code_bits) {
-  return (int64_t{2} * dim * tables << code_bits) <= kSumSharedBytes;
+// Copies of a table, 2 to this power, that keep all lanes apart which read at the same time.
+__host__ __device__ constexpr int sum_copy_bits(int dim) {
+  return dim == 2 ? 5 : dim == 4 ? 4 : 3;
 }
 
 // What both decoders have in common. kDim: weights of a vector, 2, 4 or 8. kWords: bits of a weight.
-template <int kDim, int kWords>
+// kMostShared: bytes of shared memory for tables.
+template <int kDim, int kWords, int kMostShared>
 class SumTables {
  public:
   static constexpr int kBits = kWords;
@@ -31,7 +30,7 @@ class SumTables {
   static constexpr bool kQuads = false;
   static constexpr int kFieldBits = kDim * kWords;
   static constexpr int kEntryBytes = 2 * kDim;
-  static constexpr int kSharedBytes = kSumSharedBytes;
+  static constexpr int kSharedBytes = kMostShared;
 
   // table: float16 [tables][entries][kDim], aligned to 16 bytes. description: of the tables, as
   // fragments::TableSizes packs them; codes past a table decode to 0 or to its last vector. shared:
@@ -41,9 +40,8 @@ class SumTables {
     const auto sizes = fragments::TableSizes::from(description);
     const auto lane = static_cast<int>(threadIdx.x % 32);
     const int slots = 1 << sizes.code_bits;
-    const bool in_shared = sums_fit_shared(kDim, sizes.tables, sizes.code_bits);
-    // 32, 16 or 8 copies keep all lanes apart which read at the same time.
-    int shift = kDim == 2 ? 5 : kDim == 4 ? 4 : 3;
+    const bool in_shared = sizes.tables * slots * kEntryBytes <= kSharedBytes;
+    int shift = sum_copy_bits(kDim);
     while (shift > 0 && (!in_shared || (sizes.tables * slots * kEntryBytes << shift) > kSharedBytes)) --shift;
     tables_ = sizes.tables;
     code_bits_ = sizes.code_bits;
@@ -135,8 +133,8 @@ class SumTables {
 
 // Any number of tables, for the decode loop alone: float32 sums, table by table.
 template <int kDim, int kWords>
-class SumFragments : public SumTables<kDim, kWords> {
-  using Base = SumTables<kDim, kWords>;
+class SumFragments : public SumTables<kDim, kWords, 64 << 10> {
+  using Base = SumTables<kDim, kWords, 64 << 10>;
 
  public:
   static constexpr bool kSums = true;
@@ -169,10 +167,15 @@ class SumFragments : public SumTables<kDim, kWords> {
   }
 };
 
+// Shared memory for as many tables as a field has room for codes of, in all their copies.
+__host__ __device__ constexpr int fixed_sum_bytes(int dim, int words, int tables) {
+  return tables * 2 * dim << (dim * words / tables + sum_copy_bits(dim));
+}
+
 // kTables of them in shared memory, for the streaming loop: sums rounded once.
 template <int kDim, int kWords, int kTables>
-class FixedSumFragments : public SumTables<kDim, kWords> {
-  using Base = SumTables<kDim, kWords>;
+class FixedSumFragments : public SumTables<kDim, kWords, fixed_sum_bytes(kDim, kWords, kTables)> {
+  using Base = SumTables<kDim, kWords, fixed_sum_bytes(kDim, kWords, kTables)>;
 
  public:
   // Registers a[0..3] of step kStep, rounded to T.

@@ -64,7 +64,9 @@ constexpr Launchers sum_launchers() {
                 .decoded = &launch_decoded<Decoder>,
                 .decode = &launch_decode_fragments<Decoder>};
   if constexpr (kTables > 0) {
-    all.stream = &launch_stream<FixedSumFragments<kDim, kWords, kTables>>;
+    using Streamed = FixedSumFragments<kDim, kWords, kTables>;
+    all.table_bytes = Streamed::kSharedBytes;
+    all.stream = &launch_stream<Streamed>;
   }
   return all;
 }
@@ -107,8 +109,14 @@ const Launchers& launchers_of(const FragmentLayout& layout) {
 
 bool is_streamed(const FragmentLayout& layout) {
   if (layout.tables == 1) return true;
-  return layout.tables == stream_tables(layout.dim, layout.bits) &&
-         sums_fit_shared(layout.dim, layout.tables, layout.code_bits / layout.tables);
+  return layout.tables == stream_tables(layout.dim, layout.bits);
+}
+
+// Measured on an H200.
+int repeated_tokens(const FragmentLayout& layout) {
+  const bool outside = layout.dim > 1 && layout.tables == 1 && layout.code_bits > 12;
+  if (outside) return kMaxStreamTokens;  // the table is not in shared memory
+  return layout.tables > 2 ? 48 : kMostRepeatedTokens;
 }
 
 }  // namespace quantloom::cuda

@@ -22,4 +22,10 @@ const Launchers& launchers_of(const FragmentLayout& layout);
 // Whether the streaming loop has a decoder for the format.
 bool is_streamed(const FragmentLayout& layout);
 
+// Most tokens for which the streaming loop is run several times.
+constexpr int kMostRepeatedTokens = 64;
+
+// Up to so many tokens the streaming loop, run for 16 of them at a time, is faster than decoding first.
+int repeated_tokens(const FragmentLayout& layout);
+
 }  // namespace quantloom::cuda

@@ -63,7 +63,9 @@ constexpr int64_t kDecodeFromTokens = 256;
 constexpr int64_t kDecodeFromTokensIfSmall = 64;
 constexpr int64_t kSmallWeights = int64_t{1} << 25;
 
-constexpr std::array<CudaProduct, 5> kProducts = {{
+constexpr std::string_view kRepeated = "stream_repeated";
+
+constexpr std::array<CudaProduct, 6> kProducts = {{
     {.name = "stream",
      .description = "streaming loop, parts added in a cluster",
      .max_tokens = cuda::kMaxStreamTokens,
@@ -81,6 +83,14 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .workspace = true,
      .needs_wgmma = true},
     {.name = "tiles", .description = "tiles through shared memory, mma.sync", .workspace = true},
+    {.name = kRepeated,
+     .description = "streaming loop, 16 tokens at a time",
+     .min_tokens = cuda::kMaxStreamTokens + 1,
+     .max_tokens = cuda::kMostRepeatedTokens,
+     .min_architecture = 90,
+     .needs_clusters = true,
+     .all_formats = true,
+     .plain = false},
     {.name = "decode",
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
@@ -92,6 +102,7 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
 struct Kind {
   bool plain = true;     // scalar codes without outliers
   bool streamed = true;  // the streaming loop has a decoder
+  int repeated_tokens = 0;
 };
 
 // Why `product` cannot run, or nothing.
@@ -100,6 +111,9 @@ std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_
   const std::string name(product.name);
   if (!kind.plain && !product.all_formats) {
     return text_of("kernel ", name, " takes no vector codebooks and no outliers");
+  }
+  if (kind.plain && !product.plain) {
+    return text_of("kernel ", name, " takes vector codebooks and outliers alone");
   }
   if (!kind.streamed && product.max_tokens > 0) {
     return text_of("kernel ", name, " takes no vector codebooks of so many or so large tables");
@@ -133,7 +147,9 @@ std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_
 }
 
 Kind kind_of(const FragmentLayout& layout) {
-  return {.plain = layout.dim == 1 && !layout.outliers, .streamed = cuda::is_streamed(layout)};
+  return {.plain = layout.dim == 1 && !layout.outliers,
+          .streamed = cuda::is_streamed(layout),
+          .repeated_tokens = cuda::repeated_tokens(layout)};
 }
 
 struct Choice {
@@ -154,6 +170,7 @@ Choice choose(int64_t weights, Kind kind, int64_t m, DType dtype, const DeviceFa
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
     if (options.kernel.empty() && m >= decode_from && !product.float32) continue;
+    if (options.kernel.empty() && product.name == kRepeated && m > kind.repeated_tokens) continue;
     const auto reason = why_not(product, kind, std::max<int64_t>(m, 1), dtype, device, options);
     if (!reason) {
       choice.product = &product;
@@ -259,7 +276,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
     plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
-  } else {
+  } else if (product.name != kRepeated) {
     const int tokens = std::max(static_cast<int>(m), 1);
     const auto plan_with = [&](bool digits) {
       return stream_plan(layout, device, tokens, launchers.table_bytes, options.splits,
@@ -425,6 +442,24 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
       .workspace;
 }
 
+namespace {
+
+// The streaming loop for kMaxStreamTokens tokens at a time.
+void repeat_stream(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+                   const CudaMatmulOptions& options) {
+  CudaMatmulOptions of_part = options;
+  of_part.kernel = "stream";
+  for (int64_t first = 0; first < arguments.m; first += cuda::kMaxStreamTokens) {
+    CudaMatmulArguments part = arguments;
+    part.m = std::min<int64_t>(cuda::kMaxStreamTokens, arguments.m - first);
+    part.x = static_cast<const std::byte*>(arguments.x) + first * arguments.x_stride * size_of(part.dtype);
+    part.y = static_cast<std::byte*>(arguments.y) + first * arguments.y_stride * size_of(part.dtype);
+    matmul_cuda(w, part, of_part);
+  }
+}
+
+}  // namespace
+
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options) {
   validate(w);
@@ -448,6 +483,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   const Plan plan =
       plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers);
   require_memory(w, arguments, plan.workspace, device.index);
+  if (product.name == kRepeated) return repeat_stream(w, arguments, options);
 
   ProductLaunch launch;
   ProductArguments& p = launch.arguments;

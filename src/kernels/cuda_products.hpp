@@ -19,6 +19,7 @@ struct CudaProduct {
   bool workspace = false;
   bool needs_wgmma = false;  // compute capability 9.0 only
   bool all_formats = false;  // takes vector codebooks and outliers besides scalar codes
+  bool plain = true;         // takes scalar codes without outliers
 };
 
 // In the order of preference where more than one could run.

@@ -29,7 +29,7 @@ std::set<std::string> check_case(const ProductCase& c, Draws& draws) {
   };
   check({});
   EXPECT_EQ(taken.size(), 1U) << "no kernel takes it";
-  for (const char* kernel : {"stream", "stream_partials", "decode"}) {
+  for (const char* kernel : {"stream", "stream_partials", "stream_repeated", "decode"}) {
     check({.kernel = kernel});
     check({.kernel = kernel, .splits = static_cast<int>(1 + draws.below(8))});
     check({.overlap = true, .kernel = kernel});

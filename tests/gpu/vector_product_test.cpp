@@ -82,6 +82,7 @@ TEST_P(VectorProductCuda, RandomConfigurationsAgreeWithFloat64) {
   const CudaMatmulOptions cluster{.kernel = "stream"};
   std::set<std::string> expected = kernels_of_table();
   if (why_not_matmul_cuda(VectorCodebook(16, dim, 8 * dim), 1, DType::f16, cluster)) expected.erase("stream");
+  if (!expected.contains("stream")) expected.erase("stream_repeated");
   EXPECT_EQ(taken, expected);
 }
 
@@ -120,6 +121,7 @@ TEST_P(VectorProductCuda, SeveralTablesAgreeWithFloat64) {
   const CudaMatmulOptions cluster{.kernel = "stream"};
   const VectorCodebook some(16, dim, 8 * dim, DType::f16, 2);
   if (why_not_matmul_cuda(some, 1, DType::f16, cluster)) expected.erase("stream");
+  if (!expected.contains("stream")) expected.erase("stream_repeated");
   EXPECT_EQ(taken, expected);
 }
 
