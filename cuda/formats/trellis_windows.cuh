@@ -62,6 +62,14 @@ class TrellisWindows {
   __device__ __forceinline__ uint32_t bits_from() const {
     if constexpr (kAnchor % 32 == 0) {
       return stream_[kAnchor / 32];
+    } else if constexpr (kStepBits % 2 == 1 && kAnchor % 32 <= 16) {
+      // Of an odd number of bits, hardly any two states share these: the multiplier shifts, as the other pipe
+      // is busy with the rest. asm, lest the compiler shifts and masks.
+      uint32_t shifted;
+      asm("mul.lo.u32 %0, %1, %2;"
+          : "=r"(shifted)
+          : "r"(stream_[kAnchor / 32]), "n"(1 << (kAnchor % 32)));
+      return shifted;
     } else {
       constexpr int kNext = kAnchor / 32 + 1;
       const uint32_t next = kNext <= kBits ? stream_[kNext <= kBits ? kNext : 0] : 0U;

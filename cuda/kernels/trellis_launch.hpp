@@ -9,7 +9,10 @@
 namespace quantloom::cuda {
 
 constexpr int kMostTrellisTokens = 4;
-constexpr int kTrellisWarps = 16;  // of a block of threads
+#ifndef QLW
+#define QLW 16
+#endif
+constexpr int kTrellisWarps = QLW;  // of a block of threads
 
 // How weights are made of a hash: one of the sum of its bytes or of two float16 numbers, or two of its bytes.
 enum class TrellisHash : uint8_t { bytes, halves, octagon };

@@ -8,6 +8,7 @@
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/trellis_launch.hpp"
+#include "kernels/trellis_panel_launch.hpp"
 #include "kernels/trellis_product.hpp"
 #include "kernels/trellis_tiles.cuh"
 
@@ -15,10 +16,11 @@ namespace quantloom::cuda {
 namespace {
 
 constexpr std::string_view kExact = "trellis_exact";
+constexpr std::string_view kPanels = "trellis_panels";
 constexpr std::string_view kTiles = "trellis_tiles";
 constexpr int64_t kMostTileTokens = 192;  // from there on, decoding the matrix once is faster: estimated
 
-constexpr std::array<CudaProduct, 4> kProducts = {{
+constexpr std::array<CudaProduct, 5> kProducts = {{
     {.name = "trellis_stream",
      .description = "hash words through the tensor cores, rotations in the same launch",
      .max_tokens = kMostTrellisTokens,
@@ -29,6 +31,11 @@ constexpr std::array<CudaProduct, 4> kProducts = {{
      .max_tokens = kMostTrellisTokens,
      .min_architecture = 90,
      .needs_clusters = true},
+    {.name = kPanels,
+     .description = "rotated, weights decoded to float16 once in registers, and rotated back",
+     .max_tokens = kMostPanelTokens,
+     .min_architecture = 90,
+     .workspace = true},
     {.name = kTiles,
      .description = "rotated, tiles through shared memory, wgmma, and rotated back; in float16",
      .max_tokens = kMostTileTokens,
@@ -216,25 +223,74 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
   return std::nullopt;
 }
 
-// Why the tile loop cannot run, or nothing.
-std::optional<std::string> why_no_tiles(const TrellisLayout& layout, int64_t m, DType dtype) {
+// Why the kernels for more tokens cannot run, or nothing.
+std::optional<std::string> why_no_tiles(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
+                                        DType dtype, const DeviceFacts& device) {
   if (!hash_of(layout) || layout.bits() < 2 || layout.bits() > 4 || layout.code == TrellisCode::one_mad) {
-    return text_of("kernel ", kTiles,
+    return text_of("kernel ", product.name,
                    " takes 3inst, mcg, mul1 and octagon of 2, 3 or 4 bits with windows of 16");
   }
   if (dtype != DType::f16 && dtype != DType::bf16) {
-    return text_of("kernel ", kTiles, " takes no ", name_of(dtype), " activations");
+    return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
   }
-  if (m > kMostTileTokens) {
-    return text_of("kernel ", kTiles, " takes 1 to ", kMostTileTokens, " tokens, not ", m);
+  if (m > product.max_tokens) {
+    return text_of("kernel ", product.name, " takes 1 to ", product.max_tokens, " tokens, not ", m);
   }
-  if (layout.column_blocks > 1024) {
-    return text_of("kernel ", kTiles, " takes up to 65536 columns, not ", layout.k);
+  if (product.name == kTiles && layout.column_blocks > 1024) {
+    return text_of("kernel ", product.name, " takes up to 65536 columns, not ", layout.k);
   }
-  if (!runs_wgmma()) {
-    return text_of("kernel ", kTiles, " needs a device of compute capability 9.0 and a build for sm_90a");
+  if (product.needs_wgmma ? !runs_wgmma() : device.code < product.min_architecture) {
+    return text_of("kernel ", product.name, " needs a device of compute capability 9.0 and a build for it");
   }
   return std::nullopt;
+}
+
+// Deals the work of the panels to teams of any size; teams = 0 if none has room.
+TrellisDeal panel_deal(const TrellisLayout& layout, int m, const DeviceFacts& device) {
+  const int groups = m <= 8 ? 1 : 2;
+  const int warps = panel_warps(groups);
+  const int bands = static_cast<int>(layout.row_blocks / 2);
+  const int spans = static_cast<int>(layout.column_blocks / 2);
+  TrellisDeal best;
+  best.teams = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (int blocks = 1; blocks <= std::min(spans, device.processors); ++blocks) {
+    TrellisDeal deal;
+    deal.teams = std::clamp(device.processors / blocks, 1, bands);
+    deal.blocks = blocks;
+    deal.bands = bands / deal.teams;
+    deal.extra = bands % deal.teams;
+    deal.spans = spans;
+    deal.chunk = 4;
+    if (panel_memory(deal, groups) > device.shared_memory) continue;
+    const auto pieces = ceil_div(4 * deal.most_bands() * deal.most_spans(), warps);
+    // In pieces of a warp: the parts of more blocks take longer to add.
+    const double time = static_cast<double>(pieces) + 0.2 * blocks;
+    if (time < least) {
+      least = time;
+      best = deal;
+    }
+  }
+  if (best.teams == 0) return best;
+  for (int rank = 0; rank < best.blocks; ++rank) {
+    const int columns = 2 * (best.begin_of(rank + 1) - best.begin_of(rank));
+    for (const int own : {best.bands, best.most_bands()}) {
+      best.parts = std::max(best.parts, most_parts(2 * own, columns, warps));
+    }
+  }
+  return best;
+}
+
+// Where things lie in the workspace of the panels, from `memory` on, and its bytes.
+int64_t panel_workspace(const TrellisLayout& layout, const TrellisDeal& deal, int m, unsigned char* memory,
+                        TrellisPanelWork& work) {
+  const int64_t tokens = m <= 8 ? 8 : 16;
+  const int64_t units = aligned_bytes(layout.column_blocks * tokens * 128);
+  const int64_t parts = units + aligned_bytes(int64_t{deal.blocks} * deal.most_chunks() * tokens * 4);
+  work.activations = memory;
+  work.units = reinterpret_cast<float*>(memory + units);
+  work.parts = reinterpret_cast<float*>(memory + parts);
+  return parts + checked_mul(layout.row_blocks * deal.blocks * deal.parts, tokens * 256);
 }
 
 // The matrix as the tile loop sees it: sums of all rows, also those of padding.
@@ -305,6 +361,32 @@ void run_decoded(const TrellisLayout& layout, const PreparedPlanes& w, const Cud
   }
 }
 
+// Calls run<bits, hash>() with those of a matrix of 2, 3 or 4 bits.
+template <class Run>
+void with_code(const TrellisLayout& layout, const Run& run) {
+  const auto with_bits = [&]<int kBits>() {
+    switch (*hash_of(layout)) {
+      case TrellisHash::bytes:
+        return run.template operator()<kBits, TrellisHash::bytes>();
+      case TrellisHash::halves:
+        return run.template operator()<kBits, TrellisHash::halves>();
+      default:
+        return run.template operator()<kBits, TrellisHash::octagon>();
+    }
+  };
+  if (layout.bits() == 2) return with_bits.template operator()<2>();
+  if (layout.bits() == 3) return with_bits.template operator()<3>();
+  with_bits.template operator()<4>();
+}
+
+void run_panels(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
+  TrellisPanelLaunch panels{launch.product, launch.deal, {}, launch.stream};
+  static_cast<void>(panel_workspace(layout, launch.deal, launch.product.m, workspace, panels.work));
+  launch_panel_activations(panels);
+  with_code(layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_panels<kBits, kHash>(panels); });
+  launch_panel_sums(panels);
+}
+
 void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
   const TrellisProduct& p = launch.product;
   const TrellisTileWork work = tile_workspace(layout, p.m);
@@ -324,23 +406,7 @@ void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigne
   tiles.stream = launch.stream;
   launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
   void* const own = workspace + work.tiles;
-  const auto launch_bits = [&]<int kBits>() {
-    switch (*hash_of(layout)) {
-      case TrellisHash::bytes:
-        return launch_trellis_tiles<kBits, TrellisHash::bytes>(tiles, own);
-      case TrellisHash::halves:
-        return launch_trellis_tiles<kBits, TrellisHash::halves>(tiles, own);
-      default:
-        return launch_trellis_tiles<kBits, TrellisHash::octagon>(tiles, own);
-    }
-  };
-  if (layout.bits() == 2) {
-    launch_bits.template operator()<2>();
-  } else if (layout.bits() == 3) {
-    launch_bits.template operator()<3>();
-  } else {
-    launch_bits.template operator()<4>();
-  }
+  with_code(layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, own); });
   launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
 }
 
@@ -369,8 +435,19 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
                            layout.k, " columns in shared memory");
         }
       }
+    } else if (product.name == kPanels) {
+      reason = why_no_tiles(product, layout, m, dtype, device);
+      if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
+        plan.deal = panel_deal(layout, static_cast<int>(m), device);
+        if (plan.deal.teams == 0) {
+          reason = text_of("kernel ", product.name, " has no room for activations of ", layout.k, " columns");
+        } else {
+          TrellisPanelWork work;
+          plan.workspace = panel_workspace(layout, plan.deal, static_cast<int>(m), nullptr, work);
+        }
+      }
     } else if (product.name == kTiles) {
-      reason = why_no_tiles(layout, m, dtype);
+      reason = why_no_tiles(product, layout, m, dtype, device);
       if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
         plan.workspace = tile_workspace(layout, static_cast<int>(m)).bytes;
       }
@@ -394,7 +471,8 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
                  const CudaMatmulArguments& a, const CudaMatmulOptions& options, const DeviceFacts& device) {
   if (plan.product->max_tokens == 0 || layout.k == 0) return run_decoded(layout, w, a);
   const bool tiles = plan.product->name == kTiles;
-  const bool exact = tiles || plan.product->name == kExact;
+  const bool panels = plan.product->name == kPanels;
+  const bool exact = tiles || panels || plan.product->name == kExact;
   TrellisLaunch launch;
   TrellisProduct& p = launch.product;
   p.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
@@ -416,6 +494,7 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   launch.stream = static_cast<cudaStream_t>(a.stream);
   if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
+  if (panels) return run_panels(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.overlap = options.overlap && device.code >= 90;
   launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);
 }

@@ -70,4 +70,17 @@ __device__ __forceinline__ void store_row(const TrellisProduct& p, int token, in
   }
 }
 
+// A band's sums as walks leave them, rotated, scaled, and out: by one warp. A lane has those at places
+// 4 * lane + i of the band; place 8 g + 2 u + r of each 64 rows is row 16 u + 8 r + g.
+__device__ __forceinline__ void finish_rows(const TrellisProduct& p, float (&v)[4], int band, int token) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (p.rotated) rotate_128(v);
+  const int row = band * kTrellisBand + 64 * (lane / 16) + 32 * (lane & 1) + lane % 16 / 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = row + 16 * (i / 2) + 8 * (i % 2);
+    if (at < p.n) store_row(p, token, at, v[i] * __half2float(p.output_scales[at]));
+  }
+}
+
 }  // namespace quantloom::cuda

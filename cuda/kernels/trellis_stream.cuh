@@ -309,15 +309,7 @@ __device__ __forceinline__ void finish_band(const TrellisProduct& p, const Trell
     v[2] += four.z;
     v[3] += four.w;
   }
-  if (p.rotated) rotate_128(v);
-  // Place 4 * lane + i of a band: see TrellisWalk::run().
-  const int row = band * kTrellisBand + 64 * (lane / 16) + 32 * (lane & 1) + lane % 16 / 2;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = row + 16 * (i / 2) + 8 * (i % 2);
-    if (at >= p.n) continue;
-    store_row(p, token, at, v[i] * __half2float(p.output_scales[at]));
-  }
+  finish_rows(p, v, band, token);
 }
 
 // Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster.
