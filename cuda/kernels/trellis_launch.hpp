@@ -9,10 +9,7 @@
 namespace quantloom::cuda {
 
 constexpr int kMostTrellisTokens = 4;
-#ifndef QLW
-#define QLW 16
-#endif
-constexpr int kTrellisWarps = QLW;  // of a block of threads
+constexpr int kTrellisWarps = 16;  // of a block of threads
 
 // How weights are made of a hash: one of the sum of its bytes or of two float16 numbers, or two of its bytes.
 enum class TrellisHash : uint8_t { bytes, halves, octagon };
@@ -43,6 +40,7 @@ struct TrellisProduct {
   int m = 0;
   bool bfloat16 = false;    // x, bias and y; else float16
   bool x_in_fours = false;  // rows of x can be read in pieces of 8 bytes
+  bool overlap = false;     // launched before the previous kernel has ended
 };
 
 struct TrellisLaunch {

@@ -18,9 +18,11 @@ namespace {
 constexpr std::string_view kExact = "trellis_exact";
 constexpr std::string_view kPanels = "trellis_panels";
 constexpr std::string_view kTiles = "trellis_tiles";
-constexpr int64_t kMostTileTokens = 192;  // from there on, decoding the matrix once is faster: estimated
+constexpr std::string_view kDense = "trellis_dense";
+constexpr int64_t kMostTileTokens = 128;  // from there on, decoding the matrix once is faster: estimated
+constexpr int64_t kMostDenseBytes = int64_t{2} << 30;  // of rotated activations
 
-constexpr std::array<CudaProduct, 5> kProducts = {{
+constexpr std::array<CudaProduct, 6> kProducts = {{
     {.name = "trellis_stream",
      .description = "hash words through the tensor cores, rotations in the same launch",
      .max_tokens = kMostTrellisTokens,
@@ -42,6 +44,9 @@ constexpr std::array<CudaProduct, 5> kProducts = {{
      .min_architecture = 90,
      .workspace = true,
      .needs_wgmma = true},
+    {.name = kDense,
+     .description = "rotated, weights decoded to float16 once, multiplied by cuBLASLt, and rotated back",
+     .workspace = true},
     {.name = "decode",
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
@@ -140,6 +145,17 @@ TrellisLauncher launcher_of(const TrellisLayout& layout, bool exact) {
   }
 }
 
+// The most warps of a block that meet one row of its pieces.
+int parts_of(const TrellisDeal& deal, int warps) {
+  int most = 1;
+  for (const int rows : {2 * deal.bands, 2 * deal.most_bands()}) {
+    for (const int columns : {2 * deal.spans, 2 * deal.most_spans()}) {
+      most = std::max(most, most_parts(rows, columns, warps));
+    }
+  }
+  return most;
+}
+
 // Deals the work to teams of each size (or of the given one) and takes the one of least estimated time;
 // teams = 0 if none has room.
 TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& device, int blocks,
@@ -159,21 +175,10 @@ TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devic
     if (blocks > 0 && size != blocks) continue;
     const int resident = resident_clusters(device, size);
     for (int teams = std::min(resident, bands);; teams = std::min(2 * teams, bands)) {
-      TrellisDeal deal;
-      deal.teams = teams;
-      deal.blocks = size;
-      deal.bands = bands / teams;
-      deal.extra = bands % teams;
-      deal.spans = spans;
-      deal.chunk = 4;
+      TrellisDeal deal(bands, spans, teams, size, 4);
       while (deal.chunk > 1 && deal.most_chunks() * m < kTrellisWarps) deal.chunk /= 2;
       const int columns = 2 * deal.most_spans();
-      deal.parts = 1;
-      for (int rank = 0; rank < size; ++rank) {
-        const int own = 2 * (deal.begin_of(rank + 1) - deal.begin_of(rank));
-        deal.parts = std::max(deal.parts, most_parts(2 * deal.most_bands(), own, kTrellisWarps));
-        if (deal.extra > 0) deal.parts = std::max(deal.parts, most_parts(2 * deal.bands, own, kTrellisWarps));
-      }
+      deal.parts = parts_of(deal, kTrellisWarps);
       if (memory(deal) > device.shared_memory) {
         if (teams == bands) break;
         continue;
@@ -233,10 +238,14 @@ std::optional<std::string> why_no_tiles(const CudaProduct& product, const Trelli
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
   }
-  if (m > product.max_tokens) {
+  if (product.max_tokens > 0 && m > product.max_tokens) {
     return text_of("kernel ", product.name, " takes 1 to ", product.max_tokens, " tokens, not ", m);
   }
-  if (product.name == kTiles && layout.column_blocks > 1024) {
+  if (product.name == kDense && m * layout.column_blocks > kMostDenseBytes / 128) {
+    return text_of("kernel ", product.name, " takes up to 2 GiB of rotated activations, not those of ", m,
+                   " tokens");
+  }
+  if (product.name != kPanels && layout.column_blocks > 1024) {
     return text_of("kernel ", product.name, " takes up to 65536 columns, not ", layout.k);
   }
   if (product.needs_wgmma ? !runs_wgmma() : device.code < product.min_architecture) {
@@ -255,13 +264,7 @@ TrellisDeal panel_deal(const TrellisLayout& layout, int m, const DeviceFacts& de
   best.teams = 0;
   double least = std::numeric_limits<double>::infinity();
   for (int blocks = 1; blocks <= std::min(spans, device.processors); ++blocks) {
-    TrellisDeal deal;
-    deal.teams = std::clamp(device.processors / blocks, 1, bands);
-    deal.blocks = blocks;
-    deal.bands = bands / deal.teams;
-    deal.extra = bands % deal.teams;
-    deal.spans = spans;
-    deal.chunk = 4;
+    const TrellisDeal deal(bands, spans, std::clamp(device.processors / blocks, 1, bands), blocks, 4);
     if (panel_memory(deal, groups) > device.shared_memory) continue;
     const auto pieces = ceil_div(4 * deal.most_bands() * deal.most_spans(), warps);
     // In pieces of a warp: the parts of more blocks take longer to add.
@@ -271,13 +274,7 @@ TrellisDeal panel_deal(const TrellisLayout& layout, int m, const DeviceFacts& de
       best = deal;
     }
   }
-  if (best.teams == 0) return best;
-  for (int rank = 0; rank < best.blocks; ++rank) {
-    const int columns = 2 * (best.begin_of(rank + 1) - best.begin_of(rank));
-    for (const int own : {best.bands, best.most_bands()}) {
-      best.parts = std::max(best.parts, most_parts(2 * own, columns, warps));
-    }
-  }
+  if (best.teams > 0) best.parts = parts_of(best, warps);
   return best;
 }
 
@@ -306,17 +303,6 @@ FragmentMatrix tile_matrix(const TrellisLayout& layout) {
   return w;
 }
 
-TrellisTileWork tile_workspace(const TrellisLayout& layout, int m) {
-  const FragmentMatrix w = tile_matrix(layout);
-  TrellisTileWork work;
-  work.sums = aligned_bytes(checked_mul(int64_t{2} * m, w.k));
-  work.ones = work.sums + aligned_bytes(checked_mul(int64_t{2} * m, w.n));
-  work.factors = work.ones + aligned_bytes(2 * w.n);
-  work.tiles = work.factors + aligned_bytes(int64_t{4} * m);
-  work.bytes = work.tiles + tiles_workspace(w, m, 0);
-  return work;
-}
-
 // What of cuBLASLt's product does not depend on the order of the weights.
 FragmentMatrix dense_matrix(const TrellisLayout& layout) {
   FragmentMatrix w;
@@ -325,6 +311,24 @@ FragmentMatrix dense_matrix(const TrellisLayout& layout) {
   w.row_blocks = static_cast<int>(layout.row_blocks);
   w.column_blocks = static_cast<int>(layout.column_blocks);
   return w;
+}
+
+// Rows that are decoded at a time.
+int64_t dense_rows(const TrellisLayout& layout) {
+  return decoded_plan(dense_matrix(layout), 1, DType::f16, 0).rows;
+}
+
+// Of the tile loop, or of cuBLASLt with decoded weights.
+TrellisTileWork tile_workspace(const TrellisLayout& layout, int m, bool dense) {
+  const FragmentMatrix w = tile_matrix(layout);
+  TrellisTileWork work;
+  work.sums = aligned_bytes(checked_mul(int64_t{2} * m, w.k));
+  work.ones = work.sums + aligned_bytes(checked_mul(int64_t{2} * m, w.n));
+  work.factors = work.ones + aligned_bytes(2 * w.n);
+  work.tiles = work.factors + aligned_bytes(int64_t{4} * m);
+  work.bytes = work.tiles + (dense ? aligned_bytes(dense_rows(layout) * w.k * 2) + kLibraryBytes
+                                   : tiles_workspace(w, m, 0));
+  return work;
 }
 
 // As many bands of 128 rows at a time as decoded_plan() has blocks of 64, or one more.
@@ -387,9 +391,35 @@ void run_panels(const TrellisLayout& layout, const TrellisLaunch& launch, unsign
   launch_panel_sums(panels);
 }
 
+void run_dense(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
+  const TrellisProduct& p = launch.product;
+  const TrellisTileWork work = tile_workspace(layout, p.m, true);
+  const int row_blocks = static_cast<int>(layout.row_blocks);
+  const int64_t columns = 64 * layout.column_blocks;
+  const int64_t rows = 64 * layout.row_blocks;
+  const int64_t at_once = dense_rows(layout);
+  auto* const weights = reinterpret_cast<__half*>(workspace + work.tiles);
+  auto* const sums = reinterpret_cast<__half*>(workspace + work.sums);
+  launch_trellis_rotate_in(p, row_blocks, false, work, workspace, launch.stream);
+  for (int64_t first = 0; first < rows; first += at_once) {
+    const int64_t count = std::min(at_once, rows - first);
+    const TrellisDense dense{p.codes + first / 64 * layout.column_blocks * layout.bits() * 32,
+                             count / 64 * layout.column_blocks, static_cast<int>(layout.column_blocks), p.map,
+                             weights};
+    with_code(layout, [&]<int kBits, TrellisHash kHash>() {
+      launch_trellis_dense<kBits, kHash>(dense, launch.stream);
+    });
+    const DenseProduct product{
+        count,   columns, p.m,          weights, columns,   workspace + work.activations,
+        columns, nullptr, sums + first, rows,    DType::f16};
+    multiply_dense(product, workspace + work.bytes - kLibraryBytes, launch.stream);
+  }
+  launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
+}
+
 void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
   const TrellisProduct& p = launch.product;
-  const TrellisTileWork work = tile_workspace(layout, p.m);
+  const TrellisTileWork work = tile_workspace(layout, p.m, false);
   const int row_blocks = static_cast<int>(layout.row_blocks);
   ProductLaunch tiles;
   ProductArguments& arguments = tiles.arguments;
@@ -404,7 +434,7 @@ void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigne
   arguments.x_in_pieces = true;
   tiles.splits = 0;
   tiles.stream = launch.stream;
-  launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
+  launch_trellis_rotate_in(p, row_blocks, true, work, workspace, launch.stream);
   void* const own = workspace + work.tiles;
   with_code(layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, own); });
   launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
@@ -446,10 +476,10 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
           plan.workspace = panel_workspace(layout, plan.deal, static_cast<int>(m), nullptr, work);
         }
       }
-    } else if (product.name == kTiles) {
+    } else if (product.name == kTiles || product.name == kDense) {
       reason = why_no_tiles(product, layout, m, dtype, device);
       if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
-        plan.workspace = tile_workspace(layout, static_cast<int>(m)).bytes;
+        plan.workspace = tile_workspace(layout, static_cast<int>(m), product.name == kDense).bytes;
       }
     } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
       reason = text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
@@ -469,10 +499,11 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
 
 void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const PreparedPlanes& w,
                  const CudaMatmulArguments& a, const CudaMatmulOptions& options, const DeviceFacts& device) {
-  if (plan.product->max_tokens == 0 || layout.k == 0) return run_decoded(layout, w, a);
+  const bool dense = plan.product->name == kDense;
+  if ((plan.product->max_tokens == 0 && !dense) || layout.k == 0) return run_decoded(layout, w, a);
   const bool tiles = plan.product->name == kTiles;
   const bool panels = plan.product->name == kPanels;
-  const bool exact = tiles || panels || plan.product->name == kExact;
+  const bool exact = tiles || panels || dense || plan.product->name == kExact;
   TrellisLaunch launch;
   TrellisProduct& p = launch.product;
   p.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
@@ -492,10 +523,12 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   p.bfloat16 = a.dtype == DType::bf16;
   p.x_in_fours = reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && (a.m == 1 || a.x_stride % 4 == 0);
   launch.stream = static_cast<cudaStream_t>(a.stream);
+  if (dense) return run_dense(layout, launch, static_cast<unsigned char*>(a.workspace));
   if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
   if (panels) return run_panels(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.overlap = options.overlap && device.code >= 90;
+  p.overlap = launch.overlap;
   launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);
 }
 

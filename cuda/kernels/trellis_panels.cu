@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads)
   const int rank = i / chunks;
   if (rank >= deal.blocks) return;
   const int chunk = i - rank * chunks;
-  const int begin = deal.begin_of(rank) + chunk * deal.chunk;
-  const int count = min(deal.chunk, deal.begin_of(rank + 1) - begin);
+  const int begin = deal.first_span(rank) + chunk * deal.chunk;
+  const int count = min(deal.chunk, deal.spans_of(rank) - chunk * deal.chunk);
   float v[kMostSpans][4] = {};
   uint32_t largest = 0;  // numbers without sign order as their bits do; NaN is the largest
 #pragma unroll
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < 4; ++j) largest = max(largest, __float_as_uint(v[s][j]) & 0x7FFFFFFFU);
   }
   largest = __reduce_max_sync(~0U, largest);
-  // A power of two, so that the largest is from 1024 to 2047. Not finite: as it is, which makes NaN or infinity.
+  // A power of two, so that the largest is from 1024 to 2047. Not finite: as it is, which makes NaN or
+  // infinity.
   const int exponent =
       largest >= 0x7F800000U ? 0 : min(max(static_cast<int>(largest >> 23), 30), 250) - 127 - 10;
   const float inverse = __int_as_float((127 - exponent) << 23);
@@ -47,13 +48,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int s = 0; s < kMostSpans; ++s) {
     if (s >= count) break;
-    // Activations 4 * (lane % 16) + j of a piece: of tile lane % 16 / 4, pairs 2 a + b with a = 2 * (lane % 2)
+    // Activations 4 * (lane % 16) + j of a piece: of tile lane % 16 / 4, pairs 2 a + b with a = 2 * (lane %
+    // 2)
     // + j / 2 and b = lane / 2 % 2. Pairs 0 ... 3 are in the first half of a piece.
-    unsigned char* const half = work.activations +
-                                (static_cast<int64_t>(2 * (begin + s) + lane / 16) * 2 + (lane & 1)) *
-                                    (kTokens * 64);
-    auto* const to =
-        reinterpret_cast<__half2*>(half + (token * 4 + lane % 16 / 4) * 16) + (lane >> 1 & 1);
+    unsigned char* const half =
+        work.activations +
+        (static_cast<int64_t>(2 * (begin + s) + lane / 16) * 2 + (lane & 1)) * (kTokens * 64);
+    auto* const to = reinterpret_cast<__half2*>(half + (token * 4 + lane % 16 / 4) * 16) + (lane >> 1 & 1);
     to[0] = __floats2half2_rn(v[s][0] * inverse, v[s][1] * inverse);
     to[2] = __floats2half2_rn(v[s][2] * inverse, v[s][3] * inverse);
   }
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   const int own_rows = 2 * deal.bands_of(team);
   float v[4] = {};
   for (int rank = 0; rank < deal.blocks; ++rank) {
-    const int columns = 2 * (deal.begin_of(rank + 1) - deal.begin_of(rank));
+    const int columns = 2 * deal.spans_of(rank);
     if (columns == 0) continue;
     const TrellisRuns runs{own_rows * columns, panel_warps(kGroups)};
     const int met = runs.warp_of((row + 1) * columns - 1) - runs.warp_of(row * columns) + 1;
@@ -99,8 +100,9 @@ void launch_activations(const TrellisPanelLaunch& launch) {
   LaunchSettings settings(
       dim3(static_cast<unsigned>((warps + kThreads / 32 - 1) / (kThreads / 32)), 8U * kGroups),
       dim3(kThreads), launch.stream, false, 1);
-  check_cuda(cudaLaunchKernelEx(&settings.config, make_panels<kGroups>, launch.product, launch.deal, launch.work),
-             "matmul_cuda: launch of make_panels");
+  check_cuda(
+      cudaLaunchKernelEx(&settings.config, make_panels<kGroups>, launch.product, launch.deal, launch.work),
+      "matmul_cuda: launch of make_panels");
 }
 
 template <int kGroups>
@@ -109,9 +111,9 @@ void launch_sums(const TrellisPanelLaunch& launch) {
   LaunchSettings settings(dim3(static_cast<unsigned>((bands + kThreads / 32 - 1) / (kThreads / 32)),
                                static_cast<unsigned>(launch.product.m)),
                           dim3(kThreads), launch.stream, true, 1);
-  check_cuda(
-      cudaLaunchKernelEx(&settings.config, add_panels<kGroups>, launch.product, launch.deal, launch.work, bands),
-      "matmul_cuda: launch of add_panels");
+  check_cuda(cudaLaunchKernelEx(&settings.config, add_panels<kGroups>, launch.product, launch.deal,
+                                launch.work, bands),
+             "matmul_cuda: launch of add_panels");
 }
 
 }  // namespace

@@ -23,10 +23,10 @@ class TrellisPanelWalk {
   static constexpr int kPieceBytes = kGroups * 1024;  // of activations: [2][8 * kGroups tokens][4 tiles][16]
 
   __device__ __forceinline__ TrellisPanelWalk(const TrellisProduct& p, const uint4* codes, int columns,
-                                              int begin, int end)
+                                              const Divider& by_columns, int begin, int end)
       : lane_(static_cast<int>(threadIdx.x % 32)),
         columns_(columns),
-        row_(columns > 0 ? begin / columns : 0),
+        row_(static_cast<int>(by_columns.divide(static_cast<uint32_t>(begin)))),
         column_(begin - row_ * columns),
         left_(end - begin),
         row_step_((p.column_pieces - columns) * (kBits * 32)) {
@@ -35,11 +35,11 @@ class TrellisPanelWalk {
     if (left_ > 0) ask();
   }
 
-  // Calls leave(row, totals) for each row of pieces that the walk meets: totals[group][2 * unit + r][c] is that
-  // of row 16 * unit + 8 * r + lane / 4 and token 8 * group + 2 * (lane % 4) + c.
+  // Calls leave(row, totals) for each row of pieces that the walk meets: totals[group][2 * unit + r][c] is
+  // that of row 16 * unit + 8 * r + lane / 4 and token 8 * group + 2 * (lane % 4) + c.
   template <class Leave>
-  __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands, const float* units,
-                                      int chunk_pieces, Leave leave) {
+  __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands,
+                                      const float* units, int chunk_pieces, Leave leave) {
     if (left_ <= 0) return;
     const unsigned char* const lane_operands = operands + lane_ * 16;
     const float* const lane_units = units + lane_ % 4 * 2;
@@ -172,11 +172,11 @@ __global__ void __launch_bounds__(32 * panel_warps(kGroups), 1)
   __shared__ uint64_t arrival;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const int team = static_cast<int>(blockIdx.x) / deal.blocks;
+  const int team = static_cast<int>(deal.by_blocks.divide(blockIdx.x));
   const int rank = static_cast<int>(blockIdx.x) - team * deal.blocks;
   const int first_band = deal.first_band(team);
-  const int first_span = deal.begin_of(rank);
-  const int spans = deal.begin_of(rank + 1) - first_span;
+  const int first_span = deal.first_span(rank);
+  const int spans = deal.spans_of(rank);
   const int columns = 2 * spans;
   const TrellisRuns runs{2 * deal.bands_of(team) * columns, kWarps};
 
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(32 * panel_warps(kGroups), 1)
   Walk walk(p,
             p.codes + (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) *
                           (Decoder::kBits * 32),
-            columns, runs.begin(warp), runs.begin(warp + 1));
+            columns, deal.columns_of(rank), runs.begin(warp), runs.begin(warp + 1));
   __syncthreads();
   wait_for_previous();
   // Chunks are counted from the beginning of each block's columns.
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(32 * panel_warps(kGroups), 1)
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    copy_bulk(to, work.units + static_cast<int64_t>(rank) * deal.most_chunks() * (8 * kGroups), units, barrier,
-              policy);
+    copy_bulk(to, work.units + static_cast<int64_t>(rank) * deal.most_chunks() * (8 * kGroups), units,
+              barrier, policy);
     const unsigned char* const from =
         work.activations + static_cast<int64_t>(2 * first_span) * Walk::kPieceBytes;
     constexpr int kAtOnce = 16384;

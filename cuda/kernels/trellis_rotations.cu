@@ -9,8 +9,25 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kBandThreads = 128;
 
+constexpr int kAtOnce = 4;  // spans of a warp
+
+// Scaled and rotated spans [first, first + kAtOnce) of a token; zeros past the last.
+__device__ __forceinline__ void load_spans(const TrellisProduct& p, int token, int first, int spans,
+                                           float (&v)[kAtOnce][4]) {
+  SpanLoad load[kAtOnce];
+#pragma unroll
+  for (int s = 0; s < kAtOnce; ++s) {
+    if (first + s < spans) load[s] = ask_span(p, token, first + s);
+  }
+#pragma unroll
+  for (int s = 0; s < kAtOnce; ++s) scale_span(p, load[s], v[s]);
+  if (p.rotated) rotate_spans(v);
+}
+
 // A block of threads for each token. Activations are multiplied by a power of two that brings the largest
-// into [1/8, 1/4): sums over 65536 columns then stay within float16, whatever the weights.
+// into [1/8, 1/4): sums over 65536 columns then stay within float16, whatever the weights. kFragments: in the
+// order of trellis_column().
+template <bool kFragments>
 __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ TrellisProduct p, int rows,
                                                       __half* activations, __half* ones, float* factors) {
   __shared__ uint32_t largest_of[kThreads / 32];
@@ -19,11 +36,14 @@ __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ Tr
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int spans = p.column_pieces / 2;
   uint32_t largest = 0;  // numbers without sign order as their bits do; NaN is the largest
-  for (int span = warp; span < spans; span += kThreads / 32) {
-    float v[4];
-    load_span(p, token, span, v);
+  for (int span = kAtOnce * warp; span < spans; span += kAtOnce * (kThreads / 32)) {
+    float v[kAtOnce][4];
+    load_spans(p, token, span, spans, v);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7FFFFFFFU);
+    for (int s = 0; s < kAtOnce; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(v[s][i]) & 0x7FFFFFFFU);
+    }
   }
   largest = __reduce_max_sync(~0U, largest);
   if (lane == 0) largest_of[warp] = largest;
@@ -33,17 +53,29 @@ __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ Tr
   const int exponent = largest >= 0x7F800000U ? 0 : max(static_cast<int>(largest >> 23) - 127 + 3, -120);
   const float scale = __int_as_float((127 - exponent) << 23);
   if (threadIdx.x == 0) factors[token] = __int_as_float((127 + exponent) << 23);
-  for (int span = warp; span < spans; span += kThreads / 32) {
-    float v[4];
-    load_span(p, token, span, v);
-    // Activations 4 * (lane % 16) + i of a block of 64: of tile lane % 16 / 4, which trellis_column() puts at
-    // number j = i % 2 + 2 * (lane / 2 % 2) of step 2 * (lane % 2) + i / 2.
-    __half* const to = activations + (static_cast<int64_t>(token) * spans + span) * kTrellisBand +
-                       lane / 16 * kTrellisPiece + 32 * (lane & 1) + lane % 16 / 4 * 4 + (lane >> 1 & 1) * 2;
-    *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0] * scale, v[1] * scale);
-    *reinterpret_cast<__half2*>(to + 16) = __floats2half2_rn(v[2] * scale, v[3] * scale);
+  for (int span = kAtOnce * warp; span < spans; span += kAtOnce * (kThreads / 32)) {
+    float v[kAtOnce][4];
+    load_spans(p, token, span, spans, v);
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      if (span + s >= spans) break;
+      __half* const to = activations + (static_cast<int64_t>(token) * spans + span + s) * kTrellisBand;
+      const __half2 low = __floats2half2_rn(v[s][0] * scale, v[s][1] * scale);
+      const __half2 high = __floats2half2_rn(v[s][2] * scale, v[s][3] * scale);
+      if constexpr (kFragments) {
+        // Activations 4 * (lane % 16) + i of a block of 64: of tile lane % 16 / 4, which trellis_column()
+        // puts at number j = i % 2 + 2 * (lane / 2 % 2) of step 2 * (lane % 2) + i / 2.
+        __half* const place =
+            to + lane / 16 * kTrellisPiece + 32 * (lane & 1) + lane % 16 / 4 * 4 + (lane >> 1 & 1) * 2;
+        *reinterpret_cast<__half2*>(place) = low;
+        *reinterpret_cast<__half2*>(place + 16) = high;
+      } else {
+        *reinterpret_cast<uint2*>(to + 4 * lane) =
+            make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+      }
+    }
   }
-  if (token == 0) {
+  if (kFragments && token == 0) {
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += kThreads)
       ones[row] = __float2half_rn(1.0F);
   }
@@ -51,11 +83,12 @@ __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ Tr
 
 // A warp for each band of a token.
 __global__ void __launch_bounds__(kBandThreads)
-    rotate_out(const __grid_constant__ TrellisProduct p, int bands, const __half* sums,
+    rotate_out(const __grid_constant__ TrellisProduct p, int bands, int blocks, const __half* sums,
                const float* factors) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int band = static_cast<int>(blockIdx.x * (kBandThreads / 32) + threadIdx.x / 32);
-  const int token = static_cast<int>(blockIdx.y);
+  const int band =
+      static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks) * (kBandThreads / 32) + threadIdx.x / 32);
+  const int token = static_cast<int>(blockIdx.x / static_cast<unsigned>(blocks));
   if (band >= bands) return;
   const uint2 four = *reinterpret_cast<const uint2*>(
       sums + (static_cast<int64_t>(token) * bands + band) * kTrellisBand + lane * 4);
@@ -72,9 +105,10 @@ __global__ void __launch_bounds__(kBandThreads)
 
 }  // namespace
 
-void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
-                              unsigned char* workspace, cudaStream_t stream) {
-  rotate_in<<<static_cast<unsigned>(p.m), kThreads, 0, stream>>>(
+void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, bool fragments,
+                              const TrellisTileWork& work, unsigned char* workspace, cudaStream_t stream) {
+  const auto kernel = fragments ? rotate_in<true> : rotate_in<false>;
+  kernel<<<static_cast<unsigned>(p.m), kThreads, 0, stream>>>(
       p, 64 * row_blocks, reinterpret_cast<__half*>(workspace + work.activations),
       reinterpret_cast<__half*>(workspace + work.ones), reinterpret_cast<float*>(workspace + work.factors));
   check_cuda(cudaGetLastError(), "matmul_cuda: launch of rotate_in");
@@ -83,10 +117,12 @@ void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, const Tre
 void launch_trellis_rotate_out(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
                                const unsigned char* workspace, cudaStream_t stream) {
   const int bands = row_blocks / 2;
-  const dim3 grid(static_cast<unsigned>((bands + 3) / 4), static_cast<unsigned>(p.m));
-  rotate_out<<<grid, kBandThreads, 0, stream>>>(p, bands,
-                                                reinterpret_cast<const __half*>(workspace + work.sums),
-                                                reinterpret_cast<const float*>(workspace + work.factors));
+  const int blocks = (bands + kBandThreads / 32 - 1) / (kBandThreads / 32);
+  const int64_t grid = int64_t{blocks} * p.m;
+  if (grid > 2147483647) throw Unsupported(text_of("matmul_cuda: no kernel for ", grid, " bands of sums"));
+  rotate_out<<<static_cast<unsigned>(grid), kBandThreads, 0, stream>>>(
+      p, bands, blocks, reinterpret_cast<const __half*>(workspace + work.sums),
+      reinterpret_cast<const float*>(workspace + work.factors));
   check_cuda(cudaGetLastError(), "matmul_cuda: launch of rotate_out");
 }
 

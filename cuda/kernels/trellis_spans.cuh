@@ -11,51 +11,82 @@ __device__ __forceinline__ float trellis_element(const TrellisProduct& p, const 
                     : __half2float(static_cast<const __half*>(row)[at]);
 }
 
-// The orthonormal Hadamard matrix of order 128, natural order: a lane has four values, of the numbers
-// 4 * lane + i or of any others whose bits are those, changed in place.
-__device__ __forceinline__ void rotate_128(float (&v)[4]) {
-  const float a = v[0] + v[1];
-  const float b = v[0] - v[1];
-  const float c = v[2] + v[3];
-  const float d = v[2] - v[3];
-  v[0] = a + c;
-  v[1] = b + d;
-  v[2] = a - c;
-  v[3] = b - d;
+// The orthonormal Hadamard matrix of order 128, natural order, of kSpans rows side by side: a lane has four
+// values of each, of the numbers 4 * lane + i or of any others whose bits are those, changed in place.
+template <int kSpans>
+__device__ __forceinline__ void rotate_spans(float (&v)[kSpans][4]) {
+#pragma unroll
+  for (int s = 0; s < kSpans; ++s) {
+    const float a = v[s][0] + v[s][1];
+    const float b = v[s][0] - v[s][1];
+    const float c = v[s][2] + v[s][3];
+    const float d = v[s][2] - v[s][3];
+    v[s][0] = a + c;
+    v[s][1] = b + d;
+    v[s][2] = a - c;
+    v[s][3] = b - d;
+  }
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const float sign = (threadIdx.x & distance) != 0 ? -1.0F : 1.0F;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = fmaf(sign, v[i], __shfl_xor_sync(~0U, v[i], distance));
+    for (int s = 0; s < kSpans; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[s][i] = fmaf(sign, v[s][i], __shfl_xor_sync(~0U, v[s][i], distance));
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] *= 0.08838834764831845F;
+  for (int s = 0; s < kSpans; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[s][i] *= 0.08838834764831845F;
+  }
+}
+
+__device__ __forceinline__ void rotate_128(float (&v)[4]) {
+  float one[1][4] = {{v[0], v[1], v[2], v[3]}};
+  rotate_spans(one);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = one[0][i];
+}
+
+// A lane's four activations of a span, and their scales, on their way.
+struct SpanLoad {
+  uint2 x = make_uint2(0, 0);
+  uint2 scales = make_uint2(0, 0);
+};
+
+__device__ __forceinline__ uint32_t pair_of(const uint16_t* values, int64_t at, int64_t end) {
+  return (at < end ? values[at] : 0U) | (at + 1 < end ? uint32_t{values[at + 1]} << 16 : 0U);
+}
+
+__device__ __forceinline__ SpanLoad ask_span(const TrellisProduct& p, int token, int span) {
+  const int column = span * kTrellisBand + static_cast<int>(threadIdx.x % 32) * 4;
+  const auto* const row = static_cast<const uint16_t*>(p.x) + token * p.x_stride;
+  SpanLoad load;
+  if (p.x_in_fours && column + 4 <= p.k) {
+    // Not through the read-only path, which may be read before the previous kernel has ended.
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(load.x.x), "=r"(load.x.y) : "l"(row + column));
+    load.scales = __ldg(reinterpret_cast<const uint2*>(p.input_scales + column));
+  } else {
+    const auto* const scales = reinterpret_cast<const uint16_t*>(p.input_scales);
+    load.x = make_uint2(pair_of(row, column, p.k), pair_of(row, column + 2, p.k));
+    load.scales = make_uint2(pair_of(scales, column, p.k), pair_of(scales, column + 2, p.k));
+  }
+  return load;
+}
+
+__device__ __forceinline__ void scale_span(const TrellisProduct& p, const SpanLoad& load, float (&v)[4]) {
+  using Half = HalfPair<__half>;
+  using Brain = HalfPair<__nv_bfloat16>;
+  v[0] = (p.bfloat16 ? Brain::low(load.x.x) : Half::low(load.x.x)) * Half::low(load.scales.x);
+  v[1] = (p.bfloat16 ? Brain::high(load.x.x) : Half::high(load.x.x)) * Half::high(load.scales.x);
+  v[2] = (p.bfloat16 ? Brain::low(load.x.y) : Half::low(load.x.y)) * Half::low(load.scales.y);
+  v[3] = (p.bfloat16 ? Brain::high(load.x.y) : Half::high(load.x.y)) * Half::high(load.scales.y);
 }
 
 // A lane's four activations of a span, scaled and rotated.
 __device__ __forceinline__ void load_span(const TrellisProduct& p, int token, int span, float (&v)[4]) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int column = span * kTrellisBand + lane * 4;
-  const auto* const row = static_cast<const unsigned char*>(p.x) + token * p.x_stride * 2;
-  if (p.x_in_fours && column + 4 <= p.k) {
-    uint2 x;  // not through the read-only path, which may be read before the previous kernel has ended
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(x.x), "=r"(x.y)
-                 : "l"(row + static_cast<int64_t>(column) * 2));
-    const uint2 scales = __ldg(reinterpret_cast<const uint2*>(p.input_scales + column));
-    using Half = HalfPair<__half>;
-    using Brain = HalfPair<__nv_bfloat16>;
-    v[0] = (p.bfloat16 ? Brain::low(x.x) : Half::low(x.x)) * Half::low(scales.x);
-    v[1] = (p.bfloat16 ? Brain::high(x.x) : Half::high(x.x)) * Half::high(scales.x);
-    v[2] = (p.bfloat16 ? Brain::low(x.y) : Half::low(x.y)) * Half::low(scales.y);
-    v[3] = (p.bfloat16 ? Brain::high(x.y) : Half::high(x.y)) * Half::high(scales.y);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = column + i < p.k ? trellis_element(p, row, column + i) * __half2float(p.input_scales[column + i])
-                              : 0.0F;
-    }
-  }
+  scale_span(p, ask_span(p, token, span), v);
   if (p.rotated) rotate_128(v);
 }
 

@@ -9,8 +9,8 @@
 
 #include "common/check.cuh"
 #include "common/cluster.cuh"
-#include "kernels/trellis_operands.cuh"
 #include "kernels/overlap.cuh"
+#include "kernels/trellis_operands.cuh"
 #include "kernels/trellis_spans.cuh"
 
 namespace quantloom::cuda {
@@ -19,6 +19,8 @@ namespace quantloom::cuda {
 struct TrellisMemory {
   int units = 0;     // float [chunks][tokens]: what a sum of digits is worth
   int shares = 0;    // float [chunks][tokens]: the sums of the activations
+  int sums = 0;      // float [tokens]: those over all chunks
+  int met = 0;       // int2 [64-row pieces]: the first warp that meets it, and how many do
   int parts = 0;     // float [64-row pieces][parts][tokens][64]
   int received = 0;  // float [own bands][blocks][tokens][128]
   int bytes = 0;
@@ -27,7 +29,9 @@ struct TrellisMemory {
     const int scales = deal.most_chunks() * tokens * 4;
     units = 2 * deal.most_spans() * operand_bytes;
     shares = units + scales;
-    parts = (shares + scales + 15) / 16 * 16;
+    sums = shares + scales;
+    met = (sums + tokens * 4 + 7) / 8 * 8;
+    parts = (met + 2 * deal.most_bands() * 8 + 15) / 16 * 16;
     received = parts + 2 * deal.most_bands() * deal.parts * tokens * 256;
     bytes = received + deal.own_bands() * deal.blocks * tokens * 512;
   }
@@ -44,23 +48,42 @@ __device__ __forceinline__ float along(float x, float y, int axis) {
   return axis == 0 ? x : y;
 }
 
-// Makes the digits of one chunk of one token: by one warp.
-template <class Decoder, int kTokens>
-__device__ __forceinline__ void make_digits(const TrellisProduct& p, const TrellisDeal& deal,
-                                            const TrellisMemory& place, unsigned char* memory, int first_span,
-                                            int spans, int chunk, int token) {
+constexpr int kMostChunkSpans = 4;
+
+// What a warp asks for at once: the spans of a chunk.
+struct ChunkLoad {
+  SpanLoad spans[kMostChunkSpans];
+
+  // Chunks of all tokens of a block of threads, those of a chunk in turn. Past the last: zeros.
+  __device__ __forceinline__ void ask(const TrellisProduct& p, const TrellisDeal& deal, int first_span,
+                                      int count, int i) {
+    const int chunk = i / p.m;
+    const int token = i - chunk * p.m;
+#pragma unroll
+    for (int s = 0; s < kMostChunkSpans; ++s) {
+      const int span = chunk * deal.chunk + s;
+      spans[s] = s < deal.chunk && span < count ? ask_span(p, token, first_span + span) : SpanLoad();
+    }
+  }
+};
+
+// Makes the digits of one chunk of one token: by one warp. kSpans: deal.chunk.
+template <class Decoder, int kTokens, int kSpans>
+__device__ __forceinline__ void make_digits(const TrellisProduct& p, const TrellisMemory& place,
+                                            unsigned char* memory, const ChunkLoad& load, int spans,
+                                            int chunk, int token) {
   using Operand = TrellisOperand<Decoder, kTokens>;
-  constexpr int kMost = 4;  // spans of a chunk
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int begin = chunk * deal.chunk;
-  const int count = min(deal.chunk, spans - begin);
-  float v[kMost][4];
+  const int begin = chunk * kSpans;
+  const int count = min(kSpans, spans - begin);
+  float v[kSpans][4];
+#pragma unroll
+  for (int s = 0; s < kSpans; ++s) scale_span(p, load.spans[s], v[s]);
+  if (p.rotated) rotate_spans(v);
   float largest = 0.0F;
   bool finite = true;
 #pragma unroll
-  for (int s = 0; s < kMost; ++s) {
-    if (s >= count) break;
-    load_span(p, token, first_span + begin + s, v[s]);
+  for (int s = 0; s < kSpans; ++s) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) finite = finite && fabsf(v[s][i]) <= 2.0e38F;
 #pragma unroll
@@ -90,7 +113,7 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
   float share = 0.0F;
   int whole = 0;
 #pragma unroll
-  for (int s = 0; s < kMost; ++s) {
+  for (int s = 0; s < kSpans; ++s) {
     if (s >= count) break;
     unsigned char* const piece = memory + (2 * (begin + s) + lane / 16) * Operand::kBytes;
 #pragma unroll
@@ -131,6 +154,19 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
   }
 }
 
+// All chunks of a block of threads. `load`: the warp's first.
+template <class Decoder, int kTokens, int kSpans>
+__device__ __forceinline__ void make_all_digits(const TrellisProduct& p, const TrellisDeal& deal,
+                                                const TrellisMemory& place, unsigned char* memory,
+                                                ChunkLoad& load, int first_span, int spans, int chunks) {
+  for (int i = static_cast<int>(threadIdx.x / 32); i < chunks * p.m; i += kTrellisWarps) {
+    const ChunkLoad now = load;
+    if (i + kTrellisWarps < chunks * p.m) load.ask(p, deal, first_span, spans, i + kTrellisWarps);
+    const int chunk = i / p.m;
+    make_digits<Decoder, kTokens, kSpans>(p, place, memory, now, spans, chunk, i - chunk * p.m);
+  }
+}
+
 // The walk of one warp.
 template <class Decoder, int kTokens>
 class TrellisWalk {
@@ -140,11 +176,11 @@ class TrellisWalk {
 
   // Asks for the first words of pieces [begin, end) of a block whose rows have `columns` pieces, from
   // `codes` on.
-  __device__ __forceinline__ TrellisWalk(const TrellisProduct& p, const uint4* codes, int columns, int begin,
-                                         int end)
+  __device__ __forceinline__ TrellisWalk(const TrellisProduct& p, const uint4* codes, int columns,
+                                         const Divider& by_columns, int begin, int end)
       : lane_(static_cast<int>(threadIdx.x % 32)),
         columns_(columns),
-        row_(columns > 0 ? begin / columns : 0),
+        row_(static_cast<int>(by_columns.divide(static_cast<uint32_t>(begin)))),
         column_(begin - row_ * columns),
         left_(end - begin),
         row_step_((p.column_pieces - columns) * (kBits * 32)) {
@@ -321,26 +357,44 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
   const TrellisMemory place(deal, Operand::kBytes, kTokens);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const int team = static_cast<int>(blockIdx.x) / deal.blocks;
+  const int team = static_cast<int>(deal.by_blocks.divide(blockIdx.x));
   const int rank = static_cast<int>(blockIdx.x) - team * deal.blocks;
   const int first_band = deal.first_band(team);
   const int bands = deal.bands_of(team);
-  const int first_span = deal.begin_of(rank);
-  const int spans = deal.begin_of(rank + 1) - first_span;
+  const int first_span = deal.first_span(rank);
+  const int spans = deal.spans_of(rank);
   const int columns = 2 * spans;
   const TrellisRuns runs{2 * bands * columns, kTrellisWarps};
 
   let_next_begin();
   if (deal.blocks > 1) cluster_begin();
+  // Activations are needed first; but they must not be read before the previous kernel has ended, as words
+  // may.
+  const int chunks = (spans + deal.chunk - 1) / deal.chunk;
+  ChunkLoad load;
+  if (!p.overlap && warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
   TrellisWalk<Decoder, kTokens> walk(
       p,
       p.codes +
           (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
-      columns, runs.begin(warp), runs.begin(warp + 1));
-  wait_for_previous();
-  const int chunks = (spans + deal.chunk - 1) / deal.chunk;
-  for (int i = warp; i < chunks * p.m; i += kTrellisWarps) {
-    make_digits<Decoder, kTokens>(p, deal, place, memory, first_span, spans, i / p.m, i % p.m);
+      columns, deal.columns_of(rank), runs.begin(warp), runs.begin(warp + 1));
+  auto* const met = reinterpret_cast<int2*>(memory + place.met);
+  if (columns > 0) {
+    for (int row = static_cast<int>(threadIdx.x); row < 2 * bands; row += 32 * kTrellisWarps) {
+      const int first = runs.warp_of(row * columns);
+      met[row] = make_int2(first, runs.warp_of((row + 1) * columns - 1) - first + 1);
+    }
+  }
+  if (p.overlap) {
+    wait_for_previous();
+    if (warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
+  }
+  if (deal.chunk == 4) {
+    make_all_digits<Decoder, kTokens, 4>(p, deal, place, memory, load, first_span, spans, chunks);
+  } else if (deal.chunk == 2) {
+    make_all_digits<Decoder, kTokens, 2>(p, deal, place, memory, load, first_span, spans, chunks);
+  } else {
+    make_all_digits<Decoder, kTokens, 1>(p, deal, place, memory, load, first_span, spans, chunks);
   }
   // Columns of tokens that are not there stay apart from the others, but must hold numbers.
   if constexpr (kTokens > 1) {
@@ -362,29 +416,39 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
   walk.run(p.map, memory, reinterpret_cast<const float*>(memory + place.units), 2 * deal.chunk,
            [&](int row, const float(&totals)[8]) {
              if (lane % 4 >= kTokens) return;
-             const int part = warp - runs.warp_of(row * columns);
+             const int part = warp - met[row].x;
              float* const to = parts + ((row * deal.parts + part) * kTokens + lane % 4) * 64 + lane / 4 * 8;
              *reinterpret_cast<float4*>(to) = make_float4(totals[0], totals[1], totals[2], totals[3]);
              *reinterpret_cast<float4*>(to + 4) = make_float4(totals[4], totals[5], totals[6], totals[7]);
            });
+  if (warp == kTrellisWarps - 1) {
+    // The warp that has the fewest pieces.
+    for (int token = 0; token < p.m; ++token) {
+      float sum = 0.0F;
+      for (int chunk = lane; chunk < chunks; chunk += 32) {
+        sum += reinterpret_cast<const float*>(memory + place.shares)[chunk * kTokens + token];
+      }
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0U, sum, distance);
+      if (lane == 0) reinterpret_cast<float*>(memory + place.sums)[token] = sum;
+    }
+  }
   if (deal.blocks > 1) cluster_wait();  // the shared memory of the others is there
   __syncthreads();
 
   // The block's sums, to the block that finishes the band.
   auto* const received = reinterpret_cast<float*>(memory + place.received);
-  const auto* const shares = reinterpret_cast<const float*>(memory + place.shares);
   for (int i = static_cast<int>(threadIdx.x) / 64; i < 2 * bands * p.m; i += kTrellisWarps / 2) {
     const int row = i / p.m;
     const int token = i - row * p.m;
     const int at = static_cast<int>(threadIdx.x) % 64;
     float sum = 0.0F;
     if (columns > 0) {
-      const int met = runs.warp_of((row + 1) * columns - 1) - runs.warp_of(row * columns) + 1;
       const float* const from = parts + (row * deal.parts * kTokens + token) * 64 + at;
-      for (int part = 0; part < met; ++part) sum += from[part * kTokens * 64];
-      float share = 0.0F;
-      for (int chunk = 0; chunk < chunks; ++chunk) share += shares[chunk * kTokens + token];
-      sum += share;
+      const int count = met[row].y;
+#pragma unroll 4
+      for (int part = 0; part < count; ++part) sum += from[part * kTokens * 64];
+      sum += reinterpret_cast<const float*>(memory + place.sums)[token];
     }
     const int band = row / 2;
     const int own = band / deal.blocks;

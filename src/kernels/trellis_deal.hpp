@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "formats/fragment_order.hpp"
+#include "kernels/stream_deal.hpp"
 
 namespace quantloom::cuda {
 
@@ -14,24 +14,45 @@ constexpr int kTrellisPiece = 64;  // rows and columns of a piece
 
 struct TrellisDeal {
   int teams = 1;
-  int blocks = 1;  // of threads, in a team; a cluster
-  int bands = 0;   // of 128 rows, of a team
-  int extra = 0;   // teams, the first, that have one more
-  int spans = 0;   // of 128 columns, of the matrix
-  int chunk = 1;   // spans whose activations share a scale
-  int parts = 1;   // places for the parts of the sums of 64 rows
+  int blocks = 1;       // of threads, in a team
+  int bands = 0;        // of 128 rows, of a team
+  int extra = 0;        // teams, the first, that have one more
+  int spans = 0;        // of 128 columns, of a block
+  int extra_spans = 0;  // blocks of a team, the first, that have one more
+  int chunk = 1;        // spans whose activations share a scale
+  int parts = 1;        // places for the parts of the sums of 64 rows
+  Divider by_blocks;
+  Divider by_columns[2];  // by the pieces in a row of blocks of `spans` and of one more
+
+  TrellisDeal() = default;
+  // Of `all_bands` and `all_spans`, at least 1; teams at most as many as the former.
+  TrellisDeal(int all_bands, int all_spans, int team_count, int team_blocks, int chunk_spans)
+      : teams(team_count),
+        blocks(team_blocks),
+        bands(all_bands / team_count),
+        extra(all_bands % team_count),
+        spans(all_spans / team_blocks),
+        extra_spans(all_spans % team_blocks),
+        chunk(chunk_spans),
+        by_blocks(static_cast<uint32_t>(team_blocks)) {
+    by_columns[0] = Divider(static_cast<uint32_t>(std::max(2 * spans, 1)));
+    by_columns[1] = Divider(static_cast<uint32_t>(2 * spans + 2));
+  }
 
   QUANTLOOM_HOST_DEVICE int first_band(int team) const {
     return team * bands + (team < extra ? team : extra);
   }
   QUANTLOOM_HOST_DEVICE int bands_of(int team) const { return bands + (team < extra ? 1 : 0); }
   QUANTLOOM_HOST_DEVICE int most_bands() const { return bands + (extra > 0 ? 1 : 0); }
-  // The spans of a team's block: from begin_of(rank) to begin_of(rank + 1).
-  QUANTLOOM_HOST_DEVICE int begin_of(int rank) const {
-    return static_cast<int>(static_cast<int64_t>(spans) * rank / blocks);
+  QUANTLOOM_HOST_DEVICE int first_span(int rank) const {
+    return rank * spans + (rank < extra_spans ? rank : extra_spans);
   }
-  QUANTLOOM_HOST_DEVICE int most_spans() const { return (spans + blocks - 1) / blocks; }
+  QUANTLOOM_HOST_DEVICE int spans_of(int rank) const { return spans + (rank < extra_spans ? 1 : 0); }
+  QUANTLOOM_HOST_DEVICE int most_spans() const { return spans + (extra_spans > 0 ? 1 : 0); }
   QUANTLOOM_HOST_DEVICE int most_chunks() const { return (most_spans() + chunk - 1) / chunk; }
+  QUANTLOOM_HOST_DEVICE const Divider& columns_of(int rank) const {
+    return by_columns[rank < extra_spans ? 1 : 0];
+  }
   // Bands that one block of threads finishes, at most.
   QUANTLOOM_HOST_DEVICE int own_bands() const { return (most_bands() + blocks - 1) / blocks; }
 };

@@ -104,8 +104,8 @@ struct CudaMatmulArguments {
 // kernel "decode" (cuBLASLt) rounds before it adds it, too. Of the kernels of trellis codes, "trellis_stream"
 // takes activations with 16 bits of the largest of up to 512 of them (3inst, mcg: 22 bits), and weights
 // without their last rounding to float16, "trellis_exact" 22 bits and the weights as they are;
-// "trellis_panels" and "trellis_tiles" round rotated activations to float16, the latter sums too. An
-// activation that is not finite makes NaN. Throws Unsupported where no kernel takes the
+// "trellis_panels", "trellis_tiles" and "trellis_dense" round rotated activations to float16, the latter two
+// sums as well. An activation that is not finite makes NaN. Throws Unsupported where no kernel takes the
 // format, dtype or device, InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});

@@ -94,16 +94,29 @@ TEST(TrellisDeal, RunsCoverAllPiecesOnce) {
   }
 }
 
-TEST(TrellisDeal, SpansOfATeamAreDealtToItsBlocks) {
+TEST(TrellisDeal, BandsAndSpansAreDealtWhole) {
   for (const int spans : {1, 3, 8, 100}) {
-    for (const int blocks : {1, 2, 4, 8}) {
-      cuda::TrellisDeal deal;
-      deal.spans = spans;
-      deal.blocks = blocks;
-      EXPECT_EQ(deal.begin_of(0), 0);
-      EXPECT_EQ(deal.begin_of(blocks), spans);
-      for (int rank = 0; rank < blocks; ++rank) {
-        EXPECT_LE(deal.begin_of(rank + 1) - deal.begin_of(rank), deal.most_spans());
+    for (const int blocks : {1, 2, 4, 7, 8}) {
+      for (const int teams : {1, 5, 9}) {
+        const cuda::TrellisDeal deal(9, spans, teams, blocks, 4);
+        int next = 0;
+        for (int rank = 0; rank < blocks; ++rank) {
+          EXPECT_EQ(deal.first_span(rank), next);
+          EXPECT_LE(deal.spans_of(rank), deal.most_spans());
+          if (deal.spans_of(rank) > 0) {
+            EXPECT_EQ(deal.columns_of(rank).divide(100),
+                      100U / static_cast<unsigned>(2 * deal.spans_of(rank)));
+          }
+          next += deal.spans_of(rank);
+        }
+        EXPECT_EQ(next, spans);
+        next = 0;
+        for (int team = 0; team < teams; ++team) {
+          EXPECT_EQ(deal.first_band(team), next);
+          EXPECT_LE(deal.bands_of(team), deal.most_bands());
+          next += deal.bands_of(team);
+        }
+        EXPECT_EQ(next, 9);
       }
     }
   }
