@@ -166,7 +166,8 @@ def read_exl3(
     tensors to arrays.
 
     Needs neither the model's code nor torch (for ``kind="numpy"``; tensors of bfloat16 then need ml_dtypes),
-    so that it reads models that ``quantloom.models.load`` cannot build, such as mixtures of experts.
+    so that it reads models that ``quantloom.models.load`` cannot build, such as mixtures of experts. Tensors
+    ``scale`` of the oldest files are left out, as exllamav3 does.
 
     Args:
         path: a safetensors file, or a folder; its config is not read.
@@ -193,6 +194,7 @@ def read_exl3(
         raise ValueError(f"shapes: got {unknown[0]!r}, which is no layer of {folder}")
     result: dict[str, Any] = {}
     for name in layers:
+        tensors.pop(f"{name}.scale", None)
         parts = {part: tensors.pop(f"{name}.{part}") for part in _EXL3_PARTS if f"{name}.{part}" in tensors}
         try:
             result[name] = from_exl3(parts, (shapes or {}).get(name))

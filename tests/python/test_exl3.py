@@ -418,7 +418,6 @@ DAMAGES = [
         damage(mcg=torch.tensor(0, dtype=torch.int32), mul1=torch.tensor(0, dtype=torch.int32)),
         rf"{NAME}: .*(00000000|mcg and mul1)",
     ),
-    (damage(scale=torch.ones(1)), rf"{NAME}: .*scale"),
     (damage(bias=torch.zeros(100, dtype=torch.float16)), rf"{NAME}: .*bias.*100"),
     (
         lambda t: t.update({"model.layers.7.mlp.up_proj.trellis": t[f"{NAME}.trellis"].clone()}),
@@ -442,6 +441,21 @@ def test_damaged_folders_are_refused_by_name(rng, tmp_path, change, words):
         with pytest.raises(ValueError, match=words):
             models.import_(folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_the_oldest_files_are_left_out(rng, tmp_path):
+    folder = tmp_path / "exl3"
+    folder.mkdir()
+    _, tensors = write_folder(folder, rng)
+    with torch.no_grad():
+        expected = models.load(folder, torch.float32)(IDS).logits
+        tensors[f"{NAME}.scale"] = torch.full((1,), 0.5)
+        save_file(tensors, folder / "model.safetensors")
+        assert torch.equal(models.load(folder, torch.float32)(IDS).logits, expected)
+    report = models.import_(folder, tmp_path / "out")
+    assert len(report.notes) == 1 and f"{NAME}.scale" in report.notes[0]
+    read = layouts.read_exl3(folder)
+    assert NAME in read and f"{NAME}.scale" not in read
 
 
 def test_truncated_files_are_refused(rng, tmp_path):

@@ -30,7 +30,7 @@ __all__ = [
 
 QUANT_METHOD = "exl3"
 _MARK = "trellis"
-_PARTS = (_MARK, "suh", "svh", "su", "sv", "mcg", "mul1", "scale")
+_PARTS = (_MARK, "suh", "svh", "su", "sv", "mcg", "mul1")
 HEAD = "lm_head"
 
 
@@ -38,7 +38,8 @@ class Exl3Folder:
     """A checkpoint folder in the EXL3 layout, with the interface of ``QuantizedFolder``.
 
     Everything is checked when it is made: the tensors of each Linear, and that the model has a Linear of that
-    name and size. Weights are views of the mapped files. Raises ValueError naming folder, file and module, or
+    name and size. Weights are views of the mapped files. `left_out` names tensors ``scale`` of the oldest
+    files, which are not read, as exllamav3 does not. Raises ValueError naming folder, file and module, or
     OSError.
     """
 
@@ -61,6 +62,9 @@ class Exl3Folder:
             raise ValueError(f"{argument}: {self.path} holds no tensor named *{suffix}")
         sizes = self._sizes(names)
         self.formats = {}
+        self.left_out = sorted(f"{name}.scale" for name in names if f"{name}.scale" in stored)
+        for name in self.left_out:
+            del stored[name]
         for name in names:
             file = stored[name + suffix][0]
             parts = {part: stored.pop(f"{name}.{part}")[1] for part in _PARTS if f"{name}.{part}" in stored}

@@ -227,7 +227,12 @@ def _import_exl3(source: Path, output: Any, overwrite: bool) -> ExportReport:
     formats = {name: form.to_json() for name, form in sorted(folder.formats.items())}
     files = ((file.name, tensors) for file, tensors in folder.shards())
     _write(source, target, folder.config_json, files, lambda: quantization_config(None, formats), {})
-    return ExportReport(target, exl3.QUANT_METHOD, tuple(formats), ())
+    notes = []
+    if folder.left_out:
+        notes.append(
+            f"{len(folder.left_out)} tensors were left out, as exllamav3 does, such as {folder.left_out[0]}"
+        )
+    return ExportReport(target, exl3.QUANT_METHOD, tuple(formats), tuple(notes))
 
 
 def _check_output(source: Path, output: Any, overwrite: bool) -> Path:

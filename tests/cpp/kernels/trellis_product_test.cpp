@@ -157,7 +157,7 @@ TEST(TrellisProduct, ReadsTheWeightsThatDecode) {
 
 TEST(TrellisProduct, AgreesWithFloat64) {
   const CounterRandom random(99);
-  for (uint64_t i = 0; i < 120; ++i) {
+  for (uint64_t i = 0; i < 70; ++i) {
     const auto pick = [&](uint64_t which, uint64_t bound) { return random.below(16 * i + which, bound); };
     const std::string& name = codebooks()[i % codebooks().size()];
     const auto half_bits = static_cast<int>(2 + pick(0, has_two_weights(name) ? 7 : 15));
@@ -316,7 +316,7 @@ TEST(TrellisProduct, Int8EqualsItsEmulationOnEveryInstructionSet) {
   std::vector<Case> cases;
   for (const std::string name : {"mul1", "1mad", "mul1-AD9A2EC5"}) {
     for (const int64_t rotation : {0, 128}) {
-      for (const int64_t m : {1, 2, 3, 4, 5, 6, 9}) {
+      for (const int64_t m : {1, 4, 9}) {
         const double bits = static_cast<double>(2 + cases.size() % 15) / 2;
         const int window = cases.size() % 3 == 0 ? 18 : 16;
         const int64_t k = 100 + 37 * std::ssize(cases) % 300;
