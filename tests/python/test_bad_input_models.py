@@ -22,6 +22,7 @@ TABLE = [
     (ql.inspect, (3,), {}, TypeError, "path int path"),
     (ql.inspect, ("",), {}, ValueError, "path name of a file or folder"),
     (ql.inspect, ("nothing-here",), {}, FileNotFoundError, "path nothing-here"),
+    (evaluate.tokenizer, (3,), {}, TypeError, "model_path int"),
     (evaluate.tokens, (3, "x"), {}, TypeError, "model_path int"),
     (evaluate.tokens, ("x", None), {}, TypeError, "text_path NoneType"),
     (evaluate.perplexity, (3, IDS), {}, TypeError, "model int module"),
