@@ -265,6 +265,60 @@ void refit_output_scales(const TrellisTask& task, const CudaHessian& hessian,
   result.scales = DeviceScales(std::move(scales), stream);
 }
 
+// Multiplies input scales as the CPU's function of that name does.
+void refit_input_scales(const TrellisTask& task, const CudaHessian& hessian,
+                        const std::vector<double>& diagonal, TrellisResult& result) {
+  const cudaStream_t stream = task.stream;
+  const int64_t n = task.w.rows;
+  const int64_t k = task.w.cols;
+  const double* sum = hessian.sum(stream);
+  const double largest = *std::ranges::max_element(diagonal) * static_cast<double>(hessian.tokens());
+  const BlasScope blas(stream);
+  const float one = 1.0F;
+  const float zero = 0.0F;
+  DeviceBuffer<double> change(k, stream);
+  DeviceBuffer<float> matrix(checked_mul(k, k), stream);
+  std::vector<double> gradient(static_cast<size_t>(k));
+  {
+    const DeviceBuffer<float> errors(checked_mul(n, k), stream);
+    const DeviceBuffer<float> product(checked_mul(n, k), stream);
+    subtract_narrow(task.w, result.decoded.data(), errors.data(), stream);
+    narrow(sum, 1 / largest, matrix.data(), k * k, stream);
+    check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k), static_cast<int>(n),
+                                static_cast<int>(k), &one, matrix.data(), static_cast<int>(k), errors.data(),
+                                static_cast<int>(k), &zero, product.data(), static_cast<int>(k)),
+                 "products of the scales");
+    dot_columns(product.data(), result.decoded.data(), n, k, change.data(), stream);
+    download(change.data(), gradient.data(), k, stream);
+  }
+  // Column-major, decoded is [k, n].
+  check_cublas(
+      cublas().ssyrk(blas.handle(), kFillUpper, kOpN, static_cast<int>(k), static_cast<int>(n), &one,
+                     result.decoded.data(), static_cast<int>(k), &zero, matrix.data(), static_cast<int>(k)),
+      "products of the scales");
+  DeviceBuffer<double> form(checked_mul(k, k), stream);
+  weigh_gram(matrix.data(), sum, largest, 1 + trellis::kRefitDamping, form.data(), k, stream);
+  if (!cholesky(form.data(), k, stream)) return;
+  solve_cholesky(form.data(), k, change.data(), stream);
+  std::vector<double> host(static_cast<size_t>(k));
+  download(change.data(), host.data(), k, stream);
+  trellis::Scales scales = result.scales.host;
+  for (size_t c = 0; c < host.size(); ++c) {
+    const uint16_t before = scales.input[c];
+    scales.input[c] = trellis::multiplied_scale(before, 1 + host[c]);
+    host[c] = trellis::factor_between(before, scales.input[c]) - 1;
+  }
+  weigh_gram(matrix.data(), sum, largest, 1, form.data(), k, stream);
+  change.upload(host.data(), k);
+  DeviceBuffer<double> terms(k, stream);
+  quadratic_terms(form.data(), change.data(), k, terms.data(), stream);
+  std::vector<double> products(static_cast<size_t>(k));
+  download(terms.data(), products.data(), k, stream);
+  double gain = 0;
+  for (size_t c = 0; c < host.size(); ++c) gain += 2 * gradient[c] * host[c] - products[c];
+  if (gain > 0) result.scales = DeviceScales(std::move(scales), stream);
+}
+
 void store(const TrellisTask& task, const TrellisResult& result, PackedTensor& packed) {
   const auto copy = [&](const char* name, const void* from, int64_t bytes, cudaMemcpyKind kind) {
     check_cuda(
@@ -414,10 +468,15 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
       cuda::walk(task, factor, order, rotated.data(), coder, result.words.data());
     }
     result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
-    if (trellis_options.refit_output_scales) {
-      cuda::refit_output_scales(task, hessian, diagonal, result);
+    const auto refit = [&](bool wanted, const auto& scales) {
+      if (!wanted) return;
+      scales(task, hessian, diagonal, result);
       result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
-    }
+    };
+    refit(trellis_options.refit_output_scales, cuda::refit_output_scales);
+    refit(trellis_options.refit_input_scales, cuda::refit_input_scales);
+    refit(trellis_options.refit_input_scales && trellis_options.refit_output_scales,
+          cuda::refit_output_scales);
   }
   std::vector<const CudaHessian*> hessians;
   if (options.measure_losses) {

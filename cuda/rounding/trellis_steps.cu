@@ -211,6 +211,62 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial_squares[blockIdx.x] = sum;
 }
 
+// A thread for each of 32 columns and each eighth row.
+__global__ void __launch_bounds__(kThreads)
+    column_products(const float* a, const float* b, int64_t n, int64_t k, double* sums) {
+  constexpr int kParts = kThreads / 32;
+  __shared__ double parts[kParts][32];
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int part = static_cast<int>(threadIdx.x / 32);
+  for (int64_t first = int64_t{32} * blockIdx.x; first < k; first += int64_t{32} * gridDim.x) {
+    const int64_t c = first + lane;
+    double sum = 0;
+    for (int64_t r = part; c < k && r < n; r += kParts) sum += double{a[r * k + c]} * double{b[r * k + c]};
+    parts[part][lane] = sum;
+    __syncthreads();
+    if (part == 0 && c < k) {
+      for (int other = 1; other < kParts; ++other) sum += parts[other][lane];
+      sums[c] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) weigh(const float* gram, const double* sum, double largest,
+                                                  double diagonal_factor, double* form, int64_t k) {
+  for (int64_t r = blockIdx.y; r < k; r += gridDim.y) {
+    for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < k;
+         c += static_cast<int64_t>(gridDim.x) * kThreads) {
+      double value = double{c <= r ? gram[r * k + c] : gram[c * k + r]} * (sum[r * k + c] / largest);
+      if (r == c) {
+        value *= diagonal_factor;
+        if (diagonal_factor != 1 && !(value > 0)) value = 1;
+      }
+      form[r * k + c] = value;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    quadratic(const double* form, const double* values, int64_t k, double* products) {
+  for (int64_t r = blockIdx.x; r < k; r += gridDim.x) {
+    double sum = 0;
+    for (int64_t c = threadIdx.x; c < k; c += kThreads) sum += form[r * k + c] * values[c];
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) products[r] = sum * values[r];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    narrow_errors(const CudaMatrix w, const float* decoded, float* out) {
+  for (int64_t r = blockIdx.y; r < w.rows; r += gridDim.y) {
+    for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < w.cols;
+         c += static_cast<int64_t>(gridDim.x) * kThreads) {
+      out[r * w.cols + c] = load_float(w.data, w.dtype, r * w.stride + c) - decoded[r * w.cols + c];
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     narrow_kernel(const double* from, double factor, float* to, int64_t count) {
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < count;
@@ -290,6 +346,28 @@ void subtract_rows(const CudaMatrix& w, const float* decoded, int64_t first_row,
   subtract<<<kErrorBlocks, kThreads, 0, stream>>>(w, decoded, first_row, rows * w.cols, errors,
                                                   partial_squares);
   check_cuda(cudaGetLastError(), "launch of subtract");
+}
+
+void dot_columns(const float* a, const float* b, int64_t n, int64_t k, double* sums, cudaStream_t stream) {
+  column_products<<<capped(ceil_div(k, 32)), kThreads, 0, stream>>>(a, b, n, k, sums);
+  check_cuda(cudaGetLastError(), "launch of column_products");
+}
+
+void weigh_gram(const float* gram, const double* sum, double largest, double diagonal_factor, double* form,
+                int64_t k, cudaStream_t stream) {
+  weigh<<<grid_of(k, k), kThreads, 0, stream>>>(gram, sum, largest, diagonal_factor, form, k);
+  check_cuda(cudaGetLastError(), "launch of weigh");
+}
+
+void quadratic_terms(const double* form, const double* values, int64_t k, double* products,
+                     cudaStream_t stream) {
+  quadratic<<<capped(k), kThreads, 0, stream>>>(form, values, k, products);
+  check_cuda(cudaGetLastError(), "launch of quadratic");
+}
+
+void subtract_narrow(const CudaMatrix& w, const float* decoded, float* out, cudaStream_t stream) {
+  narrow_errors<<<grid_of(w.rows, w.cols), kThreads, 0, stream>>>(w, decoded, out);
+  check_cuda(cudaGetLastError(), "launch of narrow_errors");
 }
 
 void narrow(const double* from, double factor, float* to, int64_t count, cudaStream_t stream) {

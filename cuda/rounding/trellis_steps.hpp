@@ -54,6 +54,21 @@ void dot_rows(const float* product, const CudaMatrix& w, const float* decoded, d
 void subtract_rows(const CudaMatrix& w, const float* decoded, int64_t first_row, int64_t rows, double* errors,
                    double* partial_squares, cudaStream_t stream);
 
+// sums [k]: of columns of a and b [n, k], the sums of a's entries times b's.
+void dot_columns(const float* a, const float* b, int64_t n, int64_t k, double* sums, cudaStream_t stream);
+
+// form [k, k]: gram o sum / largest, of `gram` the lower triangle of columns, as cuBLAS leaves its upper one.
+// diagonal_factor: what the diagonal is multiplied by; zeros there become 1 unless that is 1.
+void weigh_gram(const float* gram, const double* sum, double largest, double diagonal_factor, double* form,
+                int64_t k, cudaStream_t stream);
+
+// products [k]: of row r of form [k, k] with `values`, times values[r].
+void quadratic_terms(const double* form, const double* values, int64_t k, double* products,
+                     cudaStream_t stream);
+
+// out [n, k]: w - decoded.
+void subtract_narrow(const CudaMatrix& w, const float* decoded, float* out, cudaStream_t stream);
+
 // to [count]: float(from * factor).
 void narrow(const double* from, double factor, float* to, int64_t count, cudaStream_t stream);
 

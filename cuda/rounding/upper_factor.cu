@@ -98,7 +98,13 @@ struct SolverParams {
   CusolverParams params = nullptr;
 };
 
-// False if the matrix is not positive definite. Waits for the stream.
+std::vector<double> times(std::vector<double> values, double factor) {
+  for (double& value : values) value *= factor;
+  return values;
+}
+
+}  // namespace
+
 bool cholesky(double* a, int64_t k, cudaStream_t stream) {
   const SolverScope solver(stream);
   const SolverParams params;
@@ -121,12 +127,17 @@ bool cholesky(double* a, int64_t k, cudaStream_t stream) {
   return result == 0;
 }
 
-std::vector<double> times(std::vector<double> values, double factor) {
-  for (double& value : values) value *= factor;
-  return values;
+void solve_cholesky(const double* factor, int64_t k, double* values, cudaStream_t stream) {
+  const BlasScope blas(stream);
+  const double one = 1.0;
+  // Row-major L is, column-major, the upper triangle L^T.
+  for (const int transposed : {kOpT, kOpN}) {
+    check_cublas(
+        cublas().dtrsm(blas.handle(), kSideLeft, kFillUpper, transposed, kDiagNonUnit, static_cast<int>(k), 1,
+                       &one, factor, static_cast<int>(k), values, static_cast<int>(k)),
+        "solution with the factor");
+  }
 }
-
-}  // namespace
 
 void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream) {
   const int64_t k = hessian.k();

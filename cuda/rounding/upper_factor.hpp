@@ -12,6 +12,12 @@ namespace quantloom::cuda {
 // Throws what the CPU's require_usable() throws. `diagonal` is diag(H). Waits for the stream.
 void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream);
 
+// In-place factor of the lower triangle of a [k, k], row-major, as L L^T; what is above it may be
+// overwritten. False if the matrix is not positive definite. Waits for the stream.
+bool cholesky(double* a, int64_t k, cudaStream_t stream);
+// values [k] := (L L^T)^-1 values.
+void solve_cholesky(const double* factor, int64_t k, double* values, cudaStream_t stream);
+
 // Upper triangular U with H^-1 = U^T U, as the CPU's InverseFactor defines it: H damped, with rows and
 // columns in a given order, divided by the mean of its live diagonal. cuSOLVER factors the matrix in float64
 // with rows and columns reversed, cuBLAS inverts the factor a panel at a time, and a kernel flips and narrows

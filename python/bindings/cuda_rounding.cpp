@@ -141,7 +141,7 @@ py::dict trellis_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHes
     options.act_order = act_order;
     options.held_out = hessians.second();
     report = round_trellis_feedback_cuda(weights, packed, *hessians.first(), options,
-                                         {consistent_hessian, refit}, to_stream(stream));
+                                         {consistent_hessian, refit, refit}, to_stream(stream));
   }
   return to_python(report);
 }

@@ -95,7 +95,7 @@ py::tuple trellis_feedback(const ArrayRef& w, const std::string& format, const S
     options.threads = to_int("threads", threads);
     rounded =
         round_trellis_feedback(weights, std::dynamic_pointer_cast<const Trellis>(format_from_json(format)),
-                               *hessians.first(), options, {consistent_hessian, refit});
+                               *hessians.first(), options, {consistent_hessian, refit, refit});
   }
   return to_pair(std::move(rounded));
 }

@@ -309,7 +309,8 @@ def quantize(
         consistent_hessian: True: the Hessian is brought into the basis with the scales, so that the walk
             minimises the error of the layer's output. False: with their signs alone, as EXL3's own quantizer
             does; to compare with.
-        refit: multiplies each output scale afterwards by the factor that minimises its row's error.
+        refit: multiplies the scales afterwards by the factors that minimise the error of the layer's output:
+            each output scale for its row, then all input scales together, then output scales again.
 
     Returns a ``PackedTensor``. Raises TypeError or ValueError naming the argument.
     """

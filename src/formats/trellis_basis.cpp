@@ -150,7 +150,14 @@ std::vector<double> hessian_factors(const Scales& scales, bool consistent) {
 }
 
 uint16_t refitted_scale(uint16_t scale, double with_original, double with_decoded) {
-  const double factor = with_decoded > 0 ? with_original / with_decoded : 1;
+  return multiplied_scale(scale, with_decoded > 0 ? with_original / with_decoded : 1);
+}
+
+double factor_between(uint16_t before, uint16_t after) {
+  return before == after ? 1 : double{float_from_f16(after)} / double{float_from_f16(before)};
+}
+
+uint16_t multiplied_scale(uint16_t scale, double factor) {
   if (!(factor > 0.5 && factor < 2)) return scale;
   const uint16_t changed = f16_from_float(static_cast<float>(factor * double{float_from_f16(scale)}));
   return (changed & 0x7FFFU) < 0x7C00U ? changed : scale;

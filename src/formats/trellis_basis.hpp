@@ -48,8 +48,15 @@ void fit_inputs(std::span<const double> squares, int64_t n, float shrink, double
 // would leave the range of a factorization.
 std::vector<double> hessian_factors(const Scales& scales, bool consistent);
 
+// Added to the diagonal of the quadratic form of input scales, relative to each entry.
+inline constexpr double kRefitDamping = 1e-3;
+
 // An output scale after a walk: the multiple of the decoded row d that is nearest to the row w under H, given
 // w H d^T and d H d^T. As it is where the factor is not between 1/2 and 2: far off, rounding decides.
 uint16_t refitted_scale(uint16_t scale, double with_original, double with_decoded);
+// A scale times `factor`, as it is stored, under the same conditions.
+uint16_t multiplied_scale(uint16_t scale, double factor);
+// By how much that multiplied a scale.
+double factor_between(uint16_t before, uint16_t after);
 
 }  // namespace quantloom::trellis

@@ -145,6 +145,86 @@ void refit_output_scales(const FloatMatrix& w, const Hessian& hessian, PackedTen
   std::ranges::copy(refitted, outputs.begin());
 }
 
+// The lower triangle of the matrix is its Cholesky factor: solves for `values` in place.
+void solve_cholesky(MatrixView<const double> factor, std::vector<double>& values) {
+  const int64_t size = factor.rows();
+  for (int64_t r = 0; r < size; ++r) {
+    double left = values[static_cast<size_t>(r)];
+    for (int64_t c = 0; c < r; ++c) left -= factor(r, c) * values[static_cast<size_t>(c)];
+    values[static_cast<size_t>(r)] = left / factor(r, r);
+  }
+  for (int64_t r = size - 1; r >= 0; --r) {
+    const double value = values[static_cast<size_t>(r)] /= factor(r, r);
+    for (int64_t c = 0; c < r; ++c) values[static_cast<size_t>(c)] -= factor(r, c) * value;
+  }
+}
+
+// Multiplies input scales by 1 + d, with d the minimum of the error's quadratic form: for the decoded matrix
+// D, (D^T D o H) d = diag(D^T (W - D) H). Left as they are if what is stored of d would not lower the error.
+void refit_input_scales(const FloatMatrix& w, const Hessian& hessian, PackedTensor& packed, int threads) {
+  const int64_t n = packed.n;
+  const int64_t k = packed.k;
+  double largest = 0;
+  for (int64_t c = 0; c < k; ++c) largest = std::max(largest, hessian.sum()(c, c));
+  if (largest == 0) return;
+  std::vector<double> storage(static_cast<size_t>(checked_mul(k, k)), 0.0);
+  const MatrixView<double> form(storage.data(), k, k);
+  std::vector<double> gradient(static_cast<size_t>(k), 0.0);
+  {
+    std::vector<float> narrow(storage.size());
+    for (int64_t r = 0; r < k; ++r) {
+      for (int64_t c = 0; c < k; ++c) {
+        narrow[static_cast<size_t>(r * k + c)] = static_cast<float>(hessian.sum()(r, c) / largest);
+      }
+    }
+    std::vector<float> decoded(static_cast<size_t>(checked_mul(kBlock, k)));
+    std::vector<float> errors(decoded.size());
+    std::vector<float> product(decoded.size());
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t rows = std::min(kBlock, n - first);
+      packed.format->decode(packed, first, {decoded.data(), rows, k});
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const error = errors.data() + r * k;
+        w.read(first + r, 0, k, error);
+        for (int64_t c = 0; c < k; ++c) error[c] -= decoded[static_cast<size_t>(r * k + c)];
+      }
+      algebra::accumulate_gram({decoded.data(), rows, k}, form, threads);
+      algebra::gemm_nt(1, {errors.data(), rows, k}, {narrow.data(), k, k}, 0, {product.data(), rows, k},
+                       threads);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < k; ++c) {
+          const auto i = static_cast<size_t>(r * k + c);
+          gradient[static_cast<size_t>(c)] += double{product[i]} * double{decoded[i]};
+        }
+      }
+    }
+  }
+  // The upper triangle stays for the check below, and its diagonal apart.
+  std::vector<double> diagonal(static_cast<size_t>(k));
+  for (int64_t r = 0; r < k; ++r) {
+    for (int64_t c = 0; c < k; ++c) form(r, c) *= hessian.sum()(r, c) / largest;
+    diagonal[static_cast<size_t>(r)] = form(r, r);
+    form(r, r) = form(r, r) > 0 ? form(r, r) * (1 + trellis::kRefitDamping) : 1;
+  }
+  if (algebra::cholesky_lower(form, threads) >= 0) return;
+  std::vector<double> change = gradient;
+  solve_cholesky({storage.data(), k, k}, change);
+  const auto inputs = packed.planes.at("input_scales").values<uint16_t>();
+  std::vector<uint16_t> refitted(inputs.begin(), inputs.end());
+  for (size_t c = 0; c < refitted.size(); ++c) {
+    refitted[c] = trellis::multiplied_scale(inputs[c], 1 + change[c]);
+    change[c] = trellis::factor_between(inputs[c], refitted[c]) - 1;
+  }
+  double gain = 0;
+  for (int64_t r = 0; r < k; ++r) {
+    const auto i = static_cast<size_t>(r);
+    double row = 0.5 * diagonal[i] * change[i];
+    for (int64_t c = r + 1; c < k; ++c) row += form(r, c) * change[static_cast<size_t>(c)];
+    gain += 2 * change[i] * (gradient[i] - row);
+  }
+  if (gain > 0) std::ranges::copy(refitted, inputs.begin());
+}
+
 }  // namespace
 
 Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trellis> format,
@@ -205,6 +285,12 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
   }
   if (trellis_options.refit_output_scales) {
     refit_output_scales(w, hessian, rounded.tensor, options.threads);
+  }
+  if (trellis_options.refit_input_scales) {
+    refit_input_scales(w, hessian, rounded.tensor, options.threads);
+    if (trellis_options.refit_output_scales) {
+      refit_output_scales(w, hessian, rounded.tensor, options.threads);
+    }
   }
   rounded.report = inner.report;
   rounded.report.static_groups = true;

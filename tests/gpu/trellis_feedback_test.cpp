@@ -80,7 +80,8 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
     ErrorFeedbackOptions options;
     options.act_order = c.act_order;
     options.held_out = &held_out;
-    const Rounded cpu = round_trellis_feedback(w.host(), format, hessian, options, {c.consistent, c.refit});
+    const Rounded cpu =
+        round_trellis_feedback(w.host(), format, hessian, options, {c.consistent, c.refit, c.refit});
 
     const CudaHessian device_hessian(hessian);
     const CudaHessian device_held_out(held_out);
@@ -89,11 +90,12 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
     device_options.held_out = &device_held_out;
     PackedTensor packed = poisoned_planes(format, c.n, c.k);
     const RoundingReport report = round_trellis_feedback_cuda(
-        w.device(), packed, device_hessian, device_options, {c.consistent, c.refit}, nullptr);
+        w.device(), packed, device_hessian, device_options, {c.consistent, c.refit, c.refit}, nullptr);
     const PackedTensor cuda = to_host(packed);
     EXPECT_NO_THROW(validate(cuda));
-    expect_scales_agree(cpu.tensor, cuda, "input_scales");
-    expect_scales_agree(cpu.tensor, cuda, "output_scales", c.refit ? 0.4F : 0.001F);
+    const float within = c.refit ? 0.4F : 0.001F;
+    expect_scales_agree(cpu.tensor, cuda, "input_scales", within);
+    expect_scales_agree(cpu.tensor, cuda, "output_scales", within);
     EXPECT_EQ(report.method, "gptq");
     EXPECT_EQ(report.damping, cpu.report.damping);
     EXPECT_NEAR(report.proxy_loss, cpu.report.proxy_loss, 0.2 * cpu.report.proxy_loss);
@@ -120,8 +122,8 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
                 1e-5 * report.mean_squared_error);
 
     PackedTensor again = poisoned_planes(format, c.n, c.k);
-    round_trellis_feedback_cuda(w.device(), again, device_hessian, device_options, {c.consistent, c.refit},
-                                nullptr);
+    round_trellis_feedback_cuda(w.device(), again, device_hessian, device_options,
+                                {c.consistent, c.refit, c.refit}, nullptr);
     EXPECT_EQ(difference(cuda, to_host(again)), "");
   }
 }

@@ -14,6 +14,9 @@ struct TrellisFeedbackOptions {
   bool consistent_hessian = true;
   // After the walk, multiplies each output scale by the factor that minimises the row's error under H.
   bool refit_output_scales = true;
+  // Then multiplies the input scales by the factors that together minimise the error under H, which takes a
+  // factorization of a matrix [k, k], and refits the output scales again if those are refitted.
+  bool refit_input_scales = true;
 };
 
 // w [n, k] of any size; `format` must have the rotation. What round_error_feedback() does for such a format,

@@ -68,14 +68,21 @@ TEST(TrellisFeedback, TheConsistentHessianErrsLess) {
   for (const uint64_t seed : {1, 2, 3}) {
     const Layer layer = random_layer(128, 256, seed, 0.7);
     const auto format = trellis_of("trellis:2:mul1:l12");
-    const auto loss = [&](bool consistent, bool refit) {
-      return round_trellis_feedback(layer.view(), format, layer.hessian, {}, {consistent, refit}).report;
+    const auto loss = [&](bool consistent, bool outputs, bool inputs) {
+      return round_trellis_feedback(layer.view(), format, layer.hessian, {}, {consistent, outputs, inputs})
+          .report;
     };
-    const RoundingReport plain = loss(false, false);
-    const RoundingReport consistent = loss(true, false);
-    const RoundingReport refitted = loss(true, true);
+    const RoundingReport plain = loss(false, false, false);
+    const RoundingReport consistent = loss(true, false, false);
+    const RoundingReport outputs = loss(true, true, false);
+    const RoundingReport inputs = loss(true, false, true);
+    const RoundingReport refitted = loss(true, true, true);
     EXPECT_LT(consistent.proxy_loss, plain.proxy_loss);
-    EXPECT_LE(refitted.proxy_loss, consistent.proxy_loss * 1.0001);
+    EXPECT_LE(outputs.proxy_loss, consistent.proxy_loss * 1.0001);
+    EXPECT_LT(inputs.proxy_loss, consistent.proxy_loss);
+    EXPECT_LT(refitted.proxy_loss, outputs.proxy_loss);
+    RecordProperty("with_outputs", text_of(outputs.proxy_loss / consistent.proxy_loss));
+    RecordProperty("with_both", text_of(refitted.proxy_loss / consistent.proxy_loss));
     EXPECT_LT(refitted.proxy_loss, 0.8 * refitted.proxy_loss_nearest);
     EXPECT_EQ(refitted.method, "gptq");
     EXPECT_EQ(refitted.tokens, 512);
