@@ -166,18 +166,16 @@ class TrellisCudaSmall : public TrellisCuda {};
 
 TEST_F(TrellisCudaSmall, RingsClose) {
   const Twin codebook("mul1");
-  for (int bits = 1; bits <= 8; ++bits) {
-    const std::vector<float> targets = normal_targets(3, 1, static_cast<uint64_t>(bits));
+  for (const int bits : {2, 4, 7}) {  // one of each kind of search
+    const std::vector<float> targets = normal_targets(1, 1, static_cast<uint64_t>(bits));
     expect_rings(codebook, targets, bits, encode(codebook, targets, bits, TrellisSearch::fast));
   }
 }
 
 TEST_F(TrellisCudaSmall, RingsCloseInOneRoundOrTwo) {
   const Twin codebook("3inst");
-  const std::vector<float> targets = normal_targets(3, 1.2, 4);
-  for (const int bits : {2, 3}) {
-    expect_rings(codebook, targets, bits, encode(codebook, targets, bits, TrellisSearch::best, kLeast));
-  }
+  const std::vector<float> targets = normal_targets(2, 1.2, 4);
+  expect_rings(codebook, targets, 3, encode(codebook, targets, 3, TrellisSearch::best, kLeast));
 }
 
 TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
@@ -197,9 +195,9 @@ TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
 TEST_F(TrellisCudaSmall, RingsOfOtherShapesClose) {
   const Twin one("mul1");
   const Twin two("hyb");
-  const std::vector<float> targets = normal_targets(3, 1, 5);
+  const std::vector<float> targets = normal_targets(1, 1, 5);
   expect_rings(one, targets, 2.5, encode(one, targets, 2.5, TrellisSearch::fast));
-  expect_rings(two, targets, 3, encode(two, targets, 3, TrellisSearch::best, kLeast));
+  expect_rings(two, targets, 3, encode(two, targets, 3, TrellisSearch::fast));
 }
 
 TEST_F(TrellisCuda, RingsOfOtherShapes) {
