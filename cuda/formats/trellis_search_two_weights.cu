@@ -215,7 +215,7 @@ void search_two_weights(const SearchTask& task, int processors, cudaStream_t str
   }
   const double one = cost(1, Layout<1>{plan}.bytes(), 1);
   const double two = cost(2, Layout<2>{plan}.bytes(), 1.5);
-  const double four = cost(4, Layout<4>{plan}.bytes(), plan.slices() == 1 ? 3.0 : 2.4);
+  const double four = cost(4, Layout<4>{plan}.bytes(), 2.4);
   if (four < two && four < one) return launch<4>(task, processors, stream);
   if (two < one) return launch<2>(task, processors, stream);
   launch<1>(task, processors, stream);
