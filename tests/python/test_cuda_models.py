@@ -177,3 +177,20 @@ def test_wrong_devices_are_named(quantized):
         ql.models.load(quantized, device="cuda:99")
     with pytest.raises(ValueError, match=r"device.*'moon'"):
         ql.models.load(quantized, device="moon")
+
+
+@pytest.mark.parametrize("spec", ["trellis:3:octagon", "trellis:2.5:mul1"])
+def test_a_model_becomes_a_trellis_on_the_device(spec, prompt, tmp_path):
+    recipe = ql.Recipe.parse(spec, "gptq")
+    calibration = TINY / "calib.txt"
+    report = ql.models.quantize(
+        TINY, recipe, calibration, output=tmp_path / "out", windows=8, window=256, device="cuda"
+    )
+    assert all(module.proxy_loss < module.proxy_loss_nearest for module in report.modules)
+    model = ql.models.load(tmp_path / "out", torch.float16, device="cuda")
+    ids = generate(model, prompt)
+    assert_greedy(model, ids, prompt.shape[1])
+    plain = ql.models.load(tmp_path / "out", torch.float16, device="cuda", dequantized=True)
+    with torch.inference_mode():
+        logits, expected = (m(input_ids=ids).logits.float() for m in (model, plain))
+    assert float((logits - expected).abs().max()) < 0.03 * float(expected.abs().max())
