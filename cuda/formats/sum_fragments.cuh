@@ -13,6 +13,8 @@
 
 namespace quantloom::cuda {
 
+constexpr int kMostSumBytes = 64 << 10;
+
 // Copies of a table, 2 to this power, that keep all lanes apart which read at the same time.
 __host__ __device__ constexpr int sum_copy_bits(int dim) {
   return dim == 2 ? 5 : dim == 4 ? 4 : 3;
@@ -133,8 +135,8 @@ class SumTables {
 
 // Any number of tables, for the decode loop alone: float32 sums, table by table.
 template <int kDim, int kWords>
-class SumFragments : public SumTables<kDim, kWords, 64 << 10> {
-  using Base = SumTables<kDim, kWords, 64 << 10>;
+class SumFragments : public SumTables<kDim, kWords, kMostSumBytes> {
+  using Base = SumTables<kDim, kWords, kMostSumBytes>;
 
  public:
   static constexpr bool kSums = true;
@@ -167,9 +169,11 @@ class SumFragments : public SumTables<kDim, kWords, 64 << 10> {
   }
 };
 
-// Shared memory for as many tables as a field has room for codes of, in all their copies.
+// Shared memory for as many tables as a field has room for codes of, in as many copies as are of use. More
+// than kMostSumBytes gained nothing.
 __host__ __device__ constexpr int fixed_sum_bytes(int dim, int words, int tables) {
-  return tables * 2 * dim << (dim * words / tables + sum_copy_bits(dim));
+  const int bytes = tables * 2 * dim << (dim * words / tables + sum_copy_bits(dim));
+  return bytes < kMostSumBytes ? bytes : kMostSumBytes;
 }
 
 // kTables of them in shared memory, for the streaming loop: sums rounded once.

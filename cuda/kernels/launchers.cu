@@ -116,7 +116,7 @@ bool is_streamed(const FragmentLayout& layout) {
 int repeated_tokens(const FragmentLayout& layout) {
   const bool outside = layout.dim > 1 && layout.tables == 1 && layout.code_bits > 12;
   if (outside) return kMaxStreamTokens;  // the table is not in shared memory
-  return layout.tables > 2 ? 48 : kMostRepeatedTokens;
+  return layout.tables > 2 ? 32 : kMostRepeatedTokens;
 }
 
 }  // namespace quantloom::cuda

@@ -52,7 +52,6 @@ ElementFamily = Literal["int", "fp", "normal", "laplace", "t", "lloyd_max", "s3d
 
 _FAMILIES = ("int", "fp", "normal", "laplace", "t", "lloyd_max", "s3d8")
 _FACTORS = tuple(2.0 ** (step / 4) for step in range(-8, 9))  # 17 from 1/4 to 4
-_FEW_FACTORS = _FACTORS[::2]  # where degrees of freedom are searched for as well
 _STUDENT_DF = tuple(np.geomspace(3, 100, 12).tolist())
 _MOST_GRID_POINTS = (1 << 20) + 1
 _THRESHOLD, _VECTOR_THRESHOLD, _SIGN_THRESHOLD = 1e-4, 1e-2, 1e-3
@@ -79,8 +78,8 @@ class Scaled(TensorFormat):
             takes those for blocks, unless a block is a whole dimension.
         scale_format, block_shape, scaling: as of ``LinearScalingFormat``.
         scaling_match: ``"search"`` multiplies the elements by the best of 17 factors from 1/4 to 4 times the
-            one that moments suggest (of 9 of them where degrees of freedom are searched for as well),
-            ``"moments"`` takes that one. Either way the elements become a ``ScaledFormat``.
+            one that moments suggest, ``"moments"`` takes that one. Either way the elements become a
+            ``ScaledFormat``.
         sparse_format, sparse_ratio: outliers stored on their own (``SparseFormat``), if the ratio is not 0.
         compressor: entropy-codes a uniform grid (family int), whose size is chosen so that `element_bits`
             is what is measured. A pair (out, train) measures with the second and counts with the first.
@@ -260,10 +259,7 @@ class Scaled(TensorFormat):
         best: tuple[float, ScalarFormat] | None = None
         samples: dict[tuple[float, float], _core.SortedValues] = {}
         candidates = list(self._candidates())
-        steps = (1.0,)
-        if self.scaling_match == "search":
-            many = self.element_family == "t" and "df" not in self.args
-            steps = _FEW_FACTORS if many else _FACTORS
+        steps = _FACTORS if self.scaling_match == "search" else (1.0,)
         for elements in candidates:
             base = self._base_factor(elements)
             factors = [base * step for step in steps]

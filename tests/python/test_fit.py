@@ -120,7 +120,7 @@ def test_the_search_finds_what_trials_find(family, scaling):
         found = spec.fit(w, error_weight)
         best = float("inf")
         for elements in spec._candidates():
-            for factor in F._FEW_FACTORS if family == "t" else F._FACTORS:
+            for factor in F._FACTORS:
                 scaled = Q.ScaledFormat.create(elements, spec._base_factor(elements) * factor, elements.range)
                 trial = Q.LinearScalingFormat(scaled, Q.BFLOAT16, (1, 32), scaling)
                 best = min(best, float(Q.qrmse_norm(trial, w, error_weight)))
