@@ -41,6 +41,9 @@ struct TrellisProduct {
   bool bfloat16 = false;    // x, bias and y; else float16
   bool x_in_fours = false;  // rows of x can be read in pieces of 8 bytes
   bool overlap = false;     // launched before the previous kernel has ended
+  // Sums of the blocks of a team, [bands][deal.blocks][1 or kMostTrellisTokens][128], or null: a team is a
+  // cluster, whose blocks leave them in each other's shared memory.
+  float* partial = nullptr;
 };
 
 struct TrellisLaunch {
@@ -49,6 +52,9 @@ struct TrellisLaunch {
   bool overlap = false;
   cudaStream_t stream = nullptr;
 };
+
+// Adds the sums in launch.product.partial; the second launch of a product.
+void launch_trellis_sums(const TrellisLaunch& launch);
 
 // The streaming product of one kind of words.
 struct TrellisLauncher {

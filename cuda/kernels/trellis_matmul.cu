@@ -156,44 +156,55 @@ int parts_of(const TrellisDeal& deal, int warps) {
   return most;
 }
 
-// Deals the work to teams of each size (or of the given one) and takes the one of least estimated time;
-// teams = 0 if none has room.
-TrellisDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& device, int blocks,
-                    int (*memory)(const TrellisDeal&)) {
+struct StreamedDeal {
+  TrellisDeal deal;
+  bool in_memory = false;  // teams are no clusters
+};
+
+// Deals the work to clusters of each size (or of the given one), or to teams of any size whose sums meet in
+// memory, and takes the deal of least estimated time; teams = 0 if none has room.
+StreamedDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& device, int blocks,
+                     int (*memory)(const TrellisDeal&)) {
   const int bands = static_cast<int>(layout.row_blocks / 2);
   const int spans = static_cast<int>(layout.column_blocks / 2);
-  TrellisDeal best;
-  best.teams = 0;
+  StreamedDeal best;
+  best.deal.teams = 0;
   double least = std::numeric_limits<double>::infinity();
-  // Microseconds, for 1, 2, 4 and 8 blocks of threads: the wait for each other. For a piece of 16 warps; for
-  // the digits of a span.
+  // Microseconds, fitted to an H200. For clusters of 1, 2, 4 and 8 blocks of threads, and for teams whose
+  // sums meet in memory; for a piece of 16 warps; for the digits of a span.
   constexpr std::array<double, 4> kMeeting = {0.4, 1.2, 1.4, 1.7};
-  constexpr double kPiece = 1.3;
-  constexpr double kSpan = 0.25;
+  constexpr double kMeetingInMemory = 3.0;
+  constexpr double kPiece = 1.25;
+  constexpr double kSpan = 0.15;
+  // True if the deal has room.
+  const auto consider = [&](int size, int teams, int resident, double meeting, bool in_memory) {
+    TrellisDeal deal(bands, spans, teams, size, 4);
+    if (deal.most_chunks() * m < kTrellisWarps) deal.chunk = 1;
+    deal.parts = parts_of(deal, kTrellisWarps);
+    if (memory(deal) > device.shared_memory) return false;
+    const auto rounds = static_cast<double>(ceil_div(teams, resident));
+    const auto longest =
+        static_cast<double>(ceil_div(4 * deal.most_bands() * deal.most_spans(), kTrellisWarps));
+    const auto chunks = static_cast<double>(ceil_div(deal.most_chunks() * m, kTrellisWarps));
+    const double time = rounds * (longest * kPiece + chunks * deal.chunk * kSpan + meeting);
+    if (time < least) {
+      least = time;
+      best = {deal, in_memory};
+    }
+    return true;
+  };
   for (int i = 0; i < 4; ++i) {
     const int size = 1 << i;
     if (blocks > 0 && size != blocks) continue;
     const int resident = resident_clusters(device, size);
-    for (int teams = std::min(resident, bands);; teams = std::min(2 * teams, bands)) {
-      TrellisDeal deal(bands, spans, teams, size, 4);
-      while (deal.chunk > 1 && deal.most_chunks() * m < kTrellisWarps) deal.chunk /= 2;
-      const int columns = 2 * deal.most_spans();
-      deal.parts = parts_of(deal, kTrellisWarps);
-      if (memory(deal) > device.shared_memory) {
-        if (teams == bands) break;
-        continue;
-      }
-      const auto rounds = static_cast<double>(ceil_div(teams, resident));
-      const auto longest = static_cast<double>(ceil_div(2 * deal.most_bands() * columns, kTrellisWarps));
-      const auto chunks = static_cast<double>(ceil_div(deal.most_chunks() * m, kTrellisWarps));
-      const double time =
-          rounds * (longest * kPiece + chunks * deal.chunk * kSpan + kMeeting[static_cast<size_t>(i)]);
-      if (time < least) {
-        least = time;
-        best = deal;
-      }
-      break;
+    int teams = std::min(resident, bands);
+    while (!consider(size, teams, resident, kMeeting[static_cast<size_t>(i)], false) && teams < bands) {
+      teams = std::min(2 * teams, bands);
     }
+  }
+  for (int size = 2; blocks == 0 && size <= std::min(spans, device.processors); ++size) {
+    const int resident = device.processors / size;
+    static_cast<void>(consider(size, std::min(resident, bands), resident, kMeetingInMemory, true));
   }
   return best;
 }
@@ -458,8 +469,14 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
       reason = why_no_stream(product, layout, m, dtype, device, options);
       if (!reason && layout.n > 0 && layout.k > 0) {
         const TrellisLauncher launcher = launcher_of(layout, product.name == kExact);
-        plan.deal = deal_of(layout, static_cast<int>(std::max<int64_t>(m, 1)), device, options.splits,
-                            launcher.memory[m > 1 ? 1 : 0]);
+        const StreamedDeal dealt = deal_of(layout, static_cast<int>(std::max<int64_t>(m, 1)), device,
+                                           options.splits, launcher.memory[m > 1 ? 1 : 0]);
+        plan.deal = dealt.deal;
+        plan.workspace = 0;
+        if (dealt.in_memory) {
+          plan.workspace = checked_mul(layout.row_blocks / 2 * dealt.deal.blocks,
+                                       int64_t{512} * (m > 1 ? kMostTrellisTokens : 1));
+        }
         if (plan.deal.teams == 0) {
           reason = text_of("kernel ", product.name, " has no room for the activations of ", m, " tokens of ",
                            layout.k, " columns in shared memory");
@@ -527,6 +544,7 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
   if (panels) return run_panels(layout, launch, static_cast<unsigned char*>(a.workspace));
+  if (plan.workspace > 0) p.partial = static_cast<float*>(a.workspace);
   launch.overlap = options.overlap && device.code >= 90;
   p.overlap = launch.overlap;
   launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);

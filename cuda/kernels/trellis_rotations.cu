@@ -1,5 +1,6 @@
 // Both ends of the products of many tokens with trellis codes.
 #include "common/check.cuh"
+#include "kernels/overlap.cuh"
 #include "kernels/trellis_spans.cuh"
 #include "kernels/trellis_tiles.cuh"
 
@@ -103,7 +104,29 @@ __global__ void __launch_bounds__(kBandThreads)
   }
 }
 
+// A warp for each band of a token.
+__global__ void __launch_bounds__(kBandThreads)
+    add_bands(const __grid_constant__ TrellisProduct p, const __grid_constant__ TrellisDeal deal, int tokens,
+              int bands) {
+  const int band = static_cast<int>(blockIdx.x * (kBandThreads / 32) + threadIdx.x / 32);
+  wait_for_previous();
+  if (band >= bands) return;
+  finish_band(p, deal, p.partial + static_cast<int64_t>(band) * deal.blocks * tokens * kTrellisBand, tokens,
+              band, static_cast<int>(blockIdx.y));
+}
+
 }  // namespace
+
+void launch_trellis_sums(const TrellisLaunch& launch) {
+  const TrellisDeal& deal = launch.deal;
+  const int bands = deal.teams * deal.bands + deal.extra;
+  const int tokens = launch.product.m == 1 ? 1 : kMostTrellisTokens;
+  LaunchSettings settings(dim3(static_cast<unsigned>((bands + kBandThreads / 32 - 1) / (kBandThreads / 32)),
+                               static_cast<unsigned>(launch.product.m)),
+                          dim3(kBandThreads), launch.stream, true, 1);
+  check_cuda(cudaLaunchKernelEx(&settings.config, add_bands, launch.product, deal, tokens, bands),
+             "matmul_cuda: launch of add_bands");
+}
 
 void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, bool fragments,
                               const TrellisTileWork& work, unsigned char* workspace, cudaStream_t stream) {

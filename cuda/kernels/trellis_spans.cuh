@@ -55,8 +55,13 @@ struct SpanLoad {
   uint2 scales = make_uint2(0, 0);
 };
 
-__device__ __forceinline__ uint32_t pair_of(const uint16_t* values, int64_t at, int64_t end) {
-  return (at < end ? values[at] : 0U) | (at + 1 < end ? uint32_t{values[at + 1]} << 16 : 0U);
+// Four elements of a row, one by one: those past its end are zero. Not inlined: it is rare, and long code
+// takes long to fetch.
+static __device__ __noinline__ uint2 ask_four(const uint16_t* row, int64_t first, int64_t end) {
+  uint32_t four[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = first + i < end ? row[first + i] : 0U;
+  return make_uint2(four[0] | four[1] << 16, four[2] | four[3] << 16);
 }
 
 __device__ __forceinline__ SpanLoad ask_span(const TrellisProduct& p, int token, int span) {
@@ -68,9 +73,8 @@ __device__ __forceinline__ SpanLoad ask_span(const TrellisProduct& p, int token,
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(load.x.x), "=r"(load.x.y) : "l"(row + column));
     load.scales = __ldg(reinterpret_cast<const uint2*>(p.input_scales + column));
   } else {
-    const auto* const scales = reinterpret_cast<const uint16_t*>(p.input_scales);
-    load.x = make_uint2(pair_of(row, column, p.k), pair_of(row, column + 2, p.k));
-    load.scales = make_uint2(pair_of(scales, column, p.k), pair_of(scales, column + 2, p.k));
+    load.x = ask_four(row, column, p.k);
+    load.scales = ask_four(reinterpret_cast<const uint16_t*>(p.input_scales), column, p.k);
   }
   return load;
 }
@@ -112,6 +116,21 @@ __device__ __forceinline__ void finish_rows(const TrellisProduct& p, float (&v)[
     const int at = row + 16 * (i / 2) + 8 * (i % 2);
     if (at < p.n) store_row(p, token, at, v[i] * __half2float(p.output_scales[at]));
   }
+}
+
+// Sums of a band that the blocks of a team have sent: rotated, scaled, and out. By one warp.
+__device__ __forceinline__ void finish_band(const TrellisProduct& p, const TrellisDeal& deal,
+                                            const float* received, int tokens, int band, int token) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float v[4] = {};
+  for (int rank = 0; rank < deal.blocks; ++rank) {
+    const float4 four = *reinterpret_cast<const float4*>(received + (rank * tokens + token) * 128 + lane * 4);
+    v[0] += four.x;
+    v[1] += four.y;
+    v[2] += four.z;
+    v[3] += four.w;
+  }
+  finish_rows(p, v, band, token);
 }
 
 }  // namespace quantloom::cuda

@@ -159,6 +159,7 @@ template <class Decoder, int kTokens, int kSpans>
 __device__ __forceinline__ void make_all_digits(const TrellisProduct& p, const TrellisDeal& deal,
                                                 const TrellisMemory& place, unsigned char* memory,
                                                 ChunkLoad& load, int first_span, int spans, int chunks) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x / 32); i < chunks * p.m; i += kTrellisWarps) {
     const ChunkLoad now = load;
     if (i + kTrellisWarps < chunks * p.m) load.ask(p, deal, first_span, spans, i + kTrellisWarps);
@@ -174,7 +175,7 @@ class TrellisWalk {
   static constexpr int kBits = Decoder::kBits;
   using Operand = TrellisOperand<Decoder, kTokens>;
 
-  // Asks for the first words of pieces [begin, end) of a block whose rows have `columns` pieces, from
+  // Of pieces [begin, end) of a block whose rows have `columns` pieces, from
   // `codes` on.
   __device__ __forceinline__ TrellisWalk(const TrellisProduct& p, const uint4* codes, int columns,
                                          const Divider& by_columns, int begin, int end)
@@ -186,6 +187,9 @@ class TrellisWalk {
         row_step_((p.column_pieces - columns) * (kBits * 32)) {
     codes_ = codes + (static_cast<int64_t>(row_) * p.column_pieces + column_) * (kBits * 32) + lane_;
     asked_ = column_;
+  }
+
+  __device__ __forceinline__ void ask_first() {
     if (left_ > 0) ask(ahead_[0]);
   }
 
@@ -333,22 +337,7 @@ class TrellisWalk {
   float totals_[8];
 };
 
-// Sums of a band that the blocks of a team have sent: rotated, scaled, and out. By one warp.
-__device__ __forceinline__ void finish_band(const TrellisProduct& p, const TrellisDeal& deal,
-                                            const float* received, int tokens, int band, int token) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  float v[4] = {};
-  for (int rank = 0; rank < deal.blocks; ++rank) {
-    const float4 four = *reinterpret_cast<const float4*>(received + (rank * tokens + token) * 128 + lane * 4);
-    v[0] += four.x;
-    v[1] += four.y;
-    v[2] += four.z;
-    v[3] += four.w;
-  }
-  finish_rows(p, v, band, token);
-}
-
-// Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster.
+// Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster, unless p.partial is given.
 template <class Decoder, int kTokens>
 __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
     multiply_trellis(const __grid_constant__ TrellisProduct p, const __grid_constant__ TrellisDeal deal) {
@@ -367,32 +356,32 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
   const TrellisRuns runs{2 * bands * columns, kTrellisWarps};
 
   let_next_begin();
-  if (deal.blocks > 1) cluster_begin();
-  // Activations are needed first; but they must not be read before the previous kernel has ended, as words
-  // may.
-  const int chunks = (spans + deal.chunk - 1) / deal.chunk;
-  ChunkLoad load;
-  if (!p.overlap && warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
+  const bool in_cluster = deal.blocks > 1 && p.partial == nullptr;
+  if (in_cluster) cluster_begin();
   TrellisWalk<Decoder, kTokens> walk(
       p,
       p.codes +
           (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
       columns, deal.columns_of(rank), runs.begin(warp), runs.begin(warp + 1));
-  auto* const met = reinterpret_cast<int2*>(memory + place.met);
-  if (columns > 0) {
-    for (int row = static_cast<int>(threadIdx.x); row < 2 * bands; row += 32 * kTrellisWarps) {
-      const int first = runs.warp_of(row * columns);
-      met[row] = make_int2(first, runs.warp_of((row + 1) * columns - 1) - first + 1);
-    }
-  }
+  // Activations are needed first; but they must not be read before the previous kernel has ended, as words
+  // may.
   if (p.overlap) {
+    walk.ask_first();
     wait_for_previous();
-    if (warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
   }
-  if (deal.chunk == 4) {
-    make_all_digits<Decoder, kTokens, 4>(p, deal, place, memory, load, first_span, spans, chunks);
-  } else if (deal.chunk == 2) {
-    make_all_digits<Decoder, kTokens, 2>(p, deal, place, memory, load, first_span, spans, chunks);
+  const int chunks = (spans + deal.chunk - 1) / deal.chunk;
+  ChunkLoad load;
+  if (warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
+  if (!p.overlap) walk.ask_first();
+  auto* const met = reinterpret_cast<int2*>(memory + place.met);
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x); row < 2 * bands && columns > 0; row += 32 * kTrellisWarps) {
+    const int first = runs.warp_of(row * columns);
+    met[row] = make_int2(first, runs.warp_of((row + 1) * columns - 1) - first + 1);
+  }
+  if (deal.chunk == kMostChunkSpans) {
+    make_all_digits<Decoder, kTokens, kMostChunkSpans>(p, deal, place, memory, load, first_span, spans,
+                                                       chunks);
   } else {
     make_all_digits<Decoder, kTokens, 1>(p, deal, place, memory, load, first_span, spans, chunks);
   }
@@ -400,11 +389,13 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
   if constexpr (kTokens > 1) {
     constexpr int kColumnPieces = 4;  // of 16 bytes
     const int unused = (kTokens - p.m) * 2 * kColumnPieces;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < unused * Operand::kPieces * columns;
          i += 32 * kTrellisWarps) {
       unsigned char* const to = memory + i / unused * Operand::kPieceBytes;
       reinterpret_cast<uint4*>(to)[p.m * 2 * kColumnPieces + i % unused] = make_uint4(0, 0, 0, 0);
     }
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < chunks * (kTokens - p.m); i += 32 * kTrellisWarps) {
       reinterpret_cast<float*>(memory +
                                place.units)[i / (kTokens - p.m) * kTokens + p.m + i % (kTokens - p.m)] = 0.0F;
@@ -433,7 +424,7 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
       if (lane == 0) reinterpret_cast<float*>(memory + place.sums)[token] = sum;
     }
   }
-  if (deal.blocks > 1) cluster_wait();  // the shared memory of the others is there
+  if (in_cluster) cluster_wait();  // the shared memory of the others is there
   __syncthreads();
 
   // The block's sums, to the block that finishes the band.
@@ -451,11 +442,18 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
       sum += reinterpret_cast<const float*>(memory + place.sums)[token];
     }
     const int band = row / 2;
-    const int own = band / deal.blocks;
-    float* const to = received + ((own * deal.blocks + rank) * kTokens + token) * 128 + row % 2 * 64 + at;
-    *(deal.blocks > 1 ? cluster_place(to, band - own * deal.blocks) : to) = sum;
+    const int place_in_band = row % 2 * 64 + at;
+    if (p.partial != nullptr) {
+      p.partial[((static_cast<int64_t>(first_band + band) * deal.blocks + rank) * kTokens + token) * 128 +
+                place_in_band] = sum;
+      continue;
+    }
+    const auto own = static_cast<int>(deal.by_blocks.divide(static_cast<uint32_t>(band)));
+    float* const to = received + ((own * deal.blocks + rank) * kTokens + token) * 128 + place_in_band;
+    *(in_cluster ? cluster_place(to, band - own * deal.blocks) : to) = sum;
   }
-  if (deal.blocks > 1) {
+  if (p.partial != nullptr) return;
+  if (in_cluster) {
     cluster_arrive();
     cluster_wait();
   } else {
@@ -479,13 +477,15 @@ template <class Decoder, int kTokens>
 void launch_trellis(const TrellisLaunch& launch) {
   const int shared = trellis_memory<Decoder, kTokens>(launch.deal);
   LaunchSettings settings(dim3(static_cast<unsigned>(launch.deal.teams * launch.deal.blocks)),
-                          dim3(32 * kTrellisWarps), launch.stream, launch.overlap, launch.deal.blocks);
+                          dim3(32 * kTrellisWarps), launch.stream, launch.overlap,
+                          launch.product.partial != nullptr ? 1 : launch.deal.blocks);
   settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
   const auto kernel = multiply_trellis<Decoder, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
              "matmul_cuda: shared memory of multiply_trellis");
   check_cuda(cudaLaunchKernelEx(&settings.config, kernel, launch.product, launch.deal),
              "matmul_cuda: launch of multiply_trellis");
+  if (launch.product.partial != nullptr) launch_trellis_sums(launch);
 }
 
 template <class Decoder>
