@@ -52,8 +52,8 @@ __device__ __forceinline__ void wait_for_reads() {
 __device__ __forceinline__ void wait_for_writes() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
-// Until the phase of this parity has ended: 0 for the first, then 1, 0, ... Before the first has ended, that of
-// parity 1 counts as ended.
+// Until the phase of this parity has ended: 0 for the first, then 1, 0, ... Before the first has ended, that
+// of parity 1 counts as ended.
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"

@@ -55,8 +55,8 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
-  int pairs = 0;                       // two weights a step: pairs of rings in a block, 1, 2 or 4; 0: what suits
-  int stop = 0;                        // the way back ends after that many steps from the beginning
+  int pairs = 0;  // two weights a step: pairs of rings in a block, 1, 2 or 4; 0: what suits
+  int stop = 0;   // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
   bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }

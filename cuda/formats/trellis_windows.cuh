@@ -66,9 +66,7 @@ class TrellisWindows {
       // Of an odd number of bits, hardly any two states share these: the multiplier shifts, as the other pipe
       // is busy with the rest. asm, lest the compiler shifts and masks.
       uint32_t shifted;
-      asm("mul.lo.u32 %0, %1, %2;"
-          : "=r"(shifted)
-          : "r"(stream_[kAnchor / 32]), "n"(1 << (kAnchor % 32)));
+      asm("mul.lo.u32 %0, %1, %2;" : "=r"(shifted) : "r"(stream_[kAnchor / 32]), "n"(1 << (kAnchor % 32)));
       return shifted;
     } else {
       constexpr int kNext = kAnchor / 32 + 1;

@@ -29,9 +29,10 @@ namespace quantloom {
 //
 // A trellis has its rings in blocks of 64 x 64, rows and columns padded to multiples of 128 with rings of
 // zeros, and its other planes as in the packed tensor:
-//   codes        int32 [row_blocks, column_blocks, bits, 32, 4] at whole bits: lane (g, t) of a warp, 4 g + t,
-//                has words g * bits ... of the ring of tile t along the columns, for four tiles of 16 rows; at
-//                half bits [row_blocks, column_blocks, 16, words of a ring], tile 4 i + t that of rows 16 i ...
+//   codes        int32 [row_blocks, column_blocks, bits, 32, 4] at whole bits: lane 4 g + t of a warp has
+//                words g * bits ... of the ring of tile t along the columns, for four tiles of 16 rows;
+//                at half bits [row_blocks, column_blocks, 16, words of a ring], with tile 4 i + t that of
+//                rows 16 i ...
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;
