@@ -21,9 +21,8 @@ struct TrellisFeedbackOptions {
 
 // w [n, k] of any size; `format` must have the rotation. What round_error_feedback() does for such a format,
 // with these options' defaults. Columns that H says are always zero become zero. Of `options`, static_groups
-// does not count; scale_search must be empty: InvalidArgument otherwise. Memory beyond that of
-// round_error_feedback(): 8 n k
-// + 24 k^2 bytes.
+// does not count; scale_search must be empty: InvalidArgument otherwise. NumericError for a scale that
+// float16 does not hold. Memory beyond that of round_error_feedback(): 8 n k + 24 k^2 bytes.
 Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trellis> format,
                                const Hessian& hessian, const ErrorFeedbackOptions& options = {},
                                const TrellisFeedbackOptions& trellis = {});
