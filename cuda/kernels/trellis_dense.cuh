@@ -1,71 +1,311 @@
-// Trellis codes decoded to rows of float16, in the basis of the codes, for products of many tokens by
-// cuBLASLt. Bound by the memory that it writes.
+// Trellis codes decoded to rows of float16 or bfloat16 in the basis of the caller, for products of many
+// tokens by cuBLASLt.
+//
+// With the rotation, a block of eight warps makes 128 x 128 weights at a time. The Hadamard matrix of order
+// 128 is that of order 16, on the tensor cores, by that of order 8, on float32 sums in registers. First along
+// the rows: a warp has 16 rows, its decoded weights are the operand of 8 columns, and the sums come out with
+// rows where the next product wants them. Rounded to float16 they change hands in shared memory, and the same
+// is done along the columns, of which a warp has 16. So a weight is rounded twice, here and at the end.
 #pragma once
 
 #include <algorithm>
 
 #include "common/check.cuh"
+#include "common/device.hpp"
+#include "kernels/trellis_dense_launch.hpp"
 #include "kernels/trellis_operands.cuh"
-#include "kernels/trellis_panel_launch.hpp"
 
 namespace quantloom::cuda {
 
 constexpr int kDenseThreads = 256;
+constexpr int kDenseSide = 128;
+constexpr int kDenseBlocks = 2;  // of threads on a processor
+constexpr int kDensePlaneBytes = kDenseSide * kDenseSide * 2;
+// Two planes of weights, and two of scales: of the rows, then of the columns.
+constexpr int kDenseBytes = 2 * kDensePlaneBytes + 2 * 2 * kDenseSide * 4;
 
-// Sixteen columns of a row: words kFirst + 4 a and the next.
-template <class Decoder, int kFirst>
-__device__ __forceinline__ void store_columns(const typename Decoder::Windows& windows, const TrellisMap& map,
-                                              __half* to) {
-  auto* const pieces = reinterpret_cast<uint4*>(to);
-  pieces[0] = make_uint4(
-      Decoder::template word<kFirst>(windows, map), Decoder::template word<kFirst + 4>(windows, map),
-      Decoder::template word<kFirst + 8>(windows, map), Decoder::template word<kFirst + 12>(windows, map));
-  pieces[1] = make_uint4(
-      Decoder::template word<kFirst + 1>(windows, map), Decoder::template word<kFirst + 5>(windows, map),
-      Decoder::template word<kFirst + 9>(windows, map), Decoder::template word<kFirst + 13>(windows, map));
+// The words of a lane of unit `unit` of a block of 64 x 64.
+template <int kBits>
+__device__ __forceinline__ void load_unit(const uint4* codes, int64_t block, int unit, int lane,
+                                          uint32_t (&words)[kBits]) {
+  const auto* const from = reinterpret_cast<const uint32_t*>(codes + block * (kBits * 32) + lane);
+  const int first = unit * kBits;
+  if constexpr (kBits % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBits; i += 4) {
+      const uint4 piece = __ldg(reinterpret_cast<const uint4*>(from + (first + i) / 4 * 128));
+      words[i] = piece.x;
+      words[i + 1] = piece.y;
+      words[i + 2] = piece.z;
+      words[i + 3] = piece.w;
+    }
+  } else if constexpr (kBits % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBits; i += 2) {
+      const uint2 piece =
+          __ldg(reinterpret_cast<const uint2*>(from + (first + i) / 4 * 128 + (first + i) % 4));
+      words[i] = piece.x;
+      words[i + 1] = piece.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) words[i] = __ldg(from + (first + i) / 4 * 128 + (first + i) % 4);
+  }
 }
 
-// A warp for each block of 64 x 64. A lane has 16 columns of two rows of each unit.
+// Four columns of a row, as they are stored.
+__device__ __forceinline__ uint2 round_four(bool bfloat16, float a, float b, float c, float d) {
+  if (bfloat16) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(a, b);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(c, d);
+    return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+  }
+  const __half2 low = __floats2half2_rn(a, b);
+  const __half2 high = __floats2half2_rn(c, d);
+  return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+}
+
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+  const float difference = a - b;
+  a += b;
+  b = difference;
+}
+
+// The Hadamard matrix of order 16 as the operand of 16 rows.
+__device__ __forceinline__ void hadamard_operand(int lane, uint32_t (&a)[4]) {
+  constexpr uint32_t kOnes = 0x3C003C00U;
+  const int row = lane / 4;
+  const int column = lane % 4 * 2;
+  // Signs of columns `column` and the next.
+  const uint32_t first = static_cast<uint32_t>(__popc(row & column) & 1) << 15;
+  const uint32_t second = static_cast<uint32_t>(__popc(row & (column + 1)) & 1) << 31;
+  a[0] = a[1] = a[2] = kOnes ^ first ^ second;
+  a[3] = a[0] ^ 0x80008000U;
+}
+
+// The products of one step of 16 columns: rows 0 ... 7 and 8 ... 15 of the warp's.
+template <class Decoder, int kStep>
+__device__ __forceinline__ void rotate_step(const typename Decoder::Windows& windows, const TrellisMap& map,
+                                            const uint32_t (&a)[4], float (&sums)[2][4]) {
+  constexpr float kNone[4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t low = half == 0 ? Decoder::template word<4 * kStep>(windows, map)
+                                   : Decoder::template word<4 * kStep + 2>(windows, map);
+    const uint32_t high = half == 0 ? Decoder::template word<4 * kStep + 1>(windows, map)
+                                    : Decoder::template word<4 * kStep + 3>(windows, map);
+    multiply_add<__half>(sums[half], a, low, high, kNone);
+  }
+}
+
+// Tiles of 128 x 128, dealt to the blocks of threads by turns.
 template <class Decoder>
-__global__ void __launch_bounds__(kDenseThreads)
-    decode_dense(const uint4* codes, int64_t blocks, int column_blocks, const TrellisMap map, __half* out) {
+__global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
+    decode_rotated(const __grid_constant__ TrellisDense dense) {
+  constexpr int kBits = Decoder::kBits;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int spans = dense.column_blocks / 2;
+  const auto tiles = static_cast<int64_t>(dense.bands) * spans;
+  uint32_t hadamard[4];
+  hadamard_operand(lane, hadamard);
+
+  // A column of the plane has 32 pieces of eight bytes; piece 4 w + t is rows 16 w + 2 t + {0, 1, 8, 9}. They
+  // are permuted so that neither writes nor reads collide: place = piece ^ 4 (column & 1) ^ 8 (bits 2 and 4
+  // of the column differ). Written: columns with bits 0, 4 and 5 of g, and bits 1, 2, 3 and 6 of a register's
+  // number.
+  const int written = ((g & 1) + (g >> 1 & 1) * 16 + (g >> 2) * 32) * 256 +
+                      ((4 * warp + t) ^ (4 * (g & 1)) ^ (8 * (g >> 1 & 1))) * 8;
+  // Read: columns 16 warp + 4 (g / 2) + g % 2 and that + 2.
+  const int read = (16 * warp + 4 * (g >> 1) + (g & 1)) * 256 +
+                   (t ^ (4 * (g & 1)) ^ (8 * ((warp & 1) ^ (g >> 1 & 1)))) * 8;
+
+  uint32_t words[2][kBits];
+  uint32_t scale = 0;  // float16 bits
+  const auto ask = [&](int64_t tile) {
+    const auto band = static_cast<int>(tile / spans);
+    const int span = static_cast<int>(tile - static_cast<int64_t>(band) * spans);
+    const int64_t block = static_cast<int64_t>(2 * band + warp / 4) * dense.column_blocks + 2 * span;
+    load_unit<kBits>(dense.codes, block, warp % 4, lane, words[0]);
+    load_unit<kBits>(dense.codes, block + 1, warp % 4, lane, words[1]);
+    const int i = static_cast<int>(threadIdx.x) % kDenseSide;
+    const bool of_rows = threadIdx.x < kDenseSide;
+    const int at = (of_rows ? band : span) * kDenseSide + i;
+    const __half* const scales = of_rows ? dense.output_scales : dense.input_scales;
+    scale = at < (of_rows ? dense.n : dense.k) ? __ldg(reinterpret_cast<const uint16_t*>(scales) + at) : 0U;
+  };
+
+  int64_t tile = blockIdx.x;
+  if (tile < tiles) ask(tile);
+  for (int plane = 0; tile < tiles; plane ^= 1) {
+    unsigned char* const weights = memory + plane * kDensePlaneBytes;
+    auto* const scales = reinterpret_cast<float*>(memory + 2 * kDensePlaneBytes) + plane * 2 * kDenseSide;
+    {
+      float sums[2][4][2][4];  // of a block of columns, a step, a half of the rows
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const typename Decoder::Windows windows(words[block]);
+        rotate_step<Decoder, 0>(windows, dense.map, hadamard, sums[block][0]);
+        rotate_step<Decoder, 1>(windows, dense.map, hadamard, sums[block][1]);
+        rotate_step<Decoder, 2>(windows, dense.map, hadamard, sums[block][2]);
+        rotate_step<Decoder, 3>(windows, dense.map, hadamard, sums[block][3]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          butterfly(sums[block][0][i / 4][i % 4], sums[block][1][i / 4][i % 4]);
+          butterfly(sums[block][2][i / 4][i % 4], sums[block][3][i / 4][i % 4]);
+          butterfly(sums[block][0][i / 4][i % 4], sums[block][2][i / 4][i % 4]);
+          butterfly(sums[block][1][i / 4][i % 4], sums[block][3][i / 4][i % 4]);
+        }
+      }
+      // Rows in the order of their bits 3, 0, 1, 2: a lane's 16 lie together.
+      const int i = static_cast<int>(threadIdx.x) % kDenseSide;
+      const bool of_rows = threadIdx.x < kDenseSide;
+      scales[of_rows ? i % 8 * 16 + i / 8 : kDenseSide + i] =
+          __half2float(__ushort_as_half(static_cast<unsigned short>(scale))) * (of_rows ? 1.0F : 0x1p-7F);
+      tile += gridDim.x;
+      if (tile < tiles) ask(tile);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) butterfly(sums[0][step][i / 4][i % 4], sums[1][step][i / 4][i % 4]);
+      }
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+#pragma unroll
+          for (int third = 0; third < 2; ++third) {
+            const __half2 low =
+                __floats2half2_rn(sums[block][step][0][2 * third], sums[block][step][0][2 * third + 1]);
+            const __half2 high =
+                __floats2half2_rn(sums[block][step][1][2 * third], sums[block][step][1][2 * third + 1]);
+            const int to = (written ^ (step / 2 * 64)) + (2 * step + 8 * third + 64 * block) * 256;
+            *reinterpret_cast<uint2*>(weights + to) = make_uint2(*reinterpret_cast<const uint32_t*>(&low),
+                                                                 *reinterpret_cast<const uint32_t*>(&high));
+          }
+        }
+      }
+    }
+    const int64_t done = tile - gridDim.x;
+    __syncthreads();
+    {
+      float sums[8][2][4];  // of 16 rows, of columns 2 apart
+#pragma unroll
+      for (int rows = 0; rows < 8; ++rows) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const uint2 b = *reinterpret_cast<const uint2*>(weights + (read ^ (rows % 4 * 32)) +
+                                                          rows / 4 * 128 + pair * 512);
+          constexpr float kNone[4] = {};
+          multiply_add<__half>(sums[rows][pair], hadamard, b.x, b.y, kNone);
+        }
+      }
+#pragma unroll
+      for (int distance = 1; distance < 8; distance *= 2) {
+#pragma unroll
+        for (int rows = 0; rows < 8; ++rows) {
+          if ((rows & distance) != 0) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            butterfly(sums[rows][i / 4][i % 4], sums[rows + distance][i / 4][i % 4]);
+          }
+        }
+      }
+      const auto band = static_cast<int>(done / spans);
+      const int span = static_cast<int>(done - static_cast<int64_t>(band) * spans);
+      const float4 columns = *reinterpret_cast<const float4*>(scales + kDenseSide + 16 * warp + 4 * t);
+      const int64_t stride = int64_t{64} * dense.column_blocks;
+      uint16_t* to = dense.out + (static_cast<int64_t>(band) * kDenseSide + g) * stride + span * kDenseSide +
+                     16 * warp + 4 * t;
+#pragma unroll
+      for (int rows = 0; rows < 8; ++rows) {
+        const float2 outputs = *reinterpret_cast<const float2*>(scales + g * 16 + 2 * rows);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float output = half == 0 ? outputs.x : outputs.y;
+          const float(&low)[4] = sums[rows][0];
+          const float(&high)[4] = sums[rows][1];
+          *reinterpret_cast<uint2*>(to) = round_four(
+              dense.bfloat16, low[2 * half] * columns.x * output, low[2 * half + 1] * columns.y * output,
+              high[2 * half] * columns.z * output, high[2 * half + 1] * columns.w * output);
+          to += 8 * stride;
+        }
+      }
+    }
+  }
+}
+
+// Without the rotation: a warp for each block of 64 x 64. A lane has 16 columns of two rows of each unit.
+template <class Decoder>
+__global__ void __launch_bounds__(kDenseThreads) decode_plain(const __grid_constant__ TrellisDense dense) {
   constexpr int kBits = Decoder::kBits;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = int64_t{64} * column_blocks;
+  const int64_t stride = int64_t{64} * dense.column_blocks;
+  const int64_t blocks = static_cast<int64_t>(2 * dense.bands) * dense.column_blocks;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kDenseThreads / 32);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kDenseThreads / 32) + threadIdx.x / 32; i < blocks;
        i += warps) {
-    uint4 pieces[kBits];
+    const int64_t row_block = i / dense.column_blocks;
+    const int first = static_cast<int>(i - row_block * dense.column_blocks) * 64 + lane % 4 * 16;
+    float columns[16];
 #pragma unroll
-    for (int c = 0; c < kBits; ++c) pieces[c] = __ldcs(codes + (i * kBits + c) * 32 + lane);
-    const int64_t row_block = i / column_blocks;
-    const int64_t column_block = i - row_block * column_blocks;
-    __half* const to = out + (row_block * 64 + lane / 4) * stride + column_block * 64 + lane % 4 * 16;
+    for (int c = 0; c < 16; ++c) {
+      columns[c] = first + c < dense.k ? __half2float(dense.input_scales[first + c]) : 0.0F;
+    }
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
       uint32_t words[kBits];
-#pragma unroll
-      for (int w = 0; w < kBits; ++w) {
-        const int at = unit * kBits + w;
-        const uint4& piece = pieces[at / 4];
-        words[w] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
-      }
+      load_unit<kBits>(dense.codes, i, unit, lane, words);
       const typename Decoder::Windows windows(words);
-      // Of each eight positions, the first four are of row lane / 4: columns 2 a and 2 a + 8 of the tile.
-      store_columns<Decoder, 0>(windows, map, to + (16 * unit) * stride);
-      store_columns<Decoder, 2>(windows, map, to + (16 * unit + 8) * stride);
+      const auto store = [&]<int kFirst>() {
+        const int64_t row = row_block * 64 + 16 * unit + kFirst / 2 * 8 + lane / 4;
+        const float output = row < dense.n ? __half2float(dense.output_scales[row]) : 0.0F;
+        auto* const to = reinterpret_cast<uint2*>(dense.out + row * stride + first);
+        const auto four = [&](int at, uint32_t a, uint32_t b) {
+          using Half = HalfPair<__half>;
+          const float* const scales = columns + 4 * at;
+          to[at] = round_four(dense.bfloat16, Half::low(a) * scales[0] * output,
+                              Half::high(a) * scales[1] * output, Half::low(b) * scales[2] * output,
+                              Half::high(b) * scales[3] * output);
+        };
+        // Of each eight positions, the first four are of row lane / 4: columns 2 a and 2 a + 8 of the tile.
+        four(0, Decoder::template word<kFirst>(windows, dense.map),
+             Decoder::template word<kFirst + 4>(windows, dense.map));
+        four(1, Decoder::template word<kFirst + 8>(windows, dense.map),
+             Decoder::template word<kFirst + 12>(windows, dense.map));
+        four(2, Decoder::template word<kFirst + 1>(windows, dense.map),
+             Decoder::template word<kFirst + 5>(windows, dense.map));
+        four(3, Decoder::template word<kFirst + 9>(windows, dense.map),
+             Decoder::template word<kFirst + 13>(windows, dense.map));
+      };
+      store.template operator()<0>();
+      store.template operator()<2>();
     }
   }
 }
 
 template <int kBits, TrellisHash kHash>
 void launch_trellis_dense(const TrellisDense& dense, cudaStream_t stream) {
-  if (dense.blocks == 0) return;
-  constexpr int64_t kMostGrid = int64_t{1} << 20;
-  const int64_t grid = std::min((dense.blocks + kDenseThreads / 32 - 1) / (kDenseThreads / 32), kMostGrid);
-  decode_dense<TrellisExact<kBits, kHash>><<<static_cast<unsigned>(grid), kDenseThreads, 0, stream>>>(
-      dense.codes, dense.blocks, dense.column_blocks, dense.map, dense.out);
-  check_cuda(cudaGetLastError(), "matmul_cuda: launch of decode_dense");
+  const int64_t tiles = static_cast<int64_t>(dense.bands) * (dense.column_blocks / 2);
+  if (tiles == 0) return;
+  using Decoder = TrellisExact<kBits, kHash>;
+  if (!dense.rotated) {
+    constexpr int64_t kMostGrid = int64_t{1} << 20;
+    const auto grid = static_cast<unsigned>(
+        std::min((4 * tiles + kDenseThreads / 32 - 1) / (kDenseThreads / 32), kMostGrid));
+    decode_plain<Decoder><<<grid, kDenseThreads, 0, stream>>>(dense);
+    check_cuda(cudaGetLastError(), "matmul_cuda: launch of decode_plain");
+    return;
+  }
+  const auto kernel = decode_rotated<Decoder>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes),
+             "matmul_cuda: shared memory of decode_rotated");
+  const int64_t resident = int64_t{kDenseBlocks} * current_device().processors;
+  kernel<<<static_cast<unsigned>(std::min(tiles, resident)), kDenseThreads, kDenseBytes, stream>>>(dense);
+  check_cuda(cudaGetLastError(), "matmul_cuda: launch of decode_rotated");
 }
 
 }  // namespace quantloom::cuda

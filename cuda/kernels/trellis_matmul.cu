@@ -7,6 +7,7 @@
 #include "kernels/dense_product.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
+#include "kernels/trellis_dense_launch.hpp"
 #include "kernels/trellis_launch.hpp"
 #include "kernels/trellis_panel_launch.hpp"
 #include "kernels/trellis_product.hpp"
@@ -20,7 +21,6 @@ constexpr std::string_view kPanels = "trellis_panels";
 constexpr std::string_view kTiles = "trellis_tiles";
 constexpr std::string_view kDense = "trellis_dense";
 constexpr int64_t kMostTileTokens = 128;  // from there on, decoding the matrix once is faster: estimated
-constexpr int64_t kMostDenseBytes = int64_t{2} << 30;  // of rotated activations
 
 constexpr std::array<CudaProduct, 6> kProducts = {{
     {.name = "trellis_stream",
@@ -47,9 +47,8 @@ constexpr std::array<CudaProduct, 6> kProducts = {{
      .needs_wgmma = true,
      .trellis_bits = "2-4"},
     {.name = kDense,
-     .description = "rotated, weights decoded to float16 once, multiplied by cuBLASLt, and rotated back",
-     .workspace = true,
-     .trellis_bits = "2-4"},
+     .description = "weights decoded and rotated on the tensor cores once, multiplied by cuBLASLt",
+     .workspace = true},
     {.name = "decode",
      .description = "decoded once, multiplied by cuBLASLt",
      .float32 = true,
@@ -247,9 +246,11 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
 // Why the kernels for more tokens cannot run, or nothing.
 std::optional<std::string> why_no_tiles(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
                                         DType dtype, const DeviceFacts& device) {
-  if (!hash_of(layout) || layout.bits() < 2 || layout.bits() > 4 || layout.code == TrellisCode::one_mad) {
-    return text_of("kernel ", product.name,
-                   " takes 3inst, mcg, mul1 and octagon of 2, 3 or 4 bits with windows of 16");
+  const bool dense = product.name == kDense;
+  const bool bits = dense || (layout.bits() >= 2 && layout.bits() <= 4);
+  if (!hash_of(layout) || !bits || layout.code == TrellisCode::one_mad) {
+    return text_of("kernel ", product.name, " takes 3inst, mcg, mul1 and octagon of ",
+                   dense ? "whole" : "2, 3 or 4", " bits with windows of 16");
   }
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
@@ -257,11 +258,7 @@ std::optional<std::string> why_no_tiles(const CudaProduct& product, const Trelli
   if (product.max_tokens > 0 && m > product.max_tokens) {
     return text_of("kernel ", product.name, " takes 1 to ", product.max_tokens, " tokens, not ", m);
   }
-  if (product.name == kDense && m * layout.column_blocks > kMostDenseBytes / 128) {
-    return text_of("kernel ", product.name, " takes up to 2 GiB of rotated activations, not those of ", m,
-                   " tokens");
-  }
-  if (product.name != kPanels && layout.column_blocks > 1024) {
+  if (product.name == kTiles && layout.column_blocks > 1024) {
     return text_of("kernel ", product.name, " takes up to 65536 columns, not ", layout.k);
   }
   if (product.needs_wgmma ? !runs_wgmma() : device.code < product.min_architecture) {
@@ -329,21 +326,15 @@ FragmentMatrix dense_matrix(const TrellisLayout& layout) {
   return w;
 }
 
-// Rows that are decoded at a time.
-int64_t dense_rows(const TrellisLayout& layout) {
-  return decoded_plan(dense_matrix(layout), 1, DType::f16, 0).rows;
-}
-
-// Of the tile loop, or of cuBLASLt with decoded weights.
-TrellisTileWork tile_workspace(const TrellisLayout& layout, int m, bool dense) {
+// Of the tile loop.
+TrellisTileWork tile_workspace(const TrellisLayout& layout, int m) {
   const FragmentMatrix w = tile_matrix(layout);
   TrellisTileWork work;
   work.sums = aligned_bytes(checked_mul(int64_t{2} * m, w.k));
   work.ones = work.sums + aligned_bytes(checked_mul(int64_t{2} * m, w.n));
   work.factors = work.ones + aligned_bytes(2 * w.n);
   work.tiles = work.factors + aligned_bytes(int64_t{4} * m);
-  work.bytes = work.tiles + (dense ? aligned_bytes(dense_rows(layout) * w.k * 2) + kLibraryBytes
-                                   : tiles_workspace(w, m, 0));
+  work.bytes = work.tiles + tiles_workspace(w, m, 0);
   return work;
 }
 
@@ -359,7 +350,45 @@ DecodedPlan dense_plan(const TrellisLayout& layout, int m, DType dtype) {
   return plan;
 }
 
-void run_decoded(const TrellisLayout& layout, const PreparedPlanes& w, const CudaMatmulArguments& a) {
+// Calls run<bits, hash>() with those of a matrix of kFirst ... kLast bits.
+template <int kFirst, int kLast, class Run>
+void with_code(const TrellisLayout& layout, const Run& run) {
+  if constexpr (kFirst < kLast) {
+    if (layout.bits() != kFirst) return with_code<kFirst + 1, kLast>(layout, run);
+  }
+  switch (*hash_of(layout)) {
+    case TrellisHash::bytes:
+      return run.template operator()<kFirst, TrellisHash::bytes>();
+    case TrellisHash::halves:
+      return run.template operator()<kFirst, TrellisHash::halves>();
+    default:
+      if constexpr (kFirst <= 4) return run.template operator()<kFirst, TrellisHash::octagon>();
+  }
+}
+
+// Rows [first, first + rows) of the matrix, rounded once more than the format says, to the workspace.
+void decode_dense(const TrellisLayout& layout, const TrellisProduct& p, int64_t first, int64_t rows,
+                  void* workspace, cudaStream_t stream) {
+  const int64_t count = std::min(rows, layout.n - first);
+  TrellisDense dense;
+  dense.codes = p.codes + first / 64 * layout.column_blocks * layout.bits() * 32;
+  dense.input_scales = p.input_scales;
+  dense.output_scales = p.output_scales + first;
+  dense.map = p.map;
+  dense.bands = static_cast<int>(ceil_div(count, kTrellisBand));
+  dense.column_blocks = p.column_pieces;
+  dense.n = static_cast<int>(count);
+  dense.k = p.k;
+  dense.rotated = p.rotated;
+  dense.bfloat16 = p.bfloat16;
+  dense.out = static_cast<uint16_t*>(workspace);
+  with_code<1, 8>(layout,
+                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_dense<kBits, kHash>(dense, stream); });
+}
+
+// decode(first row, rows) makes those rows in the workspace.
+template <class Decode>
+void multiply_rows(const TrellisLayout& layout, const CudaMatmulArguments& a, const Decode& decode) {
   ProductLaunch launch;
   ProductArguments& p = launch.arguments;
   p.w = dense_matrix(layout);
@@ -375,67 +404,23 @@ void run_decoded(const TrellisLayout& layout, const PreparedPlanes& w, const Cud
   const DecodedPlan plan = dense_plan(layout, p.m, a.dtype);
   for (int64_t first = 0; first < layout.n; first += plan.rows) {
     const ProductLaunch part = part_of_rows(launch, first, plan.rows, layout.bits());
-    decode_trellis(layout, w, first, plan.rows, a.workspace, a.dtype, layout.column_blocks * 64,
-                   launch.stream);
+    decode(first, plan.rows);
     multiply_decoded(part, plan, first == 0, a.workspace);
   }
-}
-
-// Calls run<bits, hash>() with those of a matrix of 2, 3 or 4 bits.
-template <class Run>
-void with_code(const TrellisLayout& layout, const Run& run) {
-  const auto with_bits = [&]<int kBits>() {
-    switch (*hash_of(layout)) {
-      case TrellisHash::bytes:
-        return run.template operator()<kBits, TrellisHash::bytes>();
-      case TrellisHash::halves:
-        return run.template operator()<kBits, TrellisHash::halves>();
-      default:
-        return run.template operator()<kBits, TrellisHash::octagon>();
-    }
-  };
-  if (layout.bits() == 2) return with_bits.template operator()<2>();
-  if (layout.bits() == 3) return with_bits.template operator()<3>();
-  with_bits.template operator()<4>();
 }
 
 void run_panels(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
   TrellisPanelLaunch panels{launch.product, launch.deal, {}, launch.stream};
   static_cast<void>(panel_workspace(layout, launch.deal, launch.product.m, workspace, panels.work));
   launch_panel_activations(panels);
-  with_code(layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_panels<kBits, kHash>(panels); });
+  with_code<2, 4>(layout,
+                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_panels<kBits, kHash>(panels); });
   launch_panel_sums(panels);
-}
-
-void run_dense(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
-  const TrellisProduct& p = launch.product;
-  const TrellisTileWork work = tile_workspace(layout, p.m, true);
-  const int row_blocks = static_cast<int>(layout.row_blocks);
-  const int64_t columns = 64 * layout.column_blocks;
-  const int64_t rows = 64 * layout.row_blocks;
-  const int64_t at_once = dense_rows(layout);
-  auto* const weights = reinterpret_cast<__half*>(workspace + work.tiles);
-  auto* const sums = reinterpret_cast<__half*>(workspace + work.sums);
-  launch_trellis_rotate_in(p, row_blocks, false, work, workspace, launch.stream);
-  for (int64_t first = 0; first < rows; first += at_once) {
-    const int64_t count = std::min(at_once, rows - first);
-    const TrellisDense dense{p.codes + first / 64 * layout.column_blocks * layout.bits() * 32,
-                             count / 64 * layout.column_blocks, static_cast<int>(layout.column_blocks), p.map,
-                             weights};
-    with_code(layout, [&]<int kBits, TrellisHash kHash>() {
-      launch_trellis_dense<kBits, kHash>(dense, launch.stream);
-    });
-    const DenseProduct product{
-        count,   columns, p.m,          weights, columns,   workspace + work.activations,
-        columns, nullptr, sums + first, rows,    DType::f16};
-    multiply_dense(product, workspace + work.bytes - kLibraryBytes, launch.stream);
-  }
-  launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
 }
 
 void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
   const TrellisProduct& p = launch.product;
-  const TrellisTileWork work = tile_workspace(layout, p.m, false);
+  const TrellisTileWork work = tile_workspace(layout, p.m);
   const int row_blocks = static_cast<int>(layout.row_blocks);
   ProductLaunch tiles;
   ProductArguments& arguments = tiles.arguments;
@@ -450,9 +435,10 @@ void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigne
   arguments.x_in_pieces = true;
   tiles.splits = 0;
   tiles.stream = launch.stream;
-  launch_trellis_rotate_in(p, row_blocks, true, work, workspace, launch.stream);
+  launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
   void* const own = workspace + work.tiles;
-  with_code(layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, own); });
+  with_code<2, 4>(layout,
+                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, own); });
   launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
 }
 
@@ -501,7 +487,8 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
     } else if (product.name == kTiles || product.name == kDense) {
       reason = why_no_tiles(product, layout, m, dtype, device);
       if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
-        plan.workspace = tile_workspace(layout, static_cast<int>(m), product.name == kDense).bytes;
+        plan.workspace = product.name == kTiles ? tile_workspace(layout, static_cast<int>(m)).bytes
+                                                : dense_plan(layout, static_cast<int>(m), dtype).bytes;
       }
     } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
       reason = text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
@@ -522,7 +509,12 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
 void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const PreparedPlanes& w,
                  const CudaMatmulArguments& a, const CudaMatmulOptions& options, const DeviceFacts& device) {
   const bool dense = plan.product->name == kDense;
-  if ((plan.product->max_tokens == 0 && !dense) || layout.k == 0) return run_decoded(layout, w, a);
+  if ((plan.product->max_tokens == 0 && !dense) || layout.k == 0) {
+    return multiply_rows(layout, a, [&](int64_t first, int64_t rows) {
+      decode_trellis(layout, w, first, rows, a.workspace, a.dtype, layout.column_blocks * 64,
+                     static_cast<cudaStream_t>(a.stream));
+    });
+  }
   const bool tiles = plan.product->name == kTiles;
   const bool panels = plan.product->name == kPanels;
   const bool exact = tiles || panels || dense || plan.product->name == kExact;
@@ -545,7 +537,11 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   p.bfloat16 = a.dtype == DType::bf16;
   p.x_in_fours = reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && (a.m == 1 || a.x_stride % 4 == 0);
   launch.stream = static_cast<cudaStream_t>(a.stream);
-  if (dense) return run_dense(layout, launch, static_cast<unsigned char*>(a.workspace));
+  if (dense) {
+    return multiply_rows(layout, a, [&](int64_t first, int64_t rows) {
+      decode_dense(layout, p, first, rows, a.workspace, launch.stream);
+    });
+  }
   if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
   if (panels) return run_panels(layout, launch, static_cast<unsigned char*>(a.workspace));

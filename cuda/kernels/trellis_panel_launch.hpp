@@ -41,15 +41,4 @@ void launch_panel_sums(const TrellisPanelLaunch& launch);
 template <int kBits, TrellisHash kHash>
 void launch_trellis_panels(const TrellisPanelLaunch& launch);
 
-// Blocks of 64 x 64, `column_blocks` in a row, to float16 [rows, 64 * column_blocks].
-struct TrellisDense {
-  const uint4* codes = nullptr;
-  int64_t blocks = 0;
-  int column_blocks = 0;
-  TrellisMap map;
-  __half* out = nullptr;
-};
-template <int kBits, TrellisHash kHash>
-void launch_trellis_dense(const TrellisDense& dense, cudaStream_t stream);
-
 }  // namespace quantloom::cuda

@@ -26,9 +26,8 @@ __device__ __forceinline__ void load_spans(const TrellisProduct& p, int token, i
 }
 
 // A block of threads for each token. Activations are multiplied by a power of two that brings the largest
-// into [1/8, 1/4): sums over 65536 columns then stay within float16, whatever the weights. kFragments: in the
-// order of trellis_column().
-template <bool kFragments>
+// into [1/8, 1/4): sums over 65536 columns then stay within float16, whatever the weights. In the order of
+// trellis_column().
 __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ TrellisProduct p, int rows,
                                                       __half* activations, __half* ones, float* factors) {
   __shared__ uint32_t largest_of[kThreads / 32];
@@ -63,20 +62,15 @@ __global__ void __launch_bounds__(kThreads) rotate_in(const __grid_constant__ Tr
       __half* const to = activations + (static_cast<int64_t>(token) * spans + span + s) * kTrellisBand;
       const __half2 low = __floats2half2_rn(v[s][0] * scale, v[s][1] * scale);
       const __half2 high = __floats2half2_rn(v[s][2] * scale, v[s][3] * scale);
-      if constexpr (kFragments) {
-        // Activations 4 * (lane % 16) + i of a block of 64: of tile lane % 16 / 4, which trellis_column()
-        // puts at number j = i % 2 + 2 * (lane / 2 % 2) of step 2 * (lane % 2) + i / 2.
-        __half* const place =
-            to + lane / 16 * kTrellisPiece + 32 * (lane & 1) + lane % 16 / 4 * 4 + (lane >> 1 & 1) * 2;
-        *reinterpret_cast<__half2*>(place) = low;
-        *reinterpret_cast<__half2*>(place + 16) = high;
-      } else {
-        *reinterpret_cast<uint2*>(to + 4 * lane) =
-            make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
-      }
+      // Activations 4 * (lane % 16) + i of a block of 64: of tile lane % 16 / 4, which trellis_column() puts
+      // at number j = i % 2 + 2 * (lane / 2 % 2) of step 2 * (lane % 2) + i / 2.
+      __half* const place =
+          to + lane / 16 * kTrellisPiece + 32 * (lane & 1) + lane % 16 / 4 * 4 + (lane >> 1 & 1) * 2;
+      *reinterpret_cast<__half2*>(place) = low;
+      *reinterpret_cast<__half2*>(place + 16) = high;
     }
   }
-  if (kFragments && token == 0) {
+  if (token == 0) {
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += kThreads)
       ones[row] = __float2half_rn(1.0F);
   }
@@ -128,10 +122,9 @@ void launch_trellis_sums(const TrellisLaunch& launch) {
              "matmul_cuda: launch of add_bands");
 }
 
-void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, bool fragments,
-                              const TrellisTileWork& work, unsigned char* workspace, cudaStream_t stream) {
-  const auto kernel = fragments ? rotate_in<true> : rotate_in<false>;
-  kernel<<<static_cast<unsigned>(p.m), kThreads, 0, stream>>>(
+void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
+                              unsigned char* workspace, cudaStream_t stream) {
+  rotate_in<<<static_cast<unsigned>(p.m), kThreads, 0, stream>>>(
       p, 64 * row_blocks, reinterpret_cast<__half*>(workspace + work.activations),
       reinterpret_cast<__half*>(workspace + work.ones), reinterpret_cast<float*>(workspace + work.factors));
   check_cuda(cudaGetLastError(), "matmul_cuda: launch of rotate_in");

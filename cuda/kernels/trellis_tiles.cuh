@@ -19,14 +19,14 @@ struct TrellisTileWork {
   int64_t sums = 0;         // float16 [m, 64 * row_blocks]
   int64_t ones = 0;         // float16 [64 * row_blocks]: the scales of the tile loop
   int64_t factors = 0;      // float [m]: what the sums of a token are worth
-  int64_t tiles = 0;        // the tile loop's own, or decoded weights
+  int64_t tiles = 0;        // the tile loop's own
   int64_t bytes = 0;
 };
 
-// Activations into the workspace, and sums out of it. fragments: activations in the order of
-// trellis_column(), and ones for the tile loop.
-void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, bool fragments,
-                              const TrellisTileWork& work, unsigned char* workspace, cudaStream_t stream);
+// Activations into the workspace, in the order of trellis_column(), and ones for the tile loop; sums out of
+// it.
+void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
+                              unsigned char* workspace, cudaStream_t stream);
 void launch_trellis_rotate_out(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
                                const unsigned char* workspace, cudaStream_t stream);
 

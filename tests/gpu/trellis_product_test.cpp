@@ -97,7 +97,7 @@ TEST_P(TrellisProductCuda, RandomConfigurationsAgreeWithFloat64) {
   if (clusters_run()) {
     std::set<std::string> expected = kernels_of_table();
     if (bits < 2 || bits > 4) {
-      for (const char* kernel : {"trellis_tiles", "trellis_panels", "trellis_dense"}) expected.erase(kernel);
+      for (const char* kernel : {"trellis_tiles", "trellis_panels"}) expected.erase(kernel);
     }
     EXPECT_EQ(taken, expected);
   }
@@ -281,6 +281,8 @@ TEST_F(TrellisProductCuda, RefusesWhatAKernelDoesNotTake) {
   }
   EXPECT_NE(why(Trellis(5, "mul1"), 8, "trellis_tiles").find("2, 3 or 4 bits"), std::string::npos);
   EXPECT_NE(why(Trellis(2, "mul1"), 500, "trellis_tiles").find("tokens"), std::string::npos);
+  EXPECT_NE(why(Trellis(2.5, "mul1"), 500, "trellis_dense").find("whole bits"), std::string::npos);
+  EXPECT_NE(why(Trellis(3, "1mad"), 500, "trellis_dense").find("mul1"), std::string::npos);
   EXPECT_NE(why(Trellis(2, "1mad"), 1, "trellis_exact").find("1mad"), std::string::npos);
   EXPECT_NE(why(Trellis(2, "mul1"), 1, "stream").find("kernel table"), std::string::npos);
 }

@@ -18,7 +18,8 @@ def _seed():
 
 @needs_cuda
 @pytest.mark.parametrize(
-    "kernel", ["trellis_stream", "trellis_exact", "trellis_panels", "trellis_tiles", "decode", None]
+    "kernel",
+    ["trellis_stream", "trellis_exact", "trellis_panels", "trellis_tiles", "trellis_dense", "decode", None],
 )
 @pytest.mark.parametrize("spec", ["trellis:2", "trellis:3:3inst", "trellis:4:mcg:plain", "trellis:2:octagon"])
 @pytest.mark.parametrize("dtype", HALVES)

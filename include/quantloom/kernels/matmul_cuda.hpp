@@ -102,12 +102,13 @@ struct CudaMatmulArguments {
 };
 
 // All memory on the current device. float32 accumulation; the result is rounded once, but with a bias the
-// kernel "decode" (cuBLASLt) rounds before it adds it, too. Of the kernels of trellis codes, "trellis_stream"
-// takes activations with 16 bits of the largest of up to 512 of them (3inst, mcg: 22 bits), and weights
-// without their last rounding to float16, "trellis_exact" 22 bits and the weights as they are;
-// "trellis_panels", "trellis_tiles" and "trellis_dense" round rotated activations to float16, the latter two
-// sums as well. An activation that is not finite makes NaN. Throws Unsupported where no kernel takes the
-// format, dtype or device, InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
+// kernels "decode" and "trellis_dense" (cuBLASLt) round before they add it, too. Of the kernels of trellis
+// codes, "trellis_stream" takes activations with 16 bits of the largest of up to 512 of them (3inst, mcg: 22
+// bits), and weights without their last rounding to float16, "trellis_exact" 22 bits and the weights as they
+// are; "trellis_panels" and "trellis_tiles" round rotated activations to float16, the latter sums as well;
+// "trellis_dense" rounds weights to float16 before their second rotation. An activation that is not finite
+// makes NaN. Throws Unsupported where no kernel takes the format, dtype or device, InvalidArgument /
+// TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});
 
