@@ -1,6 +1,6 @@
 // Encoding of trellis-coded rings on the device, in weights a second: both passes and the ways back, for
-// batches of 4224 rings and of 256 (a row of tiles of a matrix with 4096 outputs). The source is normal, in
-// units of the codebook times the scale that suits the bits.
+// batches of 4224 rings and of 256 (a row of tiles of a matrix with 4096 outputs) or less. The source is
+// normal, in units of the codebook times the scale that suits the bits.
 //
 // The yardstick is the issue limit of the search: each of the 2^16 states costs an add and a product, and
 // with its neighbour half a minimum, for two float16 costs in a register of 32 lanes.
@@ -60,9 +60,17 @@ double best_of(const bench::Stream& stream, int repeats, const auto& body) {
   return best;
 }
 
+// How a search is done where that is not left to the library.
+struct How {
+  bool bulk = false;
+  int pairs = 0;
+  int blocks = 0;
+  bool clusters = true;
+};
+
 // Seconds of the two searches and the two ways back, for rings that fit one batch.
 std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const CudaRings& rings,
-                                 TrellisSearch search, bool bulk, int pairs, void* workspace, int processors,
+                                 TrellisSearch search, const How& how, void* workspace, int processors,
                                  const bench::Stream& stream, int repeats) {
   const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
   cuda::SearchTask first = cuda::first_pass(rings.shape, search);
@@ -72,8 +80,10 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
     task->table = codebook.weights();
     task->count = static_cast<int>(rings.count);
     task->history = static_cast<uint32_t*>(workspace);
-    task->bulk = bulk;
-    task->pairs = pairs;
+    task->bulk = how.bulk;
+    task->pairs = how.pairs;
+    task->blocks = how.blocks;
+    task->clusters = how.clusters;
   }
   first.ends = edges.data();
   second.pins = edges.data() + rings.count;
@@ -148,23 +158,30 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
     rings.count = std::min<int64_t>(c.rings, int64_t{8} * processors);
     std::printf("\n");
     row["steps"] = nlohmann::json::array();
-    // As the library does it, with bulk copies, and with so many pairs of rings in a block.
-    for (const auto& [bulk, pairs] : {std::pair{false, 0}, {true, 0}, {false, 1}, {false, 2}, {false, 4}}) {
-      if (bulk && (host.weights_per_step != 1 || shape.half_bits % 2 != 0 || c.bits > 4)) continue;
-      if (pairs > 0 && (host.weights_per_step != 2 || 512 * pairs >> shape.half_bits > 140)) continue;
+    // As the library does it, with bulk copies, with so many pairs of rings in a block, or blocks for a pair.
+    for (const How& how :
+         {How{}, {true}, {false, 1}, {false, 2}, {false, 4}, {false, 0, 1}, {false, 0, 2}, {false, 0, 4}}) {
+      if (how.bulk && (host.weights_per_step != 1 || shape.half_bits % 2 != 0 || c.bits > 4)) continue;
+      if ((how.pairs > 0 || how.blocks > 0) && host.weights_per_step != 2) continue;
+      if (how.pairs > 0 && 512 * how.pairs >> shape.half_bits > 140) continue;
+      if (how.blocks == 1 && c.bits == 1) continue;
       const std::vector<double> steps =
-          step_seconds(codebook, rings, c.search, bulk, pairs, workspace.get(), processors, stream, repeats);
+          step_seconds(codebook, rings, c.search, how, workspace.get(), processors, stream, repeats);
       cuda::download(errors.data(), sums.data(), rings.count, stream.get());
       double again = 0;
       for (int64_t i = 0; i < rings.count; ++i) again += sums[static_cast<size_t>(i)];
       again /= static_cast<double>(rings.count * cuda::kRingPositions) * scale * scale;
-      const std::string how = bulk ? ", bulk copies" : pairs > 0 ? text_of(", pairs in a block ", pairs) : "";
+      const std::string name = how.bulk         ? ", bulk copies"
+                               : how.pairs > 0  ? text_of(", pairs in a block ", how.pairs)
+                               : how.blocks > 0 ? text_of(", blocks for a pair ", how.blocks)
+                                                : "";
       std::printf("  %lld rings%s: searches %.0f and %.0f us, ways back %.0f and %.0f us; error %.6f\n",
-                  static_cast<long long>(rings.count), how.c_str(), steps[0] * 1e6, steps[2] * 1e6,
+                  static_cast<long long>(rings.count), name.c_str(), steps[0] * 1e6, steps[2] * 1e6,
                   steps[1] * 1e6, steps[3] * 1e6, again);
       row["steps"].push_back({{"rings", rings.count},
-                              {"bulk", bulk},
-                              {"pairs", pairs},
+                              {"bulk", how.bulk},
+                              {"pairs", how.pairs},
+                              {"blocks", how.blocks},
                               {"first_search_seconds", steps[0]},
                               {"first_way_back_seconds", steps[1]},
                               {"second_search_seconds", steps[2]},
@@ -211,7 +228,14 @@ nlohmann::json run(bool quick) {
     for (const TrellisSearch search : every) {
       if (quick && (search != TrellisSearch::normal || bits == 1 || bits == 2.5)) continue;
       for (const int64_t rings : {kMany, kFew}) cases.push_back({"octagon", bits, search, rings});
+      if (search != TrellisSearch::normal) continue;
+      for (const int64_t rings : {kFew / 2, kFew / 4}) cases.push_back({"octagon", bits, search, rings});
     }
+  }
+  for (int bits = 1; bits <= 7; ++bits) {
+    if (quick && bits > 4) continue;
+    for (const int64_t rings : {kMany, kFew})
+      cases.push_back({"mul1", bits + 0.5, TrellisSearch::normal, rings});
   }
   if (!quick) {
     for (const char* codebook : {"3inst", "mcg", "1mad", "rptc"}) {
@@ -219,8 +243,6 @@ nlohmann::json run(bool quick) {
         cases.push_back({codebook, static_cast<double>(bits), TrellisSearch::normal, kMany});
       }
     }
-    for (const double bits : {1.5, 2.5, 3.5, 4.5})
-      cases.push_back({"mul1", bits, TrellisSearch::normal, kMany});
     for (const double bits : {2.0, 3.0, 4.0}) cases.push_back({"hyb", bits, TrellisSearch::normal, kMany});
   }
   for (const Case& c : cases) report["rows"].push_back(measure(c, source, issue_limit, quick ? 3 : 5));

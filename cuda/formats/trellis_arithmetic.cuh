@@ -14,6 +14,34 @@ __device__ __forceinline__ uint32_t pair_subtract(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
+// (a - the low or the high half of b) in both halves. The broadcast is part of the instruction: the compiler
+// does not find it from a permutation of bytes.
+__device__ __forceinline__ uint32_t pair_subtract_low(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      ".reg .b32 both;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "mov.b32 both, {low, low};\n"
+      "sub.rn.f16x2 %0, %1, both;\n"
+      "}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
+__device__ __forceinline__ uint32_t pair_subtract_high(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      ".reg .b32 both;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "mov.b32 both, {high, high};\n"
+      "sub.rn.f16x2 %0, %1, both;\n"
+      "}"
+      : "=r"(result)
+      : "r"(a), "r"(b));
+  return result;
+}
 __device__ __forceinline__ uint32_t pair_add(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

@@ -69,6 +69,7 @@ void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, T
     task->table = codebook.weights();
     task->count = static_cast<int>(rings.count);
     task->history = parts.history;
+    task->clusters = device.clusters;
     // Measured: with 4 bits every step is copied, which is faster by the threads that have the costs.
     task->bulk = task->plain() && (task->bits() == 2 || task->bits() == 3) && device.code >= 90;
   }

@@ -1,8 +1,8 @@
-// The search for bits in halves, whose steps take turns. Plain, and slower: weights come from memory, and
-// costs are copied at every step. The way back here is that of two weights a step as well.
+// The way back through a search that copied its costs at every step, for all shapes: bits in halves, and two
+// weights a step.
 //
 // Before step t, which takes b(t) fresh bits, a path is at an edge of 16 - b(t) bits: the newest bits of the
-// state before it. Costs of both rings of a block share a word.
+// state before it. Costs of two rings share a word.
 #pragma once
 
 #include "formats/trellis_passes.hpp"
@@ -10,27 +10,6 @@
 #include "formats/trellis_walk.cuh"
 
 namespace quantloom::cuda {
-
-// Targets of both rings in a word: float16, and what it lacks.
-struct PairTarget {
-  uint32_t high;
-  uint32_t low;
-};
-
-// The least cost of an edge after a step, for both rings.
-__device__ inline uint32_t least_cost(const uint16_t* table, int fresh_bits, int next_bits, uint32_t edge,
-                                      const uint32_t* costs, const PairTarget& target) {
-  uint32_t least = 0x7C007C00U;
-  const uint32_t inputs = 1U << next_bits;
-#pragma unroll 4
-  for (uint32_t input = 0; input < inputs; ++input) {
-    const uint32_t state = input << (16 - next_bits) | edge;
-    const uint32_t weight = table[state] * 0x10001U;
-    const uint32_t difference = pair_add(pair_subtract(target.high, weight), target.low);
-    least = pair_min(least, pair_square_add(difference, costs[state >> fresh_bits]));
-  }
-  return least;
-}
 
 // What a state before an edge is looked for with, on the way back.
 struct StepBack {

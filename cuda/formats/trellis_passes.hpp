@@ -55,8 +55,12 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
-  int pairs = 0;  // two weights a step: pairs of rings in a block, 1, 2 or 4; 0: what suits
-  int stop = 0;   // the way back ends after that many steps from the beginning
+  // Two weights a step: pairs of rings in a block, 1, 2 or 4, or blocks for a pair, 1, 2 or 4; if neither is
+  // given, what suits.
+  int pairs = 0;
+  int blocks = 0;
+  bool clusters = false;  // the device has them
+  int stop = 0;           // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
   bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
@@ -121,10 +125,12 @@ inline SearchTask second_pass(const TrellisShape& shape) {
 // Shared memory that a block of search_rings() needs.
 int64_t search_memory(const SearchTask& task);
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream);
-// The same for half bits.
-int64_t general_search_memory(const SearchTask& task);
-void search_general(const SearchTask& task, int processors, cudaStream_t stream);
-// And for two weights a step.
+// The same for half bits, and for two weights a step in clusters of 1, 2 or 4 blocks, which have to be known
+// to the device; the most an int64_t holds if there is no such kernel. Clusters that run at the same time.
+int64_t pair_search_memory(const SearchTask& task, int blocks);
+int pairs_at_once(const SearchTask& task, int blocks, int processors);
+void search_pairs(const SearchTask& task, int blocks, int processors, cudaStream_t stream);
+// And for two weights a step, with less memory, in blocks of one to four pairs of rings.
 int64_t two_weights_search_memory(const SearchTask& task);
 void search_two_weights(const SearchTask& task, int processors, cudaStream_t stream);
 void trace_back(const SearchTask& task, const TracebackResult& result, cudaStream_t stream);

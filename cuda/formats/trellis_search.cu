@@ -197,7 +197,7 @@ void launch(const SearchTask& task, int processors, cudaStream_t stream) {
 
 int64_t search_memory(const SearchTask& task) {
   if (task.shape.weights_per_step == 2) return two_weights_search_memory(task);
-  if (!task.plain()) return general_search_memory(task);
+  if (!task.plain()) return pair_search_memory(task, 1);
   int64_t bytes = 0;
   with_bits(task.bits(), [&]<int kBits>() { bytes = sizeof(SearchMemory<kBits>); });
   return bytes;
@@ -205,7 +205,7 @@ int64_t search_memory(const SearchTask& task) {
 
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {
   if (task.shape.weights_per_step == 2) return search_two_weights(task, processors, stream);
-  if (!task.plain()) return search_general(task, processors, stream);
+  if (!task.plain()) return search_pairs(task, 1, processors, stream);
   with_bits(task.bits(), [&]<int kBits>() {
     if constexpr (SearchShape<kBits>::kPairsOfGroups) {
       if (task.bulk) return launch<kBits, true>(task, processors, stream);

@@ -261,7 +261,6 @@ TEST_F(TrellisCuda, ValidRingsHaveNoLoss) {
   }
 }
 
-// Paired with a plain search on the same rings.
 // Two weights a step, against the float32 search of the CPU, in batches of one, two and four pairs of rings a
 // block.
 TEST_F(TrellisCuda, TwoWeightsAStepLoseAsLittle) {
@@ -296,6 +295,59 @@ TEST_F(TrellisCuda, TwoWeightsAStepLoseAsLittle) {
   }
 }
 
+// Bits in halves against the float32 search of the CPU.
+TEST_F(TrellisCuda, HalfBitsLoseAsLittle) {
+  const Twin codebook("mul1");
+  for (const int half_bits : {3, 5, 7, 9, 11}) {
+    const double scale = trellis_best_ratio(half_bits) * codebook.host.rms();
+    constexpr int64_t kCount = 64;
+    const std::vector<float> targets = normal_targets(kCount, scale, 33);
+    const TrellisShape shape = shape_of(half_bits / 2.0);
+    std::vector<uint32_t> states(static_cast<size_t>(kCount * shape.steps()));
+    encode_rings(codebook.host, shape, {targets.data(), kCount, kPositions},
+                 {states.data(), kCount, shape.steps()});
+    std::vector<float> weights(targets.size());
+    decode_rings(codebook.host, shape, {states.data(), kCount, shape.steps()},
+                 {weights.data(), kCount, kPositions});
+    double exact = 0;
+    for (size_t i = 0; i < targets.size(); ++i) exact += std::pow(double{targets[i]} - weights[i], 2);
+    exact /= static_cast<double>(targets.size());
+    const double found = mean_error(encode(codebook, targets, half_bits / 2.0, TrellisSearch::normal));
+    std::printf("mul1 %d/2 bits: float32 %.7f of the variance; normal %+.3f%%\n", half_bits,
+                exact / (scale * scale), 100 * (found / exact - 1));
+    EXPECT_NEAR(found / exact, 1, half_bits <= 8 ? 3e-4 : 1e-3) << half_bits << "/2 bits";
+  }
+}
+
+// A ring's result is the same however many blocks and pairs of rings share the search.
+TEST_F(TrellisCuda, TwoWeightsAStepAreIndependentOfTheCount) {
+  const Twin codebook("octagon");
+  for (int half_bits = 2; half_bits <= 8; ++half_bits) {
+    const double bits = half_bits / 2.0;
+    const int64_t words = shape_of(bits, 2).words();
+    const std::vector<float> targets = normal_targets(1100, codebook.host.rms(), 14);
+    for (const TrellisSearch search : {TrellisSearch::normal, TrellisSearch::best}) {
+      const Rings together = encode(codebook, targets, bits, search);
+      for (const int64_t count : {1, 7, 64, 65, 128, 131, 263, 265, 529}) {
+        const Rings some =
+            encode(codebook, {targets.begin(), targets.begin() + count * kPositions}, bits, search);
+        for (int64_t i = 0; i < count * words; ++i) {
+          ASSERT_EQ(some.words[static_cast<size_t>(i)], together.words[static_cast<size_t>(i)])
+              << bits << " bits, " << name_of(search) << ", " << count << " rings, word " << i;
+        }
+      }
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        const std::vector<float> few(targets.begin(), targets.begin() + 64 * kPositions);
+        const Rings again = encode(codebook, few, bits, search);
+        for (size_t i = 0; i < again.words.size(); ++i) {
+          ASSERT_EQ(again.words[i], together.words[i]) << bits << " bits, repeat " << repeat;
+        }
+      }
+    }
+  }
+}
+
+// Paired with a plain search on the same rings.
 TEST_F(TrellisCuda, LossAgainstFloat32SearchIsAsStated) {
   constexpr int64_t kCount = 1056;
   for (const char* name : {"mul1", "3inst"}) {

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "formats/trellis_general.cuh"
+#include "formats/trellis_ring_pairs.cuh"
 #include "formats/trellis_two_weights.cuh"
 #include "formats/trellis_walk.cuh"
 #include "quantloom/random.hpp"
@@ -316,26 +317,67 @@ void expect_no_loss(int side) {
   EXPECT_EQ(encoder.words, rings.words) << kBits << " bits";
 }
 
-// The costs after a step with two weights a state, four edges after the other.
-std::vector<uint32_t> step_of_two_weights(const std::vector<uint16_t>& table, int bits,
-                                          const std::vector<uint32_t>& costs, const PairTarget* targets) {
-  const QuadPlan plan(bits);
-  const StepTargets<1> wanted{{targets[0].high}, {targets[1].high}};
-  std::vector<uint32_t> after(static_cast<size_t>(plan.edges()), 0x7C007C00U);
-  for (int slice = 0; slice < plan.slices(); ++slice) {
-    for (int quad = 0; quad < plan.quads(); ++quad) {
-      QuadCosts<1> found;
-      found.find(table.data(), plan, quad, slice, costs.data(), wanted);
-      for (int e = 0; e < kQuad; ++e) {
-        uint32_t& least = after[static_cast<size_t>(kQuad * quad + e)];
-        least = pair_min(least, found.least[0][e]);
+// The threads of the blocks that share a pair of rings, between their barriers.
+template <int kWeights, int kEven, int kOdd, int kBlocks>
+class EmulatedPair {
+ public:
+  using Shape = PairShape<kWeights, (kEven > kOdd ? kEven : kOdd), kBlocks>;
+  using Values = PairValues<Shape, kWeights>;
+
+  explicit EmulatedPair(const std::vector<uint16_t>& table) : values_(kBlocks * kSearchThreads) {
+    for (int rank = 0; rank < kBlocks; ++rank) {
+      for (int thread = 0; thread < kSearchThreads; ++thread) {
+        values_[static_cast<size_t>(rank * kSearchThreads + thread)].load(
+            table.data(), Shape::middle_of(thread, rank), thread, memory_.data());
       }
     }
   }
-  return after;
-}
 
-// The search of other shapes, an edge after the other.
+  // Costs after an even or an odd step, in the order of the edges, from those before it.
+  std::vector<uint32_t> step(bool odd, const std::vector<uint32_t>& before,
+                             const PairTargets& targets) const {
+    return odd ? step_of<kOdd, kEven>(before, targets) : step_of<kEven, kOdd>(before, targets);
+  }
+
+ private:
+  template <int kNow, int kNext>
+  std::vector<uint32_t> step_of(const std::vector<uint32_t>& before, const PairTargets& targets) const {
+    using Step = RingPairStep<kWeights, kNow, kNext, kBlocks>;
+    static_assert(std::is_same_v<typename Step::Shape, Shape>);
+    std::vector<uint32_t> costs(before.size());
+    for (size_t edge = 0; edge < before.size(); ++edge) {
+      costs[static_cast<size_t>(pair_place(static_cast<int>(edge)))] = before[edge];
+    }
+    std::vector<uint32_t> after(Step::kEdges, 0x77777777U);
+    const auto run = [&](int rank, int thread) {
+      const int middle = Shape::middle_of(thread, rank);
+      Step found{};
+      found.find(values_[static_cast<size_t>(rank * kSearchThreads + thread)], memory_.data(), costs.data(),
+                 targets, middle, thread);
+      found.share(thread);
+      if (!Step::writes(thread)) return;
+      for (int run = 0; run < Step::kRuns; ++run) {
+        found.write(run, after.data() + Step::first_edge(middle, thread) + (run << 12));
+      }
+    };
+    for (int rank = 0; rank < kBlocks; ++rank) {
+      for (int warp = 0; warp < kSearchThreads / 32; ++warp) {
+        if (Step::kSharedBits > 0) {
+          emulated::run_warp([&](int lane) { run(rank, warp * 32 + lane); });
+        } else {
+          for (int lane = 0; lane < 32; ++lane) run(rank, warp * 32 + lane);
+        }
+      }
+    }
+    return after;
+  }
+
+  std::vector<Values> values_;
+  std::vector<uint4> memory_ = std::vector<uint4>(Shape::kMemoryFours * kSearchThreads);
+};
+
+// The search of other shapes.
+template <class Pair>
 class GeneralEncoder {
  public:
   GeneralEncoder(const TrellisShape& shape, const std::vector<uint16_t>& table,
@@ -344,7 +386,8 @@ class GeneralEncoder {
         states(static_cast<size_t>(2 * shape.steps())),
         shape_(shape),
         table_(table),
-        targets_(targets) {}
+        targets_(targets),
+        pair_(table) {}
 
   std::vector<uint32_t> words;
   std::vector<float> errors = std::vector<float>(2);
@@ -400,24 +443,16 @@ class GeneralEncoder {
     uint32_t* copy = history_.data();
     for (int step = 0; step < task.steps; ++step) {
       const int next = (position + 1) % shape_.steps();
-      PairTarget wanted[2] = {};
-      for (int w = 0; w < per_step; ++w) {
-        for (size_t ring = 0; ring < 2; ++ring) {
+      PairTargets wanted{};
+      for (size_t ring = 0; ring < 2; ++ring) {
+        for (int w = 0; w < per_step; ++w) {
           const float value =
               targets_[tiles[ring] * kRingPositions + static_cast<size_t>(position * per_step + w)];
-          const uint16_t high = f16_from_float(bounded_target(value));
-          wanted[w].high |= static_cast<uint32_t>(high) << (16 * ring);
-          wanted[w].low |= static_cast<uint32_t>(f16_from_float(bounded_target(value) - float_from_f16(high)))
-                           << (16 * ring);
+          (w == 0 ? wanted.first : wanted.second) |=
+              static_cast<uint32_t>(f16_from_float(bounded_target(value))) << (16 * ring);
         }
       }
-      std::vector<uint32_t> after(static_cast<size_t>(kStates >> shape_.step_bits(next)));
-      for (size_t edge = 0; edge < after.size() && per_step == 1; ++edge) {
-        after[edge] = least_cost(table_.data(), shape_.step_bits(position), shape_.step_bits(next),
-                                 static_cast<uint32_t>(edge), costs.data(), wanted[0]);
-      }
-      if (per_step == 2) after = step_of_two_weights(table_, shape_.step_bits(0), costs, wanted);
-      costs = after;
+      costs = pair_.step(step % 2 == 1, costs, wanted);
       if (step + 1 >= task.stop && step + 1 < task.steps) {
         std::copy(costs.begin(), costs.end(), copy);
         copy += task.copy_words();
@@ -446,6 +481,7 @@ class GeneralEncoder {
   TrellisShape shape_;
   const std::vector<uint16_t>& table_;
   const std::vector<float>& targets_;
+  Pair pair_;
   std::vector<uint32_t> history_;
   std::vector<uint16_t> ends_ = std::vector<uint16_t>(2);
   std::vector<uint16_t> pins_ = std::vector<uint16_t>(2);
@@ -467,11 +503,15 @@ std::vector<uint16_t> general_table(int weights_per_step) {
   return table;
 }
 
-void expect_general(int half_bits, int weights_per_step, TrellisSearch search, float low, float high) {
+template <int kWeights, int kEven, int kOdd>
+void expect_general(TrellisSearch search, float low, float high) {
+  using Encoder = GeneralEncoder<EmulatedPair<kWeights, kEven, kOdd, 1>>;
+  constexpr int half_bits = (kEven + kOdd) / kWeights;
+  constexpr int weights_per_step = kWeights;
   const TrellisShape shape = general_shape(half_bits, weights_per_step);
   const std::vector<uint16_t> table = general_table(weights_per_step);
   const RandomRings rings(shape, 2, table);
-  GeneralEncoder again(shape, table, rings.targets);
+  Encoder again(shape, table, rings.targets);
   again.encode(search);
   expect_rings(again, shape, table, rings.targets);
   EXPECT_EQ(again.words, rings.words) << half_bits << "/2 bits";
@@ -480,7 +520,7 @@ void expect_general(int half_bits, int weights_per_step, TrellisSearch search, f
   const CounterRandom random(9);
   std::vector<float> targets(2 * kRingPositions);
   for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<float>(random.normal(i));
-  GeneralEncoder encoder(shape, table, targets);
+  Encoder encoder(shape, table, targets);
   encoder.encode(search);
   expect_rings(encoder, shape, table, targets);
   for (const float error : encoder.errors) {
@@ -574,9 +614,75 @@ TEST(TrellisStep, TwoWeightsAStep) {
   }
 }
 
+// A step of two rings in a word against its definition.
+template <int kWeights, int kEven, int kOdd, int kBlocks>
+void expect_a_pair_step() {
+  using Pair = EmulatedPair<kWeights, kEven, kOdd, kBlocks>;
+  const std::vector<uint16_t> table = general_table(kWeights);
+  const CounterRandom random(21);
+  const Pair pair(table);
+  const float first[2] = {0.71F, -1.23F};
+  const float second[2] = {-0.4F, 0.9F};
+  PairTargets targets{};
+  for (int ring = 0; ring < 2; ++ring) {
+    targets.first |= static_cast<uint32_t>(f16_from_float(first[ring])) << (16 * ring);
+    if (kWeights == 2) targets.second |= static_cast<uint32_t>(f16_from_float(second[ring])) << (16 * ring);
+  }
+  for (const bool odd : {false, true}) {
+    if (odd && kEven == kOdd) continue;
+    const int now = odd ? kOdd : kEven;
+    const int next = odd ? kEven : kOdd;
+    std::vector<uint32_t> costs(static_cast<size_t>(kStates >> now));
+    for (size_t i = 0; i < costs.size(); ++i) {
+      const auto half = [&](size_t j) {
+        return random.below(3 * j, 8) == 0
+                   ? 0x7C00U
+                   : uint32_t{f16_from_float(static_cast<float>(random.uniform(3 * j + 1) * 3))};
+      };
+      costs[i] = half(2 * i) | half(2 * i + 1) << 16;
+    }
+    const std::vector<uint32_t> after = pair.step(odd, costs, targets);
+    ASSERT_EQ(after.size(), static_cast<size_t>(kStates >> next));
+    for (size_t edge = 0; edge < after.size(); ++edge) {
+      for (uint32_t ring = 0; ring < 2; ++ring) {
+        uint32_t least = 0x7C00U;
+        for (size_t input = 0; input < size_t{1} << next; ++input) {
+          const size_t state = input << (16 - next) | edge;
+          uint32_t cost = costs[state >> now] >> (16 * ring) & 0xFFFFU;
+          for (size_t w = 0; w < kWeights; ++w) {
+            const uint32_t target = (w == 0 ? targets.first : targets.second) >> (16 * ring) & 0xFFFFU;
+            cost = pair_square_add(pair_subtract(target, table[kWeights * state + w]), cost) & 0xFFFFU;
+          }
+          least = std::min(least, cost);
+        }
+        ASSERT_EQ(after[edge] >> (16 * ring) & 0xFFFFU, least)
+            << kWeights << " weights, " << now << " and " << next << " bits, " << kBlocks << " blocks, edge "
+            << edge << ", ring " << ring;
+      }
+    }
+  }
+}
+
+TEST(TrellisStep, PairsOfRings) {
+  expect_a_pair_step<1, 1, 2, 1>();
+  expect_a_pair_step<1, 2, 3, 1>();
+  expect_a_pair_step<1, 3, 4, 1>();
+  expect_a_pair_step<1, 4, 5, 1>();
+  expect_a_pair_step<1, 5, 6, 1>();
+  expect_a_pair_step<1, 7, 8, 1>();
+  expect_a_pair_step<2, 3, 3, 1>();
+  expect_a_pair_step<2, 4, 4, 1>();
+  expect_a_pair_step<2, 5, 5, 1>();
+  expect_a_pair_step<2, 8, 8, 1>();
+  expect_a_pair_step<2, 2, 2, 2>();
+  expect_a_pair_step<2, 6, 6, 2>();
+  expect_a_pair_step<2, 4, 4, 4>();
+  expect_a_pair_step<2, 7, 7, 4>();
+}
+
 TEST(TrellisStep, OtherShapes) {
-  expect_general(5, 1, TrellisSearch::fast, 0.03F, 0.045F);
-  expect_general(6, 2, TrellisSearch::fast, 0.015F, 0.022F);
+  expect_general<1, 2, 3>(TrellisSearch::fast, 0.03F, 0.045F);
+  expect_general<2, 4, 4>(TrellisSearch::fast, 0.06F, 0.08F);
 }
 
 }  // namespace

@@ -41,6 +41,9 @@ inline float __shfl_xor_sync(unsigned /*mask*/, float value, int lanes) {
   const auto all = emulated::exchange(std::bit_cast<uint32_t>(value));
   return std::bit_cast<float>(all[static_cast<size_t>(emulated::lane ^ lanes)]);
 }
+inline uint32_t __shfl_xor_sync(unsigned /*mask*/, uint32_t value, int lanes) {
+  return emulated::exchange(value)[static_cast<size_t>(emulated::lane ^ lanes)];
+}
 inline uint32_t __reduce_min_sync(unsigned /*mask*/, uint32_t value) {
   const auto all = emulated::exchange(value);
   return *std::min_element(all.begin(), all.end());
@@ -68,6 +71,12 @@ inline uint32_t pair_subtract(uint32_t a, uint32_t b) {
 }
 inline uint32_t pair_add(uint32_t a, uint32_t b) {
   return on_halves([](float x, float y) { return x + y; }, a, b);
+}
+inline uint32_t pair_subtract_low(uint32_t a, uint32_t b) {
+  return pair_subtract(a, (b & 0xFFFFU) * 0x10001U);
+}
+inline uint32_t pair_subtract_high(uint32_t a, uint32_t b) {
+  return pair_subtract(a, (b >> 16) * 0x10001U);
 }
 inline uint32_t pair_square_add(uint32_t d, uint32_t c) {
   return on_halves(
