@@ -65,7 +65,6 @@ struct How {
   bool bulk = false;
   int pairs = 0;
   int blocks = 0;
-  bool clusters = true;
 };
 
 // Seconds of the two searches and the two ways back, for rings that fit one batch.
@@ -83,7 +82,8 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
     task->bulk = how.bulk;
     task->pairs = how.pairs;
     task->blocks = how.blocks;
-    task->clusters = how.clusters;
+    task->clusters = true;
+    task->alone = rings.count <= processors;
   }
   first.ends = edges.data();
   second.pins = edges.data() + rings.count;
@@ -219,6 +219,9 @@ nlohmann::json run(bool quick) {
     for (const TrellisSearch search : every) {
       if (quick && search != TrellisSearch::normal) continue;
       for (const int64_t rings : {kMany, kFew}) cases.push_back({"mul1", whole, search, rings});
+    }
+    for (const int64_t rings : {kFew / 2, kFew / 4}) {
+      cases.push_back({"mul1", whole, TrellisSearch::normal, rings});
     }
     for (const int64_t batch : {kMany / 4, kMany}) {
       cases.push_back({"mul1", whole, TrellisSearch::normal, kMany, batch});

@@ -55,6 +55,7 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
+  bool alone = false;  // 1 to 4 whole bits: each ring has a block of its own
   // Two weights a step: pairs of rings in a block, 1, 2 or 4, or blocks for a pair, 1, 2 or 4; if neither is
   // given, what suits.
   int pairs = 0;
@@ -66,7 +67,7 @@ struct SearchTask {
   bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
   int bits() const { return shape.half_bits / 2; }
   // Rings that share a block.
-  int group() const { return plain() && bits() == 1 ? 1 : 2; }
+  int group() const { return plain() && (bits() == 1 || (alone && bits() <= 4)) ? 1 : 2; }
   int stride() const { return plain() ? copy_stride(bits()) : 1; }
   // Words of a copy of the costs of a group of rings.
   QUANTLOOM_TRELLIS int64_t copy_words() const {

@@ -13,9 +13,9 @@ namespace {
 constexpr uint32_t kInfinities = 0x7C007C00U;
 constexpr int kWarps = kSearchThreads / 32;
 
-template <int kBits>
+template <int kBits, int kRings>
 struct SearchMemory {
-  using Shape = SearchShape<kBits>;
+  using Shape = SearchShape<kBits, kRings>;
   alignas(16) uint32_t costs[2][Shape::kCostWords];
   alignas(16) uint32_t high[kLongestSearch][Shape::kRings];  // targets, in the order of the steps
   alignas(16) uint32_t low[Shape::kExactTargets ? kLongestSearch : 1][Shape::kRings];
@@ -31,9 +31,9 @@ __device__ __forceinline__ int tile_of(const SearchTask& task, int index) {
   return task.list == nullptr ? index : task.list[index];
 }
 
-template <int kBits>
-__device__ __forceinline__ Targets targets_at(const SearchMemory<kBits>& memory, int step) {
-  using Shape = SearchShape<kBits>;
+template <int kBits, int kRings>
+__device__ __forceinline__ Targets targets_at(const SearchMemory<kBits, kRings>& memory, int step) {
+  using Shape = SearchShape<kBits, kRings>;
   Targets targets{};
   if constexpr (Shape::kRings == 2) {
     const uint2 high = *reinterpret_cast<const uint2*>(memory.high[step]);
@@ -51,9 +51,9 @@ __device__ __forceinline__ Targets targets_at(const SearchMemory<kBits>& memory,
 }
 
 // Targets and first costs of the rings whose first is `first` of `count`; a missing second repeats the last.
-template <int kBits>
-__device__ void prepare(const SearchTask& task, int first, int count, SearchMemory<kBits>& memory) {
-  using Shape = SearchShape<kBits>;
+template <int kBits, int kRings>
+__device__ void prepare(const SearchTask& task, int first, int count, SearchMemory<kBits, kRings>& memory) {
+  using Shape = SearchShape<kBits, kRings>;
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < Shape::kRings * task.steps; i += kSearchThreads) {
     const int ring = i % Shape::kRings;
@@ -78,10 +78,10 @@ __device__ void prepare(const SearchTask& task, int first, int count, SearchMemo
 }
 
 // The edge of the least cost, of equal ones the first.
-template <int kBits>
+template <int kBits, int kRings>
 __device__ void find_ends(const SearchTask& task, int first, int count, const uint32_t* costs,
-                          SearchMemory<kBits>& memory) {
-  using Shape = SearchShape<kBits>;
+                          SearchMemory<kBits, kRings>& memory) {
+  using Shape = SearchShape<kBits, kRings>;
   const int thread = static_cast<int>(threadIdx.x);
   const auto* const halves = reinterpret_cast<const uint16_t*>(costs);
 #pragma unroll
@@ -105,11 +105,11 @@ __device__ void find_ends(const SearchTask& task, int first, int count, const ui
 }
 
 // Step number `step`, from 0, which reads costs[kFrom]. Copies follow each other in `history`.
-template <int kBits, bool kBulk, int kFrom>
+template <int kBits, int kRings, bool kBulk, int kFrom>
 __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (&values)[kValueWords],
-                                        int step, SearchMemory<kBits>& memory, uint32_t*& history) {
-  using Shape = SearchShape<kBits>;
-  using Step = SearchStep<kBits>;
+                                        int step, SearchMemory<kBits, kRings>& memory, uint32_t*& history) {
+  using Shape = SearchShape<kBits, kRings>;
+  using Step = SearchStep<kBits, kRings>;
   const int thread = static_cast<int>(threadIdx.x);
   typename Step::Outputs outputs;
   Step::run(values, targets_at(memory, step), memory.costs[kFrom], thread, outputs);
@@ -152,14 +152,14 @@ __device__ __forceinline__ void advance(const SearchTask& task, const uint32_t (
   __syncthreads();
 }
 
-template <int kBits, bool kBulk>
+template <int kBits, int kRings, bool kBulk>
 __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask task, int64_t history_words) {
-  using Shape = SearchShape<kBits>;
-  auto& memory = *dynamic_shared_memory<SearchMemory<kBits>>();
+  using Shape = SearchShape<kBits, kRings>;
+  auto& memory = *dynamic_shared_memory<SearchMemory<kBits, kRings>>();
   const int thread = static_cast<int>(threadIdx.x);
   const int count = task.list == nullptr ? task.count : *task.list_size;
   uint32_t values[kValueWords];
-  SearchStep<kBits>::load_values(task.table, thread, memory.staging[thread], values);
+  SearchStep<kBits, kRings>::load_values(task.table, thread, memory.staging[thread], values);
 
   for (int group = static_cast<int>(blockIdx.x); group * Shape::kRings < count;
        group += static_cast<int>(gridDim.x)) {
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
     prepare(task, first, count, memory);
     uint32_t* history = task.history + group * history_words;
     for (int step = 0; step < task.steps; step += 2) {
-      advance<kBits, kBulk, 0>(task, values, step, memory, history);
-      advance<kBits, kBulk, 1>(task, values, step + 1, memory, history);
+      advance<kBits, kRings, kBulk, 0>(task, values, step, memory, history);
+      advance<kBits, kRings, kBulk, 1>(task, values, step + 1, memory, history);
     }
     if (task.pins == nullptr) find_ends(task, first, count, memory.costs[0], memory);
     __syncthreads();
@@ -178,18 +178,19 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
 #endif
 }
 
-template <int kBits, bool kBulk>
+template <int kBits, int kRings, bool kBulk>
 void launch(const SearchTask& task, int processors, cudaStream_t stream) {
-  const auto bytes = static_cast<int>(sizeof(SearchMemory<kBits>));
-  check_cuda(cudaFuncSetAttribute(search<kBits, kBulk>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             "shared memory of the trellis search");
-  const auto groups = static_cast<int>(ceil_div(task.count, SearchShape<kBits>::kRings));
+  const auto bytes = static_cast<int>(sizeof(SearchMemory<kBits, kRings>));
+  check_cuda(
+      cudaFuncSetAttribute(search<kBits, kRings, kBulk>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      "shared memory of the trellis search");
+  const auto groups = static_cast<int>(ceil_div(task.count, kRings));
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(kSearchThreads);
   config.gridDim = dim3(static_cast<unsigned>(groups < processors ? groups : processors));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, search<kBits, kBulk>, task, task.history_words()),
+  check_cuda(cudaLaunchKernelEx(&config, search<kBits, kRings, kBulk>, task, task.history_words()),
              "launch of the trellis search");
 }
 
@@ -199,7 +200,7 @@ int64_t search_memory(const SearchTask& task) {
   if (task.shape.weights_per_step == 2) return two_weights_search_memory(task);
   if (!task.plain()) return pair_search_memory(task, 1);
   int64_t bytes = 0;
-  with_bits(task.bits(), [&]<int kBits>() { bytes = sizeof(SearchMemory<kBits>); });
+  with_bits(task.bits(), [&]<int kBits>() { bytes = sizeof(SearchMemory<kBits, most_rings(kBits)>); });
   return bytes;
 }
 
@@ -207,10 +208,15 @@ void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {
   if (task.shape.weights_per_step == 2) return search_two_weights(task, processors, stream);
   if (!task.plain()) return search_pairs(task, 1, processors, stream);
   with_bits(task.bits(), [&]<int kBits>() {
+    constexpr int kRings = most_rings(kBits);
     if constexpr (SearchShape<kBits>::kPairsOfGroups) {
-      if (task.bulk) return launch<kBits, true>(task, processors, stream);
+      if (kRings > 1 && task.alone) {
+        return task.bulk ? launch<kBits, 1, true>(task, processors, stream)
+                         : launch<kBits, 1, false>(task, processors, stream);
+      }
+      if (task.bulk) return launch<kBits, kRings, true>(task, processors, stream);
     }
-    launch<kBits, false>(task, processors, stream);
+    launch<kBits, kRings, false>(task, processors, stream);
   });
 }
 

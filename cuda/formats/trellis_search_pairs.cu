@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1) search(const SearchTask tas
   }
 }
 
-// A kernel and how it is launched, or nothing where its memory is more than any device has.
+// A kernel and how it is launched.
 struct Choice {
   void (*kernel)(SearchTask, int64_t) = nullptr;
   int blocks = 1;
@@ -197,20 +197,20 @@ struct Choice {
 
 template <int kWeights, int kEven, int kOdd, int kBlocks>
 Choice make_choice() {
-  constexpr int64_t kMost = 227 * 1024;
   using Kernel = PairKernel<kWeights, kEven, kOdd, kBlocks>;
-  if constexpr (Kernel::kBytes > kMost) {
-    return {};
-  } else {
-    return {&search<kWeights, kEven, kOdd, kBlocks>, kBlocks, Kernel::kBytes};
-  }
+  return {&search<kWeights, kEven, kOdd, kBlocks>, kBlocks, Kernel::kBytes};
 }
 
 template <int kBlocks>
 Choice two_weights(int bits) {
   switch (bits) {
     case 2:
-      return make_choice<2, 2, 2, kBlocks>();
+      // In one block the costs and half of the codebook are more than any device has.
+      if constexpr (kBlocks == 1) {
+        return {};
+      } else {
+        return make_choice<2, 2, 2, kBlocks>();
+      }
     case 3:
       return make_choice<2, 3, 3, kBlocks>();
     case 4:

@@ -19,16 +19,22 @@ constexpr int kStates = 65536;
 constexpr int kSearchThreads = 1024;
 constexpr int kValueWords = kStates / 2 / kSearchThreads;  // registers with weights, two in each
 
-// A word holds two costs of one ring. The words of the kRings rings of a block lie side by side.
-template <int kBits>
+// The costs of one ring with 1 bit fill 64 KiB, twice. Up to 4 bits there may be fewer, too, which leaves a
+// step to half as many operations.
+constexpr int most_rings(int bits) {
+  return bits == 1 ? 1 : 2;
+}
+
+// A word holds two costs of one ring. The words of the kRingCount rings of a block lie side by side.
+template <int kBits, int kRingCount = most_rings(kBits)>
 struct SearchShape {
   static constexpr int kInputs = 1 << kBits;  // of a group, and its outputs
   static constexpr int kEdges = kStates >> kBits;
   static constexpr int kGroups = kEdges >> kBits;
-  // The costs of one ring with 1 bit fill 64 KiB, twice.
-  static constexpr int kRings = kBits == 1 ? 1 : 2;
+  static constexpr int kRings = kRingCount;
   // Up to 4 bits a word has the same input of two groups, above two inputs of one group.
   static constexpr bool kPairsOfGroups = kBits <= 4;
+  static_assert(kPairsOfGroups || kRings == 2);
   // A row per group of inputs, moved against the banks of shared memory.
   static constexpr int kRowWords = kInputs + 4;
   static constexpr int kCostWords = kPairsOfGroups ? kEdges / 2 * kRings : kGroups * kRowWords;
@@ -38,7 +44,7 @@ struct SearchShape {
   // The place of a pair of edges, 2 unit and 2 unit + 1, among the pairs. The lanes of a warp write to the
   // outputs of groups that are far from each other, so one bit is turned.
   static __device__ __forceinline__ constexpr int place_of(int unit) {
-    return kBits == 1 ? unit : unit ^ ((unit >> 4 & 1) << (kBits - 1));
+    return kBits == 1 ? unit : unit ^ ((unit >> (6 - kRings) & 1) << (kBits - 1));
   }
   // The same in a copy of the costs in memory; of up to 4 bits they are copied as they lie.
   static constexpr int kCopyWords = kEdges / 2 * kRings;
@@ -90,9 +96,9 @@ __device__ __forceinline__ uint32_t candidate(uint32_t value, uint32_t cost, con
 }
 
 // 1 to 4 bits. A thread has kPairs pairs of groups, of each kOutputs outputs and every input.
-template <int kBits>
+template <int kBits, int kRingCount>
 struct GroupPairStep {
-  using Shape = SearchShape<kBits>;
+  using Shape = SearchShape<kBits, kRingCount>;
   static constexpr int kRings = Shape::kRings;
   static constexpr int kInputs = Shape::kInputs;
   static constexpr int kThreadsOfPair = kBits <= 2 ? 1 : kBits == 3 ? 2 : 8;
@@ -281,15 +287,15 @@ struct InputPairStep {
   }
 };
 
-template <int kBits>
+template <int kBits, int kRingCount>
 struct StepOf {
   using Type = InputPairStep<kBits>;
 };
-template <int kBits>
-requires(SearchShape<kBits>::kPairsOfGroups) struct StepOf<kBits> {
-  using Type = GroupPairStep<kBits>;
+template <int kBits, int kRingCount>
+requires(SearchShape<kBits, kRingCount>::kPairsOfGroups) struct StepOf<kBits, kRingCount> {
+  using Type = GroupPairStep<kBits, kRingCount>;
 };
-template <int kBits>
-using SearchStep = typename StepOf<kBits>::Type;
+template <int kBits, int kRingCount = most_rings(kBits)>
+using SearchStep = typename StepOf<kBits, kRingCount>::Type;
 
 }  // namespace quantloom::cuda

@@ -5,12 +5,12 @@
 namespace quantloom::cuda {
 namespace {
 
-template <int kBits>
+template <int kBits, int kRings>
 __global__ void __launch_bounds__(32)
     walk(const SearchTask task, const TracebackResult result, int64_t history_words) {
   __shared__ PathMemory memory;
-  walk_back<kBits>(task, result, history_words, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x),
-                   memory);
+  walk_back<kBits, kRings>(task, result, history_words, static_cast<int>(blockIdx.x),
+                           static_cast<int>(threadIdx.x), memory);
 }
 
 __global__ void __launch_bounds__(32)
@@ -28,7 +28,14 @@ void trace_back(const SearchTask& task, const TracebackResult& result, cudaStrea
   config.gridDim = dim3(static_cast<unsigned>(task.count));
   config.stream = stream;
   auto* kernel = &walk_general;
-  if (task.plain()) with_bits(task.bits(), [&]<int kBits>() { kernel = &walk<kBits>; });
+  if (task.plain()) {
+    with_bits(task.bits(), [&]<int kBits>() {
+      kernel = &walk<kBits, most_rings(kBits)>;
+      if constexpr (SearchShape<kBits>::kPairsOfGroups) {
+        if (task.alone) kernel = &walk<kBits, 1>;
+      }
+    });
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, task, result, task.history_words()),
              "launch of the way back");
 }

@@ -110,10 +110,10 @@ __device__ inline void finish_walk(const SearchTask& task, const TracebackResult
 }
 
 // The ring at place `index` of the task, by a warp. A ring's copies of costs lie with those of its group.
-template <int kBits>
+template <int kBits, int kRingCount = most_rings(kBits)>
 __device__ void walk_back(const SearchTask& task, const TracebackResult& result, int64_t history_words,
                           int index, int lane, PathMemory& memory) {
-  using Shape = SearchShape<kBits>;
+  using Shape = SearchShape<kBits, kRingCount>;
   constexpr int kStride = kCopyStride<kBits>;
   if (task.list != nullptr && index >= *task.list_size) return;
   const int64_t tile = task.list == nullptr ? index : task.list[index];

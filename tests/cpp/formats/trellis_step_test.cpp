@@ -27,11 +27,11 @@ std::vector<uint16_t> random_table(uint64_t seed) {
 }
 
 // The threads of a block, one after the other, between its barriers.
-template <int kBits>
+template <int kBits, int kRings = most_rings(kBits)>
 class EmulatedBlock {
  public:
-  using Shape = SearchShape<kBits>;
-  using Step = SearchStep<kBits>;
+  using Shape = SearchShape<kBits, kRings>;
+  using Step = SearchStep<kBits, kRings>;
 
   explicit EmulatedBlock(const std::vector<uint16_t>& table)
       : values_(kSearchThreads), outputs_(kSearchThreads) {
@@ -94,12 +94,12 @@ Targets make_targets(float first, float second) {
   return targets;
 }
 
-template <int kBits>
+template <int kBits, int kRings = most_rings(kBits)>
 void expect_a_step() {
-  using Shape = SearchShape<kBits>;
+  using Shape = SearchShape<kBits, kRings>;
   const std::vector<uint16_t> table = random_table(kBits);
   const CounterRandom random(77);
-  EmulatedBlock<kBits> block(table);
+  EmulatedBlock<kBits, kRings> block(table);
   std::vector<uint16_t> before(static_cast<size_t>(Shape::kEdges * Shape::kRings));
   for (int edge = 0; edge < Shape::kEdges; ++edge) {
     for (int ring = 0; ring < Shape::kRings; ++ring) {
@@ -140,13 +140,16 @@ TEST(TrellisStep, IsTheLeastOfAllCandidates) {
   expect_a_step<6>();
   expect_a_step<7>();
   expect_a_step<8>();
+  expect_a_step<2, 1>();
+  expect_a_step<3, 1>();
+  expect_a_step<4, 1>();
 }
 
 // What the kernels do for one group of rings.
-template <int kBits>
+template <int kBits, int kRings = most_rings(kBits)>
 class EmulatedEncoder {
  public:
-  using Shape = SearchShape<kBits>;
+  using Shape = SearchShape<kBits, kRings>;
 
   EmulatedEncoder(const std::vector<uint16_t>& table, const std::vector<float>& targets)
       : table_(table), targets_(targets), block_(table) {}
@@ -192,7 +195,8 @@ class EmulatedEncoder {
     task.shape.half_bits = 2 * kBits;
     task.targets = targets_.data();
     task.table = table_.data();
-    task.count = Shape::kRings;
+    task.count = kRings;
+    task.alone = kRings == 1;
     task.ends = ends_.data();
     return task;
   }
@@ -236,14 +240,15 @@ class EmulatedEncoder {
   void walk(const SearchTask& task, const TracebackResult& result) {
     for (int ring = 0; ring < Shape::kRings; ++ring) {
       PathMemory memory{};
-      emulated::run_warp(
-          [&](int lane) { walk_back<kBits>(task, result, task.history_words(), ring, lane, memory); });
+      emulated::run_warp([&](int lane) {
+        walk_back<kBits, kRings>(task, result, task.history_words(), ring, lane, memory);
+      });
     }
   }
 
   const std::vector<uint16_t>& table_;
   const std::vector<float>& targets_;
-  EmulatedBlock<kBits> block_;
+  EmulatedBlock<kBits, kRings> block_;
   std::vector<uint32_t> history_;
   std::vector<uint16_t> ends_ = std::vector<uint16_t>(2);
   std::vector<uint16_t> pins_ = std::vector<uint16_t>(2);
@@ -304,13 +309,13 @@ struct RandomRings {
   }
 };
 
-template <int kBits>
+template <int kBits, int kRings = most_rings(kBits)>
 void expect_no_loss(int side) {
   const std::vector<uint16_t> table = random_table(40 + kBits);
   TrellisShape shape;
   shape.half_bits = 2 * kBits;
-  const RandomRings rings(shape, SearchShape<kBits>::kRings, table);
-  EmulatedEncoder<kBits> encoder(table, rings.targets);
+  const RandomRings rings(shape, kRings, table);
+  EmulatedEncoder<kBits, kRings> encoder(table, rings.targets);
   encoder.encode(side);
   expect_rings(encoder, shape, table, rings.targets);
   for (const float error : encoder.errors) EXPECT_EQ(error, 0) << kBits << " bits";
@@ -333,7 +338,9 @@ class EmulatedPair {
     }
   }
 
-  // Costs after an even or an odd step, in the order of the edges, from those before it.
+  // Costs after an even or an odd step, in the order of the edges, from those before it; kUnknown where
+  // several lanes would have to find it and do not.
+  static constexpr uint32_t kUnknown = 0x77777777U;
   std::vector<uint32_t> step(bool odd, const std::vector<uint32_t>& before,
                              const PairTargets& targets) const {
     return odd ? step_of<kOdd, kEven>(before, targets) : step_of<kEven, kOdd>(before, targets);
@@ -348,7 +355,7 @@ class EmulatedPair {
     for (size_t edge = 0; edge < before.size(); ++edge) {
       costs[static_cast<size_t>(pair_place(static_cast<int>(edge)))] = before[edge];
     }
-    std::vector<uint32_t> after(Step::kEdges, 0x77777777U);
+    std::vector<uint32_t> after(Step::kEdges, kUnknown);
     const auto run = [&](int rank, int thread) {
       const int middle = Shape::middle_of(thread, rank);
       Step found{};
@@ -362,13 +369,24 @@ class EmulatedPair {
     };
     for (int rank = 0; rank < kBlocks; ++rank) {
       for (int warp = 0; warp < kSearchThreads / 32; ++warp) {
-        if (Step::kSharedBits > 0) {
-          emulated::run_warp([&](int lane) { run(rank, warp * 32 + lane); });
-        } else {
+        if (Step::kSharedBits == 0) {
           for (int lane = 0; lane < 32; ++lane) run(rank, warp * 32 + lane);
+        } else if (warp % 9 == 4) {  // lanes that exchange costs are slow
+          emulated::run_warp([&](int lane) { run(rank, warp * 32 + lane); });
         }
       }
     }
+    std::vector<int> writers(Step::kEdges);
+    for (int rank = 0; rank < kBlocks; ++rank) {
+      for (int thread = 0; thread < kSearchThreads; ++thread) {
+        if (!Step::writes(thread)) continue;
+        for (int i = 0; i < Step::kRuns * Step::kOwn; ++i) {
+          const int first = Step::first_edge(Shape::middle_of(thread, rank), thread);
+          ++writers[static_cast<size_t>(first + (i / Step::kOwn << 12) + i % Step::kOwn)];
+        }
+      }
+    }
+    EXPECT_EQ(writers, std::vector<int>(Step::kEdges, 1));
     return after;
   }
 
@@ -531,6 +549,7 @@ void expect_general(TrellisSearch search, float low, float high) {
 
 TEST(TrellisStep, ValidRingsHaveNoLoss) {
   expect_no_loss<2>(64);
+  expect_no_loss<3, 1>(64);
   expect_no_loss<5>(64);
 }
 
@@ -643,7 +662,9 @@ void expect_a_pair_step() {
     }
     const std::vector<uint32_t> after = pair.step(odd, costs, targets);
     ASSERT_EQ(after.size(), static_cast<size_t>(kStates >> next));
+    EXPECT_LT(std::ranges::count(after, Pair::kUnknown), kStates >> next);
     for (size_t edge = 0; edge < after.size(); ++edge) {
+      if (after[edge] == Pair::kUnknown) continue;
       for (uint32_t ring = 0; ring < 2; ++ring) {
         uint32_t least = 0x7C00U;
         for (size_t input = 0; input < size_t{1} << next; ++input) {
