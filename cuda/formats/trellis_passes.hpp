@@ -14,8 +14,13 @@ constexpr int kRingPositions = 256;
 constexpr int kLongestSearch = 2 * kRingPositions;
 
 // Steps between copies of the costs: few enough that the way back can try all ancestors of an edge.
-constexpr int copy_stride(int bits) {
+QUANTLOOM_TRELLIS int copy_stride(int bits) {
   return bits == 1 ? 8 : bits <= 3 ? 2 : 1;
+}
+
+// The same for bits in halves, bits and bits + 1 in turn: copies of every second step are those of even ones.
+QUANTLOOM_TRELLIS int half_copy_stride(int bits) {
+  return bits == 1 ? 4 : bits == 2 ? 2 : 1;
 }
 
 // Calls body.template operator()<bits>().
@@ -55,7 +60,7 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
-  bool alone = false;  // 1 to 4 whole bits: each ring has a block of its own
+  bool alone = false;                  // 1 to 4 whole bits: each ring has a block of its own
   // Two weights a step: pairs of rings in a block, 1, 2 or 4, or blocks for a pair, 1, 2 or 4; if neither is
   // given, what suits.
   int pairs = 0;
@@ -68,7 +73,10 @@ struct SearchTask {
   int bits() const { return shape.half_bits / 2; }
   // Rings that share a block.
   int group() const { return plain() && (bits() == 1 || (alone && bits() <= 4)) ? 1 : 2; }
-  int stride() const { return plain() ? copy_stride(bits()) : 1; }
+  int stride() const {
+    if (shape.weights_per_step == 2) return 1;
+    return plain() ? copy_stride(bits()) : half_copy_stride(bits());
+  }
   // Words of a copy of the costs of a group of rings.
   QUANTLOOM_TRELLIS int64_t copy_words() const {
     const int least_bits = shape.step_bits(0) < shape.step_bits(1) ? shape.step_bits(0) : shape.step_bits(1);

@@ -22,6 +22,7 @@ struct PairKernel {
   using Shape = PairShape<kWeights, (kEven > kOdd ? kEven : kOdd), kBlocks>;
   using Values = PairValues<Shape, kWeights>;
   static constexpr int kSteps = kLongestSearch / kWeights;
+  static constexpr int kStride = kWeights == 2 ? 1 : half_copy_stride(kEven);
   static constexpr int kCopyWords = kStates >> (kEven < kOdd ? kEven : kOdd);
 
   struct Memory {
@@ -131,7 +132,8 @@ __device__ __forceinline__ void advance(const SearchTask& task, const typename K
   found.find(values, table, from, targets, middle, thread);
   found.share(thread);
 
-  const bool kept = step + 1 >= task.stop && step + 1 < task.steps;
+  const int past_stop = step + 1 - task.stop;
+  const bool kept = past_stop >= 0 && step + 1 < task.steps && past_stop % Kernel::kStride == 0;
   const int first = Step::first_edge(middle, thread);
   if (Step::writes(thread)) {
     const int place = pair_place(first);

@@ -224,14 +224,14 @@ void search_two_weights(const SearchTask& task, int processors, cudaStream_t str
     blocks = block_count;
     pairs = pair_count;
   };
-  for (const auto& [block_count, round] : {std::pair{1, 1.0}, {2, 0.66}, {4, 0.45}}) {
+  for (const auto& [block_count, round] : {std::pair{1, 1.0}, {2, 0.81}, {4, 0.6}}) {
     if (pair_search_memory(task, block_count) > shared || (block_count > 1 && !task.clusters)) continue;
     consider(block_count, 1, std::max(pairs_at_once(task, block_count, processors), 1), round);
   }
   const QuadPlan plan(task.shape.step_bits(0));
-  if (Layout<4>{plan}.bytes() <= shared) consider(0, 4, processors, 4.6);
-  if (Layout<2>{plan}.bytes() <= shared) consider(0, 2, processors, 2.9);
-  consider(0, 1, processors, 1.9);
+  if (Layout<4>{plan}.bytes() <= shared) consider(0, 4, processors, 4.3);
+  if (Layout<2>{plan}.bytes() <= shared) consider(0, 2, processors, 2.7);
+  consider(0, 1, processors, 1.8);
   if (blocks != 0) return search_pairs(task, blocks, processors, stream);
   if (pairs == 4) return launch<4>(task, processors, stream);
   if (pairs == 2) return launch<2>(task, processors, stream);

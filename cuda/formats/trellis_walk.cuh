@@ -109,31 +109,58 @@ __device__ inline void finish_walk(const SearchTask& task, const TracebackResult
   }
 }
 
+// Copies of costs of whole bits, one weight a step.
+template <int kWholeBits, int kRingCount = most_rings(kWholeBits)>
+struct PlainCopies {
+  using Shape = SearchShape<kWholeBits, kRingCount>;
+  static constexpr int kRings = kRingCount;
+  static constexpr int kStride = copy_stride(kWholeBits);
+  static constexpr int kWords = Shape::kCopyWords;
+  static QUANTLOOM_TRELLIS int bits(int /*step*/) { return kWholeBits; }
+  static __device__ __forceinline__ int place(int edge, int ring) { return Shape::copy_place(edge, ring); }
+};
+
+// And of bits in halves, where costs are those before even steps.
+template <int kEven>
+struct HalfCopies {
+  static constexpr int kRings = 2;
+  static constexpr int kStride = half_copy_stride(kEven);
+  static_assert(kStride % 2 == 0);
+  static constexpr int kWords = kStates >> kEven;
+  static QUANTLOOM_TRELLIS int bits(int step) { return kEven + step % 2; }
+  static __device__ __forceinline__ int place(int edge, int ring) { return 2 * edge + ring; }
+};
+
 // The ring at place `index` of the task, by a warp. A ring's copies of costs lie with those of its group.
-template <int kBits, int kRingCount = most_rings(kBits)>
+template <class Copies>
 __device__ void walk_back(const SearchTask& task, const TracebackResult& result, int64_t history_words,
                           int index, int lane, PathMemory& memory) {
-  using Shape = SearchShape<kBits, kRingCount>;
-  constexpr int kStride = kCopyStride<kBits>;
+  constexpr int kStride = Copies::kStride;
+  // Fresh bits of the steps between two copies from number `step` on.
+  constexpr auto kFresh = [](int step) {
+    int bits = 0;
+    for (; step < kStride; ++step) bits += Copies::bits(step);
+    return bits;
+  };
   if (task.list != nullptr && index >= *task.list_size) return;
   const int64_t tile = task.list == nullptr ? index : task.list[index];
   const float* targets = task.targets + tile * kRingPositions;
   for (int i = lane; i < kRingPositions; i += 32) memory.targets[i] = bounded_target(targets[i]);
   __syncwarp();
 
-  const int ring = index % Shape::kRings;
+  const int ring = index % Copies::kRings;
   const auto* const history =
-      reinterpret_cast<const uint16_t*>(task.history + index / Shape::kRings * history_words);
+      reinterpret_cast<const uint16_t*>(task.history + index / Copies::kRings * history_words);
   const int first_copy = task.stop > 0 ? task.stop : kStride;
   const uint32_t last = task.pins != nullptr ? task.pins[tile] : task.ends[tile];
   uint32_t edge = last;
   for (int step = task.steps; step > task.stop; step -= kStride) {
     const int before = step - kStride;
-    const uint16_t* costs = history + int64_t{(before - first_copy) / kStride} * Shape::kCopyWords * 2;
+    const uint16_t* costs = history + int64_t{(before - first_copy) / kStride} * Copies::kWords * 2;
     // The path is a string of bits: the ancestor, then the fresh bits of kStride states. It ends in `edge`.
     // A lane tries ancestors whose oldest bits end in its number. Paths that meet in an edge go on as one:
     // each step halves them bits times, first those of the lane.
-    constexpr int kOldest = kStride * kBits;
+    constexpr int kOldest = kFresh(0);
     constexpr int kOfLane = kOldest > 5 ? 1 << (kOldest - 5) : 1;
     float sums[kOfLane];
     uint32_t strings[kOfLane];
@@ -141,12 +168,12 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
     for (int i = 0; i < kOfLane; ++i) {
       const uint32_t oldest =
           (static_cast<uint32_t>(i) << 5 | static_cast<uint32_t>(lane)) & ((1U << kOldest) - 1);
-      strings[i] = oldest << (16 - kBits) | edge;
+      strings[i] = oldest << (16 - Copies::bits(0)) | edge;
       const uint32_t ancestor = strings[i] >> kOldest;
       sums[i] = 0;
       if (before > 0) {
         const int at = static_cast<int>(ancestor);
-        sums[i] = __half2float(__ushort_as_half(costs[Shape::copy_place(at, ring)]));
+        sums[i] = __half2float(__ushort_as_half(costs[Copies::place(at, ring)]));
       } else if (task.pins != nullptr && ancestor != last) {
         sums[i] = INFINITY;
       }
@@ -154,14 +181,16 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
 #pragma unroll
     for (int i = 0; i < kStride; ++i) {
       const float target = memory.targets[(task.first_position + before + i) % kRingPositions];
-      const int bits_now = (kStride - i) * kBits;
-      const int bits_then = bits_now - kBits;
-      const int now = bits_now > 5 ? 1 << (bits_now - 5) : 1;
-      const int then = bits_then > 5 ? 1 << (bits_then - 5) : 1;
+      // The bits behind the state, and those in which paths differ before and after the step.
+      const int behind = kFresh(i + 1);
+      const int differ_now = Copies::bits(0) + behind;
+      const int differ_then = i + 1 < kStride ? Copies::bits(0) + kFresh(i + 2) : 0;
+      const int now = differ_now > 5 ? 1 << (differ_now - 5) : 1;
+      const int then = differ_then > 5 ? 1 << (differ_then - 5) : 1;
 #pragma unroll
       for (int j = 0; j < kOfLane; ++j) {
         if (j >= now) continue;
-        const float d = target - weight_of_state(task.table, strings[j] >> bits_then & kStateMask);
+        const float d = target - weight_of_state(task.table, strings[j] >> behind & kStateMask);
         sums[j] = fmaf(d, d, sums[j]);
         if (j >= then && sums[j] < sums[j % then]) {
           sums[j % then] = sums[j];
@@ -174,11 +203,11 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
     uint32_t string = strings[0];
     const uint32_t best = __reduce_min_sync(kAllLanes, least);
     string = __reduce_min_sync(kAllLanes, least == best ? string : 0xFFFFFFFFU);
-    if (lane < kStride) {
-      memory.states[before + lane] =
-          static_cast<uint16_t>(string >> ((kStride - 1 - lane) * kBits) & kStateMask);
+#pragma unroll
+    for (int i = 0; i < kStride; ++i) {
+      if (lane == i) memory.states[before + i] = static_cast<uint16_t>(string >> kFresh(i + 1) & kStateMask);
     }
-    edge = string >> (kStride * kBits);
+    edge = string >> kOldest;
   }
   __syncwarp();
   finish_walk(task, result, tile, edge, last, lane, memory);

@@ -81,8 +81,7 @@ def encode_rings(
 
     Args:
         targets: finite floats on a CUDA device. Beyond 12 from zero they are searched as 12.
-        bits: a weight, 1 to 8 in steps of 1/2; at most 4 for codebooks with two weights a step. Half bits of
-            the others are slow.
+        bits: a weight, 1 to 8 in steps of 1/2; at most 4 for codebooks with two weights a step.
         codebook: a name as ``quantloom.trellis.codebook`` takes it, or 65536 weights.
         search: ``"fast"`` (0.5 to 0.8% more error than ``"normal"`` on a normal source, in 3/4 of the
             time), ``"normal"`` (within 0.03% of a float32 search), or ``"best"`` (0.1 to 0.3% less).

@@ -226,8 +226,7 @@ def encode_rings(
     Args:
         targets: finite ``[rings, 256]``, in units of the codebook and in the order of the ring. Beyond 12
             from zero they are searched as 12.
-        bits: a weight, 1 to 8 in steps of 1/2; at most 4 for codebooks with two weights a step. Half bits of
-            the others are slow.
+        bits: a weight, 1 to 8 in steps of 1/2; at most 4 for codebooks with two weights a step.
         codebook: a name as ``codebook`` takes it, with a window of 16; or the 65536 weights of the states.
         search: ``"normal"`` (on a normal source within 0.03% of a float32 search up to 6 bits, 0.3% at 8),
             ``"fast"`` (0.1 to 0.9% more), or ``"best"`` (up to 4 bits 0.01 to 0.3% less).

@@ -51,9 +51,9 @@ TrellisWorkspace trellis_workspace_cuda(const TrellisShape& shape, TrellisSearch
 
 // Encodes rings: a Viterbi search over all 65536 states with float16 costs, whose squared error is within
 // 0.03% of one with float32 costs on a normal source (1 to 6 bits; 0.1% at 7, 0.3% at 8). `fast` has 0.1 to
-// 0.9% more, `best` up to 4 bits 0.01 to 0.3% less; from 5 bits on `best` gains nothing. Whole bits and one
-// weight a step are fast; other shapes take several times as long. A ring's result depends on its targets
-// alone, not on its neighbours, the workspace or the device. `workspace` is aligned to 16 bytes.
+// 0.9% more, `best` up to 4 bits 0.01 to 0.3% less; from 5 bits on `best` gains nothing. A ring's result
+// depends on its targets alone, not on its neighbours, the workspace or the device. `workspace` is aligned to
+// 16 bytes.
 //
 // Throws InvalidArgument for shapes, counts and workspaces out of range and a codebook with other steps,
 // TypeMismatch for null arrays and memory elsewhere.

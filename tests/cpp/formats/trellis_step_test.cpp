@@ -241,7 +241,7 @@ class EmulatedEncoder {
     for (int ring = 0; ring < Shape::kRings; ++ring) {
       PathMemory memory{};
       emulated::run_warp([&](int lane) {
-        walk_back<kBits, kRings>(task, result, task.history_words(), ring, lane, memory);
+        walk_back<PlainCopies<kBits, kRings>>(task, result, task.history_words(), ring, lane, memory);
       });
     }
   }
@@ -395,7 +395,8 @@ class EmulatedPair {
 };
 
 // The search of other shapes.
-template <class Pair>
+// kHalfBits: of bits in halves, the fewer.
+template <class Pair, int kHalfBits>
 class GeneralEncoder {
  public:
   GeneralEncoder(const TrellisShape& shape, const std::vector<uint16_t>& table,
@@ -471,7 +472,7 @@ class GeneralEncoder {
         }
       }
       costs = pair_.step(step % 2 == 1, costs, wanted);
-      if (step + 1 >= task.stop && step + 1 < task.steps) {
+      if (step + 1 >= task.stop && step + 1 < task.steps && (step + 1 - task.stop) % task.stride() == 0) {
         std::copy(costs.begin(), costs.end(), copy);
         copy += task.copy_words();
       }
@@ -491,8 +492,13 @@ class GeneralEncoder {
   void walk(const SearchTask& task, const TracebackResult& result) {
     for (int index = 0; index < 2; ++index) {
       PathMemory memory{};
-      emulated::run_warp(
-          [&](int lane) { walk_back_general(task, result, task.history_words(), index, lane, memory); });
+      emulated::run_warp([&](int lane) {
+        if constexpr (kHalfBits > 0 && half_copy_stride(std::max(kHalfBits, 1)) > 1) {
+          walk_back<HalfCopies<kHalfBits>>(task, result, task.history_words(), index, lane, memory);
+        } else {
+          walk_back_general(task, result, task.history_words(), index, lane, memory);
+        }
+      });
     }
   }
 
@@ -523,7 +529,7 @@ std::vector<uint16_t> general_table(int weights_per_step) {
 
 template <int kWeights, int kEven, int kOdd>
 void expect_general(TrellisSearch search, float low, float high) {
-  using Encoder = GeneralEncoder<EmulatedPair<kWeights, kEven, kOdd, 1>>;
+  using Encoder = GeneralEncoder<EmulatedPair<kWeights, kEven, kOdd, 1>, kWeights == 1 ? kEven : 0>;
   constexpr int half_bits = (kEven + kOdd) / kWeights;
   constexpr int weights_per_step = kWeights;
   const TrellisShape shape = general_shape(half_bits, weights_per_step);
@@ -702,7 +708,8 @@ TEST(TrellisStep, PairsOfRings) {
 }
 
 TEST(TrellisStep, OtherShapes) {
-  expect_general<1, 2, 3>(TrellisSearch::fast, 0.03F, 0.045F);
+  expect_general<1, 1, 2>(TrellisSearch::fast, 0.12F, 0.17F);
+  expect_general<1, 3, 4>(TrellisSearch::fast, 0.007F, 0.012F);
   expect_general<2, 4, 4>(TrellisSearch::fast, 0.06F, 0.08F);
 }
 
