@@ -234,6 +234,9 @@ Search search_of(const SearchFactors& factors) {
 }  // namespace
 
 SearchFactors::SearchFactors(const std::optional<ScaleSearch>& search, cudaStream_t stream) {
+  if (search && search->output_error) {
+    throw Unsupported("scale_search: a search by output error runs on the CPU only");
+  }
   if (!search) return;
   norm_ = search->norm;
   for (int i = 0; i < search->steps; ++i) {

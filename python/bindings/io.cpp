@@ -2,6 +2,7 @@
 
 #include "arrays.hpp"
 #include "quantloom/formats/format.hpp"
+#include "quantloom/io/awq.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
 #include "quantloom/io/exl3.hpp"
 #include "quantloom/io/gptq.hpp"
@@ -71,6 +72,19 @@ void bind_io(py::module_& module) {
                              int64_t version) {
     return import_layout(&from_gptq, arrays,
                          GptqSettings{to_int("bits", bits), group_size, symmetric, to_version(version)});
+  });
+  module.def("to_awq", [](const PackedTensor& packed) {
+    std::map<std::string, Tensor> tensors;
+    {
+      const py::gil_scoped_release release;
+      tensors = to_awq(packed);
+    }
+    return to_numpy(tensors, false);
+  });
+  module.def("from_awq", [](const Arrays& arrays, int64_t group_size) {
+    const auto tensors = to_tensors(arrays, "tensor");
+    const py::gil_scoped_release release;
+    return std::make_shared<PackedTensor>(from_awq(tensors, group_size));
   });
   module.def("to_compressed_tensors", [](const PackedTensor& packed) {
     std::map<std::string, Tensor> tensors;

@@ -12,7 +12,8 @@ namespace quantloom::python {
 
 namespace py = pybind11;
 
-using Search = std::optional<std::tuple<int64_t, double, double>>;  // steps, smallest, norm
+// steps, smallest, norm, output_error
+using Search = std::optional<std::tuple<int64_t, double, double, bool>>;
 
 std::optional<ScaleSearch> to_search(const Search& search);
 py::dict to_python(const RoundingReport& report);

@@ -13,8 +13,8 @@ namespace quantloom::python {
 
 std::optional<ScaleSearch> to_search(const Search& search) {
   if (!search) return std::nullopt;
-  const auto& [steps, smallest, norm] = *search;
-  return ScaleSearch{to_int("steps", steps), smallest, norm};
+  const auto& [steps, smallest, norm, output_error] = *search;
+  return ScaleSearch{to_int("steps", steps), smallest, norm, output_error};
 }
 
 py::dict to_python(const RoundingReport& report) {

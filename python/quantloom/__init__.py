@@ -20,7 +20,9 @@ from typing import Any as _Any
 
 from quantloom import layouts
 from quantloom._core import __version__
+from quantloom.awq import AWQ, ScaleChoice, search_channel_scales
 from quantloom.calibration import Hessian, proxy_loss
+from quantloom.channel_scales import ChannelScales
 from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
     Codebook,
@@ -59,7 +61,9 @@ from quantloom.transforms import (
 )
 
 __all__ = [
+    "AWQ",
     "GPTQ",
+    "ChannelScales",
     "Codebook",
     "CodedTensor",
     "Format",
@@ -72,6 +76,7 @@ __all__ = [
     "Recipe",
     "Rounding",
     "RoundingReport",
+    "ScaleChoice",
     "ScaleSearch",
     "Transform",
     "Trellis",
@@ -100,6 +105,7 @@ __all__ = [
     "quantize",
     "rounding_from_json",
     "save_tensors",
+    "search_channel_scales",
     "transform_from_json",
 ]
 

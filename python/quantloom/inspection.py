@@ -48,7 +48,7 @@ class TensorEntry:
 class Inspection:
     path: str
     layout: str
-    """"plain", "quantloom", "gptq", "gptq_v2", "compressed-tensors", "exl3", or another
+    """"plain", "quantloom", "gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", or another
     library's quant_method."""
     architecture: str | None
     """From config.json, if there is one."""
@@ -217,7 +217,8 @@ def _load(file: Path) -> tuple[list[TensorEntry], dict[str, _Stored], dict[str, 
                 format=_spec(tensor.format_json) + basis,
                 shape=(tensor.n, tensor.k),
                 quantized=True,
-                bits=sum(plane.bits for plane in planes.values()),
+                bits=sum(plane.bits for plane in planes.values())
+                + (transforms[name].size_in_bits if name in transforms else 0),
                 planes={plane: str(tensor) for plane, tensor in sorted(planes.items())},
             )
         )
@@ -243,6 +244,8 @@ def _layout(ours: bool, foreign: list[TensorEntry], quantization: dict[str, Any]
     if ours:
         return "quantloom"
     if foreign and any("qweight" in entry.planes for entry in foreign):
+        if quantization.get("quant_method") == "awq":
+            return "awq"
         return str(quantization.get("checkpoint_format", "gptq"))
     if foreign and any("trellis" in entry.planes for entry in foreign):
         return "exl3"
@@ -299,6 +302,13 @@ def _describe_gptq(
         return None
     words, n = planes["qweight"].shape
     groups = planes["scales"].shape[0]
+    if quantization.get("quant_method") == "awq":
+        k, n = words, 8 * n
+        if groups == 0 or planes["scales"].shape[1] != n:
+            return None
+        size = quantization.get("group_size", quantization.get("q_group_size"))
+        label = _label(4, k, groups, size, False, planes["scales"].dtype)
+        return (label, (n, k)) if label else None
     if "g_idx" in planes and planes["g_idx"].shape != (0,):
         k = planes["g_idx"].shape[0]
         bits = 32 * words // k if k else 0

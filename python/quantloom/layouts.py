@@ -14,10 +14,12 @@ from quantloom.formats import group_columns
 from quantloom.tensors import PackedTensor, load_tensors
 
 __all__ = [
+    "from_awq",
     "from_compressed_tensors",
     "from_exl3",
     "from_gptq",
     "read_exl3",
+    "to_awq",
     "to_compressed_tensors",
     "to_exl3",
     "to_gptq",
@@ -90,6 +92,35 @@ def from_gptq(
     return PackedTensor._from_core(
         _core.from_gptq(cores, bits, columns, symmetric, version), kind, shared=True
     )
+
+
+def to_awq(q: PackedTensor) -> dict[str, Any]:
+    """The arrays of AutoAWQ's layout "gemm": ``qweight, qzeros, scales``. Scales of input channels are no
+    part of it: they have to be in the layer before.
+
+    Args:
+        q: uniform, 4 bits, scales in float16, groups that divide k, n a multiple of 8. Symmetric tensors get
+            the zero point 8.
+
+    Raises RuntimeError for what the layout cannot hold.
+    """
+    q = _packed(q)
+    arrays = _core.to_awq(q._core())
+    return {name: _arrays.to_kind(array, dtype, q.kind) for name, (dtype, array) in arrays.items()}
+
+
+def from_awq(tensors: Mapping[str, Any], group_size: int | str) -> PackedTensor:
+    """The packed tensor, asymmetric with 4 bits, of the arrays ``qweight, qzeros, scales``.
+
+    Args:
+        tensors: the arrays by name, without the module's prefix.
+        group_size: as the checkpoint's configuration says; a group size of -1 there is ``"channel"`` here.
+
+    Raises TypeError or ValueError naming the array with a wrong dtype or shape.
+    """
+    columns = group_columns(group_size)
+    cores, kind = _tensors(tensors)
+    return PackedTensor._from_core(_core.from_awq(cores, columns), kind, shared=True)
 
 
 def to_compressed_tensors(q: PackedTensor) -> dict[str, Any]:

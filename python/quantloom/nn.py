@@ -15,6 +15,7 @@ import torch
 
 import quantloom._operators  # noqa: F401 - registers the operators
 from quantloom import _arrays, _checks, _core, _cuda, kernels
+from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format, parse_format
 from quantloom.rounding import Rounding, quantize
 from quantloom.tensors import PackedTensor
@@ -84,8 +85,10 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, signs, persistent=False)
 
     def _signs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """The bits of the rotations' signs, by the names of their buffers."""
+        """The bits of the rotations' signs, or the factors of the inputs, by the names of their buffers."""
         transform, signs = self._transform, {"input_signs": None, "output_signs": None}
+        if isinstance(transform, ChannelScales):
+            return signs | {"input_factors": torch.from_numpy(1 / transform.scales).to(device)}
         if transform is not None and transform.has_input:
             signs["input_signs"] = transform.input_signs(self.in_features)
         if transform is not None and transform.has_output:
@@ -203,6 +206,8 @@ class QuantLinear(torch.nn.Module):
             return self._product(x, bias)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.in_features}]")
+        if isinstance(transform, ChannelScales):
+            return self._product((x * self.input_factors).to(x.dtype), bias)
         block = transform.columns
         if transform.has_input and self.in_features:
             x = torch.ops.quantloom.hadamard(x, block, self.input_signs, 1.0, None, False)
@@ -261,6 +266,8 @@ class QuantLinear(torch.nn.Module):
             )
             self._store(names, prepared=True)
         planes = self._planes()
+        if self._buffers.get("input_factors") is not None:
+            planes = [*planes, self.input_factors]
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             if not any(tensor is plane for plane in planes):

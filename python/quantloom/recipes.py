@@ -45,7 +45,8 @@ class Recipe:
 
     Args:
         format: a ``Format`` or its short form (``"uniform:4:g128"``).
-        rounding: ``Nearest(...)`` or ``GPTQ(...)`` without Hessians: calibration provides those.
+        rounding: ``Nearest(...)``, ``GPTQ(...)`` or ``AWQ(...)`` without Hessians: calibration provides
+            those.
         ignore: patterns of layers that stay as they are. A pattern is the full name of a module, or
             ``"re:"`` and a regular expression that matches the whole name.
         overrides: maps patterns to another format, or to None for layers that stay as they are. The
@@ -84,6 +85,10 @@ class Recipe:
         }
         object.__setattr__(self, "overrides", MappingProxyType(overrides))
         object.__setattr__(self, "transform", parse_transform(self.transform))
+        if self.transform is not None and json.loads(self.rounding.to_json())["rounding"] == "awq":
+            raise ValueError(
+                f"transform: got {self.transform.spec}, expected None: awq makes transforms of its own"
+            )
 
     @classmethod
     def parse(cls, format: str | Format, rounding: str | Rounding = "nearest", **settings: Any) -> Recipe:

@@ -38,11 +38,15 @@ class ScaleSearch:
         steps: factors tried, evenly spaced from 1 down to `smallest`; at least 1.
         smallest: the smallest factor, in (0, 1).
         norm: > 0; 2 is the squared error.
+        output_error: measure ``e^T H e`` instead, for the errors e of a group's columns and its block of the
+            Hessian: what they add to the squared output error, correlations between inputs included. Needs a
+            Hessian and norm 2, and runs on the CPU.
     """
 
     steps: int = 40
     smallest: float = 0.4
     norm: float = 2.0
+    output_error: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _checks.integer("steps", self.steps, 1))
@@ -54,6 +58,14 @@ class ScaleSearch:
             raise ValueError(f"smallest: got {self.smallest}, expected a factor in (0, 1)")
         if not self.norm > 0:
             raise ValueError(f"norm: got {self.norm}, expected a number > 0")
+        _checks.boolean("output_error", self.output_error)
+        if self.output_error and self.norm != 2:
+            raise ValueError(f"norm: got {self.norm}, expected 2 for a search by output error")
+
+    def to_fields(self) -> dict[str, Any]:
+        """The settings by name, without those that later versions added and that are at their default."""
+        fields = {"norm": self.norm, "smallest": self.smallest, "steps": self.steps}
+        return fields | ({"output_error": True} if self.output_error else {})
 
 
 class Rounding:
@@ -75,7 +87,7 @@ class Rounding:
                 continue
             value = getattr(self, item.name)
             if isinstance(value, ScaleSearch):
-                value = {"norm": value.norm, "smallest": value.smallest, "steps": value.steps}
+                value = value.to_fields()
             settings[item.name] = list(value) if isinstance(value, tuple) else value
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
@@ -89,9 +101,10 @@ def _search_options(search: ScaleSearch | None) -> list[str]:
     if search is None:
         return []
     default = ScaleSearch()
-    if replace(search, steps=default.steps) != default:
+    if replace(search, steps=default.steps, output_error=False) != default:
         raise ValueError(f"scale_search: got {search}, which has no short form: only `steps` can differ")
-    return ["search" if search == default else f"search={search.steps}"]
+    name = "output-search" if search.output_error else "search"
+    return [name if search.steps == default.steps else f"{name}={search.steps}"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +202,8 @@ class RoundingReport:
     """What a rounding really did. Losses are NaN where no Hessian was given.
 
     Attributes:
-        method: the method that made the codes, ``"nearest"`` or ``"gptq"``.
+        method: the method that made the codes, ``"nearest"`` or ``"gptq"``; ``"awq+..."`` if channels were
+            scaled before.
         scale_search, act_order, static_groups: as used.
         damping: as used in the end, relative to mean(diag(H)).
         damping_tried: the values tried, up to and including `damping`.
@@ -231,7 +245,8 @@ def quantize(
             tensor on the CPU or a CUDA device, or anything with ``__dlpack__`` (then the planes are NumPy
             arrays). Rows may be strided, elements of a row must be next to each other.
         format: a ``Format`` or its short form.
-        rounding: ``Nearest()`` (the default) or ``GPTQ(hessian)``, its Hessians on the device of `w`.
+        rounding: ``Nearest()`` (the default), ``GPTQ(hessian)`` or ``AWQ(hessian=...)``, Hessians on the
+            device of `w`.
         transform: None, a ``Transform`` such as ``Hadamard(block=128)`` or its short form: the basis in which
             codes are chosen. W is rotated in float32, Hessians in float64, on the CPU. The losses of the
             report are the same in either basis, up to roundings.
@@ -252,8 +267,11 @@ def quantize(
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
     rounding = Nearest() if rounding is None else rounding
-    if not isinstance(rounding, (Nearest, GPTQ)):
-        raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected Nearest(...) or GPTQ(...)")
+    from quantloom.awq import AWQ, quantize_scaled
+
+    if not isinstance(rounding, (Nearest, GPTQ, AWQ)):
+        got = _checks.type_name(rounding)
+        raise TypeError(f"rounding: got {got}, expected Nearest(...), GPTQ(...) or AWQ(...)")
     threads = _checks.thread_count(threads)
     k = matrix.shape[1]
     for name in ("hessian", "held_out"):
@@ -265,12 +283,19 @@ def quantize(
     if isinstance(rounding, GPTQ) and rounding.hessian is None:
         raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
     transform = parse_transform(transform)
+    if isinstance(rounding, AWQ):
+        if transform is not None:
+            raise ValueError(
+                f"transform: got {transform.spec}, expected None: AWQ makes a transform of its own"
+            )
+        return quantize_scaled(matrix.value, format, rounding, threads)
     if transform is not None:
         return _quantize_transformed(matrix, format, rounding, transform, threads)
     search = rounding.scale_search and (
         rounding.scale_search.steps,
         rounding.scale_search.smallest,
         rounding.scale_search.norm,
+        rounding.scale_search.output_error,
     )
     hessian = rounding.hessian and rounding.hessian._core
     held_out = rounding.held_out and rounding.held_out._core
@@ -382,21 +407,28 @@ def empty_planes(format: Format, matrix: _arrays.Array, indexed: bool = False) -
 def parse_rounding(spec: str | Rounding) -> Rounding:
     """The rounding of a short form; a ``Rounding`` is returned as it is.
 
-    ``nearest[:search[=STEPS]]`` or
-    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]``.
+    ``nearest[:search[=STEPS]]``,
+    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]`` or
+    ``awq[:steps=N][:folded][+ROUNDING]`` with one of the others after the plus; ``output-search`` in place of
+    ``search`` is a search by output error.
     """
     if isinstance(spec, Rounding):
         return spec
     _checks.string("rounding", spec, "a Rounding or a short form such as 'gptq'")
     name, *options = spec.split(":")
+    if name.partition("+")[0] == "awq":
+        from quantloom.awq import AWQ
+
+        return AWQ.parse(spec)
     if name not in ("nearest", "gptq"):
-        raise ValueError(f"rounding: got {spec!r}, expected nearest or gptq, with options after colons")
+        raise ValueError(f"rounding: got {spec!r}, expected nearest, gptq or awq, with options after colons")
     settings: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
         try:
-            if key == "search":
-                update = {"scale_search": ScaleSearch(steps=int(value)) if value else ScaleSearch()}
+            if key in ("search", "output-search"):
+                steps = {"steps": int(value)} if value else {}
+                update = {"scale_search": ScaleSearch(**steps, output_error=key == "output-search")}
             elif name == "gptq" and key == "damp":
                 update = {"damp": float(value)}
             elif name == "gptq" and option == "no-act-order":
@@ -419,16 +451,23 @@ def rounding_from_json(text: str) -> Rounding:
     """Reads ``Rounding.to_json`` back. Raises ValueError for unknown names and keys."""
     settings = _checks.json_object("rounding", text)
     kinds = {"gptq": GPTQ, "nearest": Nearest}
-    kind = kinds.get(settings.pop("rounding", None))
+    name = settings.pop("rounding", None)
+    if name == "awq":
+        from quantloom.awq import AWQ
+
+        return AWQ.from_fields(settings)
+    kind = kinds.get(name)
     if kind is None:
-        raise ValueError(f"rounding: got {text!r}, expected a description with one of {sorted(kinds)}")
+        raise ValueError(f"rounding: got {text!r}, expected a description with one of awq, gptq, nearest")
     known = {item.name for item in fields(kind)} - {"hessian", "held_out"}
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ValueError(f"rounding: got unknown keys {unknown}, expected {sorted(known)}")
     search = settings.get("scale_search")
     if search is not None:
-        if not isinstance(search, dict) or search.keys() - {"steps", "smallest", "norm"}:
-            raise ValueError(f"rounding scale_search: got {search!r}, expected steps, smallest, norm")
+        if not isinstance(search, dict) or search.keys() - {"steps", "smallest", "norm", "output_error"}:
+            raise ValueError(
+                f"rounding scale_search: got {search!r}, expected steps, smallest, norm, output_error"
+            )
         settings["scale_search"] = ScaleSearch(**search)
     return kind(**settings)

@@ -136,8 +136,9 @@ class PackedTensor:
 
     @property
     def size_in_bits(self) -> int:
-        """All stored bits: every plane, padding included."""
-        return sum(8 * value.nbytes for value in self._planes.values())
+        """All stored bits: every plane, padding included, and the numbers of the transform."""
+        basis = 0 if self._transform is None else self._transform.size_in_bits
+        return sum(8 * value.nbytes for value in self._planes.values()) + basis
 
     @property
     def bits_per_weight(self) -> float:
@@ -344,6 +345,12 @@ def _load(path: Any) -> tuple[Any, Any, dict[str, str], dict[str, Transform]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{text}: {error}") from None
     return packed, plain, metadata, transforms
+
+
+def stored_transforms(metadata: Mapping[str, str]) -> dict[str, Transform]:
+    """The transforms of packed tensors that the metadata of a file describes, by name."""
+    described = _checks.json_object(_TRANSFORMS, metadata.get(_TRANSFORMS, "{}"))
+    return {name: transform_from_json(json.dumps(fields)) for name, fields in described.items()}
 
 
 def load_tensors(path: Any, kind: str = "numpy") -> dict[str, Any]:

@@ -283,6 +283,11 @@ class Transform:
         """The description as a JSON object; ``transform_from_json`` reads it back."""
         raise NotImplementedError
 
+    @property
+    def size_in_bits(self) -> int:
+        """What has to be stored for it, beyond a few numbers."""
+        return 0
+
     def __str__(self) -> str:
         return self.spec
 
@@ -482,6 +487,10 @@ def parse_transform(spec: Any) -> Transform | None:
 def transform_from_json(text: str) -> Transform:
     """Reads ``Transform.to_json`` back. Raises ValueError for unknown names, keys and versions."""
     fields = _checks.json_object("transform", text)
+    if fields.get("transform") == "channel_scales":
+        from quantloom.channel_scales import ChannelScales
+
+        return ChannelScales.from_fields(fields)
     expected = {"block", "seed", "sides", "transform", "version"}
     if set(fields) != expected or fields["transform"] != "hadamard" or fields["version"] != 1:
         raise ValueError(

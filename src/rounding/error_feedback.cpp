@@ -34,7 +34,7 @@ struct Plan {
   const ErrorFeedbackOptions& options;
   std::vector<int64_t> order;  // the column at each position of the walk
   std::vector<bool> dead;      // by column
-  std::vector<float> weights;  // by column, for the scale search
+  std::optional<SearchMetric> search;
   bool fit_on_the_walk = false;
   MatrixView<const float> upper;
 };
@@ -63,16 +63,12 @@ void load_columns(const Plan& plan, int64_t first_row, std::span<const int64_t> 
 // Fits a group on `values`, the columns that `columns` names.
 void fit_group(const Plan& plan, int64_t group, int64_t first_row, MatrixView<const float> values,
                std::span<const int64_t> columns) {
-  if (!plan.options.scale_search) {
+  if (!plan.search) {
     plan.encoder.fit(group, first_row, values, {});
     return;
   }
-  std::vector<float> weights;
-  weights.reserve(columns.size());
-  for (const int64_t column : columns) weights.push_back(plan.weights[static_cast<size_t>(column)]);
-  plan.encoder.fit(
-      group, first_row, values,
-      search_shrink(plan.encoder, group, first_row, values, columns, weights, *plan.options.scale_search));
+  plan.encoder.fit(group, first_row, values,
+                   plan.search->shrink(plan.encoder, group, first_row, values, columns));
 }
 
 // Fits all groups on the weights as they are, for `rows` rows from first_row.
@@ -215,7 +211,7 @@ void round_columns(const FloatMatrix& w, ColumnEncoder& encoder, const ErrorFeed
   Plan plan{w, encoder, options, std::move(order), {}, {}, fit_on_the_walk, factor.upper()};
   plan.dead.resize(static_cast<size_t>(k));
   for (size_t j = 0; j < plan.dead.size(); ++j) plan.dead[j] = diagonal[j] == 0;
-  if (options.scale_search) plan.weights = column_weights(hessian);
+  if (options.scale_search) plan.search.emplace(*options.scale_search, &hessian);
   const bool span_rows = encoder.parameters_span_rows();
   if (span_rows) fit_up_front(plan, 0, n);
   parallel_for(ceil_div(n, kSlabRows), options.threads, [&](int64_t slab) {

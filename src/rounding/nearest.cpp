@@ -43,19 +43,14 @@ void encode_group(ColumnEncoder& encoder, int64_t first_column, int64_t first_ro
 }
 
 void fit_group(ColumnEncoder& encoder, int64_t group, int64_t first_column, int64_t first_row,
-               MatrixView<const float> columns, std::span<const float> weights,
-               const std::optional<ScaleSearch>& search) {
+               MatrixView<const float> columns, const std::optional<SearchMetric>& search) {
   if (!search) {
     encoder.fit(group, first_row, columns, {});
     return;
   }
   std::vector<int64_t> indices(static_cast<size_t>(columns.rows()));
   std::iota(indices.begin(), indices.end(), first_column);
-  const auto group_weights = weights.empty() ? weights
-                                             : weights.subspan(static_cast<size_t>(first_column),
-                                                               static_cast<size_t>(columns.rows()));
-  encoder.fit(group, first_row, columns,
-              search_shrink(encoder, group, first_row, columns, indices, group_weights, *search));
+  encoder.fit(group, first_row, columns, search->shrink(encoder, group, first_row, columns, indices));
 }
 
 }  // namespace
@@ -79,8 +74,8 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   format = format->fitted(format, w, options.threads);
   const auto encoder = format->column_encoder(format, n, k, {});
 
-  std::vector<float> weights;
-  if (options.hessian != nullptr && options.scale_search) weights = column_weights(*options.hessian);
+  std::optional<SearchMetric> search;
+  if (options.scale_search) search.emplace(*options.scale_search, options.hessian);
   const int64_t group_size = encoder->group_size();
   const bool span_rows = encoder->parameters_span_rows();
   const int64_t buffer_size = encoder->columns_per_step() * kSlabRows;
@@ -94,7 +89,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
         const int64_t row = slab * kSlabRows;
         read_columns(w, row, first, columns.block(0, row, width, std::min(kSlabRows, n - row)));
       });
-      fit_group(*encoder, g, first, 0, columns, weights, options.scale_search);
+      fit_group(*encoder, g, first, 0, columns, search);
     }
   }
   std::vector<double> row_errors(static_cast<size_t>(k > 0 ? n : 0), 0.0);
@@ -107,7 +102,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
       const int64_t first = g * group_size;
       const MatrixView<float> columns(values.data(), std::min(group_size, k - first), rows);
       read_columns(w, first_row, first, columns);
-      if (!span_rows) fit_group(*encoder, g, first, first_row, columns, weights, options.scale_search);
+      if (!span_rows) fit_group(*encoder, g, first, first_row, columns, search);
       encode_group(*encoder, first, first_row, columns, buffer, row_errors.data() + first_row);
     }
   });

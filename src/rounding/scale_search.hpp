@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "quantloom/calibration/hessian.hpp"
 #include "quantloom/formats/format.hpp"
 #include "quantloom/rounding/rounding.hpp"
 
@@ -19,10 +20,30 @@ void require_valid(const ScaleSearch& search);
 //   column_indices  [c]: the weight column in each row of `columns`; runs of columns_per_step()
 //                   consecutive ones where the format encodes more than one at once
 //   column_weights  [c], >= 0: how much an error in each column counts; empty for 1 everywhere
+//   column_hessian  [c, c]: the metric if search.output_error, else not read
 // Works through fit() and encode() alone: the group's parameters and codes are left at the last factor
 // tried, so that the caller fits once more with the result.
 std::vector<float> search_shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
                                  MatrixView<const float> columns, std::span<const int64_t> column_indices,
-                                 std::span<const float> column_weights, const ScaleSearch& search);
+                                 std::span<const float> column_weights, const ScaleSearch& search,
+                                 MatrixView<const float> column_hessian = {});
+
+// What a search measures errors with: diag(H), or all of H if search.output_error, scaled to a largest
+// diagonal entry of 1. Without a Hessian every column counts alike.
+class SearchMetric {
+ public:
+  SearchMetric() = default;
+  // Throws InvalidArgument if search.output_error and there is no Hessian.
+  SearchMetric(const ScaleSearch& search, const Hessian* hessian);
+  // search_shrink() with the entries that belong to `column_indices`.
+  std::vector<float> shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
+                            MatrixView<const float> columns, std::span<const int64_t> column_indices) const;
+
+ private:
+  ScaleSearch search_;
+  int64_t k_ = 0;
+  std::vector<float> weights_;  // [k] or empty
+  std::vector<float> hessian_;  // [k, k] or empty
+};
 
 }  // namespace quantloom

@@ -178,6 +178,23 @@ TABLE = [
     (ql.Nearest, (3,), {}, TypeError, "scale_search int ScaleSearch"),
     (ql.Nearest, (), {"hessian": "h"}, TypeError, "hessian str NumPy"),
     (ql.Nearest, (), {"held_out": W}, ValueError, "held_out [32, 64] square"),
+    (ql.AWQ, ("awq",), {}, TypeError, "then AWQ Nearest GPTQ"),
+    (ql.AWQ, (ql.GPTQ(HESSIAN),), {}, ValueError, "then Hessian AWQ"),
+    (ql.AWQ, (), {"steps": 0}, ValueError, "steps 0 1"),
+    (ql.AWQ, (), {"steps": 1001}, ValueError, "steps 1001 1000"),
+    (ql.AWQ, (), {"explicit": 1}, TypeError, "explicit int"),
+    (ql.AWQ, (), {"hessian": W[:, 0]}, ValueError, "hessian [32] 2 dimensions"),
+    (ql.AWQ, (), {"hessian": HESSIAN, "magnitudes": [1.0]}, ValueError, "magnitudes [1] [64]"),
+    (ql.ChannelScales, ([113],), {}, ValueError, "codes 113 -112 112"),
+    (ql.ChannelScales, ([0.5],), {}, TypeError, "codes float64 integers [k]"),
+    (ql.search_channel_scales, ([], HESSIAN), {}, ValueError, "layers none at least one"),
+    (ql.search_channel_scales, ([(W, ql.Uniform(4))], None), {}, TypeError, "hessian NoneType"),
+    (ql.search_channel_scales, ([(W, ql.Uniform(4))], HESSIAN), {"steps": 0}, ValueError, "steps 0"),
+    (ql.quantize, (W, "uniform:4", ql.AWQ()), {}, ValueError, "rounding AWQ hessian"),
+    (ql.layouts.to_awq, (W,), {}, TypeError, "q ndarray PackedTensor"),
+    (ql.layouts.from_awq, ([], 32), {}, TypeError, "tensors list mapping"),
+    (ql.layouts.from_awq, ({}, 32), {}, ValueError, "tensor qweight"),
+    (ql.layouts.from_awq, ({}, 0), {}, ValueError, "group_size 0"),
     (ql.GPTQ, (W[:, 0],), {}, ValueError, "hessian [32] 2 dimensions"),
     (ql.GPTQ, (W[:, :32].astype(np.float16),), {}, TypeError, "hessian float16 float64"),
     (ql.GPTQ, (with_value(SYMMETRIC, (3, 5), np.nan),), {}, ValueError, "hessian"),
@@ -466,7 +483,7 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
 def test_the_table_covers_every_public_function():
     covered = {name_of(row[0]) for row in TABLE}
     plain = {"build_info", "kernel_table", "format_table"}  # no arguments
-    classes = {"Format", "Rounding", "RoundingReport", "Transform"}  # nothing to construct
+    classes = {"Format", "Rounding", "RoundingReport", "ScaleChoice", "Transform"}  # nothing to construct
     expected = {name for name in ql.__all__ if callable(getattr(ql, name))} - plain - classes
     expected |= set(ql.layouts.__all__)
     expected |= {"QuantLinear", "QuantLinear.from_linear", "QuantLinear.forward", "QuantLinear.dequantize"}

@@ -42,7 +42,7 @@ TABLE = [
     (models.read_report, ("nothing-here",), {}, FileNotFoundError, "nothing-here"),
     (models.export, (3, "out"), {}, TypeError, "quantized_dir int"),
     (models.export, ("nothing-here", "out"), {}, OSError, "quantized_dir nothing-here"),
-    (models.export, ("nothing-here", "out", "awq"), {}, ValueError, "layout awq gptq gptq_v2"),
+    (models.export, ("nothing-here", "out", "gguf"), {}, ValueError, "layout gguf gptq gptq_v2"),
     (models.import_, (3, "out"), {}, TypeError, "path int"),
     (models.import_, ("nothing-here", "out"), {}, OSError, "path nothing-here"),
     (models.rotate, (3, "out"), {}, TypeError, "model_path int"),

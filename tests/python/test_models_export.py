@@ -153,6 +153,8 @@ ROUND_TRIPS = [
     ("gptq", "uniform:3:g32"),
     ("gptq_v2", "uniform:4:g32:asym"),
     ("gptq_v2", "uniform:2:g16:asym:bf16"),
+    ("awq", "uniform:4:g16:asym"),
+    ("awq", "uniform:4:channel:asym"),
     *[("compressed-tensors", f"uniform:{bits}:g32:asym") for bits in (1, 2, 4, 7)],
     ("compressed-tensors", "uniform:4:channel"),
     ("compressed-tensors", "uniform:8:tensor:sym:f32"),
@@ -292,7 +294,7 @@ def test_mislabelled_zero_points_are_refused(quantized, tmp_path):
 def test_bad_arguments(quantized, model, tmp_path):
     source = quantized("uniform:4:g32")
     with pytest.raises(ValueError, match="layout"):
-        models.export(source, tmp_path / "out", "awq")
+        models.export(source, tmp_path / "out", "awq-gemm")
     with pytest.raises(ValueError, match="quant_method"):
         models.export(model, tmp_path / "out", "gptq")
     with pytest.raises(ValueError, match="own folder"):

@@ -110,7 +110,7 @@ def test_bad_arguments(model, tmp_path):
     with pytest.raises(TypeError, match="recipe"):
         models.plan(model, "uniform:4")
     with pytest.raises(ValueError, match="layout"):
-        models.plan(model, recipe, layout="awq")
+        models.plan(model, recipe, layout="gguf")
     with pytest.raises(ValueError, match="calibrated"):
         models.plan(model, recipe, calibrated=False)
     with pytest.raises(ValueError, match="windows"):

@@ -39,6 +39,9 @@ struct ScaleSearch {
   int steps = 40;         // factors tried, evenly spaced from 1 down to `smallest`
   double smallest = 0.4;  // in (0, 1)
   double norm = 2.0;      // > 0
+  // Measure e^T H e instead, for a group's errors e and its block of the Hessian: the group's share of the
+  // squared output error, correlations between inputs included. Needs a Hessian, and norm 2; CPU only.
+  bool output_error = false;
 };
 
 }  // namespace quantloom

@@ -50,7 +50,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="Folder in the GPTQ, compressed-tensors or EXL3 layout.",
+            help="Folder in the GPTQ, AWQ, compressed-tensors or EXL3 layout.",
             show_default=False,
         ),
     ],
@@ -59,7 +59,7 @@ def import_(
     json: common.Json = False,
     traceback: common.Traceback = False,
 ) -> None:
-    """Read a GPTQ, compressed-tensors or EXL3 checkpoint and write it in quantloom's layout.
+    """Read a GPTQ, AWQ, compressed-tensors or EXL3 checkpoint and write it in quantloom's layout.
 
     **Example**
 

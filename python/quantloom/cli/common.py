@@ -32,6 +32,7 @@ class Layout(str, Enum):
 
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
+    awq = "awq"
     compressed_tensors = "compressed-tensors"
     exl3 = "exl3"
 

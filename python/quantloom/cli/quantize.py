@@ -29,7 +29,7 @@ Rounding = Annotated[
         "--rounding",
         "-r",
         metavar="ROUNDING",
-        help="How codes are chosen: nearest or gptq, with options as above.",
+        help="How codes are chosen: nearest, gptq or awq, with options as above.",
         rich_help_panel="Recipe",
     ),
 ]
@@ -113,7 +113,7 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         metavar="FILE",
-        help="Calibration text (UTF-8), or token ids (.u16). GPTQ needs it.",
+        help="Calibration text (UTF-8), or token ids (.u16). GPTQ and AWQ need it.",
         show_default=False,
         rich_help_panel="Calibration",
     ),
@@ -169,12 +169,14 @@ def quantize(
         outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]
+        awq[:steps=N][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
 
     **Examples**
 
         quantloom quantize MODEL -o OUT --format uniform:4:g128 --rounding gptq --calibration text.txt
         quantloom quantize MODEL -o OUT -f uniform:3:g64:asym -r gptq:search -c text.txt --windows 128
+        quantloom quantize MODEL -o OUT -f uniform:4:g128:asym -r awq -c text.txt
         quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
     """
     settings = _recipe(
@@ -375,6 +377,10 @@ def _recipe(
         if changes and not isinstance(parsed, quantloom.GPTQ):
             flags = ", ".join("--" + name.replace("_", "-") for name in changes)
             raise typer.BadParameter(f"{flags}: only gptq has this, but the rounding is {rounding!r}")
+        if scale_search is not None and isinstance(parsed, quantloom.AWQ):
+            raise typer.BadParameter(
+                "--scale-search: the rounding after the scales has its own, as in awq+gptq:search"
+            )
         if scale_search is not None:
             changes["scale_search"] = quantloom.ScaleSearch() if scale_search else None
         chosen = _option("--format", quantloom.parse_format, format)
@@ -386,8 +392,9 @@ def _recipe(
             settings["ignore"] = tuple(ignore)
         changed = _option("--damp", lambda: dataclasses.replace(parsed, **changes))
         result = _option("--ignore", lambda: quantloom.Recipe(chosen, changed, **settings))
-    if check and calibration is None and isinstance(result.rounding, quantloom.GPTQ):
-        raise typer.BadParameter("missing, but gptq needs a calibration text", param_hint="--calibration")
+    if check and calibration is None and not isinstance(result.rounding, quantloom.Nearest):
+        name = type(result.rounding).__name__.lower()
+        raise typer.BadParameter(f"missing, but {name} needs a calibration text", param_hint="--calibration")
     return result
 
 

@@ -103,9 +103,8 @@ def measure(
         else:
             folder = Path(work_folder) / f"setting-{len(rows)}"
             recipe = quantloom.Recipe.parse(setting.format, setting.rounding or "nearest")
-            calibrated = (
-                isinstance(recipe.rounding, quantloom.GPTQ) or recipe.rounding.scale_search is not None
-            )
+            rounding = recipe.rounding
+            calibrated = not isinstance(rounding, quantloom.Nearest) or rounding.scale_search is not None
 
             def follow(event: Any, label: str = setting.label) -> None:
                 tell(f"{label}: {event.phase}", round(5000 * event.fraction), 10_000)

@@ -79,8 +79,12 @@ def assemble(
     work: WorkFolder,
     report: QuantizationReport,
     max_shard_bytes: int,
+    replaced: dict[str, torch.Tensor],
 ) -> None:
-    """Writes all files of the checkpoint to the work folder; ``install`` puts them in place."""
+    """Writes all files of the checkpoint to the work folder; ``install`` puts them in place.
+
+    `replaced`: parameters of the model that are not the original's, by name, in its dtypes.
+    """
     shutil.rmtree(work.staging, ignore_errors=True)
     work.staging.mkdir()
     names, _ = model_names(model, folder.tensors)
@@ -93,13 +97,12 @@ def assemble(
         if stored.removesuffix(".weight") not in packed or not stored.endswith(".weight")
     }
     sizes = {report.name: report.bits // 8 for report in report.modules}
-    views = folder.mapped()
+    views = folder.mapped() | {stored_of[name]: tensor for name, tensor in replaced.items()}
 
     def content(shard: _Shard) -> dict[str, Any]:
         plain = {name: views[name] for name in shard.plain}
         return plain | {
-            name: work.packed(packed[name], targets.formats[packed[name]], recipe.transform)
-            for name in shard.packed
+            name: work.packed(packed[name], targets.formats[packed[name]]) for name in shard.packed
         }
 
     modules = {stored: sizes[name] for stored, name in packed.items()}

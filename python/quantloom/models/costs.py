@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["forward_flops", "hessian_flops", "rounding_flops"]
+__all__ = ["forward_flops", "hessian_flops", "loss_flops", "rounding_flops"]
 
 # A block with s stages is run up to each stage and once to its end: the first stage's Linears run s times,
 # the last one's once. 2.5 is the mean for four stages.
@@ -25,3 +25,8 @@ def rounding_flops(n: int, k: int, gptq: bool) -> float:
     if not gptq:
         return 20.0 * n * k
     return 2.0 * k**3 + 2.0 * n * k * k + 4.0 * n * k * k
+
+
+def loss_flops(n: int, k: int, steps: int) -> float:
+    """The output errors of a search for channel scales over `steps` exponents."""
+    return 1.0 * n * k * k * steps

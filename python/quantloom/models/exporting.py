@@ -21,7 +21,14 @@ from quantloom.models.checkpoint import (
     packed_linears,
     quantization_config,
 )
-from quantloom.models.layouts import LAYOUTS, compressed_tensors_config, gptq_config, read_config, refusal
+from quantloom.models.layouts import (
+    LAYOUTS,
+    awq_config,
+    compressed_tensors_config,
+    gptq_config,
+    read_config,
+    refusal,
+)
 from quantloom.models.records import WORK, WorkFolder, write_json
 from quantloom.models.source import build_skeleton, read_json, tensor_files
 from quantloom.models.structure import find_blocks
@@ -29,6 +36,7 @@ from quantloom.models.structure import find_blocks
 __all__ = ["ExportReport", "export", "import_"]
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+_AWQ = ("qweight", "qzeros", "scales")
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -63,7 +71,8 @@ def export(
         output: folder of the new checkpoint.
         layout: ``"compressed-tensors"`` (pack-quantized: loaded by vLLM, and by transformers with the
             compressed-tensors package), ``"gptq"`` (zero points minus one, as most files have them),
-            ``"gptq_v2"`` (zero points as they are) or ``"exl3"`` (trellises, for exllamav3).
+            ``"gptq_v2"`` (zero points as they are), ``"awq"`` (AutoAWQ's "gemm") or ``"exl3"`` (trellises,
+            for exllamav3).
         overwrite: replace a checkpoint in `output`.
 
     Decoded values are those of the quantized checkpoint, bit for bit; a loader that casts scales to the
@@ -86,7 +95,9 @@ def export(
         raise ValueError(f"layout: {name}: {reason}{more}")
     if layout == exl3.QUANT_METHOD:
         return _export_exl3(folder, target, shapes)
-    left = _unquantized(model, folder, heads=layout == "compressed-tensors")
+    left = _unquantized(model, folder, heads=layout in ("awq", "compressed-tensors"))
+    if layout == "awq":
+        awq_config(folder.formats, left)  # refuses what it cannot say
     permuted = False
 
     def convert(name: str, packed: Any) -> dict[str, Any]:
@@ -97,6 +108,8 @@ def export(
                 if "group_index" in packed.planes:
                     raise RuntimeError("groups of permuted columns, which loaders no longer take")
                 tensors = ql.layouts.to_compressed_tensors(packed)
+            elif layout == "awq":
+                tensors = ql.layouts.to_awq(packed)
             else:
                 tensors = ql.layouts.to_gptq(packed, layout)
         except (ValueError, RuntimeError) as error:
@@ -115,9 +128,11 @@ def export(
         ordered = bool(recipe.get("rounding", {}).get("act_order"))
         if layout == "compressed-tensors":
             return compressed_tensors_config(folder.formats, left, ordered)
+        if layout == "awq":
+            return awq_config(folder.formats, left)
         return gptq_config(folder.formats, left, layout, act_order=permuted)
 
-    extra = {"quantize_config.json": config} if layout != "compressed-tensors" else {}
+    extra = {"quantize_config.json": config} if layout in ("gptq", "gptq_v2") else {}
     _write(folder.path, target, folder.config_json, files(), config, extra)
     return ExportReport(target, layout, tuple(folder.formats), tuple(_notes(folder, layout)))
 
@@ -166,7 +181,7 @@ def _export_exl3(folder: QuantizedFolder, target: Path, shapes: dict[str, tuple[
 
 
 def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) -> ExportReport:
-    """Reads a GPTQ (v1, v2), compressed-tensors pack-quantized or EXL3 checkpoint into one of ours.
+    """Reads a GPTQ (v1, v2), AWQ ("gemm"), compressed-tensors (pack-quantized) or EXL3 checkpoint into ours.
 
     The packed values are taken over as they are; nothing is quantized again. Raises ValueError naming file
     and module for tensors that contradict the checkpoint's settings, such as zero points by the other
@@ -184,7 +199,10 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
     method = settings.get("quant_method")
     if method == exl3.QUANT_METHOD:
         return _import_exl3(source, output, overwrite)
-    suffixes, marker = (_GPTQ, "qweight") if method == "gptq" else (_COMPRESSED, "weight_packed")
+    suffixes, marker, reader = {
+        "gptq": (_GPTQ, "qweight", ql.layouts.from_gptq),
+        "awq": (_AWQ, "qweight", ql.layouts.from_awq),
+    }.get(method, (_COMPRESSED, "weight_packed", ql.layouts.from_compressed_tensors))
     read_config(settings, [], str(source))
     target = _check_output(source, output, overwrite)
     formats: dict[str, str] = {}
@@ -201,7 +219,6 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
                 parts = {
                     part: tensors.pop(f"{name}.{part}") for part in suffixes if f"{name}.{part}" in tensors
                 }
-                reader = ql.layouts.from_gptq if method == "gptq" else ql.layouts.from_compressed_tensors
                 try:
                     written[name] = reader(parts, *arguments[name])
                 except (TypeError, ValueError, RuntimeError) as error:

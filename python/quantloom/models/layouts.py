@@ -12,9 +12,9 @@ from typing import Any
 
 import quantloom as ql
 
-__all__ = ["LAYOUTS", "compressed_tensors_config", "gptq_config", "read_config", "refusal"]
+__all__ = ["LAYOUTS", "awq_config", "compressed_tensors_config", "gptq_config", "read_config", "refusal"]
 
-LAYOUTS = ("gptq", "gptq_v2", "compressed-tensors", "exl3")
+LAYOUTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "exl3")
 
 
 def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
@@ -31,6 +31,12 @@ def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
         if form.bits == 1 and form.symmetric:
             return "compressed-tensors stores integer zero points, that of symmetric 1 bit is 0.5"
         return None
+    if layout == "awq":
+        if form.bits != 4:
+            return f"awq holds 4 bits, got {form.bits}"
+        if form.group_size == "tensor" or form.scale_dtype != "float16":
+            return "awq holds a float16 scale for each group or row"
+        return f"awq needs out_features that are a multiple of 8, got {n}" if n % 8 else None
     if form.bits not in (2, 3, 4, 8):
         return f"{layout} holds 2, 3, 4 and 8 bits, got {form.bits}"
     if form.group_size == "tensor":
@@ -62,6 +68,23 @@ def gptq_config(formats: Mapping[str, Any], left: list[str], layout: str, act_or
     if dynamic:
         config["dynamic"] = dynamic
     return config
+
+
+def awq_config(formats: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
+    """The AWQ settings of a checkpoint. Raises ValueError if modules differ in their group size."""
+    sizes = {form.group_size: name for name, form in formats.items()}
+    if len(sizes) > 1:
+        named = ", ".join(f"{size} of {name}" for size, name in sizes.items())
+        raise ValueError(f"layout: awq has one group size for all modules, got {named}")
+    (group_size,) = sizes
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size if isinstance(group_size, int) else -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": left or None,
+    }
 
 
 def _gptq_entry(form: Any) -> dict[str, Any]:
@@ -110,19 +133,39 @@ def _scheme(form: Any, act_order: bool) -> dict[str, Any]:
 
 
 def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) -> dict[str, tuple[Any, ...]]:
-    """The settings of each packed module of a GPTQ or compressed-tensors checkpoint.
+    """The settings of each packed module of a GPTQ, AWQ or compressed-tensors checkpoint.
 
-    Returns, by module, the arguments of ``from_gptq`` (bits, group_size, symmetric, version) or of
-    ``from_compressed_tensors`` (without version). Raises ValueError naming what cannot be read.
+    Returns, by module, the arguments of ``from_gptq`` (bits, group_size, symmetric, version), of
+    ``from_compressed_tensors`` (without version) or of ``from_awq`` (group_size). Raises ValueError naming
+    what cannot be read.
     """
     method = settings.get("quant_method")
     if method == "gptq":
         return {name: _read_gptq(settings, name, origin) for name in modules}
     if method == "compressed-tensors":
         return {name: _read_compressed(settings, name, origin) for name in modules}
+    if method == "awq":
+        group_size = _read_awq(settings, origin)
+        return dict.fromkeys(modules, (group_size,))
     raise ValueError(
-        f"{origin}: got quant_method {method!r}, expected 'gptq', 'compressed-tensors' or 'exl3'"
+        f"{origin}: got quant_method {method!r}, expected 'gptq', 'awq', 'compressed-tensors' or 'exl3'"
     )
+
+
+def _read_awq(settings: Mapping[str, Any], origin: str) -> int | str:
+    bits = settings.get("bits", settings.get("w_bit"))
+    version = str(settings.get("version", "gemm")).lower()
+    group_size = settings.get("group_size", settings.get("q_group_size"))
+    for name, got, expected in (
+        ("bits", bits, 4),
+        ("version", version, "gemm"),
+        ("zero_point", settings.get("zero_point", True), True),
+    ):
+        if got != expected:
+            raise ValueError(f"{origin}: got {name} {got!r} of an AWQ checkpoint, expected {expected!r}")
+    if group_size is None:
+        raise ValueError(f"{origin}: quantization_config lacks 'group_size'")
+    return "channel" if group_size == -1 else group_size
 
 
 def _read_gptq(settings: Mapping[str, Any], module: str, origin: str) -> tuple[Any, ...]:

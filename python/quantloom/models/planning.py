@@ -7,7 +7,6 @@ although the system may drop them when memory is short.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 
 import quantloom as ql
-from quantloom.models.costs import forward_flops, hessian_flops, rounding_flops
+from quantloom.models.costs import forward_flops, hessian_flops, loss_flops, rounding_flops
 from quantloom.models.layouts import LAYOUTS, refusal
+from quantloom.models.quantization import rounding_name
 from quantloom.models.source import ModelFolder, build_skeleton, model_names
 from quantloom.models.structure import Block, check_integers, find_blocks, find_targets
 
@@ -106,9 +106,11 @@ def plan(
         raise ValueError(f"layout: got {layout!r}, expected None or one of {', '.join(LAYOUTS)}")
     if not isinstance(recipe, ql.Recipe):
         raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
-    gptq = json.loads(recipe.rounding.to_json())["rounding"] == "gptq"
-    calibrated = gptq if calibrated is None else calibrated
-    if gptq and not calibrated:
+    gptq = "gptq" in rounding_name(recipe.rounding)
+    steps = recipe.rounding.steps if isinstance(recipe.rounding, ql.AWQ) else 0
+    needed = not isinstance(recipe.rounding, ql.Nearest)
+    calibrated = needed if calibrated is None else calibrated
+    if needed and not calibrated:
         raise ValueError("calibrated: got False, expected True: the recipe's rounding needs calibration")
     folder = ModelFolder(model_path)
     model = build_skeleton(folder.path)
@@ -122,11 +124,13 @@ def plan(
     }
     modules = tuple(_module(name, targets.formats[name], *shape, layout) for name, shape in sizes.items())
     tokens = (windows + held_out_windows) * window if calibrated else 0
-    seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads)
+    seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads, steps)
     bits = sum(module.bits for module in modules)
     hessians = (2 if held_out_windows else 1) if calibrated else 0
     rotates = recipe.transform is not None
     phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads, rotates)
+    if steps:
+        phases["scale"] = _scaling(phases["quantize"], blocks, sizes, threads)
     worst = max(phases.values(), key=lambda parts: sum(parts.values()))
     parts = {"process": _resident_bytes(), "scratch of libraries": _SCRATCH} | worst
     names, _ = model_names(model, folder.tensors)
@@ -258,6 +262,22 @@ def _rotated_bytes(n: int, k: int, rounding: int, hessians: int) -> int:
     return matrices + max(rounding + hessians * square, turning)
 
 
+def _scaling(
+    quantize: dict[str, int], blocks: list[Block], sizes: dict[str, tuple[int, int]], threads: int
+) -> dict[str, int]:
+    """The search for channel scales of a block: the Hessians of all its stages at once, one of them scaled
+    twice over, and a scaled copy of one matrix that is rounded to nearest."""
+    widths = {
+        block.name: _stages([block], {name: sizes[name] for name in block.linears if name in sizes})
+        for block in blocks
+    }
+    hessians = max((sum(8 * k * k for k in of_block) for of_block in widths.values()), default=0)
+    working = max(
+        2 * 8 * k * k + 4 * n * k + _rounding_bytes(n, k, False, True, threads) for n, k in sizes.values()
+    )
+    return quantize | {"Hessians of one stage": hessians, "working memory": working}
+
+
 def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) -> int:
     """One window through one block: every Linear's output, and the attention scores of all heads."""
     outputs = max(sum(linear.out_features for linear in block.linears.values()) for block in blocks)
@@ -270,7 +290,7 @@ def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) 
 
 def _seconds(
     folder: ModelFolder, blocks: list[Block], sizes: dict[str, tuple[int, int]], tokens: int, window: int,
-    gptq: bool, threads: int,
+    gptq: bool, threads: int, steps: int,
 ) -> float:  # fmt: skip
     """Arithmetic over measured rates, plus reading and writing."""
     widest = max(k for _, k in sizes.values())
@@ -286,11 +306,17 @@ def _seconds(
         forward = _best(lambda: torch.nn.functional.linear(a, b)) / (2.0 * n * k * rows)
         seconds += forward * sum(forward_flops(*size, tokens) for size in sizes.values())
         gather = _best(lambda: hessian.add(x, threads=threads)) / hessian_flops(k, rows)
-        seconds += gather * sum(hessian_flops(width, tokens) for width in _stages(blocks, sizes))
+        passes = 2 if steps else 1
+        seconds += gather * passes * sum(hessian_flops(width, tokens) for width in _stages(blocks, sizes))
+        seconds += gather * sum(loss_flops(*size, steps) for size in sizes.values())
     rounding = ql.GPTQ(hessian=hessian) if gptq else ql.Nearest()
     once = _best(lambda: ql.quantize(w, "uniform:4:g128", rounding, threads=threads), repeats=2)
     rate = once / rounding_flops(n, k, gptq)
-    return seconds + rate * sum(rounding_flops(*size, gptq) for size in sizes.values())
+    seconds += rate * sum(rounding_flops(*size, gptq) for size in sizes.values())
+    if steps:
+        nearest = _best(lambda: ql.quantize(w, "uniform:4:g128", threads=threads), repeats=2) / (n * k)
+        seconds += nearest * steps * sum(n * k for n, k in sizes.values())
+    return seconds
 
 
 def _best(work: Any, repeats: int = 3) -> float:

@@ -20,6 +20,7 @@ import torch
 
 import quantloom as ql
 from quantloom import _core, _devices
+from quantloom.awq import quantize_with_scales
 from quantloom.models.calibration import (
     BlockCall,
     HiddenStates,
@@ -30,9 +31,16 @@ from quantloom.models.calibration import (
     run_block,
 )
 from quantloom.models.checkpoint import assemble, final_files, install
-from quantloom.models.costs import forward_flops, rounding_flops
+from quantloom.models.costs import forward_flops, loss_flops, rounding_flops
 from quantloom.models.records import WORK, WorkFolder, file_hash
 from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report
+from quantloom.models.scaling import (
+    StageScaling,
+    apply_scaling,
+    read_scaling,
+    search_scaling,
+    write_scaling,
+)
 from quantloom.models.source import ModelFolder, attach, build_skeleton
 from quantloom.models.structure import Block, Targets, check_integers, find_blocks, find_stages, find_targets
 
@@ -166,8 +174,9 @@ def _require_cuda_rounding(targets: Targets, device: str) -> None:
 
 
 def rounding_name(rounding: Any) -> str:
-    """The word by which reports know a rounding: "nearest", "gptq"."""
-    return json.loads(rounding.to_json())["rounding"]
+    """The word by which reports know a rounding: "nearest", "gptq", "awq+nearest"."""
+    name = json.loads(rounding.to_json())["rounding"]
+    return f"{name}+{rounding_name(rounding.then)}" if isinstance(rounding, ql.AWQ) else name
 
 
 def check_output(model_path: Path, output: Path, overwrite: bool) -> None:
@@ -196,6 +205,7 @@ class _Run:
         self.max_shard_bytes, self.device = max_shard_bytes, device
         self.begun = False
         self.reports: dict[str, ModuleReport] = {}
+        self.scalings: dict[str, StageScaling] = {}  # by module
         self.resumed = 0
         self.meter = _Meter(self, progress)
 
@@ -225,7 +235,16 @@ class _Run:
             self._quantize_calibrated()
         self.meter.report("save")
         report = self._report(unused, time.monotonic() - started)
-        assemble(self.folder, self.model, self.targets, self.recipe, work, report, self.max_shard_bytes)
+        assemble(
+            self.folder,
+            self.model,
+            self.targets,
+            self.recipe,
+            work,
+            report,
+            self.max_shard_bytes,
+            self._replaced(),
+        )
         return self._finish(started)
 
     def _finish(self, started: float) -> QuantizationReport:
@@ -316,7 +335,10 @@ class _Run:
     ) -> None:
         wanted = {name for name in block.linears if name in self.targets.formats}
         call = call.to(self.device)
+        dtypes = {f"{block.name}.{name}": p.dtype for name, p in block.module.named_parameters()}
         with float_block(block.module, self.device), torch.no_grad():
+            if wanted and isinstance(self.recipe.rounding, ql.AWQ):
+                self._scale(block, call, inputs, dtypes)
             if wanted:
                 probe = next(inputs.read()).to(self.device)
                 stages = find_stages(block, lambda: run_block(block, call, probe), wanted)
@@ -328,6 +350,41 @@ class _Run:
                         append(run_block(block, call, hidden.to(self.device)))
                         self.meter.report("propagate", block.index)
 
+    def _scale(
+        self, block: Block, call: BlockCall, inputs: HiddenStates, dtypes: dict[str, torch.dtype]
+    ) -> None:
+        """Scales the input channels of a block's Linears, by the record of a killed run if there is one."""
+        kept = self.work.scaling(block.name)
+        if kept is not None:
+            stages = read_scaling(*kept)
+            for stage in stages:
+                apply_scaling(block, stage)
+        else:
+            self.meter.report("calibrate", block.index)
+            stages = search_scaling(
+                block,
+                call,
+                inputs,
+                self.targets.formats,
+                self.recipe.rounding,
+                self.tokens,
+                self.threads,
+                lambda: self.meter.report("calibrate", block.index),
+                self.device,
+                dtypes,
+            )
+            self.work.save_scaling(block.name, *write_scaling(stages))
+        self.scalings |= {name: stage for stage in stages for name in stage.modules}
+
+    def _replaced(self) -> dict[str, torch.Tensor]:
+        """Parameters of the model into which scales went, by name."""
+        found: dict[str, torch.Tensor] = {}
+        for block in self.blocks:
+            kept = self.work.scaling(block.name)
+            for stage in [] if kept is None else read_scaling(*kept):
+                found |= stage.replaced
+        return found
+
     def _quantize_stage(
         self, block: Block, call: BlockCall, inputs: HiddenStates, stage: int, names: tuple[str, ...]
     ) -> None:
@@ -336,7 +393,7 @@ class _Run:
             self._quantize_missing(block, call, inputs, stage, missing)
         for name in names:
             linear = block.linears[name]
-            packed = self.work.packed(name, self.targets.formats[name], self.recipe.transform)
+            packed = self.work.packed(name, self.targets.formats[name])
             if self.device != "cpu":
                 packed = packed.to(self.device)
             decoded = packed.dequantize(threads=self.threads)
@@ -367,19 +424,25 @@ class _Run:
         self, block: Block, stage: int, name: str, weight: torch.Tensor, rounding: Any
     ) -> None:
         begun = time.monotonic()
+        stage = self.scalings.get(name, StageScaling((name,)))
+        form = self.targets.formats[name]
         try:
             weight = weight.to(self.device)
-            packed = ql.quantize(
-                weight,
-                self.targets.formats[name],
-                rounding=rounding,
-                transform=self.recipe.transform,
-                threads=self.threads,
-            )
+            if isinstance(rounding, ql.AWQ):
+                codes = None if stage.codes is None else stage.codes.numpy()
+                packed = quantize_with_scales(weight, form, rounding, codes, self.threads)
+            else:
+                packed = ql.quantize(
+                    weight, form, rounding=rounding, transform=self.recipe.transform, threads=self.threads
+                )
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {error}") from error
-        report = ModuleReport.of(name, packed, time.monotonic() - begun)
+        report = dataclasses.replace(
+            ModuleReport.of(name, packed, time.monotonic() - begun),
+            scaled_by=stage.into,
+            scale_exponent=stage.exponent,
+        )
         self.work.save(name, packed, report)
         self.reports[name] = report
         self.meter.module(name, block.index, stage)
@@ -408,6 +471,11 @@ class _Run:
                 f"{report.name}: {report.method} instead of {asked}"
                 for report in modules
                 if report.method != asked
+            )
+            + tuple(
+                f"{report.name}: channels not scaled, as no layer before can be divided exactly"
+                for report in modules
+                if report.scale_exponent and not report.scaled_by
             ),
             seconds=seconds,
             resumed_modules=self.resumed,
@@ -420,7 +488,7 @@ class _Meter:
     def __init__(self, run: _Run, progress: Callable[[Progress], None] | None) -> None:
         self.run, self.progress = run, progress
         tokens = 0 if run.tokens is None else run.tokens.ids.size
-        gptq = rounding_name(run.recipe.rounding) == "gptq"
+        gptq = "gptq" in rounding_name(run.recipe.rounding)
         sizes = {
             name: (linear.out_features, linear.in_features)
             for block in run.blocks
@@ -428,7 +496,10 @@ class _Meter:
             if name in run.targets.formats
         }
         self.calibrate = {name: forward_flops(n, k, tokens) for name, (n, k) in sizes.items()}
-        self.quantize = {name: rounding_flops(n, k, gptq) for name, (n, k) in sizes.items()}
+        steps = run.recipe.rounding.steps if isinstance(run.recipe.rounding, ql.AWQ) else 0
+        self.quantize = {
+            name: rounding_flops(n, k, gptq) + loss_flops(n, k, steps) for name, (n, k) in sizes.items()
+        }
         self.total = sum(self.calibrate.values()) + sum(self.quantize.values())
         self.taken_over = self.done = 0.0
         self.begun = time.monotonic()

@@ -20,7 +20,8 @@ from typing import Any
 
 import quantloom as ql
 from quantloom.models.report import ModuleReport
-from quantloom.models.source import mapped_tensors
+from quantloom.models.source import file_metadata, mapped_tensors
+from quantloom.tensors import stored_transforms
 
 __all__ = ["WorkFolder", "file_hash", "write_json"]
 
@@ -164,7 +165,7 @@ class WorkFolder:
         entry = self._entry(module)
         return ModuleReport.from_json(entry["report"], entry["seconds"])
 
-    def packed(self, module: str, form: Any, transform: Any = None) -> Any:
+    def packed(self, module: str, form: Any) -> Any:
         """The packed tensor of a finished module, its planes views of the mapped record.
 
         Raises ValueError if the file is damaged.
@@ -173,7 +174,23 @@ class WorkFolder:
         if not file.is_file() or file_hash(file) != entry["sha256"]:
             raise ValueError(f"{file}: the record of {module} is damaged; pass resume=False to start over")
         planes = {name.removeprefix(f"{module}."): view for name, view in mapped_tensors(file).items()}
+        transform = stored_transforms(file_metadata(file)).get(module)
         return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes, None, transform)
+
+    # -- scales of channels --------------------------------------------------------------------------
+
+    def save_scaling(self, block: str, tensors: dict[str, Any], description: str) -> None:
+        ql.save_tensors(str(self._scaling_file(block)), tensors, {"scaling": description})
+
+    def scaling(self, block: str) -> tuple[dict[str, Any], str] | None:
+        """What ``save_scaling`` kept for a block, or None. Raises ValueError if the file is damaged."""
+        file = self._scaling_file(block)
+        if not file.is_file():
+            return None
+        return ql.load_tensors(str(file), kind="torch"), ql.load_metadata(str(file))["scaling"]
+
+    def _scaling_file(self, block: str) -> Path:
+        return self.records / f"{block}.scaling.safetensors"
 
     def _entry(self, module: str) -> dict[str, Any]:
         file = self._entry_file(module)

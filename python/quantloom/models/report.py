@@ -50,6 +50,11 @@ class ModuleReport:
     Losses are ``tr(E H E^T)``, the mean squared error of the layer's output per token summed over
     out_features, or None where no Hessian was gathered; `*_nearest` is the loss that rounding to nearest
     has on the same weights; `held_out_*` are of tokens that no rounding saw.
+
+    `scaled_by` says where the scales of the input channels went, if there are any: the name of the module
+    before, or "input" if they stay beside the weights; weights and losses are then those of the scaled
+    layer. `scale_exponent` is the power of the channels' magnitudes; with `scaled_by` empty, one that would
+    have helped.
     """
 
     name: str
@@ -70,12 +75,16 @@ class ModuleReport:
     proxy_loss_nearest: float | None = None
     held_out_loss: float | None = None
     held_out_loss_nearest: float | None = None
+    scaled_by: str = ""
+    scale_exponent: float = 0.0
     seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields except `seconds`, which differ from run to run."""
+        """All fields except `seconds`, which differ from run to run; those of scales if there are any."""
         fields = asdict(self)
         del fields["seconds"]
+        if not self.scaled_by and not self.scale_exponent:
+            del fields["scaled_by"], fields["scale_exponent"]
         return fields
 
     @classmethod

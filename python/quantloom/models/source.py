@@ -146,6 +146,12 @@ def mapped_tensors(file: Path) -> dict[str, torch.Tensor]:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
 
 
+def file_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with _open(file) as handle:
+        return dict(handle.metadata() or {})
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt", device="cpu")

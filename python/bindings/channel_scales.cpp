@@ -1,0 +1,57 @@
+#include "quantloom/rounding/channel_scales.hpp"
+
+#include <pybind11/stl.h>
+
+#include "arrays.hpp"
+#include "calibration.hpp"
+
+namespace quantloom::python {
+namespace {
+
+py::bytes to_bytes(const std::vector<int8_t>& codes) {
+  return {reinterpret_cast<const char*>(codes.data()), codes.size()};
+}
+
+py::dict search(const std::vector<ArrayRef>& weights, const std::vector<std::string>& formats,
+                const SharedHessian& hessian, const std::vector<double>& magnitudes, int64_t steps,
+                int64_t code_step, int64_t threads) {
+  if (weights.size() != formats.size()) {
+    throw InvalidArgument("formats", text_of(formats.size()), text_of(weights.size(), ", as many as layers"));
+  }
+  std::vector<ScaledLayer> layers;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    layers.push_back({weights[i].float_matrix("w"), format_from_json(formats[i])});
+  }
+  ChannelScales found;
+  {
+    const py::gil_scoped_release release;
+    const HessianPair hessians(&hessian, nullptr);
+    found = search_channel_scales(layers, *hessians.first(), magnitudes,
+                                  {.steps = to_int("steps", steps),
+                                   .code_step = to_int("code_step", code_step),
+                                   .threads = to_int("threads", threads)});
+  }
+  py::dict result;
+  result["codes"] = to_bytes(found.codes);
+  result["exponent"] = found.exponent;
+  result["loss"] = found.loss;
+  result["losses"] = found.losses;
+  return result;
+}
+
+std::vector<float> values_of(const py::bytes& codes) {
+  const std::string text = codes;
+  std::vector<float> scales;
+  for (const char code : text) scales.push_back(channel_scale(static_cast<int8_t>(code)));
+  return scales;
+}
+
+}  // namespace
+
+void bind_channel_scales(py::module_& module) {
+  module.def("search_channel_scales", &search);
+  module.def("channel_scales", &values_of);
+  module.attr("LARGEST_SCALE_CODE") = kLargestScaleCode;
+}
+
+}  // namespace quantloom::python
