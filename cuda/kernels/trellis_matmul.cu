@@ -20,6 +20,7 @@ constexpr std::string_view kExact = "trellis_exact";
 constexpr std::string_view kPanels = "trellis_panels";
 constexpr std::string_view kTiles = "trellis_tiles";
 constexpr std::string_view kDense = "trellis_dense";
+constexpr int kMostClusterBlocks = 8;
 constexpr int64_t kMostTileTokens = 128;  // from there on, decoding the matrix once is faster: estimated
 
 constexpr std::array<CudaProduct, 6> kProducts = {{
@@ -164,8 +165,8 @@ struct StreamedDeal {
 };
 
 // Deals the work to clusters of each size (or of the given one), or to teams of any size whose sums meet in
-// memory, and takes the deal of least estimated time; teams = 0 if none has room. Two weights a word halve
-// the work of a piece: then meeting in memory took longer than it saved.
+// memory, and takes the deal of least estimated time; teams = 0 if none has room. How many clusters run at a
+// time depends on how many processors each part of the device has left.
 StreamedDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& device, int blocks,
                      int (*memory)(const TrellisDeal&)) {
   const int bands = static_cast<int>(layout.row_blocks / 2);
@@ -173,13 +174,16 @@ StreamedDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devi
   StreamedDeal best;
   best.deal.teams = 0;
   double least = std::numeric_limits<double>::infinity();
-  // Microseconds, fitted to an H200. For clusters of 1, 2, 4 and 8 blocks of threads, and for teams whose
-  // sums meet in memory; for a piece of 16 warps; for the digits of a span.
-  constexpr std::array<double, 4> kMeeting = {0.4, 1.2, 1.4, 1.7};
-  constexpr double kMeetingInMemory = 3.0;
-  const bool pairs = layout.ring.weights_per_step == 2;
-  const double piece = pairs ? 1.3 : 1.25;
-  const double span = pairs ? 0.25 : 0.15;
+  // Microseconds, fitted to an H200. For sums of one block of threads, those that meet in a cluster and those
+  // that meet in memory, and for each block of a team; for a piece of 16 warps; for the digits of a chunk of
+  // each warp, and each of its spans.
+  constexpr double kAlone = 0.4;
+  constexpr double kMeeting = 0.9;
+  constexpr double kMeetingInMemory = 1.9;
+  constexpr double kBlock = 0.1;
+  constexpr double kChunk = 0.35;
+  constexpr double kSpan = 0.1;
+  const double piece = layout.ring.weights_per_step == 2 ? 0.85 : 1.35;
   // True if the deal has room.
   const auto consider = [&](int size, int teams, int resident, double meeting, bool in_memory) {
     TrellisDeal deal(bands, spans, teams, size, 4);
@@ -190,25 +194,26 @@ StreamedDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devi
     const auto longest =
         static_cast<double>(ceil_div(4 * deal.most_bands() * deal.most_spans(), kTrellisWarps));
     const auto chunks = static_cast<double>(ceil_div(deal.most_chunks() * m, kTrellisWarps));
-    const double time = rounds * (longest * piece + chunks * deal.chunk * span + meeting);
+    const double time = rounds * (longest * piece + chunks * (kChunk + kSpan * deal.chunk) + meeting);
     if (time < least) {
       least = time;
       best = {deal, in_memory};
     }
     return true;
   };
-  for (int i = 0; i < 4; ++i) {
-    const int size = 1 << i;
+  for (int size = 1; size <= kMostClusterBlocks; ++size) {
     if (blocks > 0 && size != blocks) continue;
     const int resident = resident_clusters(device, size);
+    const double meeting = size == 1 ? kAlone : kMeeting + kBlock * size;
     int teams = std::min(resident, bands);
-    while (!consider(size, teams, resident, kMeeting[static_cast<size_t>(i)], false) && teams < bands) {
+    while (!consider(size, teams, resident, meeting, false) && teams < bands) {
       teams = std::min(2 * teams, bands);
     }
   }
-  for (int size = 2; blocks == 0 && !pairs && size <= std::min(spans, device.processors); ++size) {
+  for (int size = 2; blocks == 0 && size <= std::min(spans, device.processors); ++size) {
     const int resident = device.processors / size;
-    static_cast<void>(consider(size, std::min(resident, bands), resident, kMeetingInMemory, true));
+    const double meeting = kMeetingInMemory + kBlock * size;
+    static_cast<void>(consider(size, std::min(resident, bands), resident, meeting, true));
   }
   return best;
 }
@@ -236,9 +241,9 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
                    device.architecture / 10, ".", device.architecture % 10, ", runs what was built for ",
                    device.code / 10, ".", device.code % 10);
   }
-  if (options.splits > 8 || (options.splits & (options.splits - 1)) != 0) {
-    return text_of("kernel ", product.name, " takes teams of 1, 2, 4 or 8 blocks of threads, not ",
-                   options.splits);
+  if (options.splits > kMostClusterBlocks) {
+    return text_of("kernel ", product.name, " takes teams of 1 to ", kMostClusterBlocks,
+                   " blocks of threads, not ", options.splits);
   }
   return std::nullopt;
 }

@@ -69,6 +69,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int band = static_cast<int>(blockIdx.x * (kThreads / 32) + threadIdx.x / 32);
   const int token = static_cast<int>(blockIdx.y);
+  BandScales scales;
+  scales.ask(p, min(band, bands - 1));
   wait_for_previous();
   if (band >= bands) return;
   const int longer = deal.extra * (deal.bands + 1);
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       v[3] += four.w;
     }
   }
-  finish_rows(p, v, band, token);
+  finish_rows(p, v, scales, band, token);
 }
 
 template <int kGroups>

@@ -103,10 +103,12 @@ __global__ void __launch_bounds__(kBandThreads)
     add_bands(const __grid_constant__ TrellisProduct p, const __grid_constant__ TrellisDeal deal, int tokens,
               int bands) {
   const int band = static_cast<int>(blockIdx.x * (kBandThreads / 32) + threadIdx.x / 32);
+  BandScales scales;
+  scales.ask(p, min(band, bands - 1));
   wait_for_previous();
   if (band >= bands) return;
-  finish_band(p, deal, p.partial + static_cast<int64_t>(band) * deal.blocks * tokens * kTrellisBand, tokens,
-              band, static_cast<int>(blockIdx.y));
+  finish_band(p, deal, scales, p.partial + static_cast<int64_t>(band) * deal.blocks * tokens * kTrellisBand,
+              tokens, band, static_cast<int>(blockIdx.y));
 }
 
 }  // namespace

@@ -105,24 +105,42 @@ __device__ __forceinline__ void store_row(const TrellisProduct& p, int token, in
   }
 }
 
-// A band's sums as walks leave them, rotated, scaled, and out: by one warp. A lane has those at places
-// 4 * lane + i of the band; place 8 g + 2 u + r of each 64 rows is row 16 u + 8 r + g.
-__device__ __forceinline__ void finish_rows(const TrellisProduct& p, float (&v)[4], int band, int token) {
+// A lane's rows of a band: number i is that at place 4 * lane + i as walks leave sums; place 8 g + 2 u + r of
+// each 64 rows is row 16 u + 8 r + g.
+__device__ __forceinline__ int row_of_lane(int band, int i) {
   const int lane = static_cast<int>(threadIdx.x % 32);
+  return band * kTrellisBand + 64 * (lane / 16) + 32 * (lane & 1) + lane % 16 / 2 + 16 * (i / 2) +
+         8 * (i % 2);
+}
+
+// The output scales of a lane's rows, on their way.
+struct BandScales {
+  __half four[4];
+
+  __device__ __forceinline__ void ask(const TrellisProduct& p, int band) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = p.output_scales[min(row_of_lane(band, i), p.n - 1)];
+  }
+};
+
+// A band's sums as walks leave them, rotated, scaled, and out: by one warp.
+__device__ __forceinline__ void finish_rows(const TrellisProduct& p, float (&v)[4], const BandScales& scales,
+                                            int band, int token) {
   if (p.rotated) rotate_128(v);
-  const int row = band * kTrellisBand + 64 * (lane / 16) + 32 * (lane & 1) + lane % 16 / 2;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int at = row + 16 * (i / 2) + 8 * (i % 2);
-    if (at < p.n) store_row(p, token, at, v[i] * __half2float(p.output_scales[at]));
+    const int row = row_of_lane(band, i);
+    if (row < p.n) store_row(p, token, row, v[i] * __half2float(scales.four[i]));
   }
 }
 
 // Sums of a band that the blocks of a team have sent: rotated, scaled, and out. By one warp.
 __device__ __forceinline__ void finish_band(const TrellisProduct& p, const TrellisDeal& deal,
-                                            const float* received, int tokens, int band, int token) {
+                                            const BandScales& scales, const float* received, int tokens,
+                                            int band, int token) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   float v[4] = {};
+#pragma unroll 4
   for (int rank = 0; rank < deal.blocks; ++rank) {
     const float4 four = *reinterpret_cast<const float4*>(received + (rank * tokens + token) * 128 + lane * 4);
     v[0] += four.x;
@@ -130,7 +148,7 @@ __device__ __forceinline__ void finish_band(const TrellisProduct& p, const Trell
     v[2] += four.z;
     v[3] += four.w;
   }
-  finish_rows(p, v, band, token);
+  finish_rows(p, v, scales, band, token);
 }
 
 }  // namespace quantloom::cuda

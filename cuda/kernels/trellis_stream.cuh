@@ -21,6 +21,7 @@ struct TrellisMemory {
   int shares = 0;    // float [chunks][tokens]: the sums of the activations
   int sums = 0;      // float [tokens]: those over all chunks
   int met = 0;       // int2 [64-row pieces]: the first warp that meets it, and how many do
+  int delivery = 0;  // the barrier of what is received
   int parts = 0;     // float [64-row pieces][parts][tokens][64]
   int received = 0;  // float [own bands][blocks][tokens][128]
   int bytes = 0;
@@ -31,7 +32,8 @@ struct TrellisMemory {
     shares = units + scales;
     sums = shares + scales;
     met = (sums + tokens * 4 + 7) / 8 * 8;
-    parts = (met + 2 * deal.most_bands() * 8 + 15) / 16 * 16;
+    delivery = met + 2 * deal.most_bands() * 8;
+    parts = (delivery + 8 + 15) / 16 * 16;
     received = parts + 2 * deal.most_bands() * deal.parts * tokens * 256;
     bytes = received + deal.own_bands() * deal.blocks * tokens * 512;
   }
@@ -51,27 +53,29 @@ __device__ __forceinline__ float along(float x, float y, int axis) {
 constexpr int kMostChunkSpans = 4;
 
 // What a warp asks for at once: the spans of a chunk.
+template <int kTokens, int kSpans>
 struct ChunkLoad {
-  SpanLoad spans[kMostChunkSpans];
+  SpanLoad spans[kSpans];
 
-  // Chunks of all tokens of a block of threads, those of a chunk in turn. Past the last: zeros.
-  __device__ __forceinline__ void ask(const TrellisProduct& p, const TrellisDeal& deal, int first_span,
-                                      int count, int i) {
-    const int chunk = i / p.m;
-    const int token = i - chunk * p.m;
+  // Chunk `i` of a block of threads' `count` spans. Chunks of all tokens, those of a chunk in turn. Past the
+  // last: zeros.
+  __device__ __forceinline__ void ask(const TrellisProduct& p, int first_span, int count, int i) {
+    const int chunk = kTokens == 1 ? i : i / p.m;
+    const int token = kTokens == 1 ? 0 : i - chunk * p.m;
 #pragma unroll
-    for (int s = 0; s < kMostChunkSpans; ++s) {
-      const int span = chunk * deal.chunk + s;
-      spans[s] = s < deal.chunk && span < count ? ask_span(p, token, first_span + span) : SpanLoad();
+    for (int s = 0; s < kSpans; ++s) {
+      const int span = chunk * kSpans + s;
+      spans[s] = span < count ? ask_span(p, token, first_span + span) : SpanLoad();
     }
   }
 };
 
-// Makes the digits of one chunk of one token: by one warp. kSpans: deal.chunk.
-template <class Decoder, int kTokens, int kSpans>
+// Makes the digits of one chunk of one token: by one warp. kSpans: deal.chunk. Calls arrived() once the
+// activations are there.
+template <class Decoder, int kTokens, int kSpans, class Arrived>
 __device__ __forceinline__ void make_digits(const TrellisProduct& p, const TrellisMemory& place,
-                                            unsigned char* memory, const ChunkLoad& load, int spans,
-                                            int chunk, int token) {
+                                            unsigned char* memory, const ChunkLoad<kTokens, kSpans>& load,
+                                            int spans, int chunk, int token, Arrived arrived) {
   using Operand = TrellisOperand<Decoder, kTokens>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int begin = chunk * kSpans;
@@ -80,6 +84,8 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
 #pragma unroll
   for (int s = 0; s < kSpans; ++s) scale_span(p, load.spans[s], v[s]);
   if (p.rotated) rotate_spans(v);
+  __syncwarp();
+  arrived();
   float largest = 0.0F;
   bool finite = true;
 #pragma unroll
@@ -154,17 +160,37 @@ __device__ __forceinline__ void make_digits(const TrellisProduct& p, const Trell
   }
 }
 
-// All chunks of a block of threads. `load`: the warp's first.
-template <class Decoder, int kTokens, int kSpans>
-__device__ __forceinline__ void make_all_digits(const TrellisProduct& p, const TrellisDeal& deal,
-                                                const TrellisMemory& place, unsigned char* memory,
-                                                ChunkLoad& load, int first_span, int spans, int chunks) {
+// Asks for what is needed first, calls meanwhile(), and makes the digits of all chunks of a block of threads.
+//
+// A warp cannot wait for some of its loads alone. So words are at first only brought nearer, and asked for
+// when the first activations are there.
+template <class Decoder, int kTokens, int kSpans, class Walk, class Meanwhile>
+__device__ __forceinline__ void begin_walk(const TrellisProduct& p, const TrellisMemory& place,
+                                           unsigned char* memory, int first_span, int spans, Walk& walk,
+                                           Meanwhile meanwhile) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int count = (spans + kSpans - 1) / kSpans * (kTokens == 1 ? 1 : p.m);
+  ChunkLoad<kTokens, kSpans> load;
+  // Activations must not be read before the previous kernel has ended, as words may.
+  if (warp < count) {
+    walk.bring_nearer();
+    if (p.overlap) wait_for_previous();
+    load.ask(p, first_span, spans, warp);
+  } else {
+    walk.ask_first();
+    if (p.overlap) wait_for_previous();
+  }
+  meanwhile();
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x / 32); i < chunks * p.m; i += kTrellisWarps) {
-    const ChunkLoad now = load;
-    if (i + kTrellisWarps < chunks * p.m) load.ask(p, deal, first_span, spans, i + kTrellisWarps);
-    const int chunk = i / p.m;
-    make_digits<Decoder, kTokens, kSpans>(p, place, memory, now, spans, chunk, i - chunk * p.m);
+  for (int i = warp; i < count; i += kTrellisWarps) {
+    const ChunkLoad<kTokens, kSpans> now = load;
+    const int chunk = kTokens == 1 ? i : i / p.m;
+    const auto arrived = [&] {
+      if (i == warp) walk.ask_first();
+      if (i + kTrellisWarps < count) load.ask(p, first_span, spans, i + kTrellisWarps);
+    };
+    make_digits<Decoder, kTokens, kSpans>(p, place, memory, now, spans, chunk,
+                                          kTokens == 1 ? 0 : i - chunk * p.m, arrived);
   }
 }
 
@@ -173,6 +199,8 @@ template <class Decoder, int kTokens>
 class TrellisWalk {
  public:
   static constexpr int kBits = Decoder::kBits;
+  // Pieces that a warp holds, all but one on their way: enough bytes to cover the time to memory.
+  static constexpr int kBuffers = kBits <= 2 ? 3 : 2;
   using Operand = TrellisOperand<Decoder, kTokens>;
 
   // Of pieces [begin, end) of a block whose rows have `columns` pieces, from
@@ -189,8 +217,18 @@ class TrellisWalk {
     asked_ = column_;
   }
 
+  // Brings the first words to the second level cache.
+  __device__ __forceinline__ void bring_nearer() const {
+#pragma unroll
+    for (int i = 0; i < (kBuffers - 1) * kBits; ++i) {
+      if (i / kBits < min(left_, columns_ - column_))
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(codes_ + i * 32));
+    }
+  }
+
   __device__ __forceinline__ void ask_first() {
-    if (left_ > 0) ask(ahead_[0]);
+#pragma unroll
+    for (int i = 0; i < kBuffers - 1; ++i) ask(ahead_[i], left_ > i);
   }
 
   // Calls leave(row, totals) for each row of pieces that the walk meets: totals[2 * unit + r] is that of row
@@ -206,18 +244,26 @@ class TrellisWalk {
     unit_ = units_ + column_ / chunk_pieces * kTokens;
     clear_totals();
     clear_sums();
-    while (multiply_piece(map, ahead_[0], ahead_[1], leave) &&
-           multiply_piece(map, ahead_[1], ahead_[0], leave)) {
-      continue;
+    if constexpr (kBuffers == 3) {
+      while (multiply_piece(map, ahead_[0], ahead_[2], leave) &&
+             multiply_piece(map, ahead_[1], ahead_[0], leave) &&
+             multiply_piece(map, ahead_[2], ahead_[1], leave)) {
+        continue;
+      }
+    } else {
+      while (multiply_piece(map, ahead_[0], ahead_[1], leave) &&
+             multiply_piece(map, ahead_[1], ahead_[0], leave)) {
+        continue;
+      }
     }
   }
 
  private:
-  // One piece, while the words of the next are on their way. False: it was the last.
+  // One piece, while the words of the next ones are on their way. False: it was the last.
   template <class Leave>
   __device__ __forceinline__ bool multiply_piece(const TrellisMap& map, const uint4 (&words)[kBits],
                                                  uint4 (&next)[kBits], Leave leave) {
-    if (left_ > 1) ask(next);
+    ask(next, left_ > kBuffers - 1);
     Operand operand;
     operand.load(at_);
     at_ += Operand::kBytes;
@@ -245,14 +291,20 @@ class TrellisWalk {
     return true;
   }
 
-  // Words are read once: they leave the caches first.
-  __device__ __forceinline__ void ask(uint4 (&to)[kBits]) {
+  // Words are read once: they leave the caches first. Without a branch, after which loads wait for others.
+  __device__ __forceinline__ void ask(uint4 (&to)[kBits], bool wanted) {
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) to[i] = __ldcs(codes_ + i * 32);
-    codes_ += kBits * 32;
-    if (++asked_ == columns_) {
-      codes_ += row_step_;
-      asked_ = 0;
+    for (int i = 0; i < kBits; ++i) {
+      asm volatile(
+          "{ .reg .pred wanted; setp.ne.s32 wanted, %5, 0;\n"
+          "@wanted ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+          : "=r"(to[i].x), "=r"(to[i].y), "=r"(to[i].z), "=r"(to[i].w)
+          : "l"(codes_ + i * 32), "r"(wanted ? 1 : 0));
+    }
+    const bool row_ends = asked_ + 1 == columns_;
+    if (wanted) {
+      codes_ += kBits * 32 + (row_ends ? row_step_ : 0);
+      asked_ = row_ends ? 0 : asked_ + 1;
     }
   }
 
@@ -332,7 +384,7 @@ class TrellisWalk {
   const float* units_;
   const float* unit_;  // of the chunk
   const uint4* codes_;
-  uint4 ahead_[2][kBits];
+  uint4 ahead_[kBuffers][kBits];
   TrellisSums<Decoder::kHalves> sums_[4];
   float totals_[8];
 };
@@ -357,34 +409,39 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
 
   let_next_begin();
   const bool in_cluster = deal.blocks > 1 && p.partial == nullptr;
-  if (in_cluster) cluster_begin();
+  const int tokens = kTokens == 1 ? 1 : p.m;
+  // Bands that this block finishes.
+  const auto own_bands =
+      static_cast<int>(deal.by_blocks.divide(static_cast<uint32_t>(bands - rank + deal.blocks - 1)));
+  auto* const delivery = reinterpret_cast<uint64_t*>(memory + place.delivery);
+  if (in_cluster) {
+    if (threadIdx.x == 0) {
+      Delivery::prepare(delivery);
+      Delivery::expect(delivery, own_bands * deal.blocks * tokens * (kTrellisBand * 4));
+      Delivery::all_expected(delivery);
+    }
+    cluster_begin();
+  }
   TrellisWalk<Decoder, kTokens> walk(
       p,
       p.codes +
           (static_cast<int64_t>(2 * first_band) * p.column_pieces + 2 * first_span) * (Decoder::kBits * 32),
       columns, deal.columns_of(rank), runs.begin(warp), runs.begin(warp + 1));
-  // Activations are needed first; but they must not be read before the previous kernel has ended, as words
-  // may.
-  if (p.overlap) {
-    walk.ask_first();
-    wait_for_previous();
+  auto* const met = reinterpret_cast<int2*>(memory + place.met);
+  const auto find_met = [&] {
+#pragma unroll 1
+    for (int row = 32 * kTrellisWarps - 1 - static_cast<int>(threadIdx.x); row < 2 * bands && columns > 0;
+         row += 32 * kTrellisWarps) {
+      const int first = runs.warp_of(row * columns);
+      met[row] = make_int2(first, runs.warp_of((row + 1) * columns - 1) - first + 1);
+    }
+  };
+  if (deal.chunk == kMostChunkSpans) {
+    begin_walk<Decoder, kTokens, kMostChunkSpans>(p, place, memory, first_span, spans, walk, find_met);
+  } else {
+    begin_walk<Decoder, kTokens, 1>(p, place, memory, first_span, spans, walk, find_met);
   }
   const int chunks = (spans + deal.chunk - 1) / deal.chunk;
-  ChunkLoad load;
-  if (warp < chunks * p.m) load.ask(p, deal, first_span, spans, warp);
-  if (!p.overlap) walk.ask_first();
-  auto* const met = reinterpret_cast<int2*>(memory + place.met);
-#pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x); row < 2 * bands && columns > 0; row += 32 * kTrellisWarps) {
-    const int first = runs.warp_of(row * columns);
-    met[row] = make_int2(first, runs.warp_of((row + 1) * columns - 1) - first + 1);
-  }
-  if (deal.chunk == kMostChunkSpans) {
-    make_all_digits<Decoder, kTokens, kMostChunkSpans>(p, deal, place, memory, load, first_span, spans,
-                                                       chunks);
-  } else {
-    make_all_digits<Decoder, kTokens, 1>(p, deal, place, memory, load, first_span, spans, chunks);
-  }
   // Columns of tokens that are not there stay apart from the others, but must hold numbers.
   if constexpr (kTokens > 1) {
     constexpr int kColumnPieces = 4;  // of 16 bytes
@@ -412,58 +469,72 @@ __global__ void __launch_bounds__(32 * kTrellisWarps, 1)
              *reinterpret_cast<float4*>(to) = make_float4(totals[0], totals[1], totals[2], totals[3]);
              *reinterpret_cast<float4*>(to + 4) = make_float4(totals[4], totals[5], totals[6], totals[7]);
            });
-  if (warp == kTrellisWarps - 1) {
-    // The warp that has the fewest pieces.
-    for (int token = 0; token < p.m; ++token) {
-      float sum = 0.0F;
-      for (int chunk = lane; chunk < chunks; chunk += 32) {
-        sum += reinterpret_cast<const float*>(memory + place.shares)[chunk * kTokens + token];
-      }
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0U, sum, distance);
-      if (lane == 0) reinterpret_cast<float*>(memory + place.sums)[token] = sum;
+  // The warps that have the fewest pieces, one for each token.
+  if (const int token = kTrellisWarps - 1 - warp; token < tokens) {
+    float sum = 0.0F;
+    for (int chunk = lane; chunk < chunks; chunk += 32) {
+      sum += reinterpret_cast<const float*>(memory + place.shares)[chunk * kTokens + token];
     }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0U, sum, distance);
+    if (lane == 0) reinterpret_cast<float*>(memory + place.sums)[token] = sum;
   }
+  BandScales scales;
+  if (p.partial == nullptr && warp < own_bands * tokens)
+    scales.ask(p, first_band + (kTokens == 1 ? warp : warp / tokens) * deal.blocks + rank);
   if (in_cluster) cluster_wait();  // the shared memory of the others is there
   __syncthreads();
 
-  // The block's sums, to the block that finishes the band.
+  // The block's sums, four at a time, to the block that finishes the band.
   auto* const received = reinterpret_cast<float*>(memory + place.received);
-  for (int i = static_cast<int>(threadIdx.x) / 64; i < 2 * bands * p.m; i += kTrellisWarps / 2) {
-    const int row = i / p.m;
-    const int token = i - row * p.m;
-    const int at = static_cast<int>(threadIdx.x) % 64;
-    float sum = 0.0F;
+  const int four = static_cast<int>(threadIdx.x) % 16;
+  for (int i = static_cast<int>(threadIdx.x) / 16; i < 2 * bands * kTokens; i += 2 * kTrellisWarps) {
+    const int row = i / kTokens;
+    const int token = i % kTokens;
+    if (token >= tokens) continue;
+    float4 sum = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
     if (columns > 0) {
-      const float* const from = parts + (row * deal.parts * kTokens + token) * 64 + at;
+      const auto* from =
+          reinterpret_cast<const float4*>(parts + (row * deal.parts * kTokens + token) * 64) + four;
       const int count = met[row].y;
 #pragma unroll 4
-      for (int part = 0; part < count; ++part) sum += from[part * kTokens * 64];
-      sum += reinterpret_cast<const float*>(memory + place.sums)[token];
+      for (int part = 0; part < count; ++part, from += kTokens * 16) {
+        sum.x += from->x;
+        sum.y += from->y;
+        sum.z += from->z;
+        sum.w += from->w;
+      }
+      const float share = reinterpret_cast<const float*>(memory + place.sums)[token];
+      sum = make_float4(sum.x + share, sum.y + share, sum.z + share, sum.w + share);
     }
     const int band = row / 2;
-    const int place_in_band = row % 2 * 64 + at;
+    const int at = row % 2 * 64 + 4 * four;
     if (p.partial != nullptr) {
-      p.partial[((static_cast<int64_t>(first_band + band) * deal.blocks + rank) * kTokens + token) * 128 +
-                place_in_band] = sum;
+      *reinterpret_cast<float4*>(
+          p.partial +
+          ((static_cast<int64_t>(first_band + band) * deal.blocks + rank) * kTokens + token) * kTrellisBand +
+          at) = sum;
       continue;
     }
     const auto own = static_cast<int>(deal.by_blocks.divide(static_cast<uint32_t>(band)));
-    float* const to = received + ((own * deal.blocks + rank) * kTokens + token) * 128 + place_in_band;
-    *(in_cluster ? cluster_place(to, band - own * deal.blocks) : to) = sum;
+    float* const to = received + ((own * deal.blocks + rank) * kTokens + token) * kTrellisBand + at;
+    if (in_cluster) {
+      Delivery::send(to, delivery, band - own * deal.blocks, sum);
+    } else {
+      *reinterpret_cast<float4*>(to) = sum;
+    }
   }
   if (p.partial != nullptr) return;
-  if (in_cluster) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
-  const int own_bands = (bands - rank + deal.blocks - 1) / deal.blocks;
-  for (int i = warp; i < own_bands * p.m; i += kTrellisWarps) {
-    const int own = i / p.m;
-    finish_band(p, deal, received + own * deal.blocks * kTokens * 128, kTokens,
-                first_band + own * deal.blocks + rank, i - own * p.m);
+  if (!in_cluster) __syncthreads();
+  if (warp >= own_bands * tokens) return;
+  if (in_cluster) Delivery::wait(delivery);
+#pragma unroll 1
+  for (int i = warp; i < own_bands * tokens; i += kTrellisWarps) {
+    const int own = kTokens == 1 ? i : i / tokens;
+    const int band = first_band + own * deal.blocks + rank;
+    if (i != warp) scales.ask(p, band);
+    finish_band(p, deal, scales, received + own * deal.blocks * kTokens * kTrellisBand, kTokens, band,
+                i - own * tokens);
   }
 }
 
