@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "common/device.hpp"
 #include "common/device_buffer.hpp"
 #include "formats/trellis_passes.hpp"
 #include "gpu/device.cuh"
@@ -60,17 +61,20 @@ double best_of(const bench::Stream& stream, int repeats, const auto& body) {
   return best;
 }
 
-// How a search is done where that is not left to the library.
+// How a search is done: as the library plans it, with bulk copies, or so.
 struct How {
   bool bulk = false;
+  bool planned = true;
+  bool on_chip = false;
+  bool alone = false;
   int pairs = 0;
-  int blocks = 0;
+  std::string name;
 };
 
 // Seconds of the two searches and the two ways back, for rings that fit one batch.
 std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const CudaRings& rings,
-                                 TrellisSearch search, const How& how, void* workspace, int processors,
-                                 const bench::Stream& stream, int repeats) {
+                                 TrellisSearch search, const How& how, void* workspace,
+                                 const DeviceFacts& device, const bench::Stream& stream, int repeats) {
   const DeviceBuffer<uint16_t> edges(2 * rings.count, stream.get());
   cuda::SearchTask first = cuda::first_pass(rings.shape, search);
   cuda::SearchTask second = cuda::second_pass(rings.shape);
@@ -80,10 +84,13 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
     task->count = static_cast<int>(rings.count);
     task->history = static_cast<uint32_t*>(workspace);
     task->bulk = how.bulk;
-    task->pairs = how.pairs;
-    task->blocks = how.blocks;
-    task->clusters = true;
-    task->alone = rings.count <= processors;
+    if (how.planned) {
+      cuda::plan_search(*task, device.processors, device.shared_memory);
+    } else {
+      task->on_chip = how.on_chip;
+      task->alone = how.alone;
+      task->pairs = how.pairs;
+    }
   }
   first.ends = edges.data();
   second.pins = edges.data() + rings.count;
@@ -92,9 +99,9 @@ std::vector<double> step_seconds(const CudaTrellisCodebook& codebook, const Cuda
   cuda::TracebackResult result;
   result.words = rings.words;
   result.errors = rings.squared_errors;
-  return {best_of(stream, repeats, [&] { cuda::search_rings(first, processors, stream.get()); }),
+  return {best_of(stream, repeats, [&] { cuda::search_rings(first, device.processors, stream.get()); }),
           best_of(stream, repeats, [&] { cuda::trace_back(first, seams, stream.get()); }),
-          best_of(stream, repeats, [&] { cuda::search_rings(second, processors, stream.get()); }),
+          best_of(stream, repeats, [&] { cuda::search_rings(second, device.processors, stream.get()); }),
           best_of(stream, repeats, [&] { cuda::trace_back(second, result, stream.get()); })};
 }
 
@@ -151,37 +158,39 @@ nlohmann::json measure(const Case& c, const std::vector<float>& source, double i
       {"error", error},          {"decoding_weights_per_second", static_cast<double>(weights) / decoding},
       {"workspace_bytes", bytes}};
   if (c.search != TrellisSearch::best) {
-    int device = 0;
-    int processors = 0;
-    check_cuda(cudaGetDevice(&device), "device");
-    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
-    rings.count = std::min<int64_t>(c.rings, int64_t{8} * processors);
+    const DeviceFacts device = current_device();
+    rings.count = std::min<int64_t>(c.rings, int64_t{8} * device.processors);
     std::printf("\n");
     row["steps"] = nlohmann::json::array();
-    // As the library does it, with bulk copies, with so many pairs of rings in a block, or blocks for a pair.
-    for (const How& how :
-         {How{}, {true}, {false, 1}, {false, 2}, {false, 4}, {false, 0, 1}, {false, 0, 2}, {false, 0, 4}}) {
-      if (how.bulk && (host.weights_per_step != 1 || shape.half_bits % 2 != 0 || c.bits > 4)) continue;
-      if ((how.pairs > 0 || how.blocks > 0) && host.weights_per_step != 2) continue;
-      if (how.pairs > 0 && 512 * how.pairs >> shape.half_bits > 140) continue;
-      if (how.blocks == 1 && c.bits == 1) continue;
+    std::vector<How> ways = {{}};
+    if (host.weights_per_step == 2) {
+      for (const int pairs : {1, 2, 4}) {
+        if (512 * pairs >> shape.half_bits > 140) continue;
+        ways.push_back({.planned = false, .pairs = pairs, .name = text_of(", pairs in a block ", pairs)});
+      }
+      if (c.bits > 1) ways.push_back({.planned = false, .on_chip = true, .name = ", on the chip"});
+      ways.push_back({.planned = false, .on_chip = true, .alone = true, .name = ", on the chip, alone"});
+    } else if (shape.half_bits % 2 == 0 && c.bits <= 4) {
+      for (const bool bulk : {false, true}) {
+        ways.push_back({.bulk = bulk, .planned = false, .name = bulk ? ", bulk copies" : ", two in a block"});
+        ways.push_back({.bulk = bulk,
+                        .planned = false,
+                        .alone = true,
+                        .name = bulk ? ", bulk copies, alone" : ", alone"});
+      }
+    }
+    for (const How& how : ways) {
       const std::vector<double> steps =
-          step_seconds(codebook, rings, c.search, how, workspace.get(), processors, stream, repeats);
+          step_seconds(codebook, rings, c.search, how, workspace.get(), device, stream, repeats);
       cuda::download(errors.data(), sums.data(), rings.count, stream.get());
       double again = 0;
       for (int64_t i = 0; i < rings.count; ++i) again += sums[static_cast<size_t>(i)];
       again /= static_cast<double>(rings.count * cuda::kRingPositions) * scale * scale;
-      const std::string name = how.bulk         ? ", bulk copies"
-                               : how.pairs > 0  ? text_of(", pairs in a block ", how.pairs)
-                               : how.blocks > 0 ? text_of(", blocks for a pair ", how.blocks)
-                                                : "";
       std::printf("  %lld rings%s: searches %.0f and %.0f us, ways back %.0f and %.0f us; error %.6f\n",
-                  static_cast<long long>(rings.count), name.c_str(), steps[0] * 1e6, steps[2] * 1e6,
+                  static_cast<long long>(rings.count), how.name.c_str(), steps[0] * 1e6, steps[2] * 1e6,
                   steps[1] * 1e6, steps[3] * 1e6, again);
       row["steps"].push_back({{"rings", rings.count},
-                              {"bulk", how.bulk},
-                              {"pairs", how.pairs},
-                              {"blocks", how.blocks},
+                              {"how", how.name},
                               {"first_search_seconds", steps[0]},
                               {"first_way_back_seconds", steps[1]},
                               {"second_search_seconds", steps[2]},

@@ -69,9 +69,7 @@ void encode_batch(const CudaTrellisCodebook& codebook, const CudaRings& rings, T
     task->table = codebook.weights();
     task->count = static_cast<int>(rings.count);
     task->history = parts.history;
-    task->clusters = device.clusters;
-    // As many blocks as processors at most: then each is done in little more than half the time.
-    task->alone = rings.count <= device.processors;
+    cuda::plan_search(*task, device.processors, device.shared_memory);
     // Measured: with 4 bits every step is copied, which is faster by the threads that have the costs.
     task->bulk = task->plain() && (task->bits() == 2 || task->bits() == 3) && device.code >= 90;
   }

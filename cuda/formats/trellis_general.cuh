@@ -2,7 +2,7 @@
 // weights a step.
 //
 // Before step t, which takes b(t) fresh bits, a path is at an edge of 16 - b(t) bits: the newest bits of the
-// state before it. Costs of two rings share a word.
+// state before it.
 #pragma once
 
 #include "formats/trellis_passes.hpp"
@@ -20,7 +20,9 @@ struct StepBack {
   int fresh_bits;
   int next_bits;
   uint32_t edge;
-  uint32_t only;  // the one edge before the first step that may be; kAnyEdge: all of them
+  uint32_t only;     // the one edge before the first step that may be; kAnyEdge: all of them
+  uint32_t rings;    // whose costs lie with those of this one
+  uint32_t in_word;  // 1: a word has the costs of edges that differ in their newest bit, 0: of two rings
 
   static constexpr uint32_t kAnyEdge = 0xFFFFFFFFU;
 
@@ -28,7 +30,7 @@ struct StepBack {
     const uint32_t before = state >> fresh_bits;
     float cost = 0;
     if (costs != nullptr) {
-      cost = __half2float(__ushort_as_half(costs[2 * before]));
+      cost = __half2float(__ushort_as_half(costs[(before & ~in_word) * rings + (before & in_word)]));
     } else if (only != kAnyEdge && before != only) {
       cost = INFINITY;
     }
@@ -69,11 +71,13 @@ __device__ inline void walk_back_general(const SearchTask& task, const Traceback
   for (int i = lane; i < kRingPositions; i += 32) memory.targets[i] = bounded_target(targets[i]);
   __syncwarp();
 
-  const int ring = index % 2;
+  const int rings = task.group();
+  const uint32_t in_word = task.on_chip ? 1 : 0;
   const auto* const history =
-      reinterpret_cast<const uint16_t*>(task.history + index / 2 * history_words) + ring;
+      reinterpret_cast<const uint16_t*>(task.history + index / rings * history_words) +
+      (index % rings << in_word);
   const int first_copy = task.stop > 0 ? task.stop : 1;
-  const int64_t copy_halves = 2 * task.copy_words();
+  const int64_t copy_halves = task.copy_words() * rings;
   const uint32_t last = task.pins != nullptr ? task.pins[tile] : task.ends[tile];
   uint32_t edge = last;
   for (int step = task.steps - 1; step >= task.stop; --step) {
@@ -87,7 +91,9 @@ __device__ inline void walk_back_general(const SearchTask& task, const Traceback
                         fresh_bits,
                         next_bits,
                         edge,
-                        task.pins != nullptr ? last : StepBack::kAnyEdge};
+                        task.pins != nullptr ? last : StepBack::kAnyEdge,
+                        static_cast<uint32_t>(rings),
+                        in_word};
     uint32_t least = 0xFFFFFFFFU;
     uint32_t best_state = 0;
     switch (next_bits) {

@@ -60,24 +60,25 @@ struct SearchTask {
   int first_position = 0;              // the ring's step at which the run begins
   int steps = 0;                       // at most kLongestSearch
   bool bulk = false;                   // 1 to 4 bits: copies of costs by the bulk engine (code of sm_90 on)
-  bool alone = false;                  // 1 to 4 whole bits: each ring has a block of its own
-  // Two weights a step: pairs of rings in a block, 1, 2 or 4, or blocks for a pair, 1, 2 or 4; if neither is
-  // given, what suits.
-  int pairs = 0;
-  int blocks = 0;
-  bool clusters = false;  // the device has them
-  int stop = 0;           // the way back ends after that many steps from the beginning
+  bool on_chip = false;                // two weights a step: by trellis_state_pairs.cuh
+  // A block for each ring: on_chip, and with one weight a step 1 to 4 whole bits.
+  bool alone = false;
+  int pairs = 0;  // two weights a step, not on_chip: pairs of rings in a block, 1, 2 or 4; 0: what suits
+  int stop = 0;   // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
-  bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
-  int bits() const { return shape.half_bits / 2; }
+  QUANTLOOM_TRELLIS bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
+  QUANTLOOM_TRELLIS int bits() const { return shape.half_bits / 2; }
   // Rings that share a block.
-  int group() const { return plain() && (bits() == 1 || (alone && bits() <= 4)) ? 1 : 2; }
+  QUANTLOOM_TRELLIS int group() const {
+    if (shape.weights_per_step == 2) return on_chip && alone ? 1 : 2;
+    return plain() && (bits() == 1 || (alone && bits() <= 4)) ? 1 : 2;
+  }
   int stride() const {
     if (shape.weights_per_step == 2) return 1;
     return plain() ? copy_stride(bits()) : half_copy_stride(bits());
   }
-  // Words of a copy of the costs of a group of rings.
+  // Words of a copy of the costs of two rings.
   QUANTLOOM_TRELLIS int64_t copy_words() const {
     const int least_bits = shape.step_bits(0) < shape.step_bits(1) ? shape.step_bits(0) : shape.step_bits(1);
     return 65536 >> least_bits;
@@ -85,7 +86,7 @@ struct SearchTask {
   // Words of the copies of a group of rings: those of steps stop, stop + stride(), ... without 0 and `steps`.
   int64_t history_words() const {
     const int64_t copies = (steps - stop) / stride() - (stop == 0 ? 1 : 0);
-    return copies * (plain() ? copy_words() / 2 * group() : copy_words());
+    return copies * copy_words() / 2 * group();
   }
 };
 
@@ -131,15 +132,15 @@ inline SearchTask second_pass(const TrellisShape& shape) {
   return task;
 }
 
+// Chooses `on_chip` and `alone` for a task of `count` rings.
+void plan_search(SearchTask& task, int processors, int shared_memory);
 // Shared memory that a block of search_rings() needs.
 int64_t search_memory(const SearchTask& task);
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream);
-// The same for half bits, and for two weights a step in clusters of 1, 2 or 4 blocks, which have to be known
-// to the device; the most an int64_t holds if there is no such kernel. Clusters that run at the same time.
-int64_t pair_search_memory(const SearchTask& task, int blocks);
-int pairs_at_once(const SearchTask& task, int blocks, int processors);
-void search_pairs(const SearchTask& task, int blocks, int processors, cudaStream_t stream);
-// And for two weights a step, with less memory, in blocks of one to four pairs of rings.
+// The same for half bits, and for two weights a step on_chip.
+int64_t pair_search_memory(const SearchTask& task);
+void search_pairs(const SearchTask& task, int processors, cudaStream_t stream);
+// And for two weights a step with less memory.
 int64_t two_weights_search_memory(const SearchTask& task);
 void search_two_weights(const SearchTask& task, int processors, cudaStream_t stream);
 void trace_back(const SearchTask& task, const TracebackResult& result, cudaStream_t stream);

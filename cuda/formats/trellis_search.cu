@@ -198,15 +198,28 @@ void launch(const SearchTask& task, int processors, cudaStream_t stream) {
 
 int64_t search_memory(const SearchTask& task) {
   if (task.shape.weights_per_step == 2) return two_weights_search_memory(task);
-  if (!task.plain()) return pair_search_memory(task, 1);
+  if (!task.plain()) return pair_search_memory(task);
   int64_t bytes = 0;
   with_bits(task.bits(), [&]<int kBits>() { bytes = sizeof(SearchMemory<kBits, most_rings(kBits)>); });
   return bytes;
 }
 
+void plan_search(SearchTask& task, int processors, int shared_memory) {
+  const auto fits = [&](bool alone) {
+    task.alone = alone;
+    return pair_search_memory(task) <= shared_memory;
+  };
+  task.on_chip = task.shape.weights_per_step == 2 && fits(true);
+  // A ring alone takes less than 0.6 of the time of two.
+  const auto rounds = [&](int rings) {
+    return static_cast<double>(ceil_div(task.count, rings * processors));
+  };
+  task.alone = 0.6 * rounds(1) < rounds(2) || (task.on_chip && (task.shape.half_bits == 2 || !fits(false)));
+}
+
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {
-  if (task.shape.weights_per_step == 2) return search_two_weights(task, processors, stream);
-  if (!task.plain()) return search_pairs(task, 1, processors, stream);
+  if (task.shape.weights_per_step == 2 && !task.on_chip) return search_two_weights(task, processors, stream);
+  if (!task.plain()) return search_pairs(task, processors, stream);
   with_bits(task.bits(), [&]<int kBits>() {
     constexpr int kRings = most_rings(kBits);
     if constexpr (SearchShape<kBits>::kPairsOfGroups) {

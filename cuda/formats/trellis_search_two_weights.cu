@@ -1,8 +1,4 @@
 // The forward search of trellis_two_weights.cuh: a block for one, two or four pairs of rings.
-#include <algorithm>
-#include <limits>
-#include <utility>
-
 #include "common/check.cuh"
 #include "common/shared_memory.cuh"
 #include "formats/trellis_two_weights.cuh"
@@ -201,40 +197,27 @@ int64_t two_weights_search_memory(const SearchTask& task) {
 }
 
 void search_two_weights(const SearchTask& task, int processors, cudaStream_t stream) {
-  if (task.blocks != 0) return search_pairs(task, task.blocks, processors, stream);
-  if (task.pairs != 0) {
-    return task.pairs == 1   ? launch<1>(task, processors, stream)
-           : task.pairs == 2 ? launch<2>(task, processors, stream)
-                             : launch<4>(task, processors, stream);
-  }
   int device = 0;
   int shared = 0;
   check_cuda(cudaGetDevice(&device), "current CUDA device");
   check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
              "shared memory of the device");
-  // What takes the least time: rounds over the processors, times what one of them takes.
-  double least = std::numeric_limits<double>::infinity();
-  int blocks = 0;
-  int pairs = 1;
-  const int64_t count = ceil_div(task.count, 2);
-  const auto consider = [&](int block_count, int pair_count, int64_t at_once, double round) {
-    const double time = static_cast<double>(ceil_div(count, at_once * pair_count)) * round;
-    if (time >= least) return;
-    least = time;
-    blocks = block_count;
-    pairs = pair_count;
-  };
-  for (const auto& [block_count, round] : {std::pair{1, 1.0}, {2, 0.81}, {4, 0.6}}) {
-    if (pair_search_memory(task, block_count) > shared || (block_count > 1 && !task.clusters)) continue;
-    consider(block_count, 1, std::max(pairs_at_once(task, block_count, processors), 1), round);
-  }
   const QuadPlan plan(task.shape.step_bits(0));
-  if (Layout<4>{plan}.bytes() <= shared) consider(0, 4, processors, 4.3);
-  if (Layout<2>{plan}.bytes() <= shared) consider(0, 2, processors, 2.7);
-  consider(0, 1, processors, 1.8);
-  if (blocks != 0) return search_pairs(task, blocks, processors, stream);
-  if (pairs == 4) return launch<4>(task, processors, stream);
-  if (pairs == 2) return launch<2>(task, processors, stream);
+  // Rounds over the processors, times what a block of so many rings takes.
+  const auto cost = [&](int words, int64_t bytes, double block) {
+    const int64_t blocks = ceil_div(task.count, int64_t{2} * words);
+    return bytes > shared ? 1e30 : static_cast<double>(ceil_div(blocks, processors)) * block;
+  };
+  if (task.pairs != 0) {
+    return task.pairs == 1   ? launch<1>(task, processors, stream)
+           : task.pairs == 2 ? launch<2>(task, processors, stream)
+                             : launch<4>(task, processors, stream);
+  }
+  const double one = cost(1, Layout<1>{plan}.bytes(), 1);
+  const double two = cost(2, Layout<2>{plan}.bytes(), 1.5);
+  const double four = cost(4, Layout<4>{plan}.bytes(), 2.4);
+  if (four < two && four < one) return launch<4>(task, processors, stream);
+  if (two < one) return launch<2>(task, processors, stream);
   launch<1>(task, processors, stream);
 }
 

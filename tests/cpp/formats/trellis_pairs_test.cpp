@@ -1,11 +1,12 @@
-// The device code of the search with two rings in a word, as host code: a step of its blocks against the
-// definition of a step, and whole encodings of two rings.
+// The device code of the search of half bits and of two weights a state as host code: a step of a block
+// against the definition of a step, and whole encodings of a ring or two.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 
 #include "formats/trellis_general.cuh"
 #include "formats/trellis_ring_pairs.cuh"
+#include "formats/trellis_state_pairs.cuh"
 #include "formats/trellis_test_rings.hpp"
 #include "formats/trellis_walk.cuh"
 #include "quantloom/random.hpp"
@@ -13,94 +14,100 @@
 namespace quantloom::cuda {
 namespace {
 
-// The threads of the blocks that share a pair of rings, between their barriers.
-template <int kWeights, int kEven, int kOdd, int kBlocks>
-class EmulatedPair {
+// The threads of a block, between their barriers.
+template <class Scheme>
+class EmulatedBlock {
  public:
-  using Shape = PairShape<kWeights, (kEven > kOdd ? kEven : kOdd), kBlocks>;
-  using Values = PairValues<Shape, kWeights>;
+  explicit EmulatedBlock(const std::vector<uint16_t>& table) : values_(kSearchThreads) {
+    for (int thread = 0; thread < kSearchThreads; ++thread) {
+      values_[static_cast<size_t>(thread)].load(table.data(), thread, memory_.data());
+    }
+  }
 
-  explicit EmulatedPair(const std::vector<uint16_t>& table) : values_(kBlocks * kSearchThreads) {
-    for (int rank = 0; rank < kBlocks; ++rank) {
-      for (int thread = 0; thread < kSearchThreads; ++thread) {
-        values_[static_cast<size_t>(rank * kSearchThreads + thread)].load(
-            table.data(), Shape::middle_of(thread, rank), thread, memory_.data());
+  // Before even steps and before odd ones.
+  static int edges(int parity) { return 2 * Scheme::cost_words(parity) / Scheme::kRings; }
+  uint16_t& cost(int parity, int edge, int ring) {
+    return reinterpret_cast<uint16_t*>(costs_[parity].data())[Scheme::cost_place(edge, ring)];
+  }
+
+  // `some`: of threads that exchange costs, which is slow, only a few. The costs of the others are not
+  // written.
+  template <int kParity>
+  void step(const std::vector<uint32_t>& targets, bool some, uint32_t* copy) {
+    using Step = typename Scheme::template Step<kParity>;
+    std::vector<uint32_t>& after = costs_[1 - kParity];
+    std::fill(after.begin(), after.end(), 0xFFFFFFFFU);
+    const auto run = [&](int thread) {
+      Step found{};
+      found.find(values_[static_cast<size_t>(thread)], memory_.data(), costs_[kParity].data(), targets.data(),
+                 thread);
+      if (!Step::writes(thread)) return;
+      found.store(thread, after.data());
+      if (copy != nullptr) found.copy(thread, copy);
+    };
+    for (int warp = 0; warp < kSearchThreads / 32; ++warp) {
+      if (!some) {
+        for (int lane = 0; lane < 32; ++lane) run(warp * 32 + lane);
+      } else if (warp % 9 == 4) {
+        emulated::run_warp([&](int lane) { run(warp * 32 + lane); });
       }
     }
   }
 
-  // Costs after an even or an odd step, in the order of the edges, from those before it; kUnknown where
-  // several lanes would have to find it and do not.
-  static constexpr uint32_t kUnknown = 0x77777777U;
-  std::vector<uint32_t> step(bool odd, const std::vector<uint32_t>& before,
-                             const PairTargets& targets) const {
-    return odd ? step_of<kOdd, kEven>(before, targets) : step_of<kEven, kOdd>(before, targets);
+  // Whether the threads write each word once.
+  template <int kParity>
+  bool covers_once() const {
+    using Step = typename Scheme::template Step<kParity>;
+    std::vector<uint32_t> words(costs_[1 - kParity].size(), 0xFFFFFFFFU);
+    size_t stored = 0;
+    for (int thread = 0; thread < kSearchThreads; ++thread) {
+      if (!Step::writes(thread)) continue;
+      const Step nothing{};
+      nothing.store(thread, words.data());
+      stored += Step::kRuns * Step::kOwn;
+    }
+    return stored == words.size() && words == std::vector<uint32_t>(words.size());
   }
 
  private:
-  template <int kNow, int kNext>
-  std::vector<uint32_t> step_of(const std::vector<uint32_t>& before, const PairTargets& targets) const {
-    using Step = RingPairStep<kWeights, kNow, kNext, kBlocks>;
-    static_assert(std::is_same_v<typename Step::Shape, Shape>);
-    std::vector<uint32_t> costs(before.size());
-    for (size_t edge = 0; edge < before.size(); ++edge) {
-      costs[static_cast<size_t>(pair_place(static_cast<int>(edge)))] = before[edge];
-    }
-    std::vector<uint32_t> after(Step::kEdges, kUnknown);
-    const auto run = [&](int rank, int thread) {
-      const int middle = Shape::middle_of(thread, rank);
-      Step found{};
-      found.find(values_[static_cast<size_t>(rank * kSearchThreads + thread)], memory_.data(), costs.data(),
-                 targets, middle, thread);
-      found.share(thread);
-      if (!Step::writes(thread)) return;
-      for (int run = 0; run < Step::kRuns; ++run) {
-        found.write(run, after.data() + Step::first_edge(middle, thread) + (run << 12));
-      }
-    };
-    for (int rank = 0; rank < kBlocks; ++rank) {
-      for (int warp = 0; warp < kSearchThreads / 32; ++warp) {
-        if (Step::kSharedBits == 0) {
-          for (int lane = 0; lane < 32; ++lane) run(rank, warp * 32 + lane);
-        } else if (warp % 9 == 4) {  // lanes that exchange costs are slow
-          emulated::run_warp([&](int lane) { run(rank, warp * 32 + lane); });
-        }
-      }
-    }
-    std::vector<int> writers(Step::kEdges);
-    for (int rank = 0; rank < kBlocks; ++rank) {
-      for (int thread = 0; thread < kSearchThreads; ++thread) {
-        if (!Step::writes(thread)) continue;
-        for (int i = 0; i < Step::kRuns * Step::kOwn; ++i) {
-          const int first = Step::first_edge(Shape::middle_of(thread, rank), thread);
-          ++writers[static_cast<size_t>(first + (i / Step::kOwn << 12) + i % Step::kOwn)];
-        }
-      }
-    }
-    EXPECT_EQ(writers, std::vector<int>(Step::kEdges, 1));
-    return after;
-  }
-
-  std::vector<Values> values_;
-  std::vector<uint4> memory_ = std::vector<uint4>(Shape::kMemoryFours * kSearchThreads);
+  std::vector<typename Scheme::Values> values_;
+  std::vector<uint4> memory_ = std::vector<uint4>(Scheme::kTableFours * kSearchThreads);
+  std::vector<uint32_t> costs_[2] = {std::vector<uint32_t>(Scheme::cost_words(0)),
+                                     std::vector<uint32_t>(Scheme::cost_words(1))};
 };
 
-// The search of other shapes.
-// kHalfBits: of bits in halves, the fewer.
-template <class Pair, int kHalfBits>
-class GeneralEncoder {
+// The words of a step's targets, [ring][weight].
+template <class Scheme>
+std::vector<uint32_t> target_words(const std::vector<float>& targets) {
+  std::vector<uint32_t> words(Scheme::kTargetWords);
+  for (int ring = 0; ring < Scheme::kRings; ++ring) {
+    for (int w = 0; w < Scheme::kWeights; ++w) {
+      const float target = bounded_target(targets[static_cast<size_t>(ring * Scheme::kWeights + w)]);
+      const uint16_t high = f16_from_float(target);
+      Scheme::put_target(words.data(), ring, w, high, f16_from_float(target - float_from_f16(high)));
+    }
+  }
+  return words;
+}
+
+// What the kernels do for one group of rings.
+template <class Scheme>
+class EmulatedEncoder {
  public:
-  GeneralEncoder(const TrellisShape& shape, const std::vector<uint16_t>& table,
-                 const std::vector<float>& targets)
-      : words(static_cast<size_t>(2 * shape.words())),
-        states(static_cast<size_t>(2 * shape.steps())),
+  static constexpr int kRings = Scheme::kRings;
+  static constexpr int kLeastBits = std::countr_zero(unsigned{kStates} / Scheme::kCopyWords);
+
+  EmulatedEncoder(const TrellisShape& shape, const std::vector<uint16_t>& table,
+                  const std::vector<float>& targets)
+      : words(static_cast<size_t>(kRings * shape.words())),
+        states(static_cast<size_t>(kRings * shape.steps())),
         shape_(shape),
         table_(table),
         targets_(targets),
-        pair_(table) {}
+        block_(table) {}
 
   std::vector<uint32_t> words;
-  std::vector<float> errors = std::vector<float>(2);
+  std::vector<float> errors = std::vector<float>(kRings);
   std::vector<uint16_t> states;
   int open = 0;
 
@@ -112,7 +119,7 @@ class GeneralEncoder {
     result.errors = errors.data();
     result.states = states.data();
     TracebackResult of_first = result;
-    std::vector<int32_t> list(2);
+    std::vector<int32_t> list(kRings);
     if (search == TrellisSearch::best) {
       of_first.open = list.data();
       of_first.open_size = &open;
@@ -136,56 +143,58 @@ class GeneralEncoder {
   void run(SearchTask& task) {
     task.targets = targets_.data();
     task.table = table_.data();
-    task.count = 2;
+    task.count = kRings;
     task.ends = ends_.data();
+    task.on_chip = Scheme::kWeights == 2;
+    task.alone = kRings == 1;
     history_.assign(static_cast<size_t>(task.history_words()), 0xFFFFFFFFU);
     task.history = history_.data();
-    const int count = task.list == nullptr ? 2 : *task.list_size;
-    const size_t tiles[2] = {task.list == nullptr ? 0 : static_cast<size_t>(task.list[0]),
-                             task.list == nullptr ? 1 : static_cast<size_t>(task.list[count - 1])};
-    const int per_step = shape_.weights_per_step;
-    int position = task.first_position;
-    std::vector<uint32_t> costs(static_cast<size_t>(kStates >> shape_.step_bits(position)));
-    for (size_t edge = 0; edge < costs.size() && task.pins != nullptr; ++edge) {
-      costs[edge] =
-          (task.pins[tiles[0]] == edge ? 0 : 0x7C00U) | (task.pins[tiles[1]] == edge ? 0 : 0x7C000000U);
+    const int count = task.list == nullptr ? kRings : *task.list_size;
+    const auto tile_of = [&](int ring) {
+      const int index = std::min(ring, count - 1);
+      return static_cast<size_t>(task.list == nullptr ? index : task.list[index]);
+    };
+    for (int ring = 0; ring < kRings; ++ring) {
+      for (int edge = 0; edge < block_.edges(0); ++edge) {
+        const bool open = task.pins == nullptr || task.pins[tile_of(ring)] == edge;
+        block_.cost(0, edge, ring) = open ? 0 : 0x7C00;
+      }
     }
     uint32_t* copy = history_.data();
     for (int step = 0; step < task.steps; ++step) {
-      const int next = (position + 1) % shape_.steps();
-      PairTargets wanted{};
-      for (size_t ring = 0; ring < 2; ++ring) {
-        for (int w = 0; w < per_step; ++w) {
-          const float value =
-              targets_[tiles[ring] * kRingPositions + static_cast<size_t>(position * per_step + w)];
-          (w == 0 ? wanted.first : wanted.second) |=
-              static_cast<uint32_t>(f16_from_float(bounded_target(value))) << (16 * ring);
+      std::vector<float> wanted;
+      for (int ring = 0; ring < kRings; ++ring) {
+        for (int w = 0; w < Scheme::kWeights; ++w) {
+          const int place = ((task.first_position + step) * Scheme::kWeights + w) % kRingPositions;
+          wanted.push_back(targets_[tile_of(ring) * kRingPositions + static_cast<size_t>(place)]);
         }
       }
-      costs = pair_.step(step % 2 == 1, costs, wanted);
-      if (step + 1 >= task.stop && step + 1 < task.steps && (step + 1 - task.stop) % task.stride() == 0) {
-        std::copy(costs.begin(), costs.end(), copy);
-        copy += task.copy_words();
+      const int past = step + 1 - task.stop;
+      const bool kept = past >= 0 && step + 1 < task.steps && past % Scheme::kStride == 0;
+      const std::vector<uint32_t> words = target_words<Scheme>(wanted);
+      if (step % 2 == 0) {
+        block_.template step<0>(words, false, kept ? copy : nullptr);
+      } else {
+        block_.template step<1>(words, false, kept ? copy : nullptr);
       }
-      position = next;
+      if (kept) copy += Scheme::kCopyWords;
     }
     ASSERT_EQ(copy - history_.data(), task.history_words());
-    for (int ring = 0; ring < 2 && task.pins == nullptr; ++ring) {
-      const auto cost = [&](size_t edge) { return costs[edge] >> (16 * ring) & 0xFFFFU; };
-      size_t best = 0;
-      for (size_t edge = 1; edge < costs.size(); ++edge) {
-        if (cost(edge) < cost(best)) best = edge;
+    for (int ring = 0; ring < count && task.pins == nullptr; ++ring) {
+      int best = 0;
+      for (int edge = 1; edge < block_.edges(0); ++edge) {
+        if (block_.cost(0, edge, ring) < block_.cost(0, best, ring)) best = edge;
       }
-      ends_[static_cast<size_t>(ring)] = static_cast<uint16_t>(best);
+      ends_[tile_of(ring)] = static_cast<uint16_t>(best);
     }
   }
 
   void walk(const SearchTask& task, const TracebackResult& result) {
-    for (int index = 0; index < 2; ++index) {
+    for (int index = 0; index < kRings; ++index) {
       PathMemory memory{};
       emulated::run_warp([&](int lane) {
-        if constexpr (kHalfBits > 0 && half_copy_stride(std::max(kHalfBits, 1)) > 1) {
-          walk_back<HalfCopies<kHalfBits>>(task, result, task.history_words(), index, lane, memory);
+        if constexpr (Scheme::kWeights == 1 && Scheme::kStride > 1) {
+          walk_back<HalfCopies<kLeastBits>>(task, result, task.history_words(), index, lane, memory);
         } else {
           walk_back_general(task, result, task.history_words(), index, lane, memory);
         }
@@ -196,110 +205,130 @@ class GeneralEncoder {
   TrellisShape shape_;
   const std::vector<uint16_t>& table_;
   const std::vector<float>& targets_;
-  Pair pair_;
+  EmulatedBlock<Scheme> block_;
   std::vector<uint32_t> history_;
   std::vector<uint16_t> ends_ = std::vector<uint16_t>(2);
   std::vector<uint16_t> pins_ = std::vector<uint16_t>(2);
 };
 
-template <int kWeights, int kEven, int kOdd>
-void expect_general(TrellisSearch search, float low, float high) {
-  using Encoder = GeneralEncoder<EmulatedPair<kWeights, kEven, kOdd, 1>, kWeights == 1 ? kEven : 0>;
-  constexpr int half_bits = (kEven + kOdd) / kWeights;
-  constexpr int weights_per_step = kWeights;
-  const TrellisShape shape = general_shape(half_bits, weights_per_step);
-  const std::vector<uint16_t> table = general_table(weights_per_step);
-  const RandomRings rings(shape, 2, table);
-  Encoder again(shape, table, rings.targets);
+template <class Scheme>
+void expect_encodings(int half_bits, TrellisSearch search, float low, float high) {
+  const TrellisShape shape = general_shape(half_bits, Scheme::kWeights);
+  const std::vector<uint16_t> table = general_table(Scheme::kWeights);
+  const RandomRings rings(shape, Scheme::kRings, table);
+  EmulatedEncoder<Scheme> again(shape, table, rings.targets);
   again.encode(search);
   expect_rings(again, shape, table, rings.targets);
   EXPECT_EQ(again.words, rings.words) << half_bits << "/2 bits";
   for (const float error : again.errors) EXPECT_EQ(error, 0) << half_bits << "/2 bits";
 
   const CounterRandom random(9);
-  std::vector<float> targets(2 * kRingPositions);
+  std::vector<float> targets(Scheme::kRings * kRingPositions);
   for (size_t i = 0; i < targets.size(); ++i) targets[i] = static_cast<float>(random.normal(i));
-  Encoder encoder(shape, table, targets);
+  EmulatedEncoder<Scheme> encoder(shape, table, targets);
   encoder.encode(search);
   expect_rings(encoder, shape, table, targets);
   for (const float error : encoder.errors) {
-    EXPECT_GT(error / kRingPositions, low) << half_bits << "/2 bits, " << weights_per_step;
-    EXPECT_LT(error / kRingPositions, high) << half_bits << "/2 bits, " << weights_per_step;
+    EXPECT_GT(error / kRingPositions, low) << half_bits << "/2 bits, " << Scheme::kWeights;
+    EXPECT_LT(error / kRingPositions, high) << half_bits << "/2 bits, " << Scheme::kWeights;
   }
 }
 
-// A step of two rings in a word against its definition.
-template <int kWeights, int kEven, int kOdd, int kBlocks>
-void expect_a_pair_step() {
-  using Pair = EmulatedPair<kWeights, kEven, kOdd, kBlocks>;
-  const std::vector<uint16_t> table = general_table(kWeights);
+// Every cost after a step of fresh bits kNow, before one of kNext, is the least of its candidates.
+template <class Scheme, int kParity, int kNow, int kNext>
+void expect_a_step(EmulatedBlock<Scheme>& block, const std::vector<uint16_t>& table) {
   const CounterRandom random(21);
-  const Pair pair(table);
-  const float first[2] = {0.71F, -1.23F};
-  const float second[2] = {-0.4F, 0.9F};
-  PairTargets targets{};
-  for (int ring = 0; ring < 2; ++ring) {
-    targets.first |= static_cast<uint32_t>(f16_from_float(first[ring])) << (16 * ring);
-    if (kWeights == 2) targets.second |= static_cast<uint32_t>(f16_from_float(second[ring])) << (16 * ring);
-  }
-  for (const bool odd : {false, true}) {
-    if (odd && kEven == kOdd) continue;
-    const int now = odd ? kOdd : kEven;
-    const int next = odd ? kEven : kOdd;
-    std::vector<uint32_t> costs(static_cast<size_t>(kStates >> now));
-    for (size_t i = 0; i < costs.size(); ++i) {
-      const auto half = [&](size_t j) {
-        return random.below(3 * j, 8) == 0
-                   ? 0x7C00U
-                   : uint32_t{f16_from_float(static_cast<float>(random.uniform(3 * j + 1) * 3))};
-      };
-      costs[i] = half(2 * i) | half(2 * i + 1) << 16;
+  ASSERT_EQ(block.edges(kParity), kStates >> kNow);
+  ASSERT_EQ(block.edges(1 - kParity), kStates >> kNext);
+  EXPECT_TRUE(block.template covers_once<kParity>());
+  std::vector<uint16_t> before;
+  for (int edge = 0; edge < kStates >> kNow; ++edge) {
+    for (int ring = 0; ring < Scheme::kRings; ++ring) {
+      const uint64_t i = before.size();
+      // Some edges cannot be reached.
+      const bool open = random.below(2 * i, 8) != 0;
+      before.push_back(open ? f16_from_float(static_cast<float>(random.uniform(2 * i + 1) * 3))
+                            : uint16_t{0x7C00});
+      block.cost(kParity, edge, ring) = before.back();
     }
-    const std::vector<uint32_t> after = pair.step(odd, costs, targets);
-    ASSERT_EQ(after.size(), static_cast<size_t>(kStates >> next));
-    EXPECT_LT(std::ranges::count(after, Pair::kUnknown), kStates >> next);
-    for (size_t edge = 0; edge < after.size(); ++edge) {
-      if (after[edge] == Pair::kUnknown) continue;
-      for (uint32_t ring = 0; ring < 2; ++ring) {
-        uint32_t least = 0x7C00U;
-        for (size_t input = 0; input < size_t{1} << next; ++input) {
-          const size_t state = input << (16 - next) | edge;
-          uint32_t cost = costs[state >> now] >> (16 * ring) & 0xFFFFU;
-          for (size_t w = 0; w < kWeights; ++w) {
-            const uint32_t target = (w == 0 ? targets.first : targets.second) >> (16 * ring) & 0xFFFFU;
-            cost = pair_square_add(pair_subtract(target, table[kWeights * state + w]), cost) & 0xFFFFU;
+  }
+  const std::vector<float> targets = {0.71F, -1.23F, -0.4F, 0.9F};  // [ring][weight]
+  std::vector<uint32_t> copy(Scheme::kCopyWords, 0xFFFFFFFFU);
+  const bool slices = Scheme::kSliceBits > 0;
+  block.template step<kParity>(target_words<Scheme>(targets), slices, kNext > kNow ? nullptr : copy.data());
+  size_t known = 0;
+  for (int edge = 0; edge < kStates >> kNext; ++edge) {
+    for (int ring = 0; ring < Scheme::kRings; ++ring) {
+      const uint32_t found = block.cost(1 - kParity, edge, ring);
+      if (found == 0xFFFFU) continue;
+      ++known;
+      uint32_t least = 0x7C00U;
+      for (int input = 0; input < 1 << kNext; ++input) {
+        const int state = input << (16 - kNext) | edge;
+        uint32_t cost = before[static_cast<size_t>((state >> kNow) * Scheme::kRings + ring)];
+        for (int w = 0; w < Scheme::kWeights; ++w) {
+          const float target = targets[static_cast<size_t>(ring * Scheme::kWeights + w)];
+          const uint16_t high = f16_from_float(target);
+          uint32_t d = pair_subtract(high, table[static_cast<size_t>(Scheme::kWeights * state + w)]);
+          if (Scheme::kWeights == 1 && Scheme::kTargetWords == 2) {
+            d = pair_add(d, f16_from_float(target - float_from_f16(high)));
           }
-          least = std::min(least, cost);
+          cost = pair_square_add(d, cost) & 0xFFFFU;
         }
-        ASSERT_EQ(after[edge] >> (16 * ring) & 0xFFFFU, least)
-            << kWeights << " weights, " << now << " and " << next << " bits, " << kBlocks << " blocks, edge "
-            << edge << ", ring " << ring;
+        least = std::min(least, cost);
       }
+      ASSERT_EQ(found, least) << Scheme::kWeights << " weights, " << kNow << " and " << kNext
+                              << " bits, edge " << edge << ", ring " << ring;
+      if (kNext > kNow) continue;
+      const auto* const halves = reinterpret_cast<const uint16_t*>(copy.data());
+      const int at = Scheme::kWeights == 2 ? ((edge >> 1) * Scheme::kRings + ring) * 2 + (edge & 1)
+                                           : edge * Scheme::kRings + ring;
+      ASSERT_EQ(halves[at], least) << "copy of edge " << edge << ", ring " << ring;
     }
   }
+  EXPECT_EQ(known == static_cast<size_t>(Scheme::kRings * (kStates >> kNext)), !slices);
+  EXPECT_GT(known, 0U);
+}
+
+template <int kEven>
+void expect_half_bits() {
+  const std::vector<uint16_t> table = general_table(1);
+  EmulatedBlock<RingPairs<kEven>> block(table);
+  expect_a_step<RingPairs<kEven>, 0, kEven, kEven + 1>(block, table);
+  expect_a_step<RingPairs<kEven>, 1, kEven + 1, kEven>(block, table);
+}
+template <int kBits, int kRings>
+void expect_two_weights() {
+  const std::vector<uint16_t> table = general_table(2);
+  EmulatedBlock<StatePairs<kBits, kRings>> block(table);
+  expect_a_step<StatePairs<kBits, kRings>, 0, kBits, kBits>(block, table);
 }
 
 TEST(TrellisPairs, AStepIsTheLeastOfAllCandidates) {
-  expect_a_pair_step<1, 1, 2, 1>();
-  expect_a_pair_step<1, 2, 3, 1>();
-  expect_a_pair_step<1, 3, 4, 1>();
-  expect_a_pair_step<1, 4, 5, 1>();
-  expect_a_pair_step<1, 5, 6, 1>();
-  expect_a_pair_step<1, 7, 8, 1>();
-  expect_a_pair_step<2, 3, 3, 1>();
-  expect_a_pair_step<2, 4, 4, 1>();
-  expect_a_pair_step<2, 5, 5, 1>();
-  expect_a_pair_step<2, 8, 8, 1>();
-  expect_a_pair_step<2, 2, 2, 2>();
-  expect_a_pair_step<2, 6, 6, 2>();
-  expect_a_pair_step<2, 4, 4, 4>();
-  expect_a_pair_step<2, 7, 7, 4>();
+  expect_half_bits<1>();
+  expect_half_bits<2>();
+  expect_half_bits<3>();
+  expect_half_bits<4>();
+  expect_half_bits<5>();
+  expect_half_bits<7>();
+  expect_two_weights<2, 1>();
+  expect_two_weights<3, 1>();
+  expect_two_weights<3, 2>();
+  expect_two_weights<4, 1>();
+  expect_two_weights<4, 2>();
+  expect_two_weights<5, 1>();
+  expect_two_weights<5, 2>();
+  expect_two_weights<6, 2>();
+  expect_two_weights<7, 1>();
+  expect_two_weights<8, 1>();
+  expect_two_weights<8, 2>();
 }
 
 TEST(TrellisPairs, RingsClose) {
-  expect_general<1, 1, 2>(TrellisSearch::fast, 0.12F, 0.17F);
-  expect_general<1, 3, 4>(TrellisSearch::fast, 0.007F, 0.012F);
-  expect_general<2, 4, 4>(TrellisSearch::fast, 0.06F, 0.08F);
+  expect_encodings<RingPairs<1>>(3, TrellisSearch::fast, 0.12F, 0.17F);
+  expect_encodings<RingPairs<3>>(7, TrellisSearch::fast, 0.007F, 0.012F);
+  expect_encodings<StatePairs<4, 1>>(4, TrellisSearch::fast, 0.06F, 0.08F);
+  expect_encodings<StatePairs<4, 2>>(4, TrellisSearch::best, 0.06F, 0.08F);
 }
 
 }  // namespace
