@@ -101,8 +101,9 @@ nlohmann::json run(bool quick) {
               cuda_toolkit_version().c_str());
   nlohmann::json report = {
       {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"formats", nlohmann::json::array()}};
-  const auto specs = quick ? std::vector<std::string>{"trellis:3:mul1"}
-                           : std::vector<std::string>{"trellis:2:mul1", "trellis:3:mul1", "trellis:4:mul1"};
+  const auto specs = quick ? std::vector<std::string>{"trellis:3:mul1", "trellis:3:octagon"}
+                           : std::vector<std::string>{"trellis:2:mul1", "trellis:3:mul1", "trellis:4:mul1",
+                                                      "trellis:3:octagon"};
   for (const std::string& spec : specs) {
     const auto format = std::dynamic_pointer_cast<const Trellis>(format_from_spec(spec));
     std::printf("%s\n", spec.c_str());
