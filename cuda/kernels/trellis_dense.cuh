@@ -14,6 +14,7 @@
 #include "common/device.hpp"
 #include "kernels/trellis_dense_launch.hpp"
 #include "kernels/trellis_operands.cuh"
+#include "kernels/trellis_spans.cuh"
 
 namespace quantloom::cuda {
 
@@ -51,18 +52,6 @@ __device__ __forceinline__ void load_unit(const uint4* codes, int64_t block, int
 #pragma unroll
     for (int i = 0; i < kBits; ++i) words[i] = __ldg(from + (first + i) / 4 * 128 + (first + i) % 4);
   }
-}
-
-// Four columns of a row, as they are stored.
-__device__ __forceinline__ uint2 round_four(bool bfloat16, float a, float b, float c, float d) {
-  if (bfloat16) {
-    const __nv_bfloat162 low = __floats2bfloat162_rn(a, b);
-    const __nv_bfloat162 high = __floats2bfloat162_rn(c, d);
-    return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
-  }
-  const __half2 low = __floats2half2_rn(a, b);
-  const __half2 high = __floats2half2_rn(c, d);
-  return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
 }
 
 __device__ __forceinline__ void butterfly(float& a, float& b) {

@@ -1,21 +1,14 @@
 // Decoder of trellis codes for the loop of many tokens: the float16 weights that the format defines. Columns
-// change places within a block of 64: see trellis_column().
+// change places within a block of 64: input 16 t + 8 h + 2 s + c is what the tensor core meets as column
+// 8 h + 2 t + c of step s.
 //
 // uniform_fragments.cuh says what a decoder offers.
 #pragma once
 
+#include "kernels/group_scales.cuh"
 #include "kernels/trellis_operands.cuh"
 
 namespace quantloom::cuda {
-
-// The column of its block of 64 that a lane's decoder puts at column `place` of fragment order: of step s,
-// lane t and number j the input 2 s + j % 2 + 8 (j / 2) of tile t.
-__host__ __device__ constexpr int trellis_column(int place) {
-  const int step = place / 16;
-  const int tile = place / 4 % 4;
-  const int j = place % 4;
-  return 16 * tile + 2 * step + j % 2 + 8 * (j / 2);
-}
 
 template <int kCodeBits, TrellisHash kHash>
 class TrellisFragments {
@@ -48,6 +41,28 @@ class TrellisFragments {
 
  private:
   TrellisMap map_;
+};
+
+// None: scales belong to the rotations. A branch after each step that is hardly ever taken keeps its
+// fragments from being made while its products are issued, for which ptxas would have each product wait for
+// the last.
+template <int kBits, TrellisHash kHash, class T>
+class GroupScales<TrellisFragments<kBits, kHash>, T, false> {
+ public:
+  __device__ __forceinline__ void begin(const FragmentMatrix& w, int /*row_block*/, int /*begin*/,
+                                        int /*end*/, int /*lane*/) {
+    left_ = w.group_steps;
+  }
+  __device__ __forceinline__ void apply(int /*unit*/, uint32_t (&/*a*/)[4]) const {}
+  __device__ __forceinline__ void advance(const FragmentMatrix& w) {
+    if (--left_ > 0) return;
+    left_ = w.group_steps;
+    asm volatile("fence.acq_rel.cta;" ::: "memory");
+  }
+  __device__ __forceinline__ float factor(int /*i*/) const { return 1.0F; }
+
+ private:
+  int left_ = 0;
 };
 
 }  // namespace quantloom::cuda

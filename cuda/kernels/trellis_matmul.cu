@@ -41,7 +41,7 @@ constexpr std::array<CudaProduct, 6> kProducts = {{
      .workspace = true,
      .trellis_bits = "2-4"},
     {.name = kTiles,
-     .description = "rotated, tiles through shared memory, wgmma, and rotated back; in float16",
+     .description = "rotated, tiles through shared memory, wgmma, and rotated back",
      .max_tokens = kMostTileTokens,
      .min_architecture = 90,
      .workspace = true,
@@ -331,16 +331,20 @@ FragmentMatrix dense_matrix(const TrellisLayout& layout) {
   return w;
 }
 
-// Of the tile loop.
-TrellisTileWork tile_workspace(const TrellisLayout& layout, int m) {
+// Where things lie in the workspace of the tile loop, from `memory` on, and its bytes.
+int64_t tile_workspace(const TrellisLayout& layout, int m, unsigned char* memory, TrellisTileWork& work) {
   const FragmentMatrix w = tile_matrix(layout);
-  TrellisTileWork work;
-  work.sums = aligned_bytes(checked_mul(int64_t{2} * m, w.k));
-  work.ones = work.sums + aligned_bytes(checked_mul(int64_t{2} * m, w.n));
-  work.factors = work.ones + aligned_bytes(2 * w.n);
-  work.tiles = work.factors + aligned_bytes(int64_t{4} * m);
-  work.bytes = work.tiles + tiles_workspace(w, m, 0);
-  return work;
+  const int64_t factors = aligned_bytes(checked_mul(int64_t{2} * m, w.n));
+  const int64_t tiles = factors + aligned_bytes(int64_t{4} * m);
+  work.sums = reinterpret_cast<__half*>(memory);
+  work.factors = reinterpret_cast<float*>(memory + factors);
+  work.row_blocks = w.row_blocks;
+  ProductLaunch launch;
+  launch.arguments.w = w;
+  launch.arguments.m = m;
+  launch.splits = 0;
+  work.tiles = tile_work(launch, memory + tiles);
+  return tiles + tiles_workspace(w, m, 0);
 }
 
 // As many bands of 128 rows at a time as decoded_plan() has blocks of 64, or one more.
@@ -425,26 +429,19 @@ void run_panels(const TrellisLayout& layout, const TrellisLaunch& launch, unsign
 
 void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigned char* workspace) {
   const TrellisProduct& p = launch.product;
-  const TrellisTileWork work = tile_workspace(layout, p.m);
-  const int row_blocks = static_cast<int>(layout.row_blocks);
+  TrellisTileWork work;
+  static_cast<void>(tile_workspace(layout, p.m, workspace, work));
   ProductLaunch tiles;
-  ProductArguments& arguments = tiles.arguments;
-  arguments.w = tile_matrix(layout);
-  arguments.w.codes = p.codes;
-  arguments.w.scales = workspace + work.ones;
-  arguments.x = workspace + work.activations;
-  arguments.x_stride = arguments.w.k;
-  arguments.y = workspace + work.sums;
-  arguments.y_stride = arguments.w.n;
-  arguments.m = p.m;
-  arguments.x_in_pieces = true;
-  tiles.splits = 0;
+  tiles.arguments.w = tile_matrix(layout);
+  tiles.arguments.w.codes = p.codes;
+  tiles.arguments.y = work.sums;
+  tiles.arguments.y_stride = tiles.arguments.w.n;
+  tiles.arguments.m = p.m;
   tiles.stream = launch.stream;
-  launch_trellis_rotate_in(p, row_blocks, work, workspace, launch.stream);
-  void* const own = workspace + work.tiles;
-  with_code<2, 4>(layout,
-                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, own); });
-  launch_trellis_rotate_out(p, row_blocks, work, workspace, launch.stream);
+  launch_trellis_rotate_in(p, work, launch.overlap, launch.stream);
+  with_code<2, 4>(
+      layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, work.tiles); });
+  launch_trellis_rotate_out(p, work, launch.stream);
 }
 
 }  // namespace
@@ -492,7 +489,8 @@ TrellisPlan trellis_plan(const TrellisLayout& layout, int64_t m, DType dtype, co
     } else if (product.name == kTiles || product.name == kDense) {
       reason = why_no_tiles(product, layout, m, dtype, device);
       if (!reason && m > 0 && layout.n > 0 && layout.k > 0) {
-        plan.workspace = product.name == kTiles ? tile_workspace(layout, static_cast<int>(m)).bytes
+        TrellisTileWork work;
+        plan.workspace = product.name == kTiles ? tile_workspace(layout, static_cast<int>(m), nullptr, work)
                                                 : dense_plan(layout, static_cast<int>(m), dtype).bytes;
       }
     } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
@@ -547,11 +545,11 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
       decode_dense(layout, p, first, rows, a.workspace, launch.stream);
     });
   }
+  launch.overlap = options.overlap && device.code >= 90;
   if (tiles) return run_tiles(layout, launch, static_cast<unsigned char*>(a.workspace));
   launch.deal = plan.deal;
   if (panels) return run_panels(layout, launch, static_cast<unsigned char*>(a.workspace));
   if (plan.workspace > 0) p.partial = static_cast<float*>(a.workspace);
-  launch.overlap = options.overlap && device.code >= 90;
   p.overlap = launch.overlap;
   launcher_of(layout, exact).launch[a.m > 1 ? 1 : 0](launch);
 }

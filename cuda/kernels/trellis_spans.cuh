@@ -94,6 +94,18 @@ __device__ __forceinline__ void load_span(const TrellisProduct& p, int token, in
   if (p.rotated) rotate_128(v);
 }
 
+// Four neighbours, rounded to bfloat16 or float16.
+__device__ __forceinline__ uint2 round_four(bool bfloat16, float a, float b, float c, float d) {
+  if (bfloat16) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(a, b);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(c, d);
+    return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+  }
+  const __half2 low = __floats2half2_rn(a, b);
+  const __half2 high = __floats2half2_rn(c, d);
+  return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+}
+
 // y of one row: the sum and the bias.
 __device__ __forceinline__ void store_row(const TrellisProduct& p, int token, int64_t row, float sum) {
   if (p.bias != nullptr) sum += trellis_element(p, p.bias, row);

@@ -1,33 +1,31 @@
 // Products of many tokens with trellis codes: activations are scaled, rotated and put in the order of the
-// decoder, tiles are multiplied on warpgroup products, and sums are rotated and scaled.
+// decoder, tiles are multiplied on warpgroup products, and sums are added, rotated and scaled.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/tile_products.cuh"
+#include "kernels/tile_support.cuh"
 #include "kernels/trellis_launch.hpp"
 
 namespace quantloom::cuda {
 
-// float16 in and out. Defined for each number of bits in a translation unit of its own.
+// The loop alone: float16 activations in work.tokens, sums of tiles that lie in one part to
+// launch.arguments.y as float16, others to work.partials. Defined for each number of bits in a translation
+// unit of its own.
 template <int kBits, TrellisHash kHash>
-void launch_trellis_tiles(const ProductLaunch& launch, void* workspace);
+void launch_trellis_tiles(const ProductLaunch& launch, const TileWork& work);
 
 // Where things lie in the workspace.
 struct TrellisTileWork {
-  int64_t activations = 0;  // float16 [m, 64 * column_blocks]
-  int64_t sums = 0;         // float16 [m, 64 * row_blocks]
-  int64_t ones = 0;         // float16 [64 * row_blocks]: the scales of the tile loop
-  int64_t factors = 0;      // float [m]: what the sums of a token are worth
-  int64_t tiles = 0;        // the tile loop's own
-  int64_t bytes = 0;
+  TileWork tiles;
+  __half* sums = nullptr;    // [m, 64 * row_blocks], of the tiles that lie in one part
+  float* factors = nullptr;  // [m]: what the sums of a token are worth
+  int row_blocks = 0;
 };
 
-// Activations into the workspace, in the order of trellis_column(), and ones for the tile loop; sums out of
-// it.
-void launch_trellis_rotate_in(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
-                              unsigned char* workspace, cudaStream_t stream);
-void launch_trellis_rotate_out(const TrellisProduct& p, int row_blocks, const TrellisTileWork& work,
-                               const unsigned char* workspace, cudaStream_t stream);
+// Activations into the workspace; sums out of it. overlap: launched before the previous kernel has ended.
+void launch_trellis_rotate_in(const TrellisProduct& p, const TrellisTileWork& work, bool overlap,
+                              cudaStream_t stream);
+void launch_trellis_rotate_out(const TrellisProduct& p, const TrellisTileWork& work, cudaStream_t stream);
 
 }  // namespace quantloom::cuda
