@@ -12,47 +12,15 @@
 
 #include "common/check.cuh"
 #include "common/device.hpp"
-#include "kernels/trellis_dense_launch.hpp"
-#include "kernels/trellis_operands.cuh"
-#include "kernels/trellis_spans.cuh"
+#include "kernels/trellis_exact_rows.cuh"
 
 namespace quantloom::cuda {
 
 constexpr int kDenseThreads = 256;
-constexpr int kDenseSide = 128;
 constexpr int kDenseBlocks = 2;  // of threads on a processor
-constexpr int kDensePlaneBytes = kDenseSide * kDenseSide * 2;
+constexpr int kDensePlaneBytes = kTileSide * kTileSide * 2;
 // Two planes of weights, and two of scales: of the rows, then of the columns.
-constexpr int kDenseBytes = 2 * kDensePlaneBytes + 2 * 2 * kDenseSide * 4;
-
-// The words of a lane of unit `unit` of a block of 64 x 64.
-template <int kBits>
-__device__ __forceinline__ void load_unit(const uint4* codes, int64_t block, int unit, int lane,
-                                          uint32_t (&words)[kBits]) {
-  const auto* const from = reinterpret_cast<const uint32_t*>(codes + block * (kBits * 32) + lane);
-  const int first = unit * kBits;
-  if constexpr (kBits % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBits; i += 4) {
-      const uint4 piece = __ldg(reinterpret_cast<const uint4*>(from + (first + i) / 4 * 128));
-      words[i] = piece.x;
-      words[i + 1] = piece.y;
-      words[i + 2] = piece.z;
-      words[i + 3] = piece.w;
-    }
-  } else if constexpr (kBits % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBits; i += 2) {
-      const uint2 piece =
-          __ldg(reinterpret_cast<const uint2*>(from + (first + i) / 4 * 128 + (first + i) % 4));
-      words[i] = piece.x;
-      words[i + 1] = piece.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) words[i] = __ldg(from + (first + i) / 4 * 128 + (first + i) % 4);
-  }
-}
+constexpr int kDenseBytes = 2 * kDensePlaneBytes + 2 * 2 * kTileSide * 4;
 
 __device__ __forceinline__ void butterfly(float& a, float& b) {
   const float difference = a - b;
@@ -120,9 +88,9 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
     const int64_t block = static_cast<int64_t>(2 * band + warp / 4) * dense.column_blocks + 2 * span;
     load_unit<kBits>(dense.codes, block, warp % 4, lane, words[0]);
     load_unit<kBits>(dense.codes, block + 1, warp % 4, lane, words[1]);
-    const int i = static_cast<int>(threadIdx.x) % kDenseSide;
-    const bool of_rows = threadIdx.x < kDenseSide;
-    const int at = (of_rows ? band : span) * kDenseSide + i;
+    const int i = static_cast<int>(threadIdx.x) % kTileSide;
+    const bool of_rows = threadIdx.x < kTileSide;
+    const int at = (of_rows ? band : span) * kTileSide + i;
     const __half* const scales = of_rows ? dense.output_scales : dense.input_scales;
     scale = at < (of_rows ? dense.n : dense.k) ? __ldg(reinterpret_cast<const uint16_t*>(scales) + at) : 0U;
   };
@@ -131,7 +99,7 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
   if (tile < tiles) ask(tile);
   for (int plane = 0; tile < tiles; plane ^= 1) {
     unsigned char* const weights = memory + plane * kDensePlaneBytes;
-    auto* const scales = reinterpret_cast<float*>(memory + 2 * kDensePlaneBytes) + plane * 2 * kDenseSide;
+    auto* const scales = reinterpret_cast<float*>(memory + 2 * kDensePlaneBytes) + plane * 2 * kTileSide;
     {
       float sums[2][4][2][4];  // of a block of columns, a step, a half of the rows
 #pragma unroll
@@ -149,10 +117,10 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
           butterfly(sums[block][1][i / 4][i % 4], sums[block][3][i / 4][i % 4]);
         }
       }
-      // Rows in the order of their bits 3, 0, 1, 2: a lane's 16 lie together.
-      const int i = static_cast<int>(threadIdx.x) % kDenseSide;
-      const bool of_rows = threadIdx.x < kDenseSide;
-      scales[of_rows ? i % 8 * 16 + i / 8 : kDenseSide + i] =
+      // Rows that are equal modulo 8 lie together: they meet in a lane.
+      const int i = static_cast<int>(threadIdx.x) % kTileSide;
+      const bool of_rows = threadIdx.x < kTileSide;
+      scales[of_rows ? i % 8 * 16 + i / 8 : kTileSide + i] =
           __half2float(__ushort_as_half(static_cast<unsigned short>(scale))) * (of_rows ? 1.0F : 0x1p-7F);
       tile += gridDim.x;
       if (tile < tiles) ask(tile);
@@ -205,10 +173,11 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
       }
       const auto band = static_cast<int>(done / spans);
       const int span = static_cast<int>(done - static_cast<int64_t>(band) * spans);
-      const float4 columns = *reinterpret_cast<const float4*>(scales + kDenseSide + 16 * warp + 4 * t);
-      const int64_t stride = int64_t{64} * dense.column_blocks;
-      uint16_t* to = dense.out + (static_cast<int64_t>(band) * kDenseSide + g) * stride + span * kDenseSide +
-                     16 * warp + 4 * t;
+      const float4 columns = *reinterpret_cast<const float4*>(scales + kTileSide + 16 * warp + 4 * t);
+      const int64_t stride = dense.stride;
+      uint16_t* to = static_cast<uint16_t*>(dense.out) +
+                     (static_cast<int64_t>(band) * kTileSide + g) * stride + span * kTileSide + 16 * warp +
+                     4 * t;
 #pragma unroll
       for (int rows = 0; rows < 8; ++rows) {
         const float2 outputs = *reinterpret_cast<const float2*>(scales + g * 16 + 2 * rows);
@@ -217,61 +186,13 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
           const float output = half == 0 ? outputs.x : outputs.y;
           const float(&low)[4] = sums[rows][0];
           const float(&high)[4] = sums[rows][1];
-          *reinterpret_cast<uint2*>(to) = round_four(
-              dense.bfloat16, low[2 * half] * columns.x * output, low[2 * half + 1] * columns.y * output,
-              high[2 * half] * columns.z * output, high[2 * half + 1] * columns.w * output);
+          *reinterpret_cast<uint2*>(to) =
+              round_four(dense.dtype == DType::bf16, low[2 * half] * columns.x * output,
+                         low[2 * half + 1] * columns.y * output, high[2 * half] * columns.z * output,
+                         high[2 * half + 1] * columns.w * output);
           to += 8 * stride;
         }
       }
-    }
-  }
-}
-
-// Without the rotation: a warp for each block of 64 x 64. A lane has 16 columns of two rows of each unit.
-template <class Decoder>
-__global__ void __launch_bounds__(kDenseThreads) decode_plain(const __grid_constant__ TrellisDense dense) {
-  constexpr int kBits = Decoder::kBits;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t stride = int64_t{64} * dense.column_blocks;
-  const int64_t blocks = static_cast<int64_t>(2 * dense.bands) * dense.column_blocks;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kDenseThreads / 32);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kDenseThreads / 32) + threadIdx.x / 32; i < blocks;
-       i += warps) {
-    const int64_t row_block = i / dense.column_blocks;
-    const int first = static_cast<int>(i - row_block * dense.column_blocks) * 64 + lane % 4 * 16;
-    float columns[16];
-#pragma unroll
-    for (int c = 0; c < 16; ++c) {
-      columns[c] = first + c < dense.k ? __half2float(dense.input_scales[first + c]) : 0.0F;
-    }
-#pragma unroll
-    for (int unit = 0; unit < 4; ++unit) {
-      uint32_t words[kBits];
-      load_unit<kBits>(dense.codes, i, unit, lane, words);
-      const typename Decoder::Windows windows(words);
-      const auto store = [&]<int kFirst>() {
-        const int64_t row = row_block * 64 + 16 * unit + kFirst / 2 * 8 + lane / 4;
-        const float output = row < dense.n ? __half2float(dense.output_scales[row]) : 0.0F;
-        auto* const to = reinterpret_cast<uint2*>(dense.out + row * stride + first);
-        const auto four = [&](int at, uint32_t a, uint32_t b) {
-          using Half = HalfPair<__half>;
-          const float* const scales = columns + 4 * at;
-          to[at] = round_four(dense.bfloat16, Half::low(a) * scales[0] * output,
-                              Half::high(a) * scales[1] * output, Half::low(b) * scales[2] * output,
-                              Half::high(b) * scales[3] * output);
-        };
-        // Of each eight positions, the first four are of row lane / 4: columns 2 a and 2 a + 8 of the tile.
-        four(0, Decoder::template word<kFirst>(windows, dense.map),
-             Decoder::template word<kFirst + 4>(windows, dense.map));
-        four(1, Decoder::template word<kFirst + 8>(windows, dense.map),
-             Decoder::template word<kFirst + 12>(windows, dense.map));
-        four(2, Decoder::template word<kFirst + 1>(windows, dense.map),
-             Decoder::template word<kFirst + 5>(windows, dense.map));
-        four(3, Decoder::template word<kFirst + 9>(windows, dense.map),
-             Decoder::template word<kFirst + 13>(windows, dense.map));
-      };
-      store.template operator()<0>();
-      store.template operator()<2>();
     }
   }
 }
@@ -280,16 +201,8 @@ template <int kBits, TrellisHash kHash>
 void launch_trellis_dense(const TrellisDense& dense, cudaStream_t stream) {
   const int64_t tiles = static_cast<int64_t>(dense.bands) * (dense.column_blocks / 2);
   if (tiles == 0) return;
-  using Decoder = TrellisExact<kBits, kHash>;
-  if (!dense.rotated) {
-    constexpr int64_t kMostGrid = int64_t{1} << 20;
-    const auto grid = static_cast<unsigned>(
-        std::min((4 * tiles + kDenseThreads / 32 - 1) / (kDenseThreads / 32), kMostGrid));
-    decode_plain<Decoder><<<grid, kDenseThreads, 0, stream>>>(dense);
-    check_cuda(cudaGetLastError(), "matmul_cuda: launch of decode_plain");
-    return;
-  }
-  const auto kernel = decode_rotated<Decoder>;
+  if (!dense.rotated) return launch_exact_rows<FragmentStage<kBits, kHash>>(dense, stream);
+  const auto kernel = decode_rotated<TrellisExact<kBits, kHash>>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes),
              "matmul_cuda: shared memory of decode_rotated");
   const int64_t resident = int64_t{kDenseBlocks} * current_device().processors;

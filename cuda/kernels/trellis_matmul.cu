@@ -7,7 +7,7 @@
 #include "kernels/dense_product.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
-#include "kernels/trellis_dense_launch.hpp"
+#include "kernels/trellis_choice.hpp"
 #include "kernels/trellis_launch.hpp"
 #include "kernels/trellis_panel_launch.hpp"
 #include "kernels/trellis_product.hpp"
@@ -56,62 +56,8 @@ constexpr std::array<CudaProduct, 6> kProducts = {{
      .workspace = true},
 }};
 
-// How the weights of a code are made, if by a hash that the kernels take.
-std::optional<TrellisHash> hash_of(const TrellisLayout& layout) {
-  if (layout.ring.window != 16 || !layout.fragments) return std::nullopt;
-  switch (layout.code) {
-    case TrellisCode::lcg:
-    case TrellisCode::mcg:
-      return TrellisHash::halves;
-    case TrellisCode::mul1:
-    case TrellisCode::one_mad:
-      return TrellisHash::bytes;
-    case TrellisCode::octagon:
-      return TrellisHash::octagon;
-    default:
-      return std::nullopt;
-  }
-}
-
-TrellisMap map_of(const TrellisLayout& layout, bool exact) {
-  TrellisMap map;
-  switch (layout.code) {
-    case TrellisCode::lcg:
-      map.multiplier = trellis::kLcgMultiplier;
-      map.addend = trellis::kLcgAddend;
-      break;
-    case TrellisCode::one_mad:
-      map.multiplier = trellis::kOneMadMultiplier;
-      map.addend = trellis::kOneMadAddend;
-      if (!exact) {
-        map.slope = 1.0F / 147.800537109375F;
-        map.offset = -510.0F / 147.800537109375F;
-      }
-      break;
-    case TrellisCode::mul1:
-      map.multiplier = layout.multiplier;
-      if (!exact) {
-        // 1024 times the slope, less 10.3828125.
-        map.slope = 0.00676727294921875F;
-        map.offset = -3.453125F;
-      }
-      break;
-    case TrellisCode::octagon:
-      map.multiplier = layout.multiplier;
-      if (!exact) {
-        // Of the sum of the bytes less 127.5, each along its axis.
-        map.slope = 2.0F * static_cast<float>(trellis::kOctagonAxis * trellis::kOctagonSlope) * 0x1p-22F;
-        map.offset = -127.5F * map.slope;
-      }
-      break;
-    default:
-      map.multiplier = layout.multiplier;
-  }
-  return map;
-}
-
 TrellisWords words_of(const TrellisLayout& layout, bool exact) {
-  switch (*hash_of(layout)) {
+  switch (*trellis_hash(layout)) {
     case TrellisHash::halves:
       return exact ? TrellisWords::exact_halves : TrellisWords::halves;
     case TrellisHash::octagon:
@@ -222,7 +168,7 @@ StreamedDeal deal_of(const TrellisLayout& layout, int m, const DeviceFacts& devi
 std::optional<std::string> why_no_stream(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
                                          DType dtype, const DeviceFacts& device,
                                          const CudaMatmulOptions& options) {
-  if (!hash_of(layout)) {
+  if (!trellis_hash(layout)) {
     return text_of("kernel ", product.name,
                    " takes 3inst, mcg, mul1, 1mad and octagon of whole bits with windows of 16");
   }
@@ -253,7 +199,7 @@ std::optional<std::string> why_no_tiles(const CudaProduct& product, const Trelli
                                         DType dtype, const DeviceFacts& device) {
   const bool dense = product.name == kDense;
   const bool bits = dense || (layout.bits() >= 2 && layout.bits() <= 4);
-  if (!hash_of(layout) || !bits || layout.code == TrellisCode::one_mad) {
+  if (!has_exact_words(layout) || !bits) {
     return text_of("kernel ", product.name, " takes 3inst, mcg, mul1 and octagon of ",
                    dense ? "whole" : "2, 3 or 4", " bits with windows of 16");
   }
@@ -359,42 +305,6 @@ DecodedPlan dense_plan(const TrellisLayout& layout, int m, DType dtype) {
   return plan;
 }
 
-// Calls run<bits, hash>() with those of a matrix of kFirst ... kLast bits.
-template <int kFirst, int kLast, class Run>
-void with_code(const TrellisLayout& layout, const Run& run) {
-  if constexpr (kFirst < kLast) {
-    if (layout.bits() != kFirst) return with_code<kFirst + 1, kLast>(layout, run);
-  }
-  switch (*hash_of(layout)) {
-    case TrellisHash::bytes:
-      return run.template operator()<kFirst, TrellisHash::bytes>();
-    case TrellisHash::halves:
-      return run.template operator()<kFirst, TrellisHash::halves>();
-    default:
-      if constexpr (kFirst <= 4) return run.template operator()<kFirst, TrellisHash::octagon>();
-  }
-}
-
-// Rows [first, first + rows) of the matrix, rounded once more than the format says, to the workspace.
-void decode_dense(const TrellisLayout& layout, const TrellisProduct& p, int64_t first, int64_t rows,
-                  void* workspace, cudaStream_t stream) {
-  const int64_t count = std::min(rows, layout.n - first);
-  TrellisDense dense;
-  dense.codes = p.codes + first / 64 * layout.column_blocks * layout.bits() * 32;
-  dense.input_scales = p.input_scales;
-  dense.output_scales = p.output_scales + first;
-  dense.map = p.map;
-  dense.bands = static_cast<int>(ceil_div(count, kTrellisBand));
-  dense.column_blocks = p.column_pieces;
-  dense.n = static_cast<int>(count);
-  dense.k = p.k;
-  dense.rotated = p.rotated;
-  dense.bfloat16 = p.bfloat16;
-  dense.out = static_cast<uint16_t*>(workspace);
-  with_code<1, 8>(layout,
-                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_dense<kBits, kHash>(dense, stream); });
-}
-
 // decode(first row, rows) makes those rows in the workspace.
 template <class Decode>
 void multiply_rows(const TrellisLayout& layout, const CudaMatmulArguments& a, const Decode& decode) {
@@ -422,8 +332,8 @@ void run_panels(const TrellisLayout& layout, const TrellisLaunch& launch, unsign
   TrellisPanelLaunch panels{launch.product, launch.deal, {}, launch.stream};
   static_cast<void>(panel_workspace(layout, launch.deal, launch.product.m, workspace, panels.work));
   launch_panel_activations(panels);
-  with_code<2, 4>(layout,
-                  [&]<int kBits, TrellisHash kHash>() { launch_trellis_panels<kBits, kHash>(panels); });
+  with_trellis_code<2, 4>(
+      layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_panels<kBits, kHash>(panels); });
   launch_panel_sums(panels);
 }
 
@@ -439,7 +349,7 @@ void run_tiles(const TrellisLayout& layout, const TrellisLaunch& launch, unsigne
   tiles.arguments.m = p.m;
   tiles.stream = launch.stream;
   launch_trellis_rotate_in(p, work, launch.overlap, launch.stream);
-  with_code<2, 4>(
+  with_trellis_code<2, 4>(
       layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_tiles<kBits, kHash>(tiles, work.tiles); });
   launch_trellis_rotate_out(p, work, launch.stream);
 }
@@ -526,7 +436,7 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   p.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
   p.input_scales = reinterpret_cast<const __half*>(w.plane("input_scales").bytes());
   p.output_scales = reinterpret_cast<const __half*>(w.plane("output_scales").bytes());
-  p.map = map_of(layout, exact);
+  p.map = trellis_map(layout, exact);
   p.rotated = layout.rotated;
   p.n = static_cast<int>(layout.n);
   p.k = static_cast<int>(layout.k);
@@ -542,7 +452,8 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
   launch.stream = static_cast<cudaStream_t>(a.stream);
   if (dense) {
     return multiply_rows(layout, a, [&](int64_t first, int64_t rows) {
-      decode_dense(layout, p, first, rows, a.workspace, launch.stream);
+      decode_trellis_rounded(layout, w, first, rows, a.workspace, a.dtype, layout.column_blocks * 64,
+                             launch.stream);
     });
   }
   launch.overlap = options.overlap && device.code >= 90;

@@ -112,7 +112,40 @@ struct TrellisOctagon {
   }
 };
 
-// The weights themselves, as the float16 numbers that the format defines, two in a word.
+// Weights as the float16 numbers that the format defines, two in a word: of two hashes, or of one.
+__device__ __forceinline__ uint32_t halves_pair(uint32_t first, uint32_t second) {
+  const uint32_t a = halves_of_hash(first);
+  const uint32_t b = halves_of_hash(second);
+  return HalfPair<__half>::add(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+}
+__device__ __forceinline__ uint32_t byte_sum_pair(uint32_t first, uint32_t second) {
+  // 1024 + the sum of the bytes, as float16 bits.
+  const uint32_t a = __dp4a(first, 0x01010101U, 0x6400U);
+  const uint32_t b = __dp4a(second, 0x01010101U, 0x6400U);
+  constexpr uint32_t kSlope = uint32_t{trellis::kMul1Slope} * 0x10001U;
+  constexpr uint32_t kOffset = uint32_t{trellis::kMul1Offset} * 0x10001U;
+  return HalfPair<__half>::multiply_add(__byte_perm(a, b, 0x5410), kSlope, kOffset);
+}
+// The sum of the bytes of `hash`, times those of `steps`, which have signs.
+__device__ __forceinline__ int bytes_along(uint32_t hash, int steps) {
+  int sum;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(hash), "r"(steps), "r"(0));
+  return sum;
+}
+__device__ __forceinline__ uint32_t octagon_pair(uint32_t hash) {
+  // Twice the bytes along the axes of either weight, less 255 times what the bytes count for.
+  constexpr int kAxis = trellis::kOctagonAxis;
+  constexpr int kDiagonal = trellis::kOctagonDiagonal;
+  const int first = bytes_along(hash, kAxis | kDiagonal << 16 | kDiagonal << 24);
+  const int second = bytes_along(hash, kAxis << 8 | kDiagonal << 16 | (256 - kDiagonal) << 24);
+  // Exact until they are rounded: integers of 24 bits.
+  constexpr float kUnit = static_cast<float>(trellis::kOctagonSlope) * 0x1p-22F;
+  const __half2 pair =
+      __floats2half2_rn(fmaf(static_cast<float>(first), 2 * kUnit, -255 * (kAxis + 2 * kDiagonal) * kUnit),
+                        fmaf(static_cast<float>(second), 2 * kUnit, -255 * kAxis * kUnit));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 template <int kBits_, TrellisHash kHash>
 struct TrellisExact {
   static constexpr int kBits = kBits_;
@@ -123,42 +156,12 @@ struct TrellisExact {
   template <int kWord>
   static __device__ __forceinline__ uint32_t word(const Windows& windows, const TrellisMap& map) {
     if constexpr (kHash == TrellisHash::octagon) {
-      const uint32_t hash = windows.template state<kWord>() * map.multiplier;
-      // Twice the bytes along the axes of either weight, less 255 times what the bytes count for.
-      constexpr int kAxis = trellis::kOctagonAxis;
-      constexpr int kDiagonal = trellis::kOctagonDiagonal;
-      const int first = bytes_along(hash, kAxis | kDiagonal << 16 | kDiagonal << 24);
-      const int second = bytes_along(hash, kAxis << 8 | kDiagonal << 16 | (256 - kDiagonal) << 24);
-      // Exact until they are rounded: integers of 24 bits.
-      constexpr float kUnit = static_cast<float>(trellis::kOctagonSlope) * 0x1p-22F;
-      const __half2 pair = __floats2half2_rn(
-          fmaf(static_cast<float>(first), 2 * kUnit, -255 * (kAxis + 2 * kDiagonal) * kUnit),
-          fmaf(static_cast<float>(second), 2 * kUnit, -255 * kAxis * kUnit));
-      return *reinterpret_cast<const uint32_t*>(&pair);
+      return octagon_pair(windows.template state<kWord>() * map.multiplier);
     } else {
       const uint32_t first = windows.template state<2 * kWord>() * map.multiplier + map.addend;
       const uint32_t second = windows.template state<2 * kWord + 1>() * map.multiplier + map.addend;
-      if constexpr (kHash == TrellisHash::halves) {
-        const uint32_t a = halves_of_hash(first);
-        const uint32_t b = halves_of_hash(second);
-        return HalfPair<__half>::add(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
-      } else {
-        // 1024 + the sum of the bytes, as float16 bits.
-        const uint32_t a = __dp4a(first, 0x01010101U, 0x6400U);
-        const uint32_t b = __dp4a(second, 0x01010101U, 0x6400U);
-        constexpr uint32_t kSlope = uint32_t{trellis::kMul1Slope} * 0x10001U;
-        constexpr uint32_t kOffset = uint32_t{trellis::kMul1Offset} * 0x10001U;
-        return HalfPair<__half>::multiply_add(__byte_perm(a, b, 0x5410), kSlope, kOffset);
-      }
+      return kHash == TrellisHash::halves ? halves_pair(first, second) : byte_sum_pair(first, second);
     }
-  }
-
- private:
-  // The sum of the bytes of `hash`, times those of `steps`, which have signs.
-  static __device__ __forceinline__ int bytes_along(uint32_t hash, int steps) {
-    int sum;
-    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(hash), "r"(steps), "r"(0));
-    return sum;
   }
 };
 

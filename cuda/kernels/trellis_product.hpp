@@ -38,6 +38,11 @@ void run_trellis(const TrellisLayout& layout, const TrellisPlan& plan, const Pre
 void decode_trellis(const TrellisLayout& layout, const PreparedPlanes& w, int64_t first_row, int64_t rows,
                     void* out, DType dtype, int64_t stride, cudaStream_t stream);
 
+// The same for products, where has_exact_words(), to float16 or bfloat16: rounded once more, to float16
+// between the rotations. All rows of bands of 128 are written.
+void decode_trellis_rounded(const TrellisLayout& layout, const PreparedPlanes& w, int64_t first_row,
+                            int64_t rows, void* out, DType dtype, int64_t stride, cudaStream_t stream);
+
 // Ring words of the packed tensor into the order of the kernels, and back.
 void prepare_trellis_words(const TrellisLayout& layout, const uint32_t* packed, uint32_t* prepared,
                            cudaStream_t stream);

@@ -211,32 +211,42 @@ TEST_F(TrellisProductCuda, TokensThatAreNotFiniteStayAlone) {
   }
 }
 
+// Decoded rows of a matrix with the values that the CPU decodes, rounded to dtype.
+void check_decoded(const Product& product, DType dtype) {
+  const ProductCase& c = product.the_case();
+  SCOPED_TRACE(text_of(c.text(), " to ", name_of(dtype)));
+  const int64_t stride = (c.k + 127) / 128 * 128 + (c.seed % 2 == 0 ? 0 : 8);
+  const GuardedMemory out(c.n * stride * size_of(dtype), 0, 512);
+  decode_fragments_cuda(product.prepared(), out.data(), dtype, stride, nullptr);
+  const auto bytes = out.read();
+  ASSERT_TRUE(bytes) << "written outside";
+  const std::vector<float> w = product.weights();
+  for (int64_t row = 0; row < c.n; ++row) {
+    for (int64_t column = 0; column < c.k; ++column) {
+      const uint32_t expected = bits_from(w[static_cast<size_t>(row * c.k + column)], dtype);
+      ASSERT_EQ(float_from(element_at(bytes->data(), row * stride + column, dtype), dtype),
+                float_from(expected, dtype))
+          << row << ", " << column;
+    }
+  }
+}
+
 TEST_F(TrellisProductCuda, DecodesToTheValuesOfTheCpu) {
   Draws draws(11);
   for (const char* name : {"mul1", "1mad", "3inst", "mcg-FF7A83E5", "octagon", "hyb", "rptc"}) {
     for (const int64_t rotation : {0, 128}) {
-      for (const double bits : {1.0, 2.0, 2.5, 4.0}) {
+      for (const double bits : {1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 6.5, 7.0, 8.0}) {
+        if (bits > 4 && (name == std::string("octagon") || name == std::string("hyb"))) continue;
         ProductCase c;
         c.format = std::make_shared<const Trellis>(bits, name, rotation);
         c.n = 1 + draws.below(400);
         c.k = 1 + draws.below(400);
         c.seed = static_cast<uint64_t>(draws.below(1000));
-        SCOPED_TRACE(c.text());
         const Product product(c);
-        const int64_t stride = (c.k + 127) / 128 * 128;
-        const GuardedMemory out(c.n * stride * 4, 0, 512);
-        decode_fragments_cuda(product.prepared(), out.data(), DType::f32, stride, nullptr);
-        const auto bytes = out.read();
-        ASSERT_TRUE(bytes) << "written outside";
-        const std::vector<float> w = product.weights();
-        for (int64_t row = 0; row < c.n; ++row) {
-          for (int64_t column = 0; column < c.k; ++column) {
-            const float got =
-                float_from(element_at(bytes->data(), row * stride + column, DType::f32), DType::f32);
-            const float expected = w[static_cast<size_t>(row * c.k + column)];
-            ASSERT_EQ(got, expected) << row << ", " << column;
-          }
-        }
+        check_decoded(product, draws.pick(std::vector{DType::f32, DType::f32, DType::f16, DType::bf16}));
+        if (HasFatalFailure()) return;
+        if (bits > 4) continue;
+        SCOPED_TRACE(c.text());
         const PackedTensor back = unprepare_fragments(prepare_fragments(product.packed()));
         PackedTensor there = to_device(product.packed());
         for (auto& [plane, tensor] : there.planes) {
@@ -250,6 +260,30 @@ TEST_F(TrellisProductCuda, DecodesToTheValuesOfTheCpu) {
         }
       }
     }
+  }
+}
+
+TEST_F(TrellisProductCuda, DecodesOtherWindowsAndLargerMatrices) {
+  Draws draws(12);
+  const std::vector<std::shared_ptr<const Format>> formats = {
+      std::make_shared<const Trellis>(2, "mul1", 128, 20),
+      std::make_shared<const Trellis>(4, "mcg", 128, 9),
+      std::make_shared<const Trellis>(1, "1mad", 0, 18),
+      std::make_shared<const Trellis>(1.5, "mul1", 128, 20),
+      std::make_shared<const Trellis>(8, "3inst", 128, 13),
+      std::make_shared<const Trellis>(3, "octagon", 128, 17),
+      std::make_shared<const Trellis>(3, "rptc2", 0, 10),
+      std::make_shared<const Trellis>(2, "rptc", 128, 12),
+      std::make_shared<const Trellis>(3.5, "hyb", 0, 16),
+      std::make_shared<const Trellis>(1, "hyb", 128, 19)};
+  for (size_t i = 0; i < 2 * formats.size(); ++i) {
+    ProductCase c;
+    c.format = formats[i % formats.size()];
+    c.n = 1 + draws.below(i % 5 == 0 ? 1500 : 300);
+    c.k = 1 + draws.below(i % 5 == 1 ? 1500 : 300);
+    c.seed = static_cast<uint64_t>(draws.below(1000));
+    check_decoded(Product(c), draws.pick(std::vector{DType::f32, DType::f16, DType::bf16}));
+    if (HasFatalFailure()) return;
   }
 }
 
@@ -314,6 +348,32 @@ TEST_P(TrellisProductCudaSmall, EveryKernelIsRight) {
             EXPECT_EQ(product.compare(*y, kernel), "");
           }
         }
+      }
+    }
+  }
+}
+
+// Memory that ends with the last row.
+TEST_P(TrellisProductCudaSmall, DecodersWriteWithin) {
+  const double bits = GetParam();
+  for (const double half : {0.0, 0.5}) {
+    if (bits + half > 8) continue;
+    for (const DType dtype : {DType::f16, DType::f32}) {
+      ProductCase c;
+      c.format = std::make_shared<const Trellis>(bits + half, "3inst", dtype == DType::f16 ? 128 : 0);
+      c.n = 130;
+      c.k = 200;
+      c.seed = 2;
+      const Product product(c);
+      const int64_t stride = 256;
+      const auto out = device_bytes(c.n * stride * size_of(dtype));
+      decode_fragments_cuda(product.prepared(), out.get(), dtype, stride, nullptr);
+      check_cuda(cudaDeviceSynchronize(), "decode");
+      const auto bytes = download(out.get(), c.n * stride * size_of(dtype));
+      const std::vector<float> w = product.weights();
+      for (int64_t row = 0; row < c.n; row += 43) {
+        EXPECT_EQ(float_from(element_at(bytes.data(), row * stride + 199, dtype), dtype),
+                  float_from(bits_from(w[static_cast<size_t>(row * c.k + 199)], dtype), dtype));
       }
     }
   }
