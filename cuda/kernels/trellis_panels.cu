@@ -27,12 +27,18 @@ __global__ void __launch_bounds__(kThreads)
   const int chunk = i - rank * chunks;
   const int begin = deal.first_span(rank) + chunk * deal.chunk;
   const int count = min(deal.chunk, deal.spans_of(rank) - chunk * deal.chunk);
-  float v[kMostSpans][4] = {};
+  SpanLoad load[kMostSpans];
+#pragma unroll
+  for (int s = 0; s < kMostSpans; ++s) {
+    if (s < count && token < p.m) load[s] = ask_span(p, token, begin + s);
+  }
+  float v[kMostSpans][4];
+#pragma unroll
+  for (int s = 0; s < kMostSpans; ++s) scale_span(p, load[s], v[s]);
+  if (p.rotated) rotate_spans(v);
   uint32_t largest = 0;  // numbers without sign order as their bits do; NaN is the largest
 #pragma unroll
   for (int s = 0; s < kMostSpans; ++s) {
-    if (s >= count) break;
-    if (token < p.m) load_span(p, token, begin + s, v[s]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) largest = max(largest, __float_as_uint(v[s][j]) & 0x7FFFFFFFU);
   }
@@ -48,9 +54,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int s = 0; s < kMostSpans; ++s) {
     if (s >= count) break;
-    // Activations 4 * (lane % 16) + j of a piece: of tile lane % 16 / 4, pairs 2 a + b with a = 2 * (lane %
-    // 2)
-    // + j / 2 and b = lane / 2 % 2. Pairs 0 ... 3 are in the first half of a piece.
+    // Activations 4 * (lane % 16) + j of a piece: of tile lane % 16 / 4, pairs 2 a + b with
+    // a = 2 * (lane % 2) + j / 2 and b = lane / 2 % 2. Pairs 0 ... 3 are in the first half of a piece.
     unsigned char* const half =
         work.activations +
         (static_cast<int64_t>(2 * (begin + s) + lane / 16) * 2 + (lane & 1)) * (kTokens * 64);

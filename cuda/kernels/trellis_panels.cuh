@@ -32,7 +32,7 @@ class TrellisPanelWalk {
         row_step_((p.column_pieces - columns) * (kBits * 32)) {
     codes_ = codes + (static_cast<int64_t>(row_) * p.column_pieces + column_) * (kBits * 32) + lane_;
     asked_ = column_;
-    if (left_ > 0) ask();
+    if (left_ > 0) ask(ahead_[0]);
   }
 
   // Calls leave(row, totals) for each row of pieces that the walk meets: totals[group][2 * unit + r][c] is
@@ -41,39 +41,46 @@ class TrellisPanelWalk {
   __device__ __forceinline__ void run(const TrellisMap& map, const unsigned char* operands,
                                       const float* units, int chunk_pieces, Leave leave) {
     if (left_ <= 0) return;
-    const unsigned char* const lane_operands = operands + lane_ * 16;
-    const float* const lane_units = units + lane_ % 4 * 2;
+    operands_ = operands + lane_ * 16;
+    units_ = units + lane_ % 4 * 2;
+    chunk_ = chunk_pieces;
     clear_totals();
     clear_sums();
-    for (;;) {
-      uint4 words[kBits];
-#pragma unroll
-      for (int i = 0; i < kBits; ++i) words[i] = next_[i];
-      if (left_ > 1) ask();
-      const unsigned char* const at = lane_operands + column_ * kPieceBytes;
-      multiply_half<0>(map, words, at);
-      multiply_half<1>(map, words, at + kPieceBytes / 2);
-      --left_;
-      ++column_;
-      const bool row_ends = column_ == columns_;
-      if (row_ends || left_ == 0 || (column_ & (chunk_pieces - 1)) == 0) {
-        add_scaled(lane_units + (column_ - 1) / chunk_pieces * (8 * kGroups));
-        clear_sums();
-      }
+    while (multiply_piece(map, ahead_[0], ahead_[1], leave) &&
+           multiply_piece(map, ahead_[1], ahead_[0], leave)) {
+      continue;
+    }
+  }
+
+ private:
+  // One piece, while the words of the next are on their way. False: it was the last.
+  template <class Leave>
+  __device__ __forceinline__ bool multiply_piece(const TrellisMap& map, const uint4 (&words)[kBits],
+                                                 uint4 (&next)[kBits], Leave leave) {
+    if (left_ > 1) ask(next);
+    const unsigned char* const at = operands_ + column_ * kPieceBytes;
+    multiply_half<0>(map, words, at);
+    multiply_half<1>(map, words, at + kPieceBytes / 2);
+    --left_;
+    ++column_;
+    const bool row_ends = column_ == columns_;
+    if (row_ends || left_ == 0 || (column_ & (chunk_ - 1)) == 0) {
+      add_scaled(units_ + (column_ - 1) / chunk_ * (8 * kGroups));
+      clear_sums();
       if (row_ends || left_ == 0) {
         leave(row_, totals_);
-        if (left_ == 0) return;
+        if (left_ == 0) return false;
         clear_totals();
         ++row_;
         column_ = 0;
       }
     }
+    return true;
   }
 
- private:
-  __device__ __forceinline__ void ask() {
+  __device__ __forceinline__ void ask(uint4 (&to)[kBits]) {
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) next_[i] = __ldcs(codes_ + i * 32);
+    for (int i = 0; i < kBits; ++i) to[i] = __ldcs(codes_ + i * 32);
     codes_ += kBits * 32;
     if (++asked_ == columns_) {
       codes_ += row_step_;
@@ -154,8 +161,11 @@ class TrellisPanelWalk {
   int left_;   // pieces of the walk
   int asked_;  // the column of the next piece to ask for
   int row_step_;
+  int chunk_;  // pieces that share a scale
+  const unsigned char* operands_;
+  const float* units_;
   const uint4* codes_;
-  uint4 next_[kBits];
+  uint4 ahead_[2][kBits];
   float sums_[kGroups][4][4];
   float totals_[kGroups][8][2];
 };

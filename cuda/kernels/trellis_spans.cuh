@@ -88,12 +88,6 @@ __device__ __forceinline__ void scale_span(const TrellisProduct& p, const SpanLo
   v[3] = (p.bfloat16 ? Brain::high(load.x.y) : Half::high(load.x.y)) * Half::high(load.scales.y);
 }
 
-// A lane's four activations of a span, scaled and rotated.
-__device__ __forceinline__ void load_span(const TrellisProduct& p, int token, int span, float (&v)[4]) {
-  scale_span(p, ask_span(p, token, span), v);
-  if (p.rotated) rotate_128(v);
-}
-
 // Four neighbours, rounded to bfloat16 or float16.
 __device__ __forceinline__ uint2 round_four(bool bfloat16, float a, float b, float c, float d) {
   if (bfloat16) {
