@@ -56,7 +56,7 @@ std::set<std::string> check_case(const ProductCase& c) {
     check({.kernel = kernel});
     if (kernel != "trellis_stream" && kernel != "trellis_exact") continue;
     check({.overlap = true, .kernel = kernel});
-    for (const int splits : {1, 2, 4, 8}) check({.kernel = kernel, .splits = splits});
+    for (const int splits : {1, 2, 3, 5, 8}) check({.kernel = kernel, .splits = splits});
   }
   return taken;
 }
