@@ -62,7 +62,8 @@ std::vector<KernelEntry> cuda_kernel_table() {
   add("vector_codebook", "1-16", false);
   // With any dense format of those.
   add("outliers", "1-16", false);
-  // All but `decode`: whole bits, codebooks 3inst, mcg, mul1, octagon (and 1mad), windows of 16.
+  // All but `trellis_dense` and `decode`: whole bits, codebooks 3inst, mcg, mul1, octagon (and 1mad), windows
+  // of 16.
   for (const CudaProduct& product : cuda::trellis_products()) {
     for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
       if (dtype == DType::f32 && !product.float32) continue;

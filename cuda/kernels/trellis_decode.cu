@@ -104,6 +104,7 @@ void decode_trellis_rounded(const TrellisLayout& layout, const PreparedPlanes& w
                             int64_t rows, void* out, DType dtype, int64_t stride, cudaStream_t stream) {
   if (rows <= 0 || layout.k == 0) return;
   const TrellisDense dense = dense_of(layout, w, first_row, rows, out, dtype, stride);
+  if (!has_exact_words(layout)) return launch_trellis_dense_any(dense, stream);
   with_trellis_code<1, 8>(
       layout, [&]<int kBits, TrellisHash kHash>() { launch_trellis_dense<kBits, kHash>(dense, stream); });
 }

@@ -19,8 +19,92 @@ namespace quantloom::cuda {
 constexpr int kDenseThreads = 256;
 constexpr int kDenseBlocks = 2;  // of threads on a processor
 constexpr int kDensePlaneBytes = kTileSide * kTileSide * 2;
-// Two planes of weights, and two of scales: of the rows, then of the columns.
-constexpr int kDenseBytes = 2 * kDensePlaneBytes + 2 * 2 * kTileSide * 4;
+constexpr int kDenseScaleBytes = 2 * kTileSide * 4;  // of the rows, then of the columns
+
+// Where decode_rotated() has its weights from: the 16 rows of a warp.
+//
+// From words of its lanes, which it asks for one tile ahead.
+template <int kBits, TrellisHash kHash>
+class FragmentRows {
+ public:
+  static constexpr int kPlanes = 2;  // that rotated weights change hands in, by turns
+  static constexpr int kBytes = 0;   // of shared memory
+
+  // A block of 64 columns. Words are numbered as those of TrellisExact.
+  class Block {
+   public:
+    __device__ __forceinline__ Block(const uint32_t (&words)[kBits], const TrellisMap& map)
+        : windows_(words), map_(map) {}
+    template <int kWord>
+    __device__ __forceinline__ uint32_t word() const {
+      return TrellisExact<kBits, kHash>::template word<kWord>(windows_, map_);
+    }
+
+   private:
+    typename TrellisExact<kBits, kHash>::Windows windows_;
+    const TrellisMap& map_;
+  };
+
+  __device__ __forceinline__ void ask(const TrellisDense& w, int band, int span) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int64_t block = static_cast<int64_t>(2 * band + warp / 4) * w.column_blocks + 2 * span;
+    load_unit<kBits>(w.codes, block, warp % 4, lane, words_[0]);
+    load_unit<kBits>(w.codes, block + 1, warp % 4, lane, words_[1]);
+  }
+  // By all threads, before the blocks of a tile are taken.
+  __device__ __forceinline__ void stage(const TrellisDense& /*w*/, int /*band*/, int /*span*/,
+                                        unsigned char* /*memory*/) {}
+  __device__ __forceinline__ Block block(const TrellisDense& w, const unsigned char* /*memory*/,
+                                         int i) const {
+    return Block(words_[i], w.map);
+  }
+
+ private:
+  uint32_t words_[2][kBits];
+};
+
+// From shared memory, where all warps decode them.
+class StagedRows {
+ public:
+  static constexpr int kPlanes = 1;
+  static constexpr int kBytes = kStageBytes + RingStage::kWordBytes;
+
+  class Block {
+   public:
+    // from: 16 columns of the first of the lane's two rows.
+    explicit __device__ __forceinline__ Block(const unsigned char* from) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pieces_[i / 2][i % 2] =
+            *reinterpret_cast<const uint4*>(from + i / 2 * 8 * kStageRowBytes + i % 2 * 16);
+      }
+    }
+    template <int kWord>
+    __device__ __forceinline__ uint32_t word() const {
+      const uint4& piece = pieces_[kWord / 2 % 2][kWord % 2];
+      return kWord / 4 == 0 ? piece.x : kWord / 4 == 1 ? piece.y : kWord / 4 == 2 ? piece.z : piece.w;
+    }
+
+   private:
+    uint4 pieces_[2][2];
+  };
+
+  __device__ __forceinline__ void ask(const TrellisDense& /*w*/, int /*band*/, int /*span*/) {}
+  __device__ __forceinline__ void stage(const TrellisDense& w, int band, int span, unsigned char* memory) {
+    RingStage::decode<kDenseThreads / 32>(w, band, span, memory);
+    __syncthreads();
+  }
+  __device__ __forceinline__ Block block(const TrellisDense& /*w*/, const unsigned char* memory,
+                                         int i) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    return Block(memory + (16 * warp + lane / 4) * kStageRowBytes + i * 128 + lane % 4 * 32);
+  }
+};
+
+template <class Source>
+constexpr int kDenseBytes = Source::kPlanes*(kDensePlaneBytes + kDenseScaleBytes) + Source::kBytes;
 
 __device__ __forceinline__ void butterfly(float& a, float& b) {
   const float difference = a - b;
@@ -41,25 +125,19 @@ __device__ __forceinline__ void hadamard_operand(int lane, uint32_t (&a)[4]) {
 }
 
 // The products of one step of 16 columns: rows 0 ... 7 and 8 ... 15 of the warp's.
-template <class Decoder, int kStep>
-__device__ __forceinline__ void rotate_step(const typename Decoder::Windows& windows, const TrellisMap& map,
-                                            const uint32_t (&a)[4], float (&sums)[2][4]) {
+template <int kStep, class Block>
+__device__ __forceinline__ void rotate_step(const Block& block, const uint32_t (&a)[4], float (&sums)[2][4]) {
   constexpr float kNone[4] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t low = half == 0 ? Decoder::template word<4 * kStep>(windows, map)
-                                   : Decoder::template word<4 * kStep + 2>(windows, map);
-    const uint32_t high = half == 0 ? Decoder::template word<4 * kStep + 1>(windows, map)
-                                    : Decoder::template word<4 * kStep + 3>(windows, map);
-    multiply_add<__half>(sums[half], a, low, high, kNone);
-  }
+  multiply_add<__half>(sums[0], a, block.template word<4 * kStep>(), block.template word<4 * kStep + 1>(),
+                       kNone);
+  multiply_add<__half>(sums[1], a, block.template word<4 * kStep + 2>(), block.template word<4 * kStep + 3>(),
+                       kNone);
 }
 
 // Tiles of 128 x 128, dealt to the blocks of threads by turns.
-template <class Decoder>
+template <class Source>
 __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
     decode_rotated(const __grid_constant__ TrellisDense dense) {
-  constexpr int kBits = Decoder::kBits;
   extern __shared__ __align__(16) unsigned char memory[];
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -80,14 +158,12 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
   const int read = (16 * warp + 4 * (g >> 1) + (g & 1)) * 256 +
                    (t ^ (4 * (g & 1)) ^ (8 * ((warp & 1) ^ (g >> 1 & 1)))) * 8;
 
-  uint32_t words[2][kBits];
+  Source source;
   uint32_t scale = 0;  // float16 bits
   const auto ask = [&](int64_t tile) {
     const auto band = static_cast<int>(tile / spans);
     const int span = static_cast<int>(tile - static_cast<int64_t>(band) * spans);
-    const int64_t block = static_cast<int64_t>(2 * band + warp / 4) * dense.column_blocks + 2 * span;
-    load_unit<kBits>(dense.codes, block, warp % 4, lane, words[0]);
-    load_unit<kBits>(dense.codes, block + 1, warp % 4, lane, words[1]);
+    source.ask(dense, band, span);
     const int i = static_cast<int>(threadIdx.x) % kTileSide;
     const bool of_rows = threadIdx.x < kTileSide;
     const int at = (of_rows ? band : span) * kTileSide + i;
@@ -97,18 +173,23 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
 
   int64_t tile = blockIdx.x;
   if (tile < tiles) ask(tile);
-  for (int plane = 0; tile < tiles; plane ^= 1) {
+  for (int plane = 0; tile < tiles; plane = Source::kPlanes - 1 - plane) {
     unsigned char* const weights = memory + plane * kDensePlaneBytes;
-    auto* const scales = reinterpret_cast<float*>(memory + 2 * kDensePlaneBytes) + plane * 2 * kTileSide;
+    auto* const scales =
+        reinterpret_cast<float*>(memory + Source::kPlanes * kDensePlaneBytes + plane * kDenseScaleBytes);
+    unsigned char* const staged = memory + Source::kPlanes * (kDensePlaneBytes + kDenseScaleBytes);
+    const auto band = static_cast<int>(tile / spans);
+    const int span = static_cast<int>(tile - static_cast<int64_t>(band) * spans);
+    source.stage(dense, band, span, staged);
     {
       float sums[2][4][2][4];  // of a block of columns, a step, a half of the rows
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        const typename Decoder::Windows windows(words[block]);
-        rotate_step<Decoder, 0>(windows, dense.map, hadamard, sums[block][0]);
-        rotate_step<Decoder, 1>(windows, dense.map, hadamard, sums[block][1]);
-        rotate_step<Decoder, 2>(windows, dense.map, hadamard, sums[block][2]);
-        rotate_step<Decoder, 3>(windows, dense.map, hadamard, sums[block][3]);
+        const typename Source::Block columns = source.block(dense, staged, block);
+        rotate_step<0>(columns, hadamard, sums[block][0]);
+        rotate_step<1>(columns, hadamard, sums[block][1]);
+        rotate_step<2>(columns, hadamard, sums[block][2]);
+        rotate_step<3>(columns, hadamard, sums[block][3]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           butterfly(sums[block][0][i / 4][i % 4], sums[block][1][i / 4][i % 4]);
@@ -146,7 +227,6 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
         }
       }
     }
-    const int64_t done = tile - gridDim.x;
     __syncthreads();
     {
       float sums[8][2][4];  // of 16 rows, of columns 2 apart
@@ -171,8 +251,6 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
           }
         }
       }
-      const auto band = static_cast<int>(done / spans);
-      const int span = static_cast<int>(done - static_cast<int64_t>(band) * spans);
       const float4 columns = *reinterpret_cast<const float4*>(scales + kTileSide + 16 * warp + 4 * t);
       const int64_t stride = dense.stride;
       uint16_t* to = static_cast<uint16_t*>(dense.out) +
@@ -197,16 +275,17 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
   }
 }
 
-template <int kBits, TrellisHash kHash>
-void launch_trellis_dense(const TrellisDense& dense, cudaStream_t stream) {
+template <class Source, class Stage>
+void launch_rounded_rows(const TrellisDense& dense, cudaStream_t stream) {
+  if (!dense.rotated) return launch_exact_rows<Stage>(dense, stream);
   const int64_t tiles = static_cast<int64_t>(dense.bands) * (dense.column_blocks / 2);
   if (tiles == 0) return;
-  if (!dense.rotated) return launch_exact_rows<FragmentStage<kBits, kHash>>(dense, stream);
-  const auto kernel = decode_rotated<TrellisExact<kBits, kHash>>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes),
+  const auto kernel = decode_rotated<Source>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes<Source>),
              "matmul_cuda: shared memory of decode_rotated");
   const int64_t resident = int64_t{kDenseBlocks} * current_device().processors;
-  kernel<<<static_cast<unsigned>(std::min(tiles, resident)), kDenseThreads, kDenseBytes, stream>>>(dense);
+  kernel<<<static_cast<unsigned>(std::min(tiles, resident)), kDenseThreads, kDenseBytes<Source>, stream>>>(
+      dense);
   check_cuda(cudaGetLastError(), "matmul_cuda: launch of decode_rotated");
 }
 

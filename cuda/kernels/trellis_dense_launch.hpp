@@ -41,5 +41,6 @@ void launch_trellis_decode_any(const TrellisDense& dense, cudaStream_t stream);
 // from n on and columns from k on zero.
 template <int kBits, TrellisHash kHash>
 void launch_trellis_dense(const TrellisDense& dense, cudaStream_t stream);
+void launch_trellis_dense_any(const TrellisDense& dense, cudaStream_t stream);
 
 }  // namespace quantloom::cuda

@@ -197,11 +197,9 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const Trell
 // Why the kernels for more tokens cannot run, or nothing.
 std::optional<std::string> why_no_tiles(const CudaProduct& product, const TrellisLayout& layout, int64_t m,
                                         DType dtype, const DeviceFacts& device) {
-  const bool dense = product.name == kDense;
-  const bool bits = dense || (layout.bits() >= 2 && layout.bits() <= 4);
-  if (!has_exact_words(layout) || !bits) {
-    return text_of("kernel ", product.name, " takes 3inst, mcg, mul1 and octagon of ",
-                   dense ? "whole" : "2, 3 or 4", " bits with windows of 16");
+  if (product.name != kDense && (!has_exact_words(layout) || layout.bits() < 2 || layout.bits() > 4)) {
+    return text_of("kernel ", product.name,
+                   " takes 3inst, mcg, mul1 and octagon of 2, 3 or 4 bits with windows of 16");
   }
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
