@@ -6,6 +6,7 @@
 #include "arrays.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -89,6 +90,18 @@ void bind_formats(py::module_& module) {
     auto format = format_from_json(dense);
     return percent ? Outliers(std::move(format), *percent).to_json()
                    : Outliers(std::move(format), count).to_json();
+  });
+
+  module.def("spqr_json",
+             [](int64_t bits, int64_t group_size, int64_t scale_bits, int64_t zero_bits, int64_t block) {
+               return Spqr(to_int("bits", bits), group_size, to_int("scale_bits", scale_bits),
+                           to_int("zero_bits", zero_bits), block)
+                   .to_json();
+             });
+  module.def("spqr_average_bits", [](const std::string& json, double outlier_rate) {
+    const auto format = std::dynamic_pointer_cast<const Spqr>(format_from_json(json));
+    if (format == nullptr) throw InvalidArgument("format", "another format", "spqr");
+    return spqr_average_bits(*format, outlier_rate);
   });
 
   py::class_<PackedTensor, std::shared_ptr<PackedTensor>>(module, "Packed")

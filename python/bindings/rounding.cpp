@@ -28,6 +28,8 @@ py::dict to_python(const RoundingReport& report) {
   fields["dead_columns"] = report.dead_columns;
   fields["tokens"] = report.tokens;
   fields["mean_squared_error"] = report.mean_squared_error;
+  fields["outliers"] = report.outliers;
+  fields["outlier_threshold"] = report.outlier_threshold;
   fields["proxy_loss"] = report.proxy_loss;
   fields["proxy_loss_nearest"] = report.proxy_loss_nearest;
   fields["held_out_loss"] = report.held_out_loss;
@@ -36,6 +38,15 @@ py::dict to_python(const RoundingReport& report) {
 }
 
 namespace {
+
+// percent, bits, threshold.
+using Budget = std::optional<std::tuple<std::optional<double>, std::optional<double>, std::optional<double>>>;
+
+std::optional<OutlierSearch> to_outlier_search(const Budget& budget) {
+  if (!budget) return std::nullopt;
+  const auto& [percent, bits, threshold] = *budget;
+  return OutlierSearch{percent, bits, threshold};
+}
 
 py::tuple to_pair(Rounded rounded) {
   const py::dict fields = to_python(rounded.report);
@@ -60,7 +71,7 @@ py::tuple nearest(const ArrayRef& w, const std::string& format, const Search& se
 
 py::tuple error_feedback(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
                          double damping, std::vector<double> damping_ladder, bool act_order,
-                         bool static_groups, int64_t block, const Search& search,
+                         bool static_groups, int64_t block, const Search& search, const Budget& outliers,
                          const SharedHessian* held_out, int64_t threads) {
   const FloatMatrix weights = w.float_matrix("w");
   Rounded rounded;
@@ -74,6 +85,7 @@ py::tuple error_feedback(const ArrayRef& w, const std::string& format, const Sha
                                     .static_groups = static_groups,
                                     .block = block,
                                     .scale_search = to_search(search),
+                                    .outliers = to_outlier_search(outliers),
                                     .held_out = hessians.second(),
                                     .threads = to_int("threads", threads)});
   }

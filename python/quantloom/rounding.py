@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 
 from quantloom import _arrays, _checks, _core, _devices
 from quantloom.calibration import Hessian, as_hessian, require_same_device
-from quantloom.formats import Format, parse_format
+from quantloom.formats import Format, Outliers, parse_format
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform, parse_transform
 
 __all__ = [
     "GPTQ",
     "Nearest",
+    "OutlierSearch",
     "Rounding",
     "RoundingReport",
     "ScaleSearch",
@@ -68,6 +70,59 @@ class ScaleSearch:
         return fields | ({"output_error": True} if self.output_error else {})
 
 
+@dataclass(frozen=True)
+class OutlierSearch:
+    """Which weights ``GPTQ`` keeps in float16 beside a dense format (SpQR: Dettmers et al., 2023).
+
+    A weight's rounding error counts squared, over its entry on the diagonal of the inverse of what is left of
+    H when the walk comes to it. Before a group is fitted, weights are left out without which the others round
+    better by more than a threshold; on the walk, weights that round worse than it become outliers. Just one
+    of these is given:
+
+    Args:
+        percent: of the weights of a matrix, at most: from 0 to below 100.
+        bits: stored bits per weight, at most: of all planes of a matrix, padding included.
+        threshold: > 0, in units of the mean over columns of (mean w^2 / that entry): weights beyond it.
+
+    For the first two a threshold is searched, matrix by matrix, that spends all but 1% of the outliers they
+    allow, where counts let it. That takes 5 to 10 walks; on matrices of 2048 rows and more, most of them over
+    an eighth of the rows.
+    """
+
+    percent: float | None = None
+    bits: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {item.name for item in fields(self) if getattr(self, item.name) is not None}
+        if len(given) != 1:
+            got = ", ".join(sorted(given)) or "none"
+            raise ValueError(f"percent, bits, threshold: got {got}, expected one of them")
+        for name in given:
+            object.__setattr__(self, name, _checks.real(name, getattr(self, name)))
+        if self.percent is not None and not 0 <= self.percent < 100:
+            raise ValueError(f"percent: got {self.percent}, expected a number from 0 to below 100")
+        if self.bits is not None and not 0 < self.bits <= 64:
+            raise ValueError(f"bits: got {self.bits}, expected a number above 0, at most 64")
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(f"threshold: got {self.threshold}, expected a number > 0")
+
+    @property
+    def _option(self) -> str:
+        if self.percent is not None:
+            return f"outliers={self.percent!r}%"
+        return f"bits={self.bits!r}" if self.bits is not None else f"outlier-threshold={self.threshold!r}"
+
+    def _stored_format(self, format: Format, n: int, k: int) -> Format:
+        """What a matrix [n, k] is stored in, with as many outliers as the search may take."""
+        if self.threshold is not None or not n * k:
+            return format
+        if self.percent is not None:
+            return Outliers(format, count=int(self.percent * n * k / 100))
+        none, one = (Outliers(format, count=count).size_in_bits(n, k) for count in (0, 1))
+        return Outliers(format, count=min(max(0, int((self.bits * n * k - none) // (one - none))), n * k))
+
+
 class Rounding:
     """Base class of all roundings."""
 
@@ -88,8 +143,23 @@ class Rounding:
             value = getattr(self, item.name)
             if isinstance(value, ScaleSearch):
                 value = value.to_fields()
+            if item.name == "outliers":
+                if value is None:
+                    continue
+                value = {part.name: getattr(value, part.name) for part in fields(value)}
             settings[item.name] = list(value) if isinstance(value, tuple) else value
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+    def stored_format(self, format: Format | str, n: int, k: int) -> Format:
+        """What a matrix [n, k] is stored in that is rounded to `format`: with outliers, if the rounding adds
+        some, as many as it may."""
+        search, format = self.outlier_search, parse_format(format)
+        return format if search is None else search._stored_format(format, n, k)
+
+    @property
+    def outlier_search(self) -> OutlierSearch | None:
+        """That of the rounding, or of the one that it leads to."""
+        return getattr(getattr(self, "then", self), "outliers", None)
 
 
 def _check_scale_search(value: Any) -> None:
@@ -151,6 +221,9 @@ class GPTQ(Rounding):
             which floating-point sums are taken.
         scale_search: None, or a ``ScaleSearch`` weighted by diag(H).
         held_out: optional, a Hessian of other tokens, for the report.
+        outliers: None, or an ``OutlierSearch``: the result's format is then ``Outliers`` around the format
+            asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only; and
+            no CUDA kernel multiplies what `act_order` without `static_groups` then makes.
     """
 
     hessian: Hessian | Any = None
@@ -161,6 +234,7 @@ class GPTQ(Rounding):
     block: int = 128
     scale_search: ScaleSearch | None = None
     held_out: Hessian | Any = None
+    outliers: OutlierSearch | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -181,6 +255,9 @@ class GPTQ(Rounding):
         _checks.boolean("static_groups", self.static_groups)
         set_field(self, "block", _checks.integer("block", self.block, 1))
         _check_scale_search(self.scale_search)
+        if self.outliers is not None and not isinstance(self.outliers, OutlierSearch):
+            got = _checks.type_name(self.outliers)
+            raise TypeError(f"outliers: got {got}, expected None or an OutlierSearch")
 
     @property
     def spec(self) -> str:
@@ -188,6 +265,8 @@ class GPTQ(Rounding):
         if self.block != default.block or self.damp_ladder != default.damp_ladder:
             raise ValueError("rounding: block and damp_ladder have no short form")
         options = _search_options(self.scale_search)
+        if self.outliers is not None:
+            options.append(self.outliers._option)
         if self.damp != default.damp:
             options.append(f"damp={self.damp!r}")
         if not self.act_order:
@@ -213,6 +292,8 @@ class RoundingReport:
         proxy_loss: tr(E H E^T) with E = W - W', the mean squared output error per token summed over
             out_features; ..._nearest: the same for nearest rounding in the same format; held_out_...: the
             same on the held-out Hessian.
+        outliers: that an ``OutlierSearch`` found; outlier_threshold: the threshold it found them by, infinite
+            for none, NaN without a search.
     """
 
     method: str
@@ -228,6 +309,8 @@ class RoundingReport:
     proxy_loss_nearest: float
     held_out_loss: float
     held_out_loss_nearest: float
+    outliers: int = 0
+    outlier_threshold: float = math.nan
 
 
 def quantize(
@@ -297,9 +380,13 @@ def quantize(
         rounding.scale_search.norm,
         rounding.scale_search.output_error,
     )
+    budget = getattr(rounding, "outliers", None)
+    outliers = None if budget is None else (budget.percent, budget.bits, budget.threshold)
     hessian = rounding.hessian and rounding.hessian._core
     held_out = rounding.held_out and rounding.held_out._core
     if matrix.device != "cpu":
+        if outliers is not None:
+            raise RuntimeError(f"outliers: got a search for w on {matrix.device}, expected w.cpu()")
         return _quantize_cuda(matrix, format, rounding, search, hessian, held_out)
     if isinstance(rounding, GPTQ):
         packed, report = _core.round_error_feedback(
@@ -312,6 +399,7 @@ def quantize(
             rounding.static_groups,
             rounding.block,
             search,
+            outliers,
             held_out,
             threads,
         )
@@ -410,7 +498,8 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
     ``nearest[:search[=STEPS]]``,
     ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]`` or
     ``awq[:steps=N][:folded][+ROUNDING]`` with one of the others after the plus; ``output-search`` in place of
-    ``search`` is a search by output error.
+    ``search`` is a search by output error; ``gptq`` takes ``:outliers=PERCENT%``, ``:bits=BITS`` or
+    ``:outlier-threshold=X`` for an ``OutlierSearch``.
     """
     if isinstance(spec, Rounding):
         return spec
@@ -431,6 +520,12 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
                 update = {"scale_search": ScaleSearch(**steps, output_error=key == "output-search")}
             elif name == "gptq" and key == "damp":
                 update = {"damp": float(value)}
+            elif name == "gptq" and key == "outliers" and value.endswith("%"):
+                update = {"outliers": OutlierSearch(percent=float(value[:-1]))}
+            elif name == "gptq" and key == "bits":
+                update = {"outliers": OutlierSearch(bits=float(value))}
+            elif name == "gptq" and key == "outlier-threshold":
+                update = {"outliers": OutlierSearch(threshold=float(value))}
             elif name == "gptq" and option == "no-act-order":
                 update = {"act_order": False}
             elif name == "gptq" and option == "dynamic-groups":
@@ -470,4 +565,9 @@ def rounding_from_json(text: str) -> Rounding:
                 f"rounding scale_search: got {search!r}, expected steps, smallest, norm, output_error"
             )
         settings["scale_search"] = ScaleSearch(**search)
+    outliers = settings.get("outliers")
+    if outliers is not None:
+        if not isinstance(outliers, dict) or outliers.keys() - {"percent", "bits", "threshold"}:
+            raise ValueError(f"rounding outliers: got {outliers!r}, expected percent, bits or threshold")
+        settings["outliers"] = OutlierSearch(**outliers)
     return kind(**settings)

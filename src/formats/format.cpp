@@ -5,6 +5,7 @@
 #include "formats/description.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
@@ -48,6 +49,11 @@ const std::vector<FormatEntry>& format_table() {
        &Trellis::from_json,
        &Trellis::from_spec,
        {"trellis:2:mul1", "trellis:3.5:mcg:plain:l10"}},
+      {"spqr",
+       "evenly spaced grid whose scales and zero points are codes themselves, for SpQR",
+       &Spqr::from_json,
+       &Spqr::from_spec,
+       {"spqr:3:g16:s3:z3:b16", "spqr:2:g32:s3:z3:b16", "spqr:4:g24:s2:z5:b7"}},
   };
   return table;
 }

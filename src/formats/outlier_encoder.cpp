@@ -11,7 +11,6 @@ class OutlierEncoder final : public ColumnEncoder {
   OutlierEncoder(std::shared_ptr<const Format> self, const Outliers& format, int64_t n, int64_t k)
       : self_(std::move(self)),
         format_(format),
-        specs_(format.planes(n, k)),
         k_(k),
         dense_(format.dense->column_encoder(format.dense, n, k, {})),
         values_(format.positions.size()) {
@@ -25,11 +24,19 @@ class OutlierEncoder final : public ColumnEncoder {
   int64_t group_count() const override { return dense_->group_count(); }
   int64_t group_size() const override { return dense_->group_size(); }
   bool parameters_span_rows() const override { return dense_->parameters_span_rows(); }
+  int64_t rows_per_step() const override { return dense_->rows_per_step(); }
 
   void fit(int64_t group, int64_t first_row, MatrixView<const float> values,
            std::span<const float> shrink) override {
     std::vector<float> without;
     dense_->fit(group, first_row, without_outliers(group * group_size(), first_row, values, without), shrink);
+  }
+
+  void refine(int64_t group, int64_t first_row, MatrixView<const float> values,
+              std::span<const float> column_weights) override {
+    std::vector<float> without;
+    dense_->refine(group, first_row, without_outliers(group * group_size(), first_row, values, without),
+                   column_weights);
   }
 
   void encode(int64_t column, int64_t first_row, MatrixView<const float> values,
@@ -48,24 +55,7 @@ class OutlierEncoder final : public ColumnEncoder {
   }
 
   PackedTensor finish(int threads) override {
-    PackedTensor packed = dense_->finish(threads);
-    packed.format = std::make_shared<const Outliers>(packed.format, std::ssize(values_));
-    for (const PlaneSpec& spec : specs_) {
-      if (spec.name.starts_with("outlier_")) packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
-    }
-    const auto offsets = packed.planes.at("outlier_offsets").values<int32_t>();
-    std::ranges::transform(offsets_, offsets.begin(), [](int64_t at) { return static_cast<int32_t>(at); });
-    Tensor& columns = packed.planes.at("outlier_columns");
-    for (size_t i = 0; i < values_.size(); ++i) {
-      const int64_t column = format_.positions[i] % k_;
-      if (columns.dtype() == DType::u16) {
-        columns.values<uint16_t>()[i] = static_cast<uint16_t>(column);
-      } else {
-        columns.values<int32_t>()[i] = static_cast<int32_t>(column);
-      }
-    }
-    std::ranges::copy(values_, packed.planes.at("outlier_values").values<uint16_t>().begin());
-    return packed;
+    return with_outliers(dense_->finish(threads), format_.positions, values_);
   }
 
  private:
@@ -104,7 +94,6 @@ class OutlierEncoder final : public ColumnEncoder {
 
   std::shared_ptr<const Format> self_;  // keeps format_ alive
   const Outliers& format_;
-  std::vector<PlaneSpec> specs_;
   int64_t k_;
   std::unique_ptr<ColumnEncoder> dense_;
   std::vector<int64_t> offsets_;  // [n + 1], none without columns

@@ -124,7 +124,6 @@ std::shared_ptr<const Format> Outliers::from_spec(std::string_view spec) {
 
 std::vector<PlaneSpec> Outliers::planes(int64_t n, int64_t k) const {
   std::vector<PlaneSpec> specs = dense->planes(n, k);
-  std::erase_if(specs, [](const PlaneSpec& spec) { return spec.optional; });
   const int64_t entries = entry_count(n, k);
   if (entries > checked_mul(n, k) || entries > INT32_MAX) {
     throw InvalidArgument("count", text_of(entries, " outliers"),
@@ -236,6 +235,31 @@ PackedTensor dense_part(const PackedTensor& packed) {
     if (!name.starts_with("outlier_")) part.planes.emplace(name, plane);
   }
   return part;
+}
+
+PackedTensor with_outliers(PackedTensor dense, std::span<const int64_t> positions,
+                           std::span<const uint16_t> values) {
+  PackedTensor packed = std::move(dense);
+  packed.format = std::make_shared<const Outliers>(packed.format, std::ssize(positions));
+  for (const PlaneSpec& spec : packed.format->planes(packed.n, packed.k)) {
+    if (spec.name.starts_with("outlier_")) packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
+  }
+  const auto offsets = packed.planes.at("outlier_offsets").values<int32_t>();
+  Tensor& columns = packed.planes.at("outlier_columns");
+  size_t row = 0;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    for (; static_cast<int64_t>(row) <= positions[i] / packed.k; ++row)
+      offsets[row] = static_cast<int32_t>(i);
+    const int64_t column = positions[i] % packed.k;
+    if (columns.dtype() == DType::u16) {
+      columns.values<uint16_t>()[i] = static_cast<uint16_t>(column);
+    } else {
+      columns.values<int32_t>()[i] = static_cast<int32_t>(column);
+    }
+  }
+  for (; row < offsets.size(); ++row) offsets[row] = static_cast<int32_t>(positions.size());
+  std::ranges::copy(values, packed.planes.at("outlier_values").values<uint16_t>().begin());
+  return packed;
 }
 
 }  // namespace quantloom

@@ -332,7 +332,8 @@ HWY_INLINE VF load_scales(const uint8_t* HWY_RESTRICT header, DType dtype, int p
   return hn::LoadU(df, reinterpret_cast<const float*>(header) + part * kLanes);
 }
 
-HWY_INLINE VF load_zeros(const uint8_t* HWY_RESTRICT zeros, int part) {
+HWY_INLINE VF load_zeros(const uint8_t* HWY_RESTRICT zeros, bool real, int part) {
+  if (real) return hn::LoadU(DF(), reinterpret_cast<const float*>(zeros) + part * kLanes);
   const hn::Rebind<uint8_t, DU> d8;
   return hn::ConvertTo(DF(), hn::PromoteTo(DI(), hn::LoadU(d8, zeros + part * kLanes)));
 }

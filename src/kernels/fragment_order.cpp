@@ -173,6 +173,10 @@ int64_t FragmentLayout::code_words() const {
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
+    if (with_group_index) {
+      throw Unsupported(text_of("no CUDA kernel takes ", format.spec(),
+                                " with the plane group_index: expected groups of consecutive columns"));
+    }
     layout = fragment_layout(*outliers->dense, n, k, false);
     layout.outliers = true;
     return layout;

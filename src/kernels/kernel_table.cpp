@@ -30,6 +30,11 @@ std::vector<KernelEntry> kernel_table() {
                    "rings decoded in vectors, multiplied in their basis", cpu_target()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "int8", "any",
                    "dot products with hashes, for the codebooks mul1 and 1mad", cpu_target()});
+  for (const char* activations : {"float32", "int8"}) {
+    table.push_back({"matmul", "spqr", "1-8", "any", "cpu", activations, "any",
+                     std::string(activations) + " strip loop, scales and zero points decoded at load",
+                     cpu_target()});
+  }
   // Of any dense format: with int8 activations where the dense format takes them.
   table.push_back({"matmul", "outliers", "1-16", "any", "cpu", "float32", "any",
                    "that of the dense format, outliers added", "portable"});
@@ -38,6 +43,7 @@ std::vector<KernelEntry> kernel_table() {
   }
   table.push_back(
       {"dequantize", "vector_codebook", "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
+  table.push_back({"dequantize", "spqr", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "trellis", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
   return table;

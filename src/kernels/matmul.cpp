@@ -11,6 +11,7 @@
 #include "kernels/prepared_trellis.hpp"
 #include "kernels/strip_job.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/parallel.hpp"
 
@@ -133,6 +134,7 @@ StripMatrix strip_matrix(const PreparedStrips& w) {
   matrix.container_bits = w.container_bits;
   matrix.scale_dtype = w.format->scale_dtype;
   matrix.has_zeros = w.has_zeros;
+  matrix.real_zeros = w.real_zeros;
   matrix.center = w.center;
   matrix.table = w.table.empty() ? nullptr : w.table.data();
   return matrix;
@@ -231,7 +233,8 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
   const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
   if (!with_outliers && !by_rows && !by_rings &&
-      dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr) {
+      dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr &&
+      dynamic_cast<const Spqr*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }

@@ -63,7 +63,7 @@ void strips(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t 
   constexpr int kColumns = Codes<kBits>::kColumns;
   constexpr int kFullSteps = static_cast<int>(kBlockColumns) / kColumns;
   const int64_t scale_bytes = kStripRows * size_of(w.scale_dtype);
-  const int64_t header = scale_bytes + (w.has_zeros ? kStripRows : 0);
+  const int64_t header = scale_bytes + zero_bytes(w.has_zeros, w.real_zeros);
   const Decode decode(w);
   for (int64_t strip = first; strip < last; ++strip) {
     const uint8_t* HWY_RESTRICT p = w.stream + strip * w.strip_bytes;
@@ -96,7 +96,8 @@ void strips(const StripMatrix& w, const ExactTile& tile, int64_t first, int64_t 
       for (int part = 0; part < kParts; ++part) {
         if (w.has_zeros) {
           // The codes were centred: what is left of the zero point.
-          const VF zeros = hn::Sub(load_zeros(group_header + scale_bytes, part), hn::Set(df, w.center));
+          const VF zeros =
+              hn::Sub(load_zeros(group_header + scale_bytes, w.real_zeros, part), hn::Set(df, w.center));
           for (int t = 0; t < kTile; ++t) {
             const VF group_sum = hn::Set(df, tile.group_sum[g * kTile + t]);
             sum[t][part] = hn::NegMulAdd(zeros, group_sum, sum[t][part]);

@@ -61,7 +61,7 @@ void strips(const StripMatrix& w, const Int8Tile& tile, int64_t first, int64_t l
   constexpr int kColumns = Codes<kBits>::kColumns;
   constexpr int kFullSteps = static_cast<int>(kBlockColumns) / kColumns;
   const int64_t scale_bytes = kStripRows * size_of(w.scale_dtype);
-  const int64_t header = scale_bytes + (w.has_zeros ? kStripRows : 0);
+  const int64_t header = scale_bytes + zero_bytes(w.has_zeros, w.real_zeros);
   for (int64_t strip = first; strip < last; ++strip) {
     const uint8_t* HWY_RESTRICT p = w.stream + strip * w.strip_bytes;
     const int32_t* HWY_RESTRICT x = tile.x;
@@ -95,7 +95,7 @@ void strips(const StripMatrix& w, const Int8Tile& tile, int64_t first, int64_t l
             // Exact in float32: below 2^24.
             VF products = hn::ConvertTo(df, total[t]);
             if (w.has_zeros) {
-              const VF zeros = load_zeros(group_header + scale_bytes, part);
+              const VF zeros = load_zeros(group_header + scale_bytes, w.real_zeros, part);
               products = hn::NegMulAdd(zeros, hn::Set(df, tile.code_sum[block * kTile + t]), products);
             }
             // Not fused, so that each instruction set rounds alike.

@@ -68,7 +68,7 @@ struct GroupPlace {
 };
 
 int64_t header_bytes(const PreparedStrips& p) {
-  return kStripRows * (size_of(p.format->scale_dtype) + (p.has_zeros ? 1 : 0));
+  return kStripRows * size_of(p.format->scale_dtype) + zero_bytes(p.has_zeros, p.real_zeros);
 }
 
 std::vector<GroupPlace> places_of(const PreparedStrips& p, std::span<const int64_t> sizes) {
@@ -108,8 +108,9 @@ int64_t source_column(const PreparedStrips& p, int64_t prepared_column) {
   return p.source.empty() ? prepared_column : p.source[static_cast<size_t>(prepared_column)];
 }
 
-void write_strip(PreparedStrips& p, const PackedTensor& packed, std::span<const GroupPlace> places,
-                 int64_t strip) {
+// `real_zeros` [rows, groups]: those of p.real_zeros.
+void write_strip(PreparedStrips& p, const PackedTensor& packed, std::span<const float> real_zeros,
+                 std::span<const GroupPlace> places, int64_t strip) {
   const GroupedFormat& format = *p.format;
   const bool per_tensor = format.group_size == Uniform::kPerTensor;
   const auto group_count = static_cast<int64_t>(places.size());
@@ -132,6 +133,10 @@ void write_strip(PreparedStrips& p, const PackedTensor& packed, std::span<const 
       const int64_t parameter = per_tensor ? 0 : row * group_count + g;
       std::memcpy(out + place.offset + r * scale_size, scales + parameter * scale_size,
                   static_cast<size_t>(scale_size));
+      if (p.real_zeros) {
+        std::memcpy(out + place.offset + kStripRows * scale_size + r * 4, &real_zeros[row * group_count + g],
+                    4);
+      }
       std::byte* step = out + place.codes_offset;
       for (int64_t c = 0; c < place.columns; ++c) {
         const int64_t column = source_column(p, place.first_column + c);
@@ -141,7 +146,7 @@ void write_strip(PreparedStrips& p, const PackedTensor& packed, std::span<const 
       }
     }
   }
-  if (!p.has_zeros) return;
+  if (!p.has_zeros || p.real_zeros) return;
   const auto zero_words = packed.plane("zeros").values<uint32_t>();
   const int64_t zero_row_words = packed_words(p.rows, format.bits);
   std::vector<uint8_t> zeros(static_cast<size_t>(row_count));
@@ -224,13 +229,36 @@ int64_t PreparedStrips::block_count() const {
   return count;
 }
 
-std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads) {
+namespace {
+
+// The scales of an spqr tensor as a plane; its zero points move to `zeros`.
+PackedTensor with_decoded_scales(const PackedTensor& packed, const Spqr& spqr, std::vector<float>& zeros) {
+  PackedTensor result{std::make_shared<const Uniform>(spqr.bits, spqr.group_size, false, DType::f32),
+                      packed.n, packed.k, packed.planes};
+  SpqrParameters parameters = spqr_parameters(packed);
+  zeros = std::move(parameters.zeros);
+  Tensor scales(DType::f32, {packed.n, spqr.group_count(packed.k)});
+  std::ranges::copy(parameters.scales, scales.values<float>().begin());
+  result.planes["scales"] = std::move(scales);
+  return result;
+}
+
+}  // namespace
+
+std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& given, int threads) {
   auto p = std::make_shared<PreparedStrips>();
+  std::vector<float> real_zeros;
+  const auto* spqr = dynamic_cast<const Spqr*>(given.format.get());
+  const PackedTensor packed = spqr == nullptr ? given : with_decoded_scales(given, *spqr, real_zeros);
+  p->real_zeros = spqr != nullptr;
   p->format = std::dynamic_pointer_cast<const GroupedFormat>(packed.format);
   const GroupedFormat& format = *p->format;
   p->rows = packed.n;
   p->columns = packed.k;
   p->container_bits = container_bits_for(format.bits);
+  if (p->real_zeros && p->container_bits == 3 && format.columns_per_group(packed.k) % 32 != 0) {
+    p->container_bits = 4;
+  }
   p->step_columns = p->container_bits == 3 ? 32 : 16;
   if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
     p->table = codebook->table;
@@ -291,11 +319,13 @@ std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed,
   p->stream = AlignedBytes(checked_mul(p->strip_count(), p->strip_bytes));
   const int team =
       static_cast<int>(std::clamp<int64_t>(p->stream.size() / kBytesPerThread, 1, resolve_threads(threads)));
-  parallel_for(p->strip_count(), team, [&](int64_t strip) { write_strip(*p, packed, places, strip); });
+  parallel_for(p->strip_count(), team,
+               [&](int64_t strip) { write_strip(*p, packed, real_zeros, places, strip); });
   return p;
 }
 
 PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads) {
+  if (prepared.real_zeros) throw Unsupported("unprepare: no way back to the codes of scales and zero points");
   const GroupedFormat& format = *prepared.format;
   PackedTensor packed;
   packed.format = prepared.format;

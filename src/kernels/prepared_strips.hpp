@@ -4,7 +4,7 @@
 // Rows are taken in strips of kStripRows = 16, one strip after the other; missing rows of the last strip
 // have scale 0. A strip is one linear stream:
 //   for each group:  scales      16 x scale_dtype, row by row
-//                    zero points 16 x uint8 (asymmetric only)
+//                    zero points 16 x uint8 (asymmetric only), 16 x float32 for those of spqr
 //                    steps of step_columns columns of 16 rows, 2 * container_bits * step_columns bytes each
 // A step holds vectors of 16 dwords; dword r belongs to row r of the strip. Byte b of a dword holds codes of
 // the columns q = b (mod 4) of the step, lowest bits first:
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/matmul.hpp"
 
@@ -72,7 +73,8 @@ struct PreparedStrips final : PreparedTensor {
   // The input column of each prepared column, -1 for padding; empty if prepared column c is column c.
   std::vector<int32_t> source;
   bool has_group_index = false;
-  bool has_zeros = false;  // asymmetric grids
+  bool has_zeros = false;   // asymmetric grids
+  bool real_zeros = false;  // which are no integers, and float32
   // Codebooks: the value of each code of the container, 0 beyond the table. Empty for grids.
   std::vector<float> table;
   // What one code unit of the container is worth: value = code_unit * scale * (code - center) for
@@ -86,12 +88,18 @@ struct PreparedStrips final : PreparedTensor {
   AlignedBytes stream;
 };
 
+// Bytes of the zero points of one group and strip.
+inline constexpr int64_t zero_bytes(bool has_zeros, bool real_zeros) {
+  return has_zeros ? kStripRows * (real_zeros ? 4 : 1) : 0;
+}
+
 // The container that codes of `bits` bits are stored in: 1 -> 2, 5 ... 7 -> 8, others as they are.
 int container_bits_for(int bits);
 
-// `packed` is valid and uniform or a codebook.
+// `packed` is valid and uniform, a codebook or spqr. Of the latter scales are decoded to float32, and codes of
+// 3 bits take 4 where a group would be padded to 32 columns.
 std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads);
-// The inverse: the canonical planes, bit for bit.
+// The inverse: the canonical planes, bit for bit; Unsupported for spqr.
 PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads);
 
 }  // namespace quantloom::kernels

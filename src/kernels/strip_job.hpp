@@ -19,6 +19,7 @@ struct StripMatrix {
   int container_bits = 0;
   DType scale_dtype = DType::f16;
   bool has_zeros = false;
+  bool real_zeros = false;  // float32, else uint8
   float center = 0.0F;
   const float* table = nullptr;  // of a codebook: the value of each code of the container
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -9,11 +10,13 @@
 #include "algebra/dense_tiles.hpp"
 #include "calibration/error_statistics.hpp"
 #include "quantloom/checked_math.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/parallel.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "quantloom/rounding/trellis_feedback.hpp"
 #include "rounding/feedback_report.hpp"
 #include "rounding/inverse_factor.hpp"
+#include "rounding/outlier_search.hpp"
 #include "rounding/scale_search.hpp"
 #include "rounding/walk.hpp"
 
@@ -27,6 +30,16 @@ constexpr int64_t kSlabRows = 256;
 constexpr int64_t kSubBlock = 16;     // columns between updates of the rest of a block
 constexpr int64_t kUpdateTile = 512;  // columns of the remainder updated by one product
 
+// Of each slab, the rows from its first one on that a sampled walk takes: an eighth or a little more.
+constexpr int64_t kSampleRows = 32;
+// Below this many rows, walks over a sample save too little.
+constexpr int64_t kSampledRows = 2048;
+
+struct Outlier {
+  int64_t position;  // row * k + column
+  uint16_t value;    // beyond the dense value, float16
+};
+
 // What all slabs share.
 struct Plan {
   const FloatMatrix& w;
@@ -37,6 +50,10 @@ struct Plan {
   std::optional<SearchMetric> search;
   bool fit_on_the_walk = false;
   MatrixView<const float> upper;
+  // With a search for outliers:
+  int code_bits = 0;
+  std::vector<float> inverse_pivots;  // by column, 1 / U_jj^2; 0 for dead ones
+  double unit = 0;                    // of thresholds, in the scale of U
 };
 
 // out [columns.size(), rows]: the given columns of weight rows from first_row; dead ones are zero.
@@ -60,19 +77,25 @@ void load_columns(const Plan& plan, int64_t first_row, std::span<const int64_t> 
   }
 }
 
-// Fits a group on `values`, the columns that `columns` names.
+// Fits a group on `values`, the columns that `columns` names, but for outliers beyond `threshold`.
 void fit_group(const Plan& plan, int64_t group, int64_t first_row, MatrixView<const float> values,
-               std::span<const int64_t> columns) {
-  if (!plan.search) {
-    plan.encoder.fit(group, first_row, values, {});
-    return;
+               std::span<const int64_t> columns, double threshold) {
+  std::vector<float> copy;
+  if (plan.code_bits > 0) {
+    std::vector<float> weights;
+    weights.reserve(columns.size());
+    for (const int64_t column : columns) weights.push_back(plan.inverse_pivots[static_cast<size_t>(column)]);
+    values = without_outliers(values, weights, plan.code_bits, threshold * plan.unit, copy);
   }
-  plan.encoder.fit(group, first_row, values,
-                   plan.search->shrink(plan.encoder, group, first_row, values, columns));
+  if (plan.search) {
+    plan.search->fit(plan.encoder, group, first_row, values, columns);
+  } else {
+    plan.encoder.fit(group, first_row, values, {});
+  }
 }
 
 // Fits all groups on the weights as they are, for `rows` rows from first_row.
-void fit_up_front(const Plan& plan, int64_t first_row, int64_t rows) {
+void fit_up_front(const Plan& plan, int64_t first_row, int64_t rows, double threshold) {
   const int64_t k = plan.w.cols();
   std::vector<int64_t> natural(static_cast<size_t>(k));
   std::iota(natural.begin(), natural.end(), int64_t{0});
@@ -83,20 +106,24 @@ void fit_up_front(const Plan& plan, int64_t first_row, int64_t rows) {
   for (int64_t g = 0; g < plan.encoder.group_count(); ++g) {
     const int64_t width = std::min(size, k - g * size);
     fit_group(plan, g, first_row, values.block(g * size, 0, width, rows),
-              std::span(natural).subspan(static_cast<size_t>(g * size), static_cast<size_t>(width)));
+              std::span(natural).subspan(static_cast<size_t>(g * size), static_cast<size_t>(width)),
+              threshold);
   }
 }
 
 // One slab of rows on its walk through the columns.
 class Slab {
  public:
-  Slab(const Plan& plan, int64_t first_row, int64_t rows)
+  // Weights whose errors go beyond `threshold` are appended to `outliers`.
+  Slab(const Plan& plan, int64_t first_row, int64_t rows, double threshold, std::vector<Outlier>* outliers)
       : plan_(plan),
+        threshold_(threshold),
         tiles_(algebra::tiles()),
         first_row_(first_row),
         rows_(rows),
         step_(plan.encoder.columns_per_step()),
         block_(checked_pad(plan.options.block, step_)),
+        outliers_(outliers),
         working_storage_(static_cast<size_t>(checked_mul(plan.w.cols(), rows))),
         error_storage_(static_cast<size_t>(checked_mul(std::min(block_, plan.w.cols()), rows))),
         decoded_storage_(static_cast<size_t>(checked_mul(step_, rows))),
@@ -158,10 +185,30 @@ class Slab {
       const float pivot = plan_.upper(position + c, position + c);
       for (int64_t r = 0; r < rows_; ++r) e[r] /= pivot;
     }
+    if (plan_.code_bits > 0) keep_outliers(position, values.row(0), error.row(0));
     const int64_t next = position + step_;
     for (int64_t c = 0; c < step_ && next < run_end; ++c) {
       tiles_.push_column_f32(run_end - next, rows_, &plan_.upper(position + c, next), error.row(c),
                              working_.row(next), rows_);
+    }
+  }
+
+  // Takes the weights whose errors are too large as outliers, and leaves what float16 misses of them.
+  void keep_outliers(int64_t position, const float* value, float* error) {
+    const int64_t column = plan_.order[static_cast<size_t>(position)];
+    if (plan_.dead[static_cast<size_t>(column)]) return;
+    const auto largest = static_cast<float>(std::sqrt(threshold_ * plan_.unit));
+    const float pivot = plan_.upper(position, position);
+    const float* nearest = decoded_.row(0);
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!(std::abs(error[r]) > largest)) continue;
+      const uint16_t missing = f16_from_float(value[r] - nearest[r]);
+      if (!std::isfinite(float_from_f16(missing))) {
+        throw NumericError(text_of("outlier of row ", first_row_ + r, ", column ", column, ": got ", value[r],
+                                   ", expected at most 65504 beyond the dense value"));
+      }
+      error[r] = (value[r] - (nearest[r] + float_from_f16(missing))) / pivot;
+      outliers_->push_back({(first_row_ + r) * working_.rows() + column, missing});
     }
   }
 
@@ -170,7 +217,8 @@ class Slab {
     if (position % size != 0) return;
     const int64_t width = std::min(size, working_.rows() - position);
     fit_group(plan_, position / size, first_row_, working_.block(position, 0, width, rows_),
-              std::span(plan_.order).subspan(static_cast<size_t>(position), static_cast<size_t>(width)));
+              std::span(plan_.order).subspan(static_cast<size_t>(position), static_cast<size_t>(width)),
+              threshold_);
   }
 
   // Pushes the errors of columns [begin, end) onto columns [first, last).
@@ -184,11 +232,13 @@ class Slab {
   }
 
   const Plan& plan_;
+  double threshold_;
   const algebra::TileTable& tiles_;
   int64_t first_row_;
   int64_t rows_;
   int64_t step_;
   int64_t block_;
+  std::vector<Outlier>* outliers_;
   std::vector<float> working_storage_;
   std::vector<float> error_storage_;
   std::vector<float> decoded_storage_;
@@ -196,30 +246,113 @@ class Slab {
   MatrixView<float> decoded_;  // [step, rows]
 };
 
-// Chooses all codes; returns with the factor's memory released.
-void round_columns(const FloatMatrix& w, ColumnEncoder& encoder, const ErrorFeedbackOptions& options,
-                   const Hessian& hessian, bool fit_on_the_walk, std::vector<int64_t> order,
-                   RoundingReport& report) {
+// Chooses the codes of all rows, or of a sample of them. Returns the outliers, by slab.
+std::vector<std::vector<Outlier>> walk(const Plan& plan, double threshold, bool sample) {
+  const int64_t n = plan.w.rows();
+  const int64_t slab_rows = whole_steps(plan.encoder, kSlabRows);
+  const int64_t slabs = ceil_div(n, slab_rows);
+  const bool span_rows = plan.encoder.parameters_span_rows();
+  if (span_rows) fit_up_front(plan, 0, n, threshold);
+  std::vector<std::vector<Outlier>> outliers(static_cast<size_t>(slabs));
+  parallel_for(slabs, plan.options.threads, [&](int64_t slab) {
+    const int64_t first_row = slab * slab_rows;
+    int64_t rows = std::min(slab_rows, n - first_row);
+    if (sample) rows = std::min(rows, whole_steps(plan.encoder, kSampleRows));
+    if (!span_rows && !plan.fit_on_the_walk) fit_up_front(plan, first_row, rows, threshold);
+    Slab(plan, first_row, rows, threshold, &outliers[static_cast<size_t>(slab)]).round();
+  });
+  return outliers;
+}
+
+// The mean over live columns of (mean w^2) / U_jj^2.
+double mean_relative_energy(const Plan& plan) {
+  const int64_t n = plan.w.rows();
+  const int64_t k = plan.w.cols();
+  std::vector<double> energy(static_cast<size_t>(k), 0.0);
+  std::vector<float> row(energy.size());
+  for (int64_t r = 0; r < n; ++r) {
+    plan.w.read(r, 0, k, row.data());
+    for (size_t j = 0; j < row.size(); ++j) energy[j] += double{row[j]} * double{row[j]};
+  }
+  double sum = 0;
+  for (size_t j = 0; j < energy.size(); ++j) sum += energy[j] * double{plan.inverse_pivots[j]};
+  const auto live = std::count(plan.dead.begin(), plan.dead.end(), false);
+  return sum / (static_cast<double>(n) * static_cast<double>(live));
+}
+
+// Walks at thresholds until one keeps to the budget and spends it. Returns the outliers, by position.
+std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, RoundingReport& report) {
+  const OutlierSearch& search = *plan.options.outliers;
+  const int64_t n = plan.w.rows();
+  const int64_t k = plan.w.cols();
+  plan.code_bits = scalar_bits(dense);
+  plan.inverse_pivots.resize(static_cast<size_t>(k));
+  for (int64_t p = 0; p < k; ++p) {
+    const auto column = static_cast<size_t>(plan.order[static_cast<size_t>(p)]);
+    const float pivot = plan.upper(p, p);
+    plan.inverse_pivots[column] = plan.dead[column] ? 0.0F : 1 / (pivot * pivot);
+  }
+  plan.unit = mean_relative_energy(plan);
+  std::vector<std::vector<Outlier>> slabs;
+  const auto count = [&](double threshold, bool sample) {
+    slabs = walk(plan, threshold, sample);
+    int64_t sum = 0;
+    for (const auto& slab : slabs) sum += std::ssize(slab);
+    return sum;
+  };
+  report.outlier_threshold = std::numeric_limits<double>::infinity();
+  if (search.threshold) {
+    report.outlier_threshold = *search.threshold;
+    static_cast<void>(count(*search.threshold, false));
+  } else {
+    int64_t sampled = 0;
+    const int64_t slab_rows = whole_steps(plan.encoder, kSlabRows);
+    const int64_t sample_rows = whole_steps(plan.encoder, kSampleRows);
+    for (int64_t row = 0; row < n; row += slab_rows) sampled += std::min({sample_rows, slab_rows, n - row});
+    const double share = n < kSampledRows ? 1.0 : static_cast<double>(sampled) / static_cast<double>(n);
+    report.outlier_threshold = find_threshold(outlier_budget(search, dense, n, k), share, count);
+  }
+  std::vector<Outlier> outliers;
+  for (const auto& slab : slabs) outliers.insert(outliers.end(), slab.begin(), slab.end());
+  std::ranges::sort(outliers, {}, &Outlier::position);
+  report.outliers = std::ssize(outliers);
+  return outliers;
+}
+
+// Chooses all codes, and returns the outliers; returns with the factor's memory released.
+std::vector<Outlier> round_columns(const FloatMatrix& w, ColumnEncoder& encoder, const Format& format,
+                                   const ErrorFeedbackOptions& options, const Hessian& hessian,
+                                   bool fit_on_the_walk, std::vector<int64_t> order, RoundingReport& report) {
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   const InverseFactor factor(hessian, order, options.damping, options.damping_ladder, options.threads);
   report.damping_tried = factor.damping_tried();
   report.damping = report.damping_tried.back();
-  if (n == 0 || k == 0) return;
+  if (n == 0 || k == 0) return {};
 
   const std::vector<double> diagonal = hessian.diagonal();
-  Plan plan{w, encoder, options, std::move(order), {}, {}, fit_on_the_walk, factor.upper()};
+  Plan plan{w, encoder, options, std::move(order), {}, {}, fit_on_the_walk, factor.upper(), 0, {}, 0};
   plan.dead.resize(static_cast<size_t>(k));
   for (size_t j = 0; j < plan.dead.size(); ++j) plan.dead[j] = diagonal[j] == 0;
   if (options.scale_search) plan.search.emplace(*options.scale_search, &hessian);
-  const bool span_rows = encoder.parameters_span_rows();
-  if (span_rows) fit_up_front(plan, 0, n);
-  parallel_for(ceil_div(n, kSlabRows), options.threads, [&](int64_t slab) {
-    const int64_t first_row = slab * kSlabRows;
-    const int64_t rows = std::min(kSlabRows, n - first_row);
-    if (!span_rows && !fit_on_the_walk) fit_up_front(plan, first_row, rows);
-    Slab(plan, first_row, rows).round();
-  });
+  if (options.outliers) return search_outliers(plan, format, report);
+  static_cast<void>(walk(plan, 0, false));
+  return {};
+}
+
+// The result with its outliers; `format` becomes what nearest rounding to the same bits is compared in.
+PackedTensor assemble(PackedTensor dense, const std::vector<Outlier>& outliers,
+                      std::shared_ptr<const Format>& format) {
+  std::vector<int64_t> positions;
+  std::vector<uint16_t> values;
+  for (const Outlier& outlier : outliers) {
+    positions.push_back(outlier.position);
+    values.push_back(outlier.value);
+  }
+  const double weights = static_cast<double>(dense.n) * static_cast<double>(dense.k);
+  const double percent = 100 * static_cast<double>(outliers.size()) / weights;
+  if (percent > 0 && percent < 100) format = std::make_shared<const Outliers>(format, percent);
+  return with_outliers(std::move(dense), positions, values);
 }
 
 // The encoder for groups of columns in the order of the walk.
@@ -267,6 +400,10 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   static_cast<void>(format->planes(n, k));
+  if (options.outliers) {
+    static_cast<void>(scalar_bits(*format));
+    static_cast<void>(outlier_budget(*options.outliers, *format, n, k));
+  }
   if (const auto trellis = std::dynamic_pointer_cast<const Trellis>(format);
       trellis && trellis->rotation > 0) {
     return round_trellis_feedback(w, trellis, hessian, options);
@@ -304,8 +441,10 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   report.tokens = hessian.tokens();
   report.dead_columns = std::count(diagonal.begin(), diagonal.end(), 0.0);
 
-  round_columns(w, *encoder, options, hessian, fit_on_the_walk, std::move(order), report);
+  const std::vector<Outlier> outliers =
+      round_columns(w, *encoder, *format, options, hessian, fit_on_the_walk, std::move(order), report);
   rounded.tensor = encoder->finish(options.threads);
+  if (options.outliers) rounded.tensor = assemble(std::move(rounded.tensor), outliers, format);
   measure_feedback(w, format, hessian, options, rounded);
   return rounded;
 }

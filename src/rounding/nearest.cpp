@@ -50,7 +50,7 @@ void fit_group(ColumnEncoder& encoder, int64_t group, int64_t first_column, int6
   }
   std::vector<int64_t> indices(static_cast<size_t>(columns.rows()));
   std::iota(indices.begin(), indices.end(), first_column);
-  encoder.fit(group, first_row, columns, search->shrink(encoder, group, first_row, columns, indices));
+  search->fit(encoder, group, first_row, columns, indices);
 }
 
 }  // namespace
@@ -78,7 +78,8 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
   if (options.scale_search) search.emplace(*options.scale_search, options.hessian);
   const int64_t group_size = encoder->group_size();
   const bool span_rows = encoder->parameters_span_rows();
-  const int64_t buffer_size = encoder->columns_per_step() * kSlabRows;
+  const int64_t slab_rows = whole_steps(*encoder, kSlabRows);
+  const int64_t buffer_size = encoder->columns_per_step() * slab_rows;
   if (span_rows) {
     for (int64_t g = 0; g < encoder->group_count() && n > 0 && k > 0; ++g) {
       const int64_t first = g * group_size;
@@ -93,10 +94,10 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
     }
   }
   std::vector<double> row_errors(static_cast<size_t>(k > 0 ? n : 0), 0.0);
-  parallel_for(k > 0 ? ceil_div(n, kSlabRows) : 0, options.threads, [&](int64_t slab) {
-    const int64_t first_row = slab * kSlabRows;
-    const int64_t rows = std::min(kSlabRows, n - first_row);
-    std::vector<float> values(static_cast<size_t>(checked_mul(group_size, kSlabRows)));
+  parallel_for(k > 0 ? ceil_div(n, slab_rows) : 0, options.threads, [&](int64_t slab) {
+    const int64_t first_row = slab * slab_rows;
+    const int64_t rows = std::min(slab_rows, n - first_row);
+    std::vector<float> values(static_cast<size_t>(checked_mul(group_size, std::min(slab_rows, n))));
     std::vector<float> buffer(static_cast<size_t>(buffer_size));
     for (int64_t g = 0; g < encoder->group_count(); ++g) {
       const int64_t first = g * group_size;

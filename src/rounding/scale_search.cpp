@@ -157,4 +157,21 @@ std::vector<float> SearchMetric::shrink(ColumnEncoder& encoder, int64_t group, i
   return search_shrink(encoder, group, first_row, columns, column_indices, {}, search_, own);
 }
 
+void SearchMetric::fit(ColumnEncoder& encoder, int64_t group, int64_t first_row,
+                       MatrixView<const float> columns, std::span<const int64_t> column_indices) const {
+  encoder.fit(group, first_row, columns, shrink(encoder, group, first_row, columns, column_indices));
+  std::vector<float> weights;
+  for (const int64_t column : column_indices) {
+    const auto at = static_cast<size_t>(column);
+    weights.push_back(!hessian_.empty() ? hessian_[at * static_cast<size_t>(k_ + 1)]
+                                        : (weights_.empty() ? 1.0F : weights_[at]));
+  }
+  encoder.refine(group, first_row, columns, weights);
+}
+
+int64_t whole_steps(const ColumnEncoder& encoder, int64_t rows) {
+  const int64_t step = encoder.rows_per_step();
+  return std::max(rows / step * step, step);
+}
+
 }  // namespace quantloom

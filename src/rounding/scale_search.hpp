@@ -38,6 +38,9 @@ class SearchMetric {
   // search_shrink() with the entries that belong to `column_indices`.
   std::vector<float> shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
                             MatrixView<const float> columns, std::span<const int64_t> column_indices) const;
+  // Fits the group with those factors, and refines its parameters by the diagonal.
+  void fit(ColumnEncoder& encoder, int64_t group, int64_t first_row, MatrixView<const float> columns,
+           std::span<const int64_t> column_indices) const;
 
  private:
   ScaleSearch search_;
@@ -45,5 +48,9 @@ class SearchMetric {
   std::vector<float> weights_;  // [k] or empty
   std::vector<float> hessian_;  // [k, k] or empty
 };
+
+// `rows` down to a multiple of the rows that the encoder fits together, or those if they are more: what a
+// thread may take at once.
+int64_t whole_steps(const ColumnEncoder& encoder, int64_t rows);
 
 }  // namespace quantloom

@@ -239,6 +239,9 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
     throw InvalidArgument("scale_search", "one",
                           "none: a rotated trellis fits its scales to root mean squares");
   }
+  if (options.outliers) {
+    throw InvalidArgument("outliers", "a search", "none: a trellis has no outliers beside it");
+  }
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   require_usable(hessian, k);

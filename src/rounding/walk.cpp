@@ -6,6 +6,7 @@
 
 #include "quantloom/error.hpp"
 #include "quantloom/parallel.hpp"
+#include "rounding/outlier_search.hpp"
 #include "rounding/scale_search.hpp"
 
 namespace quantloom {
@@ -41,6 +42,7 @@ void require_valid(const ErrorFeedbackOptions& options) {
   }
   if (options.block < 1) throw InvalidArgument("block", text_of(options.block), "1 or more");
   if (options.scale_search) require_valid(*options.scale_search);
+  if (options.outliers) require_valid(*options.outliers);
 }
 
 }  // namespace quantloom

@@ -57,12 +57,26 @@ def decode(q) -> np.ndarray:
     if hasattr(q.format, "dense"):
         return with_outliers(q)
     group = group_of_column(q)
+    if hasattr(q.format, "zero_bits"):
+        scales, zeros = (bilevel(q, name) for name in ("scale", "zero"))
+        return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
     if hasattr(q.format, "codebooks"):
         return scales_of(q)[:, group] * vectors(q)
     if "codebook" in q.planes:
         return scales_of(q)[:, group] * np.asarray(q.planes["codebook"]).astype(np.float32)[codes(q)]
     scales, zeros = scales_and_zeros(q)
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+
+
+def bilevel(q, name: str) -> np.ndarray:
+    """The scales or zero points of a SpQR format, float32, [n, G]: step * (code - zero)."""
+    n, _ = q.shape
+    bits = getattr(q.format, f"{name}_bits")
+    stored = np.asarray(q.planes[f"{name}s"])
+    groups = stored.shape[0]
+    fields = np.array([unpack_bits(stored[g], bits, n) for g in range(groups)]).reshape(groups, n)
+    grids = np.asarray(q.planes[f"{name}_grids"]).astype(np.float32)[:, np.arange(n) // q.format.block]
+    return (grids[..., 0] * (fields.astype(np.float32) - grids[..., 1])).T
 
 
 def with_outliers(q) -> np.ndarray:

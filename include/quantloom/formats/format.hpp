@@ -38,12 +38,20 @@ class ColumnEncoder {
   virtual int64_t group_size() const = 0;
   // True if a group's parameters are shared by all rows, so that fit() must see all rows at once.
   virtual bool parameters_span_rows() const = 0;
+  // Consecutive rows whose parameters are fitted together, counted from row 0 (the last ones of a matrix may
+  // be fewer): fit() and refine() take whole runs of so many rows.
+  virtual int64_t rows_per_step() const { return 1; }
   // Fits and stores the parameters of `group` from its columns. `shrink` multiplies the range that the
   // grid covers: empty for 1 everywhere, else one factor in (0, 1] for each row of `values` (only
   // shrink[0] counts if parameters_span_rows()). Throws NumericError if the parameters do not fit
   // their stored type.
   virtual void fit(int64_t group, int64_t first_row, MatrixView<const float> values,
                    std::span<const float> shrink) = 0;
+  // After fit() of the same values: among the parameters that what fit() settled for several groups leaves to
+  // each of them, stores those with the least sum of column_weights[c] * (rounding error)^2, one weight >= 0
+  // for each row of `values`. Nothing for formats whose groups share no parameters.
+  virtual void refine(int64_t /*group*/, int64_t /*first_row*/, MatrixView<const float> /*values*/,
+                      std::span<const float> /*column_weights*/) {}
   // Chooses the code nearest to each value of columns [column, column + columns_per_step()) under the
   // fitted parameters, stores it, and writes the decoded values (same shape as `values`).
   virtual void encode(int64_t column, int64_t first_row, MatrixView<const float> values,

@@ -33,7 +33,6 @@ struct Outliers final : Format {
   // "outliers:0.5%:uniform:4:g128:sym", or "outliers:n1234:uniform:4:g128:sym" with a count.
   std::string spec() const override;
   std::string to_json() const override;
-  // Without the optional planes of the dense format.
   std::vector<PlaneSpec> planes(int64_t n, int64_t k) const override;
   void validate_values(const PackedTensor& packed) const override;
   void decode(const PackedTensor& packed, int64_t first_row, MatrixView<float> out) const override;
@@ -49,5 +48,9 @@ struct Outliers final : Format {
 
 // The dense part of a packed tensor whose format is Outliers; planes are shared.
 PackedTensor dense_part(const PackedTensor& packed);
+// The inverse: `dense` and the float16 values of outliers at positions
+// row * k + column, rising.
+PackedTensor with_outliers(PackedTensor dense, std::span<const int64_t> positions,
+                           std::span<const uint16_t> values);
 
 }  // namespace quantloom

@@ -22,6 +22,8 @@ struct ErrorFeedbackOptions {
   bool static_groups = true;
   int64_t block = 128;                                     // columns between updates of the whole remainder
   std::optional<ScaleSearch> scale_search = std::nullopt;  // weighted by diag(H)
+  // The result's format is then Outliers around `format`, which has scalar codes: uniform, codebook or spqr.
+  std::optional<OutlierSearch> outliers = std::nullopt;
   const Hessian* held_out = nullptr;
   bool measure_losses = true;  // false: the report's losses are NaN, nearest rounding is not run
   int threads = 0;
@@ -35,7 +37,7 @@ struct ErrorFeedbackOptions {
 //
 // Memory beyond the inputs and the result: 8 k^2 bytes for the factor (freed before losses are taken), for
 // each thread 4 * 256 * (k + block) bytes, then 4 * 1024 * k bytes for the losses; a format whose
-// parameters span all rows takes 4 n k bytes to fit.
+// parameters span all rows takes 4 n k bytes to fit; outliers 16 bytes each.
 Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format> format,
                              const Hessian& hessian, const ErrorFeedbackOptions& options = {});
 

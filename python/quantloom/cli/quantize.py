@@ -166,9 +166,10 @@ def quantize(
         uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]
+        spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]
         outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]
-        gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]
+        gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:outliers=PERCENT%|:bits=BITS]
         awq[:steps=N][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
 
@@ -177,6 +178,7 @@ def quantize(
         quantloom quantize MODEL -o OUT --format uniform:4:g128 --rounding gptq --calibration text.txt
         quantloom quantize MODEL -o OUT -f uniform:3:g64:asym -r gptq:search -c text.txt --windows 128
         quantloom quantize MODEL -o OUT -f uniform:4:g128:asym -r awq -c text.txt
+        quantloom quantize MODEL -o OUT -f spqr:3:g16:s3:z3:b16 -r gptq:search:bits=4 -c text.txt
         quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
     """
     settings = _recipe(

@@ -7,6 +7,7 @@ A format is an immutable description. It has a short form for tables and the com
 from __future__ import annotations
 
 import json as _json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Codebook",
     "Format",
     "Outliers",
+    "SpQR",
     "Trellis",
     "Uniform",
     "VectorCodebook",
@@ -61,6 +63,18 @@ class Format:
         n = _checks.integer("n", n, 0, "out_features")
         k = _checks.integer("k", k, 0, "in_features")
         return _core.format_planes(self.to_json(), n, k)
+
+    def size_in_bits(self, n: int, k: int) -> int:
+        """Bits of all planes of a matrix ``[n, k]``, padding included, optional planes left out.
+
+        Raises ValueError if the format cannot take that size.
+        """
+        widths = {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "uint16": 16}
+        return sum(
+            widths.get(plane["dtype"], 8) * math.prod(plane["shape"])
+            for plane in self.planes(n, k)
+            if not plane["optional"]
+        )
 
     def __str__(self) -> str:
         return self.spec
@@ -274,6 +288,51 @@ class Outliers(Format):
         return self._json
 
 
+@dataclass(frozen=True)
+class SpQR(Format):
+    """An evenly spaced grid whose scales and zero points are codes themselves, those of several rows on one
+    grid: ``value = scale * (code - zero_point)``, ``scale = step * (scale code - zero)``, and zero points,
+    which need not be integers, likewise (the bilevel quantization of SpQR: Dettmers et al., 2023).
+
+    The outliers of SpQR come from the rounding: ``ql.quantize(w, ql.SpQR(3), ql.GPTQ(hessian,
+    outliers=ql.OutlierSearch(percent=1)))`` makes the format ``Outliers`` around this one.
+
+    Args:
+        bits: of a weight, 1 to 8 (the paper's b_w).
+        group_size: columns along in_features that share scale and zero point, an integer > 0 (beta 1).
+        scale_bits, zero_bits: of the code of a scale and of a zero point, 1 to 8 (b_s, b_z).
+        block: rows whose scales (and whose zero points) lie on one grid of two float16 numbers (beta 2).
+
+    With a ``ScaleSearch``, roundings also search among all codes of scale and zero point of each group.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    bits: int
+    group_size: int = 16
+    scale_bits: int = 3
+    zero_bits: int = 3
+    block: int = 16
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = ("bits", "group_size", "scale_bits", "zero_bits", "block")
+        for name in names:
+            expected = "an integer from 1 to 8" if name.endswith("bits") else "an integer > 0"
+            object.__setattr__(self, name, _checks.integer(name, getattr(self, name), expected=expected))
+        object.__setattr__(self, "_json", _core.spqr_json(*(getattr(self, name) for name in names)))
+
+    def average_bits(self, outlier_rate: float = 0.0) -> float:
+        """Bits per weight by the formula of the paper: ``bits + (scale_bits + zero_bits) / group_size + 64 /
+        (group_size * block) + 32 * outlier_rate``. ``PackedTensor.bits_per_weight`` counts stored bits, with
+        the padding of rows and 32 bits for each row that has outliers beside it.
+        """
+        return _core.spqr_average_bits(self._json, _checks.real("outlier_rate", outlier_rate))
+
+    def to_json(self) -> str:
+        return self._json
+
+
 def _vector_tables(table: Any, codebooks: int, entries: int, dim: int) -> np.ndarray:
     shapes = [(codebooks, entries, dim), *([(entries, dim)] if codebooks == 1 else [])]
     expected = "numbers of shape " + " or ".join(map(str, shapes))
@@ -385,6 +444,7 @@ def parse_format(spec: str | Format) -> Format:
     - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
       each matrix; defaults: g64 (or the next multiple of DIM), f16
     - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
+    - ``spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]``; defaults: g16, s3, z3, b16
     - ``outliers:PERCENT%:DENSE`` with the short form of another format; ``outliers:nCOUNT:DENSE`` for the
       format of a packed tensor
 
@@ -414,6 +474,9 @@ def _from_fields(entry: dict[str, Any]) -> Format:
         return VectorCodebook(entries, dim, entry["group_size"], codebooks, entry["scale_dtype"], table)
     if entry["format"] == "outliers":
         return Outliers(_from_fields(entry["dense"]), entry.get("percent"), entry.get("count"))
+    if entry["format"] == "spqr":
+        names = ("bits", "group_size", "scale_bits", "zero_bits", "block")
+        return SpQR(*(entry[name] for name in names))
     if entry["format"] == "trellis":
         return Trellis(entry["bits"], entry["codebook"], entry["rotation"] or None, entry["window"])
     raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")

@@ -110,7 +110,10 @@ def assemble(
     config = dict(folder.config_json)
     config["quantization_config"] = quantization_config(
         json.loads(recipe.to_json()),
-        {stored: targets.formats[name].to_json() for stored, name in packed.items()},
+        {
+            stored: work.stored_format(name, targets.formats[name]).to_json()
+            for stored, name in packed.items()
+        },
     )
     write_json(work.staging / "config.json", config)
     copy_companions(folder.path, work.staging)

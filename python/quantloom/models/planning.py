@@ -122,7 +122,10 @@ def plan(
         for name, linear in block.linears.items()
         if name in targets.formats
     }
-    modules = tuple(_module(name, targets.formats[name], *shape, layout) for name, shape in sizes.items())
+    modules = tuple(
+        _module(name, recipe.rounding.stored_format(targets.formats[name], *shape), *shape, layout)
+        for name, shape in sizes.items()
+    )
     tokens = (windows + held_out_windows) * window if calibrated else 0
     seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads, steps)
     bits = sum(module.bits for module in modules)
@@ -155,17 +158,9 @@ def plan(
 
 
 def _module(name: str, form: Any, n: int, k: int, layout: str | None) -> ModulePlan:
-    bits = sum(_plane_bits(plane) for plane in form.planes(n, k) if not plane["optional"])
+    bits = form.size_in_bits(n, k)
     reason = refusal(form, n, k, layout) if layout is not None else None
     return ModulePlan(name, (n, k), form.spec, bits, bits / (n * k) if n * k else 0.0, reason)
-
-
-def _plane_bits(plane: dict[str, Any]) -> int:
-    sizes = {"float32": 32, "int32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8}
-    count = 1
-    for extent in plane["shape"]:
-        count *= extent
-    return count * sizes[plane["dtype"]]
 
 
 def _resident_bytes() -> int:

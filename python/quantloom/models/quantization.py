@@ -110,6 +110,8 @@ def quantize(
     targets = find_targets(model, blocks, recipe)
     if device != "cpu":
         _require_cuda_rounding(targets, device)
+        if recipe.rounding.outlier_search is not None:
+            raise RuntimeError(f"device: got {device!r}, but outliers are searched on the CPU only")
     tokens = None
     if calibration is not None:
         tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)

@@ -175,7 +175,16 @@ class WorkFolder:
             raise ValueError(f"{file}: the record of {module} is damaged; pass resume=False to start over")
         planes = {name.removeprefix(f"{module}."): view for name, view in mapped_tensors(file).items()}
         transform = stored_transforms(file_metadata(file)).get(module)
+        form = self.stored_format(module, form)
         return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes, None, transform)
+
+    def stored_format(self, module: str, form: Any) -> Any:
+        """What a finished module is stored in that was to be rounded to `form`: with outliers, if the rounding
+        searched for some."""
+        report = self._entry(module)["report"]
+        if isinstance(form, ql.Outliers) or not report["format"].startswith("outliers:"):
+            return form
+        return ql.Outliers(form, count=report["outliers"])
 
     # -- scales of channels --------------------------------------------------------------------------
 

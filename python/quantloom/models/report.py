@@ -77,6 +77,8 @@ class ModuleReport:
     held_out_loss_nearest: float | None = None
     scaled_by: str = ""
     scale_exponent: float = 0.0
+    outliers: int = 0
+    outlier_threshold: float | None = None
     seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -117,12 +119,14 @@ class ModuleReport:
             proxy_loss_nearest=_finite(rounding.proxy_loss_nearest),
             held_out_loss=_finite(rounding.held_out_loss),
             held_out_loss_nearest=_finite(rounding.held_out_loss_nearest),
+            outliers=rounding.outliers,
+            outlier_threshold=_finite(rounding.outlier_threshold),
             seconds=seconds,
         )
 
 
 def _finite(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 @dataclass(frozen=True)

@@ -345,6 +345,7 @@ TEST(FragmentOrder, FormatsOfTheTableRoundTrip) {
       SCOPED_TRACE(spec);
       // vector_order_test.cpp, trellis_layout_test.cpp
       if (entry.name == "vector_codebook" || entry.name == "outliers" || entry.name == "trellis") continue;
+      if (entry.name == "spqr") continue;  // no CUDA kernel takes it
       const auto format = std::dynamic_pointer_cast<const GroupedFormat>(format_from_spec(spec));
       ASSERT_NE(format, nullptr);
       check(random_packed(97, 300, format, 7, false));
