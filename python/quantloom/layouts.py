@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantloom import _arrays, _checks, _core
+from quantloom._spqr_tiles import from_spqr
 from quantloom.formats import group_columns
 from quantloom.tensors import PackedTensor, load_tensors
 
@@ -18,6 +19,7 @@ __all__ = [
     "from_compressed_tensors",
     "from_exl3",
     "from_gptq",
+    "from_spqr",
     "read_exl3",
     "to_awq",
     "to_compressed_tensors",

@@ -222,7 +222,7 @@ class GPTQ(Rounding):
         scale_search: None, or a ``ScaleSearch`` weighted by diag(H).
         held_out: optional, a Hessian of other tokens, for the report.
         outliers: None, or an ``OutlierSearch``: the result's format is then ``Outliers`` around the format
-            asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only; and
+            asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only;
             no CUDA kernel multiplies what `act_order` without `static_groups` then makes.
     """
 

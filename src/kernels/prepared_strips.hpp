@@ -96,8 +96,8 @@ inline constexpr int64_t zero_bytes(bool has_zeros, bool real_zeros) {
 // The container that codes of `bits` bits are stored in: 1 -> 2, 5 ... 7 -> 8, others as they are.
 int container_bits_for(int bits);
 
-// `packed` is valid and uniform, a codebook or spqr. Of the latter scales are decoded to float32, and codes of
-// 3 bits take 4 where a group would be padded to 32 columns.
+// `packed` is valid and uniform, a codebook or spqr. Of the latter scales are decoded to float32, and codes
+// of 3 bits take 4 where a group would be padded to 32 columns.
 std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads);
 // The inverse: the canonical planes, bit for bit; Unsupported for spqr.
 PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads);

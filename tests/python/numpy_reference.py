@@ -68,6 +68,13 @@ def decode(q) -> np.ndarray:
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
 
 
+def codes_of_spqr(q) -> np.ndarray:
+    """The codes of a SpQR tensor with outliers, [n, k]."""
+    n, k = q.shape
+    stream, bits = np.asarray(q.planes["codes"]), q.format.dense.bits
+    return np.array([unpack_bits(stream[r], bits, k) for r in range(n)]).reshape(n, k)
+
+
 def bilevel(q, name: str) -> np.ndarray:
     """The scales or zero points of a SpQR format, float32, [n, G]: step * (code - zero)."""
     n, _ = q.shape

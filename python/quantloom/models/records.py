@@ -179,8 +179,8 @@ class WorkFolder:
         return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes, None, transform)
 
     def stored_format(self, module: str, form: Any) -> Any:
-        """What a finished module is stored in that was to be rounded to `form`: with outliers, if the rounding
-        searched for some."""
+        """What a finished module is stored in that was to be rounded to `form`: with outliers, if a search
+        found them."""
         report = self._entry(module)["report"]
         if isinstance(form, ql.Outliers) or not report["format"].startswith("outliers:"):
             return form
