@@ -4,6 +4,7 @@
 #include <variant>
 
 #include "arrays.hpp"
+#include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
@@ -62,6 +63,18 @@ void bind_formats(py::module_& module) {
       "uniform_json", [](int64_t bits, int64_t group_size, bool symmetric, const std::string& scale_dtype) {
         return Uniform(to_int("bits", bits), group_size, symmetric, dtype_from_name(scale_dtype)).to_json();
       });
+
+  module.def("bcq_json", [](int64_t bits, int64_t group_size, bool offset, const std::string& scale_dtype,
+                            int64_t rounds, bool greedy) {
+    return Bcq(to_int("bits", bits), group_size, offset, dtype_from_name(scale_dtype),
+               to_int("rounds", rounds), greedy)
+        .to_json();
+  });
+  module.def("to_bcq", [](const PackedTensor& packed, const std::optional<std::string>& scale_dtype) {
+    const py::gil_scoped_release release;
+    return std::make_shared<PackedTensor>(
+        to_bcq(packed, scale_dtype ? std::optional(dtype_from_name(*scale_dtype)) : std::nullopt));
+  });
 
   // `table`: a name of codebook_tables() or values; `bits`: 0 for as few as the table needs.
   module.def("codebook_json", [](const std::variant<std::string, std::vector<float>>& table, int64_t bits,

@@ -25,6 +25,7 @@ from quantloom.calibration import Hessian, proxy_loss
 from quantloom.channel_scales import ChannelScales
 from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
+    BCQ,
     Codebook,
     Format,
     Outliers,
@@ -64,6 +65,7 @@ from quantloom.transforms import (
 
 __all__ = [
     "AWQ",
+    "BCQ",
     "GPTQ",
     "ChannelScales",
     "Codebook",

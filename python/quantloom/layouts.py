@@ -22,6 +22,7 @@ __all__ = [
     "from_spqr",
     "read_exl3",
     "to_awq",
+    "to_bcq",
     "to_compressed_tensors",
     "to_exl3",
     "to_gptq",
@@ -123,6 +124,28 @@ def from_awq(tensors: Mapping[str, Any], group_size: int | str) -> PackedTensor:
     columns = group_columns(group_size)
     cores, kind = _tensors(tensors)
     return PackedTensor._from_core(_core.from_awq(cores, columns), kind, shared=True)
+
+
+def to_bcq(q: PackedTensor, scale_dtype: str | None = None) -> PackedTensor:
+    """A uniform tensor as binary coding (``BCQ``), with the bits of its codes as signs.
+
+    Args:
+        q: of the uniform format, whatever rounding made it; its transform stays.
+        scale_dtype: of scales and offsets; None: that of `q`. Scales of 16 bits become ``"float32"`` without
+            changing a bit of any value, and so do they in their own dtype if `q` is symmetric (in float16
+            above ``2**-13``); offsets of others are rounded, and so are sums of scales in float32.
+
+    Raises ValueError for other formats and for scales beyond the range of `scale_dtype`.
+    """
+    if not isinstance(q, PackedTensor):
+        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    if scale_dtype is not None:
+        _checks.choice("scale_dtype", scale_dtype, ("float16", "bfloat16", "float32"))
+    device = q.device
+    host = PackedTensor(q.format, q.shape, q.to("cpu").planes)
+    packed = _core.to_bcq(host._core(), scale_dtype)
+    result = PackedTensor._from_core(packed, q.kind, transform=q.transform)
+    return result if device == "cpu" else result.to(device)
 
 
 def to_compressed_tensors(q: PackedTensor) -> dict[str, Any]:

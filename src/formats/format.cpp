@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "formats/description.hpp"
+#include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
@@ -54,6 +55,11 @@ const std::vector<FormatEntry>& format_table() {
        &Spqr::from_json,
        &Spqr::from_spec,
        {"spqr:3:g16:s3:z3:b16", "spqr:2:g32:s3:z3:b16", "spqr:4:g24:s2:z5:b7"}},
+      {"bcq",
+       "binary coding: 1 to 8 planes of signs with a scale each for every group, optionally an offset",
+       &Bcq::from_json,
+       &Bcq::from_spec,
+       {"bcq:3:g128", "bcq:4:g64:offset", "bcq:2:channel:offset:f32:r2", "bcq:1:g32:bf16:r0:greedy"}},
   };
   return table;
 }

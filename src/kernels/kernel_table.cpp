@@ -26,6 +26,8 @@ std::vector<KernelEntry> kernel_table() {
   }
   table.push_back({"matmul", "vector_codebook", "1-16", "any", "cpu", "float32", "any",
                    "rows decoded, then multiplied", algebra::instruction_set()});
+  table.push_back({"matmul", "bcq", "1-8", "any", "cpu", "float32", "any", "rows decoded, then multiplied",
+                   algebra::instruction_set()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "float32", "any",
                    "rings decoded in vectors, multiplied in their basis", cpu_target()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "int8", "any",
@@ -44,6 +46,7 @@ std::vector<KernelEntry> kernel_table() {
   table.push_back(
       {"dequantize", "vector_codebook", "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "spqr", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
+  table.push_back({"dequantize", "bcq", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "trellis", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));
   return table;

@@ -10,6 +10,7 @@
 #include "kernels/prepared_strips.hpp"
 #include "kernels/prepared_trellis.hpp"
 #include "kernels/strip_job.hpp"
+#include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
@@ -230,7 +231,8 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
   const bool with_outliers = dynamic_cast<const Outliers*>(packed.format.get()) != nullptr;
-  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
+  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr ||
+                       dynamic_cast<const Bcq*>(packed.format.get()) != nullptr;
   const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
   if (!with_outliers && !by_rows && !by_rings &&
       dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr &&

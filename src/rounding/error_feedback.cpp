@@ -9,6 +9,7 @@
 
 #include "algebra/dense_tiles.hpp"
 #include "calibration/error_statistics.hpp"
+#include "formats/weighted_fit.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/parallel.hpp"
@@ -47,6 +48,7 @@ struct Plan {
   const ErrorFeedbackOptions& options;
   std::vector<int64_t> order;  // the column at each position of the walk
   std::vector<bool> dead;      // by column
+  std::vector<float> weights;  // by column: what its errors count in the fit of a group
   std::optional<SearchMetric> search;
   bool fit_on_the_walk = false;
   MatrixView<const float> upper;
@@ -89,6 +91,11 @@ void fit_group(const Plan& plan, int64_t group, int64_t first_row, MatrixView<co
   }
   if (plan.search) {
     plan.search->fit(plan.encoder, group, first_row, values, columns);
+  } else if (auto* const weighted = dynamic_cast<WeightedFit*>(&plan.encoder)) {
+    std::vector<float> weights;
+    weights.reserve(columns.size());
+    for (const int64_t column : columns) weights.push_back(plan.weights[static_cast<size_t>(column)]);
+    weighted->fit_weighted(group, first_row, values, weights);
   } else {
     plan.encoder.fit(group, first_row, values, {});
   }
@@ -331,7 +338,9 @@ std::vector<Outlier> round_columns(const FloatMatrix& w, ColumnEncoder& encoder,
   if (n == 0 || k == 0) return {};
 
   const std::vector<double> diagonal = hessian.diagonal();
-  Plan plan{w, encoder, options, std::move(order), {}, {}, fit_on_the_walk, factor.upper(), 0, {}, 0};
+  Plan plan{
+      w, encoder, options, std::move(order), {}, column_weights(hessian), {}, fit_on_the_walk, factor.upper(),
+      0, {},      0};
   plan.dead.resize(static_cast<size_t>(k));
   for (size_t j = 0; j < plan.dead.size(); ++j) plan.dead[j] = diagonal[j] == 0;
   if (options.scale_search) plan.search.emplace(*options.scale_search, &hessian);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "calibration/error_statistics.hpp"
+#include "formats/weighted_fit.hpp"
 #include "quantloom/parallel.hpp"
 #include "rounding/scale_search.hpp"
 
@@ -43,9 +44,17 @@ void encode_group(ColumnEncoder& encoder, int64_t first_column, int64_t first_ro
 }
 
 void fit_group(ColumnEncoder& encoder, int64_t group, int64_t first_column, int64_t first_row,
-               MatrixView<const float> columns, const std::optional<SearchMetric>& search) {
+               MatrixView<const float> columns, std::span<const float> weights,
+               const std::optional<SearchMetric>& search) {
   if (!search) {
-    encoder.fit(group, first_row, columns, {});
+    auto* const weighted = dynamic_cast<WeightedFit*>(&encoder);
+    if (weighted == nullptr || weights.empty()) {
+      encoder.fit(group, first_row, columns, {});
+    } else {
+      weighted->fit_weighted(
+          group, first_row, columns,
+          weights.subspan(static_cast<size_t>(first_column), static_cast<size_t>(columns.rows())));
+    }
     return;
   }
   std::vector<int64_t> indices(static_cast<size_t>(columns.rows()));
@@ -76,6 +85,8 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
 
   std::optional<SearchMetric> search;
   if (options.scale_search) search.emplace(*options.scale_search, options.hessian);
+  std::vector<float> weights;
+  if (options.hessian != nullptr) weights = column_weights(*options.hessian);
   const int64_t group_size = encoder->group_size();
   const bool span_rows = encoder->parameters_span_rows();
   const int64_t slab_rows = whole_steps(*encoder, kSlabRows);
@@ -90,7 +101,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
         const int64_t row = slab * kSlabRows;
         read_columns(w, row, first, columns.block(0, row, width, std::min(kSlabRows, n - row)));
       });
-      fit_group(*encoder, g, first, 0, columns, search);
+      fit_group(*encoder, g, first, 0, columns, weights, search);
     }
   }
   std::vector<double> row_errors(static_cast<size_t>(k > 0 ? n : 0), 0.0);
@@ -103,7 +114,7 @@ Rounded round_nearest(const FloatMatrix& w, std::shared_ptr<const Format> format
       const int64_t first = g * group_size;
       const MatrixView<float> columns(values.data(), std::min(group_size, k - first), rows);
       read_columns(w, first_row, first, columns);
-      if (!span_rows) fit_group(*encoder, g, first, first_row, columns, search);
+      if (!span_rows) fit_group(*encoder, g, first, first_row, columns, weights, search);
       encode_group(*encoder, first, first_row, columns, buffer, row_errors.data() + first_row);
     }
   });

@@ -167,6 +167,7 @@ def quantize(
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]
         spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]
+        bcq:BITS[:gN|:channel][:offset][:f16|:bf16|:f32][:rN][:greedy]
         outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:outliers=PERCENT%|:bits=BITS]

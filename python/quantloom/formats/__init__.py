@@ -1,6 +1,6 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``Trellis`` and ``Outliers`` are the formats that
+Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``BCQ``, ``Trellis`` and ``Outliers`` are the formats that
 ``ql.quantize`` packs matrices to and that kernels multiply with; they need NumPy only. The others are a
 vocabulary to compare formats with, for torch tensors of any shape: element formats (floats, integers, tables,
 vector tables), density-based tables, Lloyd-Max, and wrappers that add block scales, outliers, rotations and
@@ -24,6 +24,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from quantloom.formats.packed import (
+    BCQ,
     Codebook,
     Format,
     Outliers,
@@ -71,6 +72,7 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
+    "BCQ",
     "Codebook",
     "Format",
     "Outliers",

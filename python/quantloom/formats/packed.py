@@ -17,6 +17,7 @@ import numpy as np
 from quantloom import _checks, _core
 
 __all__ = [
+    "BCQ",
     "Codebook",
     "Format",
     "Outliers",
@@ -405,6 +406,53 @@ class Trellis(Format):
         return self._json
 
 
+@dataclass(frozen=True)
+class BCQ(Format):
+    """Binary coding: ``value = offset + sum of +-scale`` over planes of signs (LUT-GEMM: Park et al. 2024).
+
+    Args:
+        bits: planes, 1 to 8.
+        group_size: columns along in_features that share the planes' scales: an integer > 0 or ``"channel"``.
+        offset: whether a group has an offset too. Without one a grid is symmetric about zero.
+        scale_dtype: of scales and offsets: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        rounds: of the alternating least squares that fit a group, 0 to 1000: scales for the signs, signs for
+            the scales. Columns are weighted by diag(H) where the rounding has a Hessian.
+        start: ``"best"``: of several, the one that ends with the least error. ``"greedy"``: one plane after
+            the other, each with the mean magnitude of what is left; then 0 rounds are the greedy fit, 1 the
+            refined and more the alternating one of the literature.
+
+    ``quantloom.layouts.to_bcq`` writes a uniform tensor as binary coding.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    bits: int
+    group_size: int | str = 128
+    offset: bool = False
+    scale_dtype: str = "float16"
+    rounds: int = 15
+    start: str = "best"
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "bits", _checks.integer("bits", self.bits, expected="an integer from 1 to 8"))
+        columns = group_columns(self.group_size)
+        if columns > 0:
+            set_field(self, "group_size", columns)
+        _checks.boolean("offset", self.offset)
+        dtype = _scale_dtype(self.scale_dtype)
+        set_field(self, "scale_dtype", dtype)
+        set_field(
+            self, "rounds", _checks.integer("rounds", self.rounds, expected="an integer from 0 to 1000")
+        )
+        greedy = _checks.choice("start", self.start, ("best", "greedy")) == "greedy"
+        set_field(self, "_json", _core.bcq_json(self.bits, columns, self.offset, dtype, self.rounds, greedy))
+
+    def to_json(self) -> str:
+        return self._json
+
+
 def _scale_dtype(dtype: Any) -> str:
     if not isinstance(dtype, str):  # np.float16, np.dtype("float16"), torch.float16
         name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
@@ -445,6 +493,8 @@ def parse_format(spec: str | Format) -> Format:
       each matrix; defaults: g64 (or the next multiple of DIM), f16
     - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
     - ``spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]``; defaults: g16, s3, z3, b16
+    - ``bcq:BITS[:gN|:channel][:offset][:f16|:bf16|:f32][:rROUNDS][:greedy]``; defaults: g128, no offset, f16,
+      r15
     - ``outliers:PERCENT%:DENSE`` with the short form of another format; ``outliers:nCOUNT:DENSE`` for the
       format of a packed tensor
 
@@ -477,6 +527,8 @@ def _from_fields(entry: dict[str, Any]) -> Format:
     if entry["format"] == "spqr":
         names = ("bits", "group_size", "scale_bits", "zero_bits", "block")
         return SpQR(*(entry[name] for name in names))
+    if entry["format"] == "bcq":
+        return BCQ(*(entry[n] for n in ("bits", "group_size", "offset", "scale_dtype", "rounds", "start")))
     if entry["format"] == "trellis":
         return Trellis(entry["bits"], entry["codebook"], entry["rotation"] or None, entry["window"])
     raise RuntimeError(f"format: got {entry['format']!r}, which this version of the package cannot describe")
