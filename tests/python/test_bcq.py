@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import quantloom as ql
@@ -18,7 +20,7 @@ def weights(rng):
 def values_of(q):
     """W, straight from the description of the planes."""
     planes = {name: np.asarray(plane) for name, plane in q.planes.items()}
-    bits, n, _ = planes["signs"].shape
+    bits = len(planes["signs"])
     signs = np.unpackbits(planes["signs"].view(np.uint8), axis=-1, bitorder="little", count=q.shape[1])
     size = q.format.group_size if isinstance(q.format.group_size, int) else q.shape[1]
     group = planes.get("group_index", np.arange(q.shape[1]) // size)
@@ -74,7 +76,7 @@ def test_error_falls_with_rounds_and_bits(weights):
         ql.quantize(weights, ql.BCQ(3, 40, False, "float32", rounds, "greedy")).report.mean_squared_error
         for rounds in (0, 1, 2, 5, 20)
     ]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(greedy, greedy[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(greedy))
     best = ql.quantize(weights, ql.BCQ(3, 40, False, "float32", 20)).report.mean_squared_error
     assert best <= greedy[-1] * (1 + 1e-6)
     grid = ql.quantize(weights, "uniform:3:g40:asym:f32").report.mean_squared_error
@@ -139,9 +141,14 @@ def test_whole_models_take_it(tmp_path):
     model = model_factory.write_model(tmp_path / "model", model_factory.llama())
     ids = model_factory.token_ids(5 * 24)
     report = ql.models.quantize(
-        model, ql.Recipe.parse("bcq:3:g32:offset", "gptq"), ids, output=tmp_path / "out", windows=4, window=24,
+        model,
+        ql.Recipe.parse("bcq:3:g32:offset", "gptq"),
+        ids,
+        output=tmp_path / "out",
+        windows=4,
+        window=24,
         held_out_windows=1,
-    )  # fmt: skip
+    )
     assert all(m.proxy_loss < m.proxy_loss_nearest for m in report.modules)
     plan = ql.models.plan(model, ql.Recipe.parse("bcq:3:g32:offset", "gptq"))
     assert plan.bits_per_weight == pytest.approx(report.bits_per_weight) == 3 + 4 * 16 / 32
