@@ -214,6 +214,10 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const GroupedFormat& format = cuda::require_scalar(packed, "round_error_feedback_cuda");
+  if (options.output_hessian != nullptr) {
+    throw InvalidArgument("output_hessian", text_of("one for ", format.spec()),
+                          "none: feedback along rows is for a trellis with its rotation");
+  }
   ErrorFeedbackOptions checked;
   checked.damping = options.damping;
   checked.damping_ladder = options.damping_ladder;

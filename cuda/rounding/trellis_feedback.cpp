@@ -175,7 +175,7 @@ TrellisResult round_nearest_trellis(const TrellisTask& task) {
 // P diag(s) H diag(s) P of the padded size.
 DeviceBuffer<double> rotated_hessian(const TrellisTask& task, const double* sum,
                                      const trellis::Scales& scales, bool consistent) {
-  const DeviceBuffer<double> factors = uploaded(trellis::hessian_factors(scales, consistent), task.stream);
+  const DeviceBuffer<double> factors = uploaded(trellis::hessian_factors(scales.input, consistent), task.stream);
   DeviceBuffer<double> result(checked_mul(task.cols, task.cols), task.stream);
   scale_both_sides(sum, task.w.cols, factors.data(), result.data(), task.cols, task.stream);
   rotate_columns(result.data(), task.cols, task.cols, task.stream);
@@ -233,6 +233,62 @@ void walk(const TrellisTask& task, const UpperFactor& factor, const std::vector<
     }
     push(begin, end - begin, end, task.cols, errors.data());
   }
+}
+
+int64_t trial_rows(const TrellisTask& task) {
+  return std::ssize(trellis::trial_tile_rows(task.rows / kStep)) * kStep;
+}
+
+// As the CPU's function of that name. sum: the Hessian in the basis, with that diagonal.
+double tried_factor(const TrellisTask& task, const UpperFactor& factor, const std::vector<int32_t>& order,
+                    const double* sum, const std::vector<double>& diagonal, const float* rotated,
+                    const RingCoder& coder, std::span<const double> factors) {
+  const cudaStream_t stream = task.stream;
+  const std::vector<int64_t> tile_rows = trellis::trial_tile_rows(task.rows / kStep);
+  const int64_t rows = trial_rows(task);
+  TrellisTask trial = task;
+  trial.rows = checked_mul(rows, std::ssize(factors));
+  std::vector<int32_t> chosen;
+  std::vector<float> widening;
+  for (int64_t r = 0; r < trial.rows; ++r) {
+    const int64_t row = r % rows;
+    chosen.push_back(
+        static_cast<int32_t>(tile_rows[static_cast<size_t>(row / kStep)] * kStep + row % kStep));
+    widening.push_back(static_cast<float>(factors[static_cast<size_t>(r / rows)]));
+  }
+  const int64_t count = checked_mul(trial.rows, task.cols);
+  const DeviceBuffer<float> wanted(count, stream);
+  take_rows(rotated, task.cols, uploaded(chosen, stream).data(), uploaded(widening, stream).data(),
+            wanted.data(), trial.rows, stream);
+  const DeviceBuffer<float> errors(count, stream);
+  {
+    const DeviceBuffer<uint32_t> words(task.cols / kStep * trial.step_words(), stream);
+    walk(trial, factor, order, wanted.data(), coder, words.data());
+    const DeviceBuffer<float> decoded(count, stream);
+    coder.decode(words.data(), matrix_of(decoded.data(), trial.rows, task.cols, task.cols));
+    subtract_narrow(matrix_of(wanted.data(), trial.rows, task.cols, task.cols), decoded.data(), errors.data(),
+                    stream);
+  }
+  const DeviceBuffer<float> narrowed(checked_mul(task.cols, task.cols), stream);
+  narrow(sum, 1 / *std::ranges::max_element(diagonal), narrowed.data(), task.cols * task.cols, stream);
+  const BlasScope blas(stream);
+  const float one = 1.0F;
+  const float zero = 0.0F;
+  const auto k = static_cast<int>(task.cols);
+  check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, k, static_cast<int>(trial.rows), k, &one,
+                              narrowed.data(), k, errors.data(), k, &zero, wanted.data(), k),
+               "losses of the factors");
+  const DeviceBuffer<double> sums(2 * trial.rows, stream);
+  dot_rows(wanted.data(), matrix_of(errors.data(), trial.rows, task.cols, task.cols), errors.data(),
+           sums.data(), sums.data() + trial.rows, stream);
+  std::vector<double> of_rows(static_cast<size_t>(trial.rows));
+  download(sums.data(), of_rows.data(), trial.rows, stream);
+  std::vector<double> losses(factors.size(), 0.0);
+  for (size_t r = 0; r < of_rows.size(); ++r) {
+    const size_t f = r / static_cast<size_t>(rows);
+    losses[f] += of_rows[r] / (factors[f] * factors[f]);
+  }
+  return trellis::best_factor(factors, losses);
 }
 
 // Multiplies output scales, and the rows of `decoded` with them.
@@ -419,6 +475,7 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
   checked.damping_ladder = options.damping_ladder;
   checked.block = options.block;
   require_valid(checked);
+  require_valid(trellis_options);
   cuda::require_arguments(w, packed, &hessian, options.held_out, options.scale_search);
   const std::vector<double> diagonal = hessian.diagonal(stream);
   cuda::require_usable(hessian, diagonal, cuda_stream);
@@ -448,9 +505,11 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
       cuda::DeviceBuffer<uint32_t>(task.cols / cuda::kStep * task.step_words(), cuda_stream),
       cuda::DeviceScales(cuda::fitted_scales(w, dead.data(), task.target, cuda_stream), cuda_stream),
       {}};
-  const cuda::DeviceBuffer<float> rotated = task.rotated(dead.data(), result.scales);
+  cuda::DeviceBuffer<float> rotated = task.rotated(dead.data(), result.scales);
   {
-    const cuda::RingCoder coder(*format, task.rows / cuda::kStep, cuda_stream);
+    const std::vector<double> factors = ratio_factors(trellis_options, *format);
+    const int64_t trial = factors.size() == 1 ? 0 : cuda::trial_rows(task) * std::ssize(factors);
+    const cuda::RingCoder coder(*format, std::max(task.rows, trial) / cuda::kStep, cuda_stream);
     {
       cuda::DeviceBuffer<double> sum = cuda::rotated_hessian(task, hessian.sum(stream), result.scales.host,
                                                              trellis_options.consistent_hessian);
@@ -462,9 +521,20 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
       const cuda::DeviceBuffer<int32_t> order_on_device = cuda::uploaded(order, cuda_stream);
       const cuda::UpperFactor factor(sum.data(), rotated_diagonal, order_on_device.data(), options.damping,
                                      options.damping_ladder, cuda_stream);
-      sum.release();
       report.damping_tried = factor.damping_tried();
       report.damping = report.damping_tried.back();
+      const double chosen =
+          factors.size() == 1 ? factors.front()
+                              : cuda::tried_factor(task, factor, order, sum.data(), rotated_diagonal,
+                                                   rotated.data(), coder, factors);
+      sum.release();
+      report.trellis_ratio = chosen * trellis_best_ratio(format->half_bits, format->codebook.code);
+      if (chosen != 1) {
+        trellis::Scales scales = result.scales.host;
+        trellis::widen(chosen, scales);
+        result.scales = cuda::DeviceScales(std::move(scales), cuda_stream);
+        rotated = task.rotated(dead.data(), result.scales);
+      }
       cuda::walk(task, factor, order, rotated.data(), coder, result.words.data());
     }
     result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());

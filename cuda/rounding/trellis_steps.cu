@@ -86,6 +86,16 @@ __global__ void __launch_bounds__(kThreads) multiply(const float* rotated, int64
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    take(const float* from, int64_t k, const int32_t* chosen, const float* factors, float* out, int64_t rows) {
+  for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
+    for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < k;
+         c += static_cast<int64_t>(gridDim.x) * kThreads) {
+      out[r * k + c] = factors[r] * from[chosen[r] * k + c];
+    }
+  }
+}
+
 // Blocks of 128 along one direction, 32 of them side by side: element i of the one at j is
 // matrix[i * along + j * across]. Grid: groups of 32, blocks of 128.
 template <class T>
@@ -302,6 +312,12 @@ void multiply_by_scales(const float* rotated, int64_t stride, const float* input
                         float* out, int64_t n, int64_t k, cudaStream_t stream) {
   multiply<<<grid_of(n, k), kThreads, 0, stream>>>(rotated, stride, input, output, out, n, k);
   check_cuda(cudaGetLastError(), "launch of multiply");
+}
+
+void take_rows(const float* from, int64_t k, const int32_t* chosen, const float* factors, float* out,
+               int64_t rows, cudaStream_t stream) {
+  take<<<grid_of(rows, k), kThreads, 0, stream>>>(from, k, chosen, factors, out, rows);
+  check_cuda(cudaGetLastError(), "launch of take");
 }
 
 void rotate_columns(float* matrix, int64_t rows, int64_t cols, cudaStream_t stream) {

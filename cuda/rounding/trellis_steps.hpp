@@ -27,6 +27,10 @@ void divide_by_scales(const CudaMatrix& w, const uint8_t* dead, const float* inp
 void multiply_by_scales(const float* rotated, int64_t stride, const float* input, const float* output,
                         float* out, int64_t n, int64_t k, cudaStream_t stream);
 
+// out [rows, k]: row r is row chosen[r] of `from` [.., k] times factors[r].
+void take_rows(const float* from, int64_t k, const int32_t* chosen, const float* factors, float* out,
+               int64_t rows, cudaStream_t stream);
+
 // Each row's blocks of 128 columns, and each column's blocks of 128 rows, in place.
 void rotate_columns(float* matrix, int64_t rows, int64_t cols, cudaStream_t stream);
 void rotate_columns(double* matrix, int64_t rows, int64_t cols, cudaStream_t stream);

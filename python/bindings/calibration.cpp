@@ -60,14 +60,17 @@ void bind_calibration(py::module_& module) {
                              })
       .def("sum", &sum_of)
       .def("diagonal", &diagonal_of);
-  module.def("proxy_loss",
-             [](const ArrayRef& w, const ArrayRef& decoded, const SharedHessian& hessian, int64_t threads) {
-               const FloatMatrix weights = w.float_matrix("w");
-               const auto other = decoded.matrix<const float>("decoded", DType::f32);
-               return read(hessian, [&](const Hessian& h) {
-                 return proxy_loss(weights, other, h, to_int("threads", threads));
-               });
-             });
+  module.def("proxy_loss", [](const ArrayRef& w, const ArrayRef& decoded, const SharedHessian& hessian,
+                              const SharedHessian* output_hessian, int64_t threads) {
+    const FloatMatrix weights = w.float_matrix("w");
+    const auto other = decoded.matrix<const float>("decoded", DType::f32);
+    const int team = to_int("threads", threads);
+    const py::gil_scoped_release release;
+    const HessianLocks hessians(&hessian, output_hessian);
+    return hessians.second() == nullptr
+               ? proxy_loss(weights, other, *hessians.first(), team)
+               : proxy_loss(weights, other, *hessians.first(), *hessians.second(), team);
+  });
 }
 
 }  // namespace quantloom::python

@@ -1,6 +1,7 @@
 // A Hessian that threads of Python may share: add() waits for readers and for other calls of add().
 #pragma once
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -27,23 +28,26 @@ class SharedHessian {
   mutable std::shared_mutex mutex_;
 };
 
-// Read locks on two Hessians, either of which may be null or the same as the other.
-class HessianPair {
+// Read locks on Hessians, any of which may be null or the same as another.
+class HessianLocks {
  public:
-  HessianPair(const SharedHessian* first, const SharedHessian* second)
+  HessianLocks(const SharedHessian* first, const SharedHessian* second, const SharedHessian* third = nullptr)
       : first_(first == nullptr ? nullptr : &first->value()),
-        second_(second == nullptr ? nullptr : &second->value()) {
-    if (first != nullptr) first_lock_ = first->lock();
-    if (second != nullptr && second != first) second_lock_ = second->lock();
+        second_(second == nullptr ? nullptr : &second->value()),
+        third_(third == nullptr ? nullptr : &third->value()) {
+    if (first != nullptr) locks_[0] = first->lock();
+    if (second != nullptr && second != first) locks_[1] = second->lock();
+    if (third != nullptr && third != first && third != second) locks_[2] = third->lock();
   }
   const Hessian* first() const { return first_; }
   const Hessian* second() const { return second_; }
+  const Hessian* third() const { return third_; }
 
  private:
-  std::shared_lock<std::shared_mutex> first_lock_;
-  std::shared_lock<std::shared_mutex> second_lock_;
+  std::array<std::shared_lock<std::shared_mutex>, 3> locks_;
   const Hessian* first_;
   const Hessian* second_;
+  const Hessian* third_;
 };
 
 }  // namespace quantloom::python

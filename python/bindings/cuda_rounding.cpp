@@ -2,7 +2,11 @@
 // stream.
 #include <pybind11/stl.h>
 
+#include <array>
+#include <functional>
 #include <mutex>
+#include <set>
+#include <vector>
 
 #include "arrays.hpp"
 #include "calibration.hpp"
@@ -44,29 +48,26 @@ class SharedCudaHessian {
   std::mutex mutex_;
 };
 
-// Both locked, without the GIL; either may be null or the same as the other.
-class CudaHessianPair {
+// All locked, without the GIL; any may be null or the same as another.
+class CudaHessianLocks {
  public:
-  CudaHessianPair(SharedCudaHessian* first, SharedCudaHessian* second) : first_(first), second_(second) {
-    if (first == second) second = nullptr;
-    if (first != nullptr) first_lock_ = std::unique_lock(first->mutex(), std::defer_lock);
-    if (second != nullptr) second_lock_ = std::unique_lock(second->mutex(), std::defer_lock);
-    if (first != nullptr && second != nullptr) {
-      std::lock(first_lock_, second_lock_);
-    } else if (first != nullptr) {
-      first_lock_.lock();
-    } else if (second != nullptr) {
-      second_lock_.lock();
-    }
+  CudaHessianLocks(SharedCudaHessian* first, SharedCudaHessian* second, SharedCudaHessian* third = nullptr)
+      : hessians_{first, second, third} {
+    // In one order, so that two threads never wait for each other.
+    std::set<SharedCudaHessian*, std::less<>> all(hessians_.begin(), hessians_.end());
+    all.erase(nullptr);
+    for (SharedCudaHessian* hessian : all) locks_.emplace_back(hessian->mutex());
   }
-  const CudaHessian* first() const { return first_ == nullptr ? nullptr : &first_->value(); }
-  const CudaHessian* second() const { return second_ == nullptr ? nullptr : &second_->value(); }
+  const CudaHessian* first() const { return value(0); }
+  const CudaHessian* second() const { return value(1); }
+  const CudaHessian* third() const { return value(2); }
 
  private:
-  SharedCudaHessian* first_;
-  SharedCudaHessian* second_;
-  std::unique_lock<std::mutex> first_lock_;
-  std::unique_lock<std::mutex> second_lock_;
+  const CudaHessian* value(size_t i) const {
+    return hessians_[i] == nullptr ? nullptr : &hessians_[i]->value();
+  }
+  std::array<SharedCudaHessian*, 3> hessians_;
+  std::vector<std::unique_lock<std::mutex>> locks_;
 };
 
 py::object sum_of(SharedCudaHessian& shared, uintptr_t stream) {
@@ -97,7 +98,7 @@ py::dict nearest(const ArrayRef& w, PackedTensor& packed, const Search& search, 
   RoundingReport report;
   {
     const py::gil_scoped_release release;
-    const CudaHessianPair hessians(hessian, held_out);
+    const CudaHessianLocks hessians(hessian, held_out);
     CudaNearestOptions options;
     options.scale_search = to_search(search);
     options.hessian = hessians.first();
@@ -114,7 +115,7 @@ py::dict error_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessi
   RoundingReport report;
   {
     const py::gil_scoped_release release;
-    const CudaHessianPair hessians(&hessian, held_out);
+    const CudaHessianLocks hessians(&hessian, held_out);
     CudaErrorFeedbackOptions options;
     options.damping = damping;
     options.damping_ladder = std::move(damping_ladder);
@@ -129,19 +130,24 @@ py::dict error_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessi
 }
 
 py::dict trellis_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian,
-                          bool consistent_hessian, bool refit, double damping, bool act_order,
-                          SharedCudaHessian* held_out, uintptr_t stream) {
+                          bool consistent_hessian, bool refit, std::vector<double> ratio_factors,
+                          double damping, std::vector<double> damping_ladder, bool act_order, int64_t block,
+                          SharedCudaHessian* held_out, SharedCudaHessian* output_hessian, uintptr_t stream) {
   const CudaMatrix weights = w.cuda_matrix("w");
   RoundingReport report;
   {
     const py::gil_scoped_release release;
-    const CudaHessianPair hessians(&hessian, held_out);
+    const CudaHessianLocks hessians(&hessian, held_out, output_hessian);
     CudaErrorFeedbackOptions options;
+    options.output_hessian = hessians.third();
     options.damping = damping;
+    options.damping_ladder = std::move(damping_ladder);
     options.act_order = act_order;
+    options.block = block;
     options.held_out = hessians.second();
     report = round_trellis_feedback_cuda(weights, packed, *hessians.first(), options,
-                                         {consistent_hessian, refit, refit}, to_stream(stream));
+                                         {consistent_hessian, refit, refit, std::move(ratio_factors)},
+                                         to_stream(stream));
   }
   return to_python(report);
 }

@@ -34,6 +34,9 @@ py::dict to_python(const RoundingReport& report) {
   fields["proxy_loss_nearest"] = report.proxy_loss_nearest;
   fields["held_out_loss"] = report.held_out_loss;
   fields["held_out_loss_nearest"] = report.held_out_loss_nearest;
+  fields["two_sided_loss"] = report.two_sided_loss;
+  fields["two_sided_loss_nearest"] = report.two_sided_loss_nearest;
+  fields["trellis_ratio"] = report.trellis_ratio;
   return fields;
 }
 
@@ -59,7 +62,7 @@ py::tuple nearest(const ArrayRef& w, const std::string& format, const Search& se
   Rounded rounded;
   {
     const py::gil_scoped_release release;
-    const HessianPair hessians(hessian, held_out);
+    const HessianLocks hessians(hessian, held_out);
     rounded = round_nearest(weights, format_from_json(format),
                             {.scale_search = to_search(search),
                              .hessian = hessians.first(),
@@ -77,7 +80,7 @@ py::tuple error_feedback(const ArrayRef& w, const std::string& format, const Sha
   Rounded rounded;
   {
     const py::gil_scoped_release release;
-    const HessianPair hessians(&hessian, held_out);
+    const HessianLocks hessians(&hessian, held_out);
     rounded = round_error_feedback(weights, format_from_json(format), *hessians.first(),
                                    {.damping = damping,
                                     .damping_ladder = std::move(damping_ladder),
@@ -93,21 +96,26 @@ py::tuple error_feedback(const ArrayRef& w, const std::string& format, const Sha
 }
 
 py::tuple trellis_feedback(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
-                           bool consistent_hessian, bool refit, double damping, bool act_order,
-                           const SharedHessian* held_out, int64_t threads) {
+                           bool consistent_hessian, bool refit, std::vector<double> ratio_factors,
+                           double damping, std::vector<double> damping_ladder, bool act_order, int64_t block,
+                           const SharedHessian* held_out, const SharedHessian* output_hessian,
+                           int64_t threads) {
   const FloatMatrix weights = w.float_matrix("w");
   Rounded rounded;
   {
     const py::gil_scoped_release release;
-    const HessianPair hessians(&hessian, held_out);
+    const HessianLocks hessians(&hessian, held_out, output_hessian);
     ErrorFeedbackOptions options;
+    options.output_hessian = hessians.third();
     options.damping = damping;
+    options.damping_ladder = std::move(damping_ladder);
     options.act_order = act_order;
+    options.block = block;
     options.held_out = hessians.second();
     options.threads = to_int("threads", threads);
-    rounded =
-        round_trellis_feedback(weights, std::dynamic_pointer_cast<const Trellis>(format_from_json(format)),
-                               *hessians.first(), options, {consistent_hessian, refit, refit});
+    rounded = round_trellis_feedback(
+        weights, std::dynamic_pointer_cast<const Trellis>(format_from_json(format)), *hessians.first(),
+        options, {consistent_hessian, refit, refit, std::move(ratio_factors)});
   }
   return to_pair(std::move(rounded));
 }

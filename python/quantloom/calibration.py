@@ -164,13 +164,16 @@ def require_same_device(argument: str, hessian: Hessian, device: str) -> None:
         )
 
 
-def proxy_loss(w: Any, decoded: Any, hessian: Hessian | Any, threads: int = 0) -> float:
+def proxy_loss(
+    w: Any, decoded: Any, hessian: Hessian | Any, threads: int = 0, output_hessian: Hessian | Any = None
+) -> float:
     """tr(E H E^T) for E = W - W': the mean squared output error per token, summed over out_features.
 
     Args:
         w: ``[n, k]``, float32, float16 or bfloat16.
         decoded: a ``PackedTensor`` or a decoded matrix, of the shape of `w`.
         hessian: a ``Hessian`` of k inputs with at least one token, or an array ``[k, k]`` that is H.
+        output_hessian: optional, one of n outputs: the loss is then ``tr(H_out E H E^T)``.
     """
     from quantloom.tensors import PackedTensor
 
@@ -189,4 +192,11 @@ def proxy_loss(w: Any, decoded: Any, hessian: Hessian | Any, threads: int = 0) -
     if gathered.k != matrix.shape[1]:
         raise ValueError(f"hessian: got {gathered.k} inputs, expected {matrix.shape[1]}, as w has columns")
     require_same_device("hessian", gathered, "cpu")
-    return _core.proxy_loss(matrix.core, other.core, gathered._core, _checks.thread_count(threads))
+    outputs = as_hessian("output_hessian", output_hessian)
+    if outputs is not None:
+        if outputs.k != matrix.shape[0]:
+            raise ValueError(f"output_hessian: got {outputs.k} outputs, expected {matrix.shape[0]}, as w has rows")
+        require_same_device("output_hessian", outputs, "cpu")
+    return _core.proxy_loss(
+        matrix.core, other.core, gathered._core, outputs and outputs._core, _checks.thread_count(threads)
+    )

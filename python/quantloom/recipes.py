@@ -66,8 +66,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_format(self.format))
         object.__setattr__(self, "rounding", parse_rounding(self.rounding))
-        for name in ("hessian", "held_out"):
-            if getattr(self.rounding, name) is not None:
+        for name in ("hessian", "held_out", "output_hessian"):
+            if getattr(self.rounding, name, None) is not None:
                 raise ValueError(
                     f"rounding: got a {name}, expected None in a recipe: calibration provides it"
                 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from quantloom import _arrays, _checks, _core, _devices
 from quantloom.calibration import Hessian, as_hessian, require_same_device
-from quantloom.formats import Format, Outliers, parse_format
+from quantloom.formats import Format, Outliers, Trellis, parse_format
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform, parse_transform
 
@@ -70,6 +70,7 @@ class ScaleSearch:
         return fields | ({"output_error": True} if self.output_error else {})
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class OutlierSearch:
     """Which weights ``GPTQ`` keeps in float16 beside a dense format (SpQR: Dettmers et al., 2023).
@@ -121,6 +122,12 @@ class OutlierSearch:
             return Outliers(format, count=int(self.percent * n * k / 100))
         none, one = (Outliers(format, count=count).size_in_bits(n, k) for count in (0, 1))
         return Outliers(format, count=min(max(0, int((self.bits * n * k - none) // (one - none))), n * k))
+=======
+# What a rounding takes from calibration, in place of a description.
+_HESSIANS = ("hessian", "held_out", "output_hessian")
+# Settings that descriptions leave out where they are None.
+_LEFT_OUT = ("ratio_factors",)
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
 
 
 class Rounding:
@@ -138,9 +145,9 @@ class Rounding:
         """The settings, without Hessians, as a JSON object; ``rounding_from_json`` reads it back."""
         settings: dict[str, Any] = {"rounding": type(self).__name__.lower()}
         for item in fields(self):  # type: ignore[arg-type]
-            if item.name in ("hessian", "held_out"):
-                continue
             value = getattr(self, item.name)
+            if item.name in _HESSIANS or (item.name in _LEFT_OUT and value is None):
+                continue
             if isinstance(value, ScaleSearch):
                 value = value.to_fields()
             if item.name == "outliers":
@@ -202,6 +209,12 @@ class Nearest(Rounding):
         return ":".join(["nearest", *_search_options(self.scale_search)])
 
 
+def _numbers(argument: str, values: Any) -> tuple[float, ...]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{argument}: got {_checks.type_name(values)}, expected a sequence of numbers")
+    return tuple(_checks.real(argument, value) for value in values)
+
+
 @dataclass(frozen=True, eq=False)
 class GPTQ(Rounding):
     """Error feedback: each column's rounding error is pushed onto the columns to come, weighted by the
@@ -221,9 +234,22 @@ class GPTQ(Rounding):
             which floating-point sums are taken.
         scale_search: None, or a ``ScaleSearch`` weighted by diag(H).
         held_out: optional, a Hessian of other tokens, for the report.
+<<<<<<< HEAD
         outliers: None, or an ``OutlierSearch``: the result's format is then ``Outliers`` around the format
             asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only;
             no CUDA kernel multiplies what `act_order` without `static_groups` then makes.
+=======
+        ratio_factors: of a ``trellis`` with its rotation: how large the weights are to the codebook, as
+            factors of what is best for weights coded as they come. Feedback adds errors to them, which take
+            room at the codebook's ends. Several factors, each in [0.25, 4], are tried with feedback on half
+            of the rows of tiles, at most 8, and a parabola through their losses says which factor between
+            them is best; a single one is taken as it is. None: (0.65, 0.75, 0.85, 0.95) below 2 bits, (0.75,
+            0.85, 0.95, 1.05) below 3, and (0.96,) from 3 bits on, where a search gains nothing.
+        output_hessian: of a ``trellis`` with its rotation, optional: a ``Hessian`` of the layer's outputs, such
+            as one of the gradients of a loss with respect to them (``quantloom.models.output_hessians``).
+            Feedback then runs along rows as well as along columns and minimises ``tr(H_out E H E^T)``, what
+            the errors of all outputs cost together (Tseng, Sun and De Sa, 2025).
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
     """
 
     hessian: Hessian | Any = None
@@ -234,20 +260,22 @@ class GPTQ(Rounding):
     block: int = 128
     scale_search: ScaleSearch | None = None
     held_out: Hessian | Any = None
+<<<<<<< HEAD
     outliers: OutlierSearch | None = None
+=======
+    ratio_factors: tuple[float, ...] | None = None
+    output_hessian: Hessian | Any = None
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "hessian", as_hessian("hessian", self.hessian))
         set_field(self, "held_out", as_hessian("held_out", self.held_out))
+        set_field(self, "output_hessian", as_hessian("output_hessian", self.output_hessian))
         set_field(self, "damp", _checks.real("damp", self.damp))
         if self.damp < 0:
             raise ValueError(f"damp: got {self.damp}, expected a number >= 0")
-        if isinstance(self.damp_ladder, (str, bytes)) or not hasattr(self.damp_ladder, "__iter__"):
-            raise TypeError(
-                f"damp_ladder: got {_checks.type_name(self.damp_ladder)}, expected a sequence of numbers"
-            )
-        ladder = tuple(_checks.real("damp_ladder", value) for value in self.damp_ladder)
+        ladder = _numbers("damp_ladder", self.damp_ladder)
         if any(low >= high for low, high in pairwise(ladder)) or any(v <= 0 for v in ladder):
             raise ValueError(f"damp_ladder: got {ladder}, expected rising numbers > 0")
         set_field(self, "damp_ladder", ladder)
@@ -255,9 +283,17 @@ class GPTQ(Rounding):
         _checks.boolean("static_groups", self.static_groups)
         set_field(self, "block", _checks.integer("block", self.block, 1))
         _check_scale_search(self.scale_search)
+<<<<<<< HEAD
         if self.outliers is not None and not isinstance(self.outliers, OutlierSearch):
             got = _checks.type_name(self.outliers)
             raise TypeError(f"outliers: got {got}, expected None or an OutlierSearch")
+=======
+        if self.ratio_factors is not None:
+            factors = _numbers("ratio_factors", self.ratio_factors)
+            if not factors or any(not 0.25 <= factor <= 4 for factor in factors):
+                raise ValueError(f"ratio_factors: got {factors}, expected numbers from 0.25 to 4")
+            set_field(self, "ratio_factors", factors)
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
 
     @property
     def spec(self) -> str:
@@ -273,6 +309,8 @@ class GPTQ(Rounding):
             options.append("no-act-order")
         if not self.static_groups:
             options.append("dynamic-groups")
+        if self.ratio_factors is not None:
+            options.append("ratio=" + ",".join(map(repr, self.ratio_factors)))
         return ":".join(["gptq", *options])
 
 
@@ -292,8 +330,14 @@ class RoundingReport:
         proxy_loss: tr(E H E^T) with E = W - W', the mean squared output error per token summed over
             out_features; ..._nearest: the same for nearest rounding in the same format; held_out_...: the
             same on the held-out Hessian.
+<<<<<<< HEAD
         outliers: that an ``OutlierSearch`` found; outlier_threshold: the threshold it found them by, infinite
             for none, NaN without a search.
+=======
+        two_sided_loss, two_sided_loss_nearest: tr(H_out E H E^T), with a Hessian of the outputs.
+        trellis_ratio: of GPTQ to a rotated trellis: the standard deviation of the weights over the codebook's
+            RMS, as used.
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
     """
 
     method: str
@@ -309,8 +353,14 @@ class RoundingReport:
     proxy_loss_nearest: float
     held_out_loss: float
     held_out_loss_nearest: float
+<<<<<<< HEAD
     outliers: int = 0
     outlier_threshold: float = math.nan
+=======
+    two_sided_loss: float = math.nan
+    two_sided_loss_nearest: float = math.nan
+    trellis_ratio: float = math.nan
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
 
 
 def quantize(
@@ -356,13 +406,7 @@ def quantize(
         got = _checks.type_name(rounding)
         raise TypeError(f"rounding: got {got}, expected Nearest(...), GPTQ(...) or AWQ(...)")
     threads = _checks.thread_count(threads)
-    k = matrix.shape[1]
-    for name in ("hessian", "held_out"):
-        hessian = getattr(rounding, name)
-        if hessian is not None and hessian.k != k:
-            raise ValueError(f"{name}: got a Hessian of {hessian.k} inputs, expected {k}, as w has columns")
-        if hessian is not None:
-            require_same_device(name, hessian, matrix.device)
+    require_hessians(matrix, rounding)
     if isinstance(rounding, GPTQ) and rounding.hessian is None:
         raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
     transform = parse_transform(transform)
@@ -373,7 +417,23 @@ def quantize(
             )
         return quantize_scaled(matrix.value, format, rounding, threads)
     if transform is not None:
+        if getattr(rounding, "output_hessian", None) is not None:
+            raise ValueError(
+                f"output_hessian: got one with the transform {transform.spec}, expected None: a trellis has a"
+                " basis of its own"
+            )
         return _quantize_transformed(matrix, format, rounding, transform, threads)
+    trellis = isinstance(format, Trellis) and format.rotation > 0
+    if isinstance(rounding, GPTQ):
+        if trellis and rounding.scale_search is None:
+            return quantize_trellis(matrix, format, rounding, threads)
+        for name in ("ratio_factors", "output_hessian"):
+            value = getattr(rounding, name)
+            if value is not None and not trellis:
+                raise ValueError(
+                    f"{name}: got {value!r} for {format.spec}, expected None: it is for a trellis with its"
+                    " rotation"
+                )
     search = rounding.scale_search and (
         rounding.scale_search.steps,
         rounding.scale_search.smallest,
@@ -411,6 +471,53 @@ def quantize(
     return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
 
 
+def require_hessians(matrix: _arrays.Array, rounding: Rounding) -> None:
+    n, k = matrix.shape
+    for name in _HESSIANS:
+        hessian = getattr(rounding, name, None)
+        if hessian is None:
+            continue
+        if name == "output_hessian" and hessian.k != n:
+            raise ValueError(f"{name}: got a Hessian of {hessian.k} outputs, expected {n}, as w has rows")
+        if name != "output_hessian" and hessian.k != k:
+            raise ValueError(f"{name}: got a Hessian of {hessian.k} inputs, expected {k}, as w has columns")
+        require_same_device(name, hessian, matrix.device)
+
+
+def quantize_trellis(
+    matrix: _arrays.Array,
+    format: Trellis,
+    rounding: GPTQ,
+    threads: int,
+    consistent_hessian: bool = True,
+    refit: bool = True,
+) -> PackedTensor:
+    """GPTQ to a rotated trellis, of arguments that are checked."""
+    choices = (
+        rounding.hessian._core,
+        consistent_hessian,
+        refit,
+        list(rounding.ratio_factors or ()),
+        rounding.damp,
+        list(rounding.damp_ladder),
+        rounding.act_order,
+        rounding.block,
+        rounding.held_out and rounding.held_out._core,
+        rounding.output_hessian and rounding.output_hessian._core,
+    )
+    if matrix.device == "cpu":
+        packed, report = _core.round_trellis_feedback(matrix.core, format.to_json(), *choices, threads)
+        report["damping_tried"] = tuple(report["damping_tried"])
+        return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+    _require_cuda_rounding(matrix, format)
+    planes = empty_planes(format, matrix)
+    packed = PackedTensor(format, matrix.shape, planes)._core()
+    with _devices.current(matrix.device) as stream:
+        report = _core.round_trellis_feedback_cuda(matrix.core, packed, *choices, stream)
+    report["damping_tried"] = tuple(report["damping_tried"])
+    return PackedTensor(format, matrix.shape, planes, RoundingReport(**report))
+
+
 def _quantize_transformed(
     matrix: _arrays.Array, format: Format, rounding: Rounding, transform: Transform, threads: int
 ) -> PackedTensor:
@@ -441,9 +548,7 @@ def _rotated(hessian: Hessian, transform: Transform) -> Hessian:
     return Hessian.from_sum(total, hessian.tokens).to(hessian.device)
 
 
-def _quantize_cuda(
-    matrix: _arrays.Array, format: Format, rounding: Rounding, search: Any, hessian: Any, held_out: Any
-) -> PackedTensor:
+def _require_cuda_rounding(matrix: _arrays.Array, format: Format) -> None:
     if not _core.built_with_cuda():
         raise RuntimeError(
             f"w: got a tensor on {matrix.device}, but this build of quantloom has no CUDA kernels"
@@ -454,6 +559,12 @@ def _quantize_cuda(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
             " expected uniform, codebook or a rotated trellis with a window of 16 (or pass w.cpu())"
         )
+
+
+def _quantize_cuda(
+    matrix: _arrays.Array, format: Format, rounding: Rounding, search: Any, hessian: Any, held_out: Any
+) -> PackedTensor:
+    _require_cuda_rounding(matrix, format)
     indexed = isinstance(rounding, GPTQ) and _core.walk_needs_group_index(
         format.to_json(), matrix.shape[1], rounding.act_order, rounding.static_groups
     )
@@ -496,7 +607,7 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
     """The rounding of a short form; a ``Rounding`` is returned as it is.
 
     ``nearest[:search[=STEPS]]``,
-    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups]`` or
+    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:ratio=X[,X...]]`` or
     ``awq[:steps=N][:folded][+ROUNDING]`` with one of the others after the plus; ``output-search`` in place of
     ``search`` is a search by output error; ``gptq`` takes ``:outliers=PERCENT%``, ``:bits=BITS`` or
     ``:outlier-threshold=X`` for an ``OutlierSearch``.
@@ -520,12 +631,17 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
                 update = {"scale_search": ScaleSearch(**steps, output_error=key == "output-search")}
             elif name == "gptq" and key == "damp":
                 update = {"damp": float(value)}
+<<<<<<< HEAD
             elif name == "gptq" and key == "outliers" and value.endswith("%"):
                 update = {"outliers": OutlierSearch(percent=float(value[:-1]))}
             elif name == "gptq" and key == "bits":
                 update = {"outliers": OutlierSearch(bits=float(value))}
             elif name == "gptq" and key == "outlier-threshold":
                 update = {"outliers": OutlierSearch(threshold=float(value))}
+=======
+            elif name == "gptq" and key == "ratio":
+                update = {"ratio_factors": tuple(map(float, value.split(",")))}
+>>>>>>> 72b2c9b (Search the scale of a trellis with feedback; feed errors back along rows too, given a Hessian of the outputs)
             elif name == "gptq" and option == "no-act-order":
                 update = {"act_order": False}
             elif name == "gptq" and option == "dynamic-groups":
@@ -554,7 +670,7 @@ def rounding_from_json(text: str) -> Rounding:
     kind = kinds.get(name)
     if kind is None:
         raise ValueError(f"rounding: got {text!r}, expected a description with one of awq, gptq, nearest")
-    known = {item.name for item in fields(kind)} - {"hessian", "held_out"}
+    known = {item.name for item in fields(kind)} - set(_HESSIANS)
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ValueError(f"rounding: got unknown keys {unknown}, expected {sorted(known)}")

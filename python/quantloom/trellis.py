@@ -294,6 +294,8 @@ def quantize(
     damp: float = 0.01,
     act_order: bool = True,
     held_out: Any = None,
+    ratio_factors: Any = None,
+    output_hessian: Any = None,
     threads: int = 0,
 ) -> Any:
     """``quantloom.quantize(w, format, GPTQ(hessian))`` for a rotated trellis, with the choices of its own.
@@ -304,7 +306,7 @@ def quantize(
     Args:
         w: ``[out_features, in_features]`` on the CPU or a CUDA device.
         format: a ``Trellis`` with its rotation (on a CUDA device of a window of 16), or its short form.
-        hessian, damp, act_order, held_out: as of ``GPTQ``.
+        hessian, damp, act_order, held_out, ratio_factors, output_hessian: as of ``GPTQ``.
         consistent_hessian: True: the Hessian is brought into the basis with the scales, so that the walk
             minimises the error of the layer's output. False: with their signs alone, as EXL3's own quantizer
             does; to compare with.
@@ -313,43 +315,32 @@ def quantize(
 
     Returns a ``PackedTensor``. Raises TypeError or ValueError naming the argument.
     """
-    from quantloom.calibration import require_same_device
     from quantloom.formats import Trellis, parse_format
-    from quantloom.rounding import GPTQ, RoundingReport, empty_planes
-    from quantloom.tensors import PackedTensor
+    from quantloom.rounding import GPTQ, quantize_trellis, require_hessians
 
     matrix = _arrays.matrix("w", w, cpu=False)
     form = parse_format(format)
     if not isinstance(form, Trellis):
         raise ValueError(f"format: got {form.spec!r}, expected a trellis")
-    rounding = GPTQ(hessian, damp=damp, act_order=act_order, held_out=held_out)
+    rounding = GPTQ(
+        hessian,
+        damp=damp,
+        act_order=act_order,
+        held_out=held_out,
+        ratio_factors=ratio_factors,
+        output_hessian=output_hessian,
+    )
     if rounding.hessian is None:
         raise ValueError("hessian: got None, expected a Hessian")
-    for name in ("hessian", "held_out"):
-        given = getattr(rounding, name)
-        if given is not None and given.k != matrix.shape[1]:
-            raise ValueError(f"{name}: got a Hessian of {given.k} inputs, expected {matrix.shape[1]}")
-        if given is not None:
-            require_same_device(name, given, matrix.device)
-    choices = (
-        rounding.hessian._core,
+    require_hessians(matrix, rounding)
+    return quantize_trellis(
+        matrix,
+        form,
+        rounding,
+        _checks.thread_count(threads),
         _checks.boolean("consistent_hessian", consistent_hessian),
         _checks.boolean("refit", refit),
-        rounding.damp,
-        rounding.act_order,
-        rounding.held_out and rounding.held_out._core,
     )
-    threads = _checks.thread_count(threads)
-    if matrix.device == "cpu":
-        packed, report = _core.round_trellis_feedback(matrix.core, form.to_json(), *choices, threads)
-        report["damping_tried"] = tuple(report["damping_tried"])
-        return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
-    planes = empty_planes(form, matrix)
-    packed = PackedTensor(form, matrix.shape, planes)._core()
-    with _devices.current(matrix.device) as stream:
-        report = _core.round_trellis_feedback_cuda(matrix.core, packed, *choices, stream)
-    report["damping_tried"] = tuple(report["damping_tried"])
-    return PackedTensor(form, matrix.shape, planes, RoundingReport(**report))
 
 
 def distortion(

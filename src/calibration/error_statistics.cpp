@@ -225,4 +225,48 @@ double proxy_loss(const FloatMatrix& w, MatrixView<const float> decoded, const H
   return error_statistics(w, decoded, one, threads).proxy_losses[0];
 }
 
+double proxy_loss(const FloatMatrix& w, MatrixView<const float> decoded, const Hessian& hessian,
+                  const Hessian& output_hessian, int threads) {
+  const int64_t n = w.rows();
+  const int64_t k = w.cols();
+  require_hessian(hessian, k, "hessian");
+  require_hessian(output_hessian, n, "output_hessian");
+  if (decoded.rows() != n || decoded.cols() != k) {
+    throw InvalidArgument("decoded", text_of("[", decoded.rows(), ", ", decoded.cols(), "]"),
+                          text_of("[", n, ", ", k, "], as w"));
+  }
+  require_finite(w, "w", threads);
+  require_finite(decoded, "decoded", threads);
+  if (n == 0 || k == 0) return 0;
+  // In units of the largest entry of the diagonal: float32 holds those of tiny gradients too.
+  double unit = 1;
+  const auto narrowed = [&](const Hessian& h) {
+    const std::vector<double> diagonal = h.diagonal();
+    const double largest = *std::ranges::max_element(diagonal) * static_cast<double>(h.tokens());
+    unit *= largest / static_cast<double>(h.tokens());
+    std::vector<float> narrow;
+    for (int64_t r = 0; r < h.k(); ++r) {
+      for (int64_t c = 0; c < h.k(); ++c) {
+        narrow.push_back(largest > 0 ? static_cast<float>(h.sum()(r, c) / largest) : 0.0F);
+      }
+    }
+    return narrow;
+  };
+  std::vector<float> errors(static_cast<size_t>(checked_mul(n, k)));
+  for (int64_t r = 0; r < n; ++r) {
+    float* const error = errors.data() + r * k;
+    w.read(r, 0, k, error);
+    for (int64_t c = 0; c < k; ++c) error[c] -= decoded(r, c);
+  }
+  std::vector<float> with_inputs(errors.size(), 0.0F);
+  std::vector<float> with_outputs(errors.size(), 0.0F);
+  algebra::gemm_nt(1, {errors.data(), n, k}, {narrowed(hessian).data(), k, k}, 0, {with_inputs.data(), n, k},
+                   threads);
+  algebra::gemm_tn(1, {narrowed(output_hessian).data(), n, n}, {errors.data(), n, k},
+                   {with_outputs.data(), n, k}, threads);
+  double loss = 0;
+  for (size_t i = 0; i < errors.size(); ++i) loss += double{with_inputs[i]} * double{with_outputs[i]};
+  return loss * unit;
+}
+
 }  // namespace quantloom

@@ -137,10 +137,59 @@ void fit_both(MatrixView<const float> columns, float shrink, double target, Scal
   fit_inputs(input, n, shrink, target, scales);
 }
 
-std::vector<double> hessian_factors(const Scales& scales, bool consistent) {
+void widen(double factor, Scales& scales) {
+  if (factor == 1) return;
+  for (size_t j = 0; j < scales.output.size(); ++j) {
+    scales.output[j] =
+        stored(double{float_from_f16(scales.output[j])} / factor, "row", static_cast<int64_t>(j));
+  }
+}
+
+std::vector<int64_t> trial_tile_rows(int64_t count) {
+  const int64_t taken = std::clamp<int64_t>(count / 2, 1, 8);
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < taken; ++i) rows.push_back((2 * i + 1) * count / (2 * taken));
+  return rows;
+}
+
+double best_factor(std::span<const double> factors, std::span<const double> losses) {
+  const auto least = static_cast<size_t>(std::ranges::min_element(losses) - losses.begin());
+  if (factors.size() < 3 || !(losses[least] > 0)) return factors[least];
+  // Least squares for y = a + b x + c x^2 around the mean of x, of logarithms.
+  const auto count = static_cast<double>(factors.size());
+  double center = 0;
+  for (const double factor : factors) center += std::log(factor) / count;
+  double x2 = 0, x3 = 0, x4 = 0, y0 = 0, y1 = 0, y2 = 0;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const double x = std::log(factors[i]) - center;
+    const double y = std::log(losses[i]);
+    x2 += x * x;
+    x3 += x * x * x;
+    x4 += x * x * x * x;
+    y0 += y;
+    y1 += x * y;
+    y2 += x * x * y;
+  }
+  // From the normal equations, with the sum of x zero.
+  const double left = x4 - x2 * x2 / count - (x2 > 0 ? x3 * x3 / x2 : 0);
+  const double c = (y2 - x2 * y0 / count - x3 * y1 / x2) / left;
+  const double b = (y1 - c * x3) / x2;
+  const auto [low, high] = std::ranges::minmax(factors);
+  if (!(left > 1e-12) || !(c > 0) || !std::isfinite(b / c)) return factors[least];
+  const double found = std::clamp(std::exp(center - b / (2 * c)), low, high);
+  return std::round(found * 100) / 100;
+}
+
+std::vector<double> usual_ratio_factors(int half_bits) {
+  if (half_bits < 4) return {0.65, 0.75, 0.85, 0.95};
+  if (half_bits < 6) return {0.75, 0.85, 0.95, 1.05};
+  return {0.96};
+}
+
+std::vector<double> hessian_factors(std::span<const uint16_t> scales, bool consistent) {
   std::vector<double> factors;
   double largest = 0;
-  for (const uint16_t bits : scales.input) {
+  for (const uint16_t bits : scales) {
     const double scale = double{float_from_f16(bits)};
     factors.push_back(consistent ? scale : scale == 0 ? 0.0 : std::copysign(1.0, scale));
     largest = std::max(largest, std::abs(factors.back()));

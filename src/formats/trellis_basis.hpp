@@ -43,10 +43,26 @@ void fit_outputs(std::span<double> squares, int64_t k, Scales& scales);
 // Of the columns [k] over the scales of the n rows.
 void fit_inputs(std::span<const double> squares, int64_t n, float shrink, double target, Scales& scales);
 
-// The factors [k] by which rows and columns of a Hessian are multiplied before it is rotated: input scales,
+// Multiplies all output scales by 1 / factor, so that values over scales grow by it. Throws NumericError for a
+// scale that float16 does not hold.
+void widen(double factor, Scales& scales);
+
+// The rows of tiles, of `count`, on which ratios are tried: at least one, at most 8, spread evenly.
+std::vector<int64_t> trial_tile_rows(int64_t count);
+
+// The factor with the least loss: the minimum, in hundredths and within the factors tried, of the parabola
+// nearest to the logarithms of losses over those of factors, which takes the noise of a small sample out. That
+// of the least loss where there is no such minimum or fewer than three factors.
+double best_factor(std::span<const double> factors, std::span<const double> losses);
+
+// The factors by which rows and columns of a Hessian are multiplied before it is rotated: scales of its side,
 // or their signs alone if not `consistent`, in units of the largest: float16 scales of tiny weights, squared,
 // would leave the range of a factorization.
-std::vector<double> hessian_factors(const Scales& scales, bool consistent);
+std::vector<double> hessian_factors(std::span<const uint16_t> scales, bool consistent);
+
+// The factors of trellis_best_ratio() that are tried unless told otherwise: below 3 bits, where the search
+// gains, several, for more bits a single one.
+std::vector<double> usual_ratio_factors(int half_bits);
 
 // Added to the diagonal of the quadratic form of input scales, relative to each entry.
 inline constexpr double kRefitDamping = 1e-3;

@@ -393,12 +393,22 @@ void measure_feedback(const FloatMatrix& w, const std::shared_ptr<const Format>&
   nearest_options.hessian = &hessian;
   nearest_options.held_out = options.held_out;
   nearest_options.threads = options.threads;
-  const RoundingReport nearest = round_nearest(w, format, nearest_options).report;
+  const Rounded nearest = round_nearest(w, format, nearest_options);
   report.proxy_loss = own.proxy_losses[0];
-  report.proxy_loss_nearest = nearest.proxy_loss;
+  report.proxy_loss_nearest = nearest.report.proxy_loss;
   if (options.held_out != nullptr) {
     report.held_out_loss = own.proxy_losses[1];
-    report.held_out_loss_nearest = nearest.held_out_loss;
+    report.held_out_loss_nearest = nearest.report.held_out_loss;
+  }
+  if (options.output_hessian != nullptr) {
+    const auto two_sided = [&](const PackedTensor& packed) {
+      std::vector<float> decoded(static_cast<size_t>(checked_mul(packed.n, packed.k)));
+      const MatrixView<float> view(decoded.data(), packed.n, packed.k);
+      dequantize(packed, view, options.threads);
+      return proxy_loss(w, view, hessian, *options.output_hessian, options.threads);
+    };
+    report.two_sided_loss = two_sided(rounded.tensor);
+    report.two_sided_loss_nearest = two_sided(nearest.tensor);
   }
 }
 
@@ -416,6 +426,10 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   if (const auto trellis = std::dynamic_pointer_cast<const Trellis>(format);
       trellis && trellis->rotation > 0) {
     return round_trellis_feedback(w, trellis, hessian, options);
+  }
+  if (options.output_hessian != nullptr) {
+    throw InvalidArgument("output_hessian", text_of("one for ", format->spec()),
+                          "none: feedback along rows is for a trellis with its rotation");
   }
   require_usable(hessian, k);
   if (options.held_out != nullptr) require_hessian(*options.held_out, k, "held_out");

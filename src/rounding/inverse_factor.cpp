@@ -30,8 +30,8 @@ void for_rows(int64_t k, int threads, const std::function<void(int64_t)>& body) 
 
 }  // namespace
 
-void require_usable(const Hessian& hessian, int64_t k) {
-  require_hessian(hessian, k, "hessian");
+void require_usable(const Hessian& hessian, int64_t k, std::string_view argument) {
+  require_hessian(hessian, k, argument);
   const MatrixView<const double> sum = hessian.sum();
   bool any_live = k == 0;
   for (int64_t i = 0; i < k; ++i) {
@@ -39,25 +39,27 @@ void require_usable(const Hessian& hessian, int64_t k) {
     for (int64_t j = 0; j < k; ++j) {
       if (!std::isfinite(row[j])) {
         throw NumericError(
-            text_of("hessian: got ", row[j], " at row ", i, ", column ", j, ", expected finite values"));
+            text_of(argument, ": got ", row[j], " at row ", i, ", column ", j, ", expected finite values"));
       }
     }
     if (row[i] < 0) {
-      throw NumericError(text_of("hessian: got ", row[i], " at row ", i, ", column ", i,
+      throw NumericError(text_of(argument, ": got ", row[i], " at row ", i, ", column ", i,
                                  ", expected a diagonal of zero or more"));
     }
     any_live = any_live || row[i] > 0;
     if (row[i] == 0) {
       for (int64_t j = 0; j < k; ++j) {
         if (row[j] != 0 || sum(j, i) != 0) {
-          throw NumericError(text_of("hessian: got ", row[j], " at row ", i, ", column ", j,
+          throw NumericError(text_of(argument, ": got ", row[j], " at row ", i, ", column ", j,
                                      ", expected 0 because the diagonal entry of row ", i, " is 0"));
         }
       }
     }
   }
   if (!any_live) {
-    throw NumericError("hessian: got a diagonal of zeros, expected at least one input that is not always 0");
+    throw NumericError(text_of(
+        argument, ": got a diagonal of zeros, expected at least one ",
+        argument == "hessian" ? "input" : "entry", " that is not always 0"));
   }
 }
 
@@ -66,7 +68,7 @@ void InverseFactor::Free::operator()(std::byte* memory) const {
 }
 
 InverseFactor::InverseFactor(const Hessian& hessian, std::span<const int64_t> order, double damping,
-                             std::span<const double> ladder, int threads)
+                             std::span<const double> ladder, int threads, std::string_view argument)
     : k_(hessian.k()) {
   const int64_t bytes = checked_mul(checked_mul(k_, k_), sizeof(double));
   buffer_.reset(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
@@ -88,7 +90,7 @@ InverseFactor::InverseFactor(const Hessian& hessian, std::span<const int64_t> or
   }
   std::ostringstream list;
   for (const double value : damping_tried_) list << (list.tellp() > 0 ? ", " : "") << value;
-  throw NumericError(text_of("hessian: got a matrix that is not positive definite with damping ", list.str(),
+  throw NumericError(text_of(argument, ": got a matrix that is not positive definite with damping ", list.str(),
                              ", expected one that is; more calibration tokens or more damping help"));
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "quantloom/calibration/hessian.hpp"
@@ -19,9 +20,9 @@ namespace quantloom {
 class InverseFactor {
  public:
   // order [k]: the column at each position. Tries `damping`, then each larger value of `ladder`; throws
-  // NumericError listing them if no factorization succeeds.
+  // NumericError listing them if no factorization succeeds, and naming `argument`.
   InverseFactor(const Hessian& hessian, std::span<const int64_t> order, double damping,
-                std::span<const double> ladder, int threads);
+                std::span<const double> ladder, int threads, std::string_view argument = "hessian");
 
   // [k, k], zero below the diagonal.
   MatrixView<const float> upper() const {
@@ -42,8 +43,8 @@ class InverseFactor {
   std::vector<double> damping_tried_;
 };
 
-// Throws InvalidArgument or NumericError unless `hessian` can be one: k inputs, tokens, finite entries, a
+// Throws InvalidArgument or NumericError, naming `argument`, unless `hessian` can be one: k inputs, tokens, finite entries, a
 // diagonal >= 0 that is not all zero, and nothing but zeros in the rows of zero diagonal entries.
-void require_usable(const Hessian& hessian, int64_t k);
+void require_usable(const Hessian& hessian, int64_t k, std::string_view argument = "hessian");
 
 }  // namespace quantloom

@@ -2,16 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <span>
 
-#include "algebra/dense.hpp"
 #include "calibration/error_statistics.hpp"
 #include "formats/trellis_basis.hpp"
+#include "formats/trellis_codes.hpp"
 #include "formats/trellis_encoder.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/dtype.hpp"
 #include "quantloom/parallel.hpp"
 #include "rounding/feedback_report.hpp"
 #include "rounding/inverse_factor.hpp"
+#include "rounding/trellis_refit.hpp"
+#include "rounding/trellis_two_sided.hpp"
 #include "rounding/walk.hpp"
 
 namespace quantloom {
@@ -84,11 +88,10 @@ std::vector<float> rotated_weights(const std::vector<float>& columns, int64_t n,
   return rotated;
 }
 
-// P diag(s) H diag(s) P of the padded size.
-Hessian rotated_hessian(const Hessian& hessian, const trellis::Scales& scales, bool consistent, int threads) {
+// P diag(factor) H diag(factor) P of the padded size.
+Hessian rotated_hessian(const Hessian& hessian, std::span<const double> factor, int threads) {
   const int64_t k = hessian.k();
   const int64_t size = checked_pad(k, kBlock);
-  const std::vector<double> factor = trellis::hessian_factors(scales, consistent);
   std::vector<double> storage(static_cast<size_t>(checked_mul(size, size)), 0.0);
   const MatrixView<double> sum(storage.data(), size, size);
   parallel_for(size / kBlock, threads, [&](int64_t band) {
@@ -106,123 +109,63 @@ Hessian rotated_hessian(const Hessian& hessian, const trellis::Scales& scales, b
   return {sum, hessian.tokens()};
 }
 
-// Multiplies output scales by w H d^T / (d H d^T), with d the decoded row.
-void refit_output_scales(const FloatMatrix& w, const Hessian& hessian, PackedTensor& packed, int threads) {
-  const int64_t n = packed.n;
-  const int64_t k = packed.k;
-  double largest = 0;
-  for (int64_t c = 0; c < k; ++c) largest = std::max(largest, hessian.sum()(c, c));
-  if (largest == 0) return;
-  std::vector<float> narrow(static_cast<size_t>(checked_mul(k, k)));
-  for (int64_t r = 0; r < k; ++r) {
-    for (int64_t c = 0; c < k; ++c) {
-      narrow[static_cast<size_t>(r * k + c)] = static_cast<float>(hessian.sum()(r, c) / largest);
-    }
+// The factor by which weights [rows, k] in the basis have the least error under H when they are that much
+// larger to the codebook: several are tried, with feedback on some of the rows, all in one walk.
+double tried_factor(MatrixView<const float> weights, const std::shared_ptr<const Format>& format,
+                    const Hessian& hessian, const ErrorFeedbackOptions& options,
+                    std::span<const double> factors) {
+  constexpr int64_t kSide = trellis::kTileSide;
+  const std::vector<int64_t> tile_rows = trellis::trial_tile_rows(weights.rows() / kSide);
+  const int64_t k = weights.cols();
+  const int64_t rows = std::ssize(tile_rows) * kSide;
+  const int64_t all = checked_mul(rows, std::ssize(factors));
+  std::vector<float> widened(static_cast<size_t>(checked_mul(all, k)));
+  for (int64_t r = 0; r < all; ++r) {
+    const int64_t row = r % rows;
+    const float* from = weights.row(tile_rows[static_cast<size_t>(row / kSide)] * kSide + row % kSide);
+    const auto factor = static_cast<float>(factors[static_cast<size_t>(r / rows)]);
+    for (int64_t c = 0; c < k; ++c) widened[static_cast<size_t>(r * k + c)] = factor * from[c];
   }
-  const auto outputs = packed.planes.at("output_scales").values<uint16_t>();
-  std::vector<uint16_t> refitted(outputs.begin(), outputs.end());
-  parallel_for(ceil_div(n, kBlock), threads, [&](int64_t band) {
-    const int64_t first = band * kBlock;
-    const int64_t rows = std::min(kBlock, n - first);
-    std::vector<float> decoded(static_cast<size_t>(rows * k));
-    std::vector<float> product(decoded.size(), 0.0F);
-    std::vector<float> original(static_cast<size_t>(k));
-    packed.format->decode(packed, first, {decoded.data(), rows, k});
-    algebra::gemm_nt(1, {decoded.data(), rows, k}, {narrow.data(), k, k}, 0, {product.data(), rows, k}, 1);
-    for (int64_t r = 0; r < rows; ++r) {
-      w.read(first + r, 0, k, original.data());
-      double with_original = 0;
-      double with_decoded = 0;
-      for (int64_t c = 0; c < k; ++c) {
-        const auto i = static_cast<size_t>(r * k + c);
-        with_original += double{product[i]} * double{original[static_cast<size_t>(c)]};
-        with_decoded += double{product[i]} * double{decoded[i]};
-      }
-      uint16_t& scale = refitted[static_cast<size_t>(first + r)];
-      scale = trellis::refitted_scale(scale, with_original, with_decoded);
-    }
-  });
-  std::ranges::copy(refitted, outputs.begin());
+  const PackedTensor packed =
+      round_error_feedback(MatrixView<const float>(widened.data(), all, k), format, hessian, options).tensor;
+  std::vector<float> decoded(widened.size());
+  dequantize(packed, {decoded.data(), all, k}, options.threads);
+  std::vector<double> losses;
+  const Hessian* const hessians[] = {&hessian};
+  for (int64_t f = 0; f < std::ssize(factors); ++f) {
+    const MatrixView<const float> wanted(widened.data() + f * rows * k, rows, k);
+    const MatrixView<const float> found(decoded.data() + f * rows * k, rows, k);
+    const double factor = factors[static_cast<size_t>(f)];
+    losses.push_back(error_statistics(wanted, found, hessians, options.threads).proxy_losses.front() /
+                     (factor * factor));
+  }
+  return trellis::best_factor(factors, losses);
 }
 
-// The lower triangle of the matrix is its Cholesky factor: solves for `values` in place.
-void solve_cholesky(MatrixView<const double> factor, std::vector<double>& values) {
-  const int64_t size = factor.rows();
-  for (int64_t r = 0; r < size; ++r) {
-    double left = values[static_cast<size_t>(r)];
-    for (int64_t c = 0; c < r; ++c) left -= factor(r, c) * values[static_cast<size_t>(c)];
-    values[static_cast<size_t>(r)] = left / factor(r, r);
-  }
-  for (int64_t r = size - 1; r >= 0; --r) {
-    const double value = values[static_cast<size_t>(r)] /= factor(r, r);
-    for (int64_t c = 0; c < r; ++c) values[static_cast<size_t>(c)] -= factor(r, c) * value;
-  }
-}
-
-// Multiplies input scales by 1 + d, with d the minimum of the error's quadratic form: for the decoded matrix
-// D, (D^T D o H) d = diag(D^T (W - D) H). Left as they are if what is stored of d would not lower the error.
-void refit_input_scales(const FloatMatrix& w, const Hessian& hessian, PackedTensor& packed, int threads) {
-  const int64_t n = packed.n;
-  const int64_t k = packed.k;
-  double largest = 0;
-  for (int64_t c = 0; c < k; ++c) largest = std::max(largest, hessian.sum()(c, c));
-  if (largest == 0) return;
-  std::vector<double> storage(static_cast<size_t>(checked_mul(k, k)), 0.0);
-  const MatrixView<double> form(storage.data(), k, k);
-  std::vector<double> gradient(static_cast<size_t>(k), 0.0);
-  {
-    std::vector<float> narrow(storage.size());
-    for (int64_t r = 0; r < k; ++r) {
-      for (int64_t c = 0; c < k; ++c) {
-        narrow[static_cast<size_t>(r * k + c)] = static_cast<float>(hessian.sum()(r, c) / largest);
-      }
-    }
-    std::vector<float> decoded(static_cast<size_t>(checked_mul(kBlock, k)));
-    std::vector<float> errors(decoded.size());
-    std::vector<float> product(decoded.size());
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t rows = std::min(kBlock, n - first);
-      packed.format->decode(packed, first, {decoded.data(), rows, k});
-      for (int64_t r = 0; r < rows; ++r) {
-        float* const error = errors.data() + r * k;
-        w.read(first + r, 0, k, error);
-        for (int64_t c = 0; c < k; ++c) error[c] -= decoded[static_cast<size_t>(r * k + c)];
-      }
-      algebra::accumulate_gram({decoded.data(), rows, k}, form, threads);
-      algebra::gemm_nt(1, {errors.data(), rows, k}, {narrow.data(), k, k}, 0, {product.data(), rows, k},
-                       threads);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < k; ++c) {
-          const auto i = static_cast<size_t>(r * k + c);
-          gradient[static_cast<size_t>(c)] += double{product[i]} * double{decoded[i]};
-        }
-      }
-    }
-  }
-  // The upper triangle stays for the check below, and its diagonal apart.
-  std::vector<double> diagonal(static_cast<size_t>(k));
-  for (int64_t r = 0; r < k; ++r) {
-    for (int64_t c = 0; c < k; ++c) form(r, c) *= hessian.sum()(r, c) / largest;
-    diagonal[static_cast<size_t>(r)] = form(r, r);
-    form(r, r) = form(r, r) > 0 ? form(r, r) * (1 + trellis::kRefitDamping) : 1;
-  }
-  if (algebra::cholesky_lower(form, threads) >= 0) return;
-  std::vector<double> change = gradient;
-  solve_cholesky({storage.data(), k, k}, change);
-  const auto inputs = packed.planes.at("input_scales").values<uint16_t>();
-  std::vector<uint16_t> refitted(inputs.begin(), inputs.end());
-  for (size_t c = 0; c < refitted.size(); ++c) {
-    refitted[c] = trellis::multiplied_scale(inputs[c], 1 + change[c]);
-    change[c] = trellis::factor_between(inputs[c], refitted[c]) - 1;
-  }
-  double gain = 0;
-  for (int64_t r = 0; r < k; ++r) {
-    const auto i = static_cast<size_t>(r);
-    double row = 0.5 * diagonal[i] * change[i];
-    for (int64_t c = r + 1; c < k; ++c) row += form(r, c) * change[static_cast<size_t>(c)];
-    gain += 2 * change[i] * (gradient[i] - row);
-  }
-  if (gain > 0) std::ranges::copy(refitted, inputs.begin());
+// Both Hessians are those of the basis. The report's damping is that of the inputs.
+Rounded round_two_sided(MatrixView<const float> weights, const std::shared_ptr<const Format>& format,
+                        const Hessian& hessian, const Hessian& output_hessian,
+                        const ErrorFeedbackOptions& options) {
+  const auto order_of = [&](const Hessian& of) {
+    return walk_order(of.diagonal(), trellis::kTileSide, options.act_order);
+  };
+  const std::vector<int64_t> order = order_of(hessian);
+  const std::vector<int64_t> output_order = order_of(output_hessian);
+  const InverseFactor factor(hessian, order, options.damping, options.damping_ladder, options.threads);
+  const InverseFactor output_factor(output_hessian, output_order, options.damping, options.damping_ladder,
+                                    options.threads, "output_hessian");
+  const std::unique_ptr<ColumnEncoder> encoder =
+      format->column_encoder(format, weights.rows(), weights.cols(), {});
+  walk_two_sided(weights, {order, factor.upper()}, {output_order, output_factor.upper()}, *encoder,
+                 options.threads);
+  Rounded rounded;
+  rounded.tensor = encoder->finish(options.threads);
+  rounded.report.method = "gptq";
+  rounded.report.act_order = options.act_order;
+  rounded.report.damping_tried = factor.damping_tried();
+  rounded.report.damping = rounded.report.damping_tried.back();
+  rounded.report.tokens = hessian.tokens();
+  return rounded;
 }
 
 }  // namespace
@@ -235,6 +178,7 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
     throw InvalidArgument("format", format->spec(), "a trellis in a rotated basis");
   }
   require_valid(options);
+  require_valid(trellis_options);
   if (options.scale_search) {
     throw InvalidArgument("scale_search", "one",
                           "none: a rotated trellis fits its scales to root mean squares");
@@ -246,6 +190,7 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
   const int64_t k = w.cols();
   require_usable(hessian, k);
   if (options.held_out != nullptr) require_hessian(*options.held_out, k, "held_out");
+  if (options.output_hessian != nullptr) require_usable(*options.output_hessian, n, "output_hessian");
   require_finite(w, "w", options.threads);
 
   const std::vector<double> diagonal = hessian.diagonal();
@@ -260,25 +205,46 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
     return rounded;
   }
   trellis::Scales scales = trellis::unit_scales(n, k);
-  const double target = format->codebook.rms() * trellis_best_ratio(format->half_bits, format->codebook.code);
+  const double ratio = trellis_best_ratio(format->half_bits, format->codebook.code);
   std::vector<float> columns = columns_of(w, diagonal, options.threads);
-  trellis::fit_both({columns.data(), k, n}, 1, target, scales);
-  const std::vector<float> weights = rotated_weights(columns, n, k, scales, options.threads);
-  columns = {};
+  trellis::fit_both({columns.data(), k, n}, 1, format->codebook.rms() * ratio, scales);
+  std::vector<float> weights = rotated_weights(columns, n, k, scales, options.threads);
   const int64_t rows = checked_pad(n, kBlock);
+  const int64_t cols = checked_pad(k, kBlock);
   ErrorFeedbackOptions walk = options;
   walk.held_out = nullptr;
+  walk.output_hessian = nullptr;
   walk.measure_losses = false;
-  const Rounded inner = round_error_feedback(
-      MatrixView<const float>(weights.data(), rows, std::ssize(weights) / rows),
-      std::make_shared<const UnitTrellis>(*format),
-      rotated_hessian(hessian, scales, trellis_options.consistent_hessian, options.threads), walk);
+  const auto unit_format = std::make_shared<const UnitTrellis>(*format);
+  const Hessian in_basis = rotated_hessian(
+      hessian, trellis::hessian_factors(scales.input, trellis_options.consistent_hessian), options.threads);
+  const std::vector<double> factors = ratio_factors(trellis_options, *format);
+  const double factor = factors.size() == 1
+                            ? factors.front()
+                            : tried_factor(MatrixView<const float>(weights.data(), rows, cols), unit_format,
+                                          in_basis, walk, factors);
+  if (factor != 1) {
+    trellis::widen(factor, scales);
+    weights = rotated_weights(columns, n, k, scales, options.threads);
+  }
+  columns = {};
+  const MatrixView<const float> rotated(weights.data(), rows, cols);
+  if (options.output_hessian == nullptr) {
+    rounded = round_error_feedback(rotated, unit_format, in_basis, walk);
+  } else {
+    rounded = round_two_sided(rotated, unit_format, in_basis,
+                              rotated_hessian(*options.output_hessian,
+                                              trellis::hessian_factors(scales.output, true), options.threads),
+                              walk);
+  }
+  const PackedTensor inner = std::move(rounded.tensor);
+  rounded.tensor = {};
   rounded.tensor.format = format;
   rounded.tensor.n = n;
   rounded.tensor.k = k;
   for (const PlaneSpec& spec : format->planes(n, k)) {
     if (spec.name == "codes" || spec.name == "table") {
-      rounded.tensor.planes.emplace(spec.name, inner.tensor.planes.at(spec.name));
+      rounded.tensor.planes.emplace(spec.name, inner.planes.at(spec.name));
     } else {
       Tensor plane(spec.dtype, spec.shape);
       std::ranges::copy(spec.name == "input_scales" ? scales.input : scales.output,
@@ -286,17 +252,31 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
       rounded.tensor.planes.emplace(spec.name, std::move(plane));
     }
   }
-  if (trellis_options.refit_output_scales) {
-    refit_output_scales(w, hessian, rounded.tensor, options.threads);
-  }
-  if (trellis_options.refit_input_scales) {
-    refit_input_scales(w, hessian, rounded.tensor, options.threads);
-    if (trellis_options.refit_output_scales) {
-      refit_output_scales(w, hessian, rounded.tensor, options.threads);
+  const auto refit = [&](bool wanted, const auto& one_sided, const auto& two_sided) {
+    if (!wanted) return;
+    if (options.output_hessian == nullptr) {
+      one_sided(rounded.tensor);
+    } else {
+      two_sided(*options.output_hessian, rounded.tensor);
     }
-  }
-  rounded.report = inner.report;
+  };
+  const auto refit_outputs = [&](bool wanted) {
+    refit(
+        wanted, [&](PackedTensor& packed) { refit_output_scales(w, hessian, packed, options.threads); },
+        [&](const Hessian& outputs, PackedTensor& packed) {
+          refit_output_scales(w, hessian, outputs, packed, options.threads);
+        });
+  };
+  refit_outputs(trellis_options.refit_output_scales);
+  refit(
+      trellis_options.refit_input_scales,
+      [&](PackedTensor& packed) { refit_input_scales(w, hessian, packed, options.threads); },
+      [&](const Hessian& outputs, PackedTensor& packed) {
+        refit_input_scales(w, hessian, outputs, packed, options.threads);
+      });
+  refit_outputs(trellis_options.refit_output_scales && trellis_options.refit_input_scales);
   rounded.report.static_groups = true;
+  rounded.report.trellis_ratio = ratio * factor;
   rounded.report.dead_columns = std::count(diagonal.begin(), diagonal.end(), 0.0);
   measure_feedback(w, format, hessian, options, rounded);
   return rounded;

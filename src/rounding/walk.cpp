@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "formats/trellis_basis.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/parallel.hpp"
 #include "rounding/outlier_search.hpp"
@@ -43,6 +44,19 @@ void require_valid(const ErrorFeedbackOptions& options) {
   if (options.block < 1) throw InvalidArgument("block", text_of(options.block), "1 or more");
   if (options.scale_search) require_valid(*options.scale_search);
   if (options.outliers) require_valid(*options.outliers);
+}
+
+void require_valid(const TrellisFeedbackOptions& options) {
+  for (const double factor : options.ratio_factors) {
+    if (!(factor >= 0.25 && factor <= 4)) {
+      throw InvalidArgument("ratio_factors", text_of(factor), "numbers from 0.25 to 4");
+    }
+  }
+}
+
+std::vector<double> ratio_factors(const TrellisFeedbackOptions& options, const Trellis& format) {
+  return options.ratio_factors.empty() ? trellis::usual_ratio_factors(format.half_bits)
+                                       : options.ratio_factors;
 }
 
 }  // namespace quantloom

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "quantloom/rounding/error_feedback.hpp"
+#include "quantloom/rounding/trellis_feedback.hpp"
 
 namespace quantloom {
 
@@ -13,5 +14,9 @@ std::vector<int64_t> walk_order(const std::vector<double>& diagonal, int64_t ste
 
 // Throws InvalidArgument naming the option that is out of range.
 void require_valid(const ErrorFeedbackOptions& options);
+void require_valid(const TrellisFeedbackOptions& options);
+
+// The factors to try for a format.
+std::vector<double> ratio_factors(const TrellisFeedbackOptions& options, const Trellis& format);
 
 }  // namespace quantloom

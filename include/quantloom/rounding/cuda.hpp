@@ -40,6 +40,7 @@ struct CudaErrorFeedbackOptions {
   int64_t block = 128;
   std::optional<ScaleSearch> scale_search = std::nullopt;
   const CudaHessian* held_out = nullptr;
+  const CudaHessian* output_hessian = nullptr;
   bool measure_losses = true;
 };
 

@@ -29,6 +29,12 @@ struct RoundingReport {
   double proxy_loss_nearest = std::numeric_limits<double>::quiet_NaN();
   double held_out_loss = std::numeric_limits<double>::quiet_NaN();
   double held_out_loss_nearest = std::numeric_limits<double>::quiet_NaN();
+  // tr(H_out E H E^T), see there, of error feedback with a Hessian of the outputs, and of nearest rounding.
+  double two_sided_loss = std::numeric_limits<double>::quiet_NaN();
+  double two_sided_loss_nearest = std::numeric_limits<double>::quiet_NaN();
+  // Of error feedback in a trellis's rotated basis: the standard deviation of the weights over the codebook's
+  // RMS, as used; NaN for others.
+  double trellis_ratio = std::numeric_limits<double>::quiet_NaN();
 };
 
 struct Rounded {

@@ -144,5 +144,45 @@ TEST(TrellisFeedback, Refuses) {
                InvalidArgument);
 }
 
+TEST(TrellisFeedback, TriesRatios) {
+  const auto format = trellis_of("trellis:2:mul1:l10");
+  const double best = trellis_best_ratio(4);
+  double tried = 0;
+  double plain = 0;
+  for (const uint64_t seed : {11, 12, 13}) {
+    const Layer layer = random_layer(256, 256, seed, 0.3);
+    const auto report = [&](std::vector<double> factors, int threads = 0) {
+      ErrorFeedbackOptions options;
+      options.threads = threads;
+      return round_trellis_feedback(layer.view(), format, layer.hessian, options,
+                                    {true, true, true, std::move(factors)})
+          .report;
+    };
+    const RoundingReport searched = report({});
+    EXPECT_EQ(report({0.75, 0.85, 0.95, 1.05}, 1).proxy_loss, searched.proxy_loss);
+    EXPECT_EQ(report({0.75, 0.85, 0.95, 1.05}, 4).proxy_loss, searched.proxy_loss);
+    const double factor = searched.trellis_ratio / best;
+    EXPECT_GE(factor, 0.749);
+    EXPECT_LE(factor, 1.051);
+    // What was chosen, taken alone, is the same.
+    EXPECT_EQ(report({std::round(factor * 100) / 100}).proxy_loss, searched.proxy_loss);
+    EXPECT_EQ(report({1}).trellis_ratio, best);
+    tried += searched.proxy_loss;
+    plain += report({1}).proxy_loss;
+    // Far off, so that a choice between it and a sensible one is plain.
+    EXPECT_EQ(report({2.5, 0.9}).trellis_ratio, 0.9 * best);
+  }
+  EXPECT_LT(tried, plain);
+  EXPECT_EQ(round_error_feedback(random_layer(64, 64, 1, 0.1).view(), trellis_of("trellis:4:mul1:l10"),
+                                 random_layer(64, 64, 1, 0.1).hessian)
+                .report.trellis_ratio,
+            0.96 * trellis_best_ratio(8));
+  const Layer layer = random_layer(32, 32, 1, 0.1);
+  for (const double bad : {0.2, 4.5, std::nan("")}) {
+    EXPECT_THROW(round_trellis_feedback(layer.view(), format, layer.hessian, {}, {true, true, true, {bad}}),
+                 InvalidArgument);
+  }
+}
+
 }  // namespace
 }  // namespace quantloom
