@@ -1,9 +1,10 @@
 // Quantizing the linear layers of a model to a trellis on the device, and where the time goes.
 //
 // The layers are those of a Llama of 8 billion parameters, 32 blocks of them. Each is rounded with error
-// feedback (round_trellis_feedback_cuda() without losses), the second run counts. Beside that, on their own:
-// the factor of the Hessian, and the search of all rings in batches as the walk has them. What is left is
-// scales, rotations, updates, decoding and launches.
+// feedback (round_trellis_feedback_cuda() without losses), the second run counts: with the ratio given, with
+// the ratio tried (as it is below 3 bits unless told otherwise), and along rows and columns at once. Beside
+// that, on their own: the factor of the Hessian, and the search of all rings in batches as the walk has them.
+// What is left of the first is scales, rotations, updates, decoding and launches.
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -36,11 +37,15 @@ constexpr LayerKind kKinds[] = {
 
 struct Split {
   double all = 0;
+  double tried = 0;
+  double two_sided = 0;
   double search = 0;
   double factor = 0;
 
   void add(double times, const Split& other) {
     all += times * other.all;
+    tried += times * other.tried;
+    two_sided += times * other.two_sided;
     search += times * other.search;
     factor += times * other.factor;
   }
@@ -53,8 +58,19 @@ Split measure(const LayerKind& kind, const std::shared_ptr<const Trellis>& forma
   CudaErrorFeedbackOptions options;
   options.measure_losses = false;
   Split split;
-  split.all =
-      seconds_of(1, [&] { round_trellis_feedback_cuda(layer.w(), packed, hessian, options, {}, nullptr); });
+  const auto seconds = [&](const std::vector<double>& factors) {
+    const TrellisFeedbackOptions choices{true, true, true, factors};
+    return seconds_of(
+        1, [&] { round_trellis_feedback_cuda(layer.w(), packed, hessian, options, choices, nullptr); });
+  };
+  split.all = seconds({0.96});
+  split.tried = seconds({0.75, 0.85, 0.95, 1.05});
+  {
+    const bench::Layer outputs(16, kind.n, 16384);
+    options.output_hessian = &outputs.hessian();
+    split.two_sided = seconds({0.96});
+    options.output_hessian = nullptr;
+  }
 
   const std::vector<double> diagonal = hessian.diagonal(nullptr);
   std::vector<int32_t> order;
@@ -81,15 +97,22 @@ Split measure(const LayerKind& kind, const std::shared_ptr<const Trellis>& forma
       encode_rings_cuda(codebook, rings, TrellisSearch::normal, workspace.get(), bytes, nullptr);
     }
   });
-  std::printf("  %-9s %5lld x %5lld %8.3f s, %6.1f M weights/s; search %7.3f s, factor %6.3f s\n", kind.name,
-              static_cast<long long>(kind.n), static_cast<long long>(kind.k), split.all,
-              static_cast<double>(kind.n * kind.k) / split.all * 1e-6, split.search, split.factor);
+  std::printf(
+      "  %-9s %5lld x %5lld %8.3f s, %6.1f M weights/s; search %7.3f s, factor %6.3f s; ratio tried %7.3f s, "
+      "two-sided %7.3f s\n",
+      kind.name, static_cast<long long>(kind.n), static_cast<long long>(kind.k), split.all,
+      static_cast<double>(kind.n * kind.k) / split.all * 1e-6, split.search, split.factor, split.tried,
+      split.two_sided);
   std::fflush(stdout);
   return split;
 }
 
 nlohmann::json as_json(const Split& split) {
-  return {{"seconds", split.all}, {"search_seconds", split.search}, {"factor_seconds", split.factor}};
+  return {{"seconds", split.all},
+          {"search_seconds", split.search},
+          {"factor_seconds", split.factor},
+          {"ratio_tried_seconds", split.tried},
+          {"two_sided_seconds", split.two_sided}};
 }
 
 nlohmann::json run(bool quick) {
@@ -116,8 +139,11 @@ nlohmann::json run(bool quick) {
       row.update({{"layer", kind.name}, {"n", kind.n}, {"k", kind.k}, {"count", kind.count}});
       rows.push_back(row);
     }
-    std::printf("  %d blocks: %.1f s, of it search %.1f s, factors %.1f s, the rest %.1f s\n", kBlocks,
-                sum.all, sum.search, sum.factor, sum.all - sum.search - sum.factor);
+    std::printf(
+        "  %d blocks: %.1f s, of it search %.1f s, factors %.1f s, the rest %.1f s; "
+        "ratio tried %.1f s, two-sided %.1f s\n",
+        kBlocks, sum.all, sum.search, sum.factor, sum.all - sum.search - sum.factor, sum.tried,
+        sum.two_sided);
     report["formats"].push_back({{"format", spec}, {"rows", rows}, {"model", as_json(sum)}});
   }
   return report;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
@@ -11,7 +12,10 @@
 #include "quantloom/formats/trellis_cuda.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "rounding/rounds.hpp"
+#include "rounding/trellis_diagonals.hpp"
+#include "rounding/trellis_scales.hpp"
 #include "rounding/trellis_steps.hpp"
+#include "rounding/trellis_task.hpp"
 #include "rounding/upper_factor.hpp"
 #include "rounding/walk.hpp"
 #include "rounding/walk_block.hpp"
@@ -20,36 +24,7 @@ namespace quantloom {
 namespace cuda {
 namespace {
 
-constexpr int64_t kStep = trellis::kTileSide;
 constexpr int64_t kRingsAtOnce = 4096;  // of a matrix whose rings are all known
-
-template <class T>
-DeviceBuffer<T> uploaded(const std::vector<T>& values, cudaStream_t stream) {
-  DeviceBuffer<T> buffer(static_cast<int64_t>(values.size()), stream);
-  buffer.upload(values.data(), static_cast<int64_t>(values.size()));
-  return buffer;
-}
-
-std::vector<float> floats_of(const std::vector<uint16_t>& halves) {
-  std::vector<float> values;
-  for (const uint16_t bits : halves) values.push_back(float_from_f16(bits));
-  return values;
-}
-
-CudaMatrix matrix_of(float* data, int64_t rows, int64_t cols, int64_t stride) {
-  return {data, DType::f32, rows, cols, stride};
-}
-
-// The scales of a matrix, on both sides of the bus.
-struct DeviceScales {
-  DeviceScales(trellis::Scales fitted, cudaStream_t stream)
-      : host(std::move(fitted)),
-        input(uploaded(floats_of(host.input), stream)),
-        output(uploaded(floats_of(host.output), stream)) {}
-  trellis::Scales host;
-  DeviceBuffer<float> input;
-  DeviceBuffer<float> output;
-};
 
 trellis::Scales fitted_scales(const CudaMatrix& w, const uint8_t* dead, double target, cudaStream_t stream) {
   trellis::Scales scales = trellis::unit_scales(w.rows, w.cols);
@@ -66,94 +41,6 @@ trellis::Scales fitted_scales(const CudaMatrix& w, const uint8_t* dead, double t
   trellis::fit_inputs(squares, w.rows, 1, target, scales);
   return scales;
 }
-
-// Encodes strips of a rotated matrix.
-class RingCoder {
- public:
-  // rings: the most at once.
-  RingCoder(const Trellis& format, int64_t rings, cudaStream_t stream)
-      : shape_(format.shape()),
-        codebook_(format.codebook, stream),
-        stream_(stream),
-        targets_(checked_mul(rings, trellis::kRingLength), stream) {
-    const TrellisWorkspace wanted = trellis_workspace_cuda(shape_, TrellisSearch::normal, rings);
-    size_t free_bytes = 0;
-    size_t all_bytes = 0;
-    check_cuda(cudaMemGetInfo(&free_bytes, &all_bytes), "memory of the device");
-    workspace_bytes_ =
-        std::clamp(static_cast<int64_t>(free_bytes / 2), wanted.least_bytes, wanted.fast_bytes);
-    workspace_ = DeviceBuffer<std::byte>(workspace_bytes_, stream);
-  }
-
-  const TrellisShape& shape() const { return shape_; }
-  // words: of all tiles of `strip`, whose columns follow each other.
-  void encode(const CudaMatrix& strip, uint32_t* words) const {
-    gather_tiles_cuda(strip, 1, targets_.data(), stream_);
-    CudaRings rings;
-    rings.targets = targets_.data();
-    rings.count = strip.rows / kStep * (strip.cols / kStep);
-    rings.shape = shape_;
-    rings.words = words;
-    encode_rings_cuda(codebook_, rings, TrellisSearch::normal, workspace_.data(), workspace_bytes_, stream_);
-  }
-  void decode(const uint32_t* words, const CudaMatrix& strip) const {
-    decode_tiles_cuda(codebook_, words, shape_, strip, stream_);
-  }
-
- private:
-  TrellisShape shape_;
-  CudaTrellisCodebook codebook_;
-  cudaStream_t stream_;
-  DeviceBuffer<float> targets_;
-  DeviceBuffer<std::byte> workspace_;
-  int64_t workspace_bytes_ = 0;
-};
-
-// A matrix on its way to a trellis: its sizes, padded ones and dead columns.
-struct TrellisTask {
-  TrellisTask(const CudaMatrix& matrix, const Trellis& form, cudaStream_t s)
-      : w(matrix),
-        format(form),
-        stream(s),
-        rows(checked_pad(matrix.rows, kRotationBlock)),
-        cols(checked_pad(matrix.cols, kRotationBlock)),
-        target(form.codebook.rms() * trellis_best_ratio(form.half_bits, form.codebook.code)) {}
-
-  // Words of the rings of 16 columns.
-  int64_t step_words() const { return rows / kStep * format.shape().words(); }
-  DeviceBuffer<float> rotated(const uint8_t* dead, const DeviceScales& scales) const {
-    DeviceBuffer<float> result(checked_mul(rows, cols), stream);
-    divide_by_scales(w, dead, scales.input.data(), scales.output.data(), result.data(), rows, cols, stream);
-    rotate_columns(result.data(), rows, cols, stream);
-    rotate_rows(result.data(), rows, cols, stream);
-    return result;
-  }
-  // [n, k]. rotated: scratch memory of that size.
-  DeviceBuffer<float> decoded(const RingCoder& coder, const uint32_t* words, const DeviceScales& scales,
-                              float* rotated) const {
-    coder.decode(words, matrix_of(rotated, rows, cols, cols));
-    rotate_columns(rotated, rows, cols, stream);
-    rotate_rows(rotated, rows, cols, stream);
-    DeviceBuffer<float> result(checked_mul(w.rows, w.cols), stream);
-    multiply_by_scales(rotated, cols, scales.input.data(), scales.output.data(), result.data(), w.rows,
-                       w.cols, stream);
-    return result;
-  }
-
-  CudaMatrix w;
-  const Trellis& format;
-  cudaStream_t stream;
-  int64_t rows;
-  int64_t cols;
-  double target;
-};
-
-// What rounding makes, before it is written to planes.
-struct TrellisResult {
-  DeviceBuffer<uint32_t> words;
-  DeviceScales scales;
-  DeviceBuffer<float> decoded;  // [n, k]
-};
 
 TrellisResult round_nearest_trellis(const TrellisTask& task) {
   DeviceScales scales(fitted_scales(task.w, nullptr, task.target, task.stream), task.stream);
@@ -172,15 +59,16 @@ TrellisResult round_nearest_trellis(const TrellisTask& task) {
   return {std::move(words), std::move(scales), std::move(decoded)};
 }
 
-// P diag(s) H diag(s) P of the padded size.
-DeviceBuffer<double> rotated_hessian(const TrellisTask& task, const double* sum,
-                                     const trellis::Scales& scales, bool consistent) {
-  const DeviceBuffer<double> factors = uploaded(trellis::hessian_factors(scales.input, consistent), task.stream);
-  DeviceBuffer<double> result(checked_mul(task.cols, task.cols), task.stream);
-  scale_both_sides(sum, task.w.cols, factors.data(), result.data(), task.cols, task.stream);
-  rotate_columns(result.data(), task.cols, task.cols, task.stream);
-  rotate_rows(result.data(), task.cols, task.cols, task.stream);
-  make_symmetric(result.data(), task.cols, task.stream);
+// P diag(factor) H diag(factor) P of the padded size.
+DeviceBuffer<double> rotated_hessian(const CudaHessian& hessian, const std::vector<double>& factors,
+                                     cudaStream_t stream) {
+  const int64_t size = checked_pad(hessian.k(), kRotationBlock);
+  DeviceBuffer<double> result(checked_mul(size, size), stream);
+  scale_both_sides(hessian.sum(stream), hessian.k(), uploaded(factors, stream).data(), result.data(), size,
+                   stream);
+  rotate_columns(result.data(), size, size, stream);
+  rotate_rows(result.data(), size, size, stream);
+  make_symmetric(result.data(), size, stream);
   return result;
 }
 
@@ -193,6 +81,31 @@ std::vector<double> diagonal_of(const double* matrix, int64_t size, cudaStream_t
   check_cuda(cudaStreamSynchronize(stream), "work of the stream");
   return diagonal;
 }
+
+// A side of a walk: the Hessian of the basis, released once it is factored, the order of its positions, and
+// its factor.
+struct Side {
+  Side(const CudaHessian& hessian, const std::vector<double>& factors,
+       const CudaErrorFeedbackOptions& options, cudaStream_t stream, std::string_view argument = "hessian")
+      : sum(rotated_hessian(hessian, factors, stream)),
+        diagonal(diagonal_of(sum.data(), checked_pad(hessian.k(), kRotationBlock), stream)),
+        order(ordered(diagonal, options.act_order)),
+        order_on_device(uploaded(order, stream)),
+        factor(sum.data(), diagonal, order_on_device.data(), options.damping, options.damping_ladder, stream,
+               argument) {}
+  static std::vector<int32_t> ordered(const std::vector<double>& diagonal, bool act_order) {
+    std::vector<int32_t> order;
+    for (const int64_t at : walk_order(diagonal, kStep, act_order)) order.push_back(static_cast<int32_t>(at));
+    return order;
+  }
+  DiagonalSide view() const { return {order_on_device.data(), factor.upper(), factor.stride()}; }
+
+  DeviceBuffer<double> sum;
+  std::vector<double> diagonal;
+  std::vector<int32_t> order;
+  DeviceBuffer<int32_t> order_on_device;
+  UpperFactor factor;
+};
 
 // Chooses the rings of 16 positions at a time. rotated: columns in their own order.
 void walk(const TrellisTask& task, const UpperFactor& factor, const std::vector<int32_t>& order,
@@ -235,14 +148,42 @@ void walk(const TrellisTask& task, const UpperFactor& factor, const std::vector<
   }
 }
 
+// Chooses the rings of all tiles on a diagonal at a time.
+void walk_two_sided(const TrellisTask& task, const Side& input, const Side& output, const float* rotated,
+                    const RingCoder& coder, uint32_t* words) {
+  const cudaStream_t stream = task.stream;
+  const int64_t count = checked_mul(task.rows, task.cols);
+  const DeviceBuffer<float> along_rows(count, stream);
+  const DeviceBuffer<float> along_columns(count, stream);
+  const int64_t tall = task.rows / kStep;
+  const int64_t wide = task.cols / kStep;
+  const int64_t most = std::min(tall, wide);
+  const DeviceBuffer<float> left(most * kStep * kStep, stream);
+  const DeviceBuffer<float> targets(most * kStep * kStep, stream);
+  const DeviceBuffer<float> decoded(most * kStep * kStep, stream);
+  const DeviceBuffer<uint32_t> rings(most * coder.shape().words(), stream);
+  const DiagonalWalk walk{rotated,       task.rows,         task.cols,           input.view(),
+                          output.view(), along_rows.data(), along_columns.data()};
+  for (int64_t diagonal = 0; diagonal < tall + wide - 1; ++diagonal) {
+    Diagonal which;
+    which.diagonal = diagonal;
+    which.first = std::max<int64_t>(0, diagonal - wide + 1);
+    which.count = std::min(tall - 1, diagonal) - which.first + 1;
+    gather_diagonal(walk, which, left.data(), targets.data(), stream);
+    coder.encode(matrix_of(targets.data(), which.count * kStep, kStep, kStep), rings.data());
+    coder.decode(rings.data(), matrix_of(decoded.data(), which.count * kStep, kStep, kStep));
+    finish_diagonal(walk, which, left.data(), targets.data(), decoded.data(), rings.data(),
+                    coder.shape().words(), words, stream);
+  }
+}
+
 int64_t trial_rows(const TrellisTask& task) {
   return std::ssize(trellis::trial_tile_rows(task.rows / kStep)) * kStep;
 }
 
-// As the CPU's function of that name. sum: the Hessian in the basis, with that diagonal.
-double tried_factor(const TrellisTask& task, const UpperFactor& factor, const std::vector<int32_t>& order,
-                    const double* sum, const std::vector<double>& diagonal, const float* rotated,
-                    const RingCoder& coder, std::span<const double> factors) {
+// As the CPU's function of that name.
+double tried_factor(const TrellisTask& task, const Side& input, const float* rotated, const RingCoder& coder,
+                    std::span<const double> factors) {
   const cudaStream_t stream = task.stream;
   const std::vector<int64_t> tile_rows = trellis::trial_tile_rows(task.rows / kStep);
   const int64_t rows = trial_rows(task);
@@ -252,8 +193,7 @@ double tried_factor(const TrellisTask& task, const UpperFactor& factor, const st
   std::vector<float> widening;
   for (int64_t r = 0; r < trial.rows; ++r) {
     const int64_t row = r % rows;
-    chosen.push_back(
-        static_cast<int32_t>(tile_rows[static_cast<size_t>(row / kStep)] * kStep + row % kStep));
+    chosen.push_back(static_cast<int32_t>(tile_rows[static_cast<size_t>(row / kStep)] * kStep + row % kStep));
     widening.push_back(static_cast<float>(factors[static_cast<size_t>(r / rows)]));
   }
   const int64_t count = checked_mul(trial.rows, task.cols);
@@ -263,14 +203,15 @@ double tried_factor(const TrellisTask& task, const UpperFactor& factor, const st
   const DeviceBuffer<float> errors(count, stream);
   {
     const DeviceBuffer<uint32_t> words(task.cols / kStep * trial.step_words(), stream);
-    walk(trial, factor, order, wanted.data(), coder, words.data());
+    walk(trial, input.factor, input.order, wanted.data(), coder, words.data());
     const DeviceBuffer<float> decoded(count, stream);
     coder.decode(words.data(), matrix_of(decoded.data(), trial.rows, task.cols, task.cols));
     subtract_narrow(matrix_of(wanted.data(), trial.rows, task.cols, task.cols), decoded.data(), errors.data(),
                     stream);
   }
   const DeviceBuffer<float> narrowed(checked_mul(task.cols, task.cols), stream);
-  narrow(sum, 1 / *std::ranges::max_element(diagonal), narrowed.data(), task.cols * task.cols, stream);
+  narrow(input.sum.data(), 1 / *std::ranges::max_element(input.diagonal), narrowed.data(),
+         task.cols * task.cols, stream);
   const BlasScope blas(stream);
   const float one = 1.0F;
   const float zero = 0.0F;
@@ -289,90 +230,6 @@ double tried_factor(const TrellisTask& task, const UpperFactor& factor, const st
     losses[f] += of_rows[r] / (factors[f] * factors[f]);
   }
   return trellis::best_factor(factors, losses);
-}
-
-// Multiplies output scales, and the rows of `decoded` with them.
-void refit_output_scales(const TrellisTask& task, const CudaHessian& hessian,
-                         const std::vector<double>& diagonal, TrellisResult& result) {
-  const cudaStream_t stream = task.stream;
-  const int64_t n = task.w.rows;
-  const int64_t k = task.w.cols;
-  const double largest = *std::ranges::max_element(diagonal) * static_cast<double>(hessian.tokens());
-  const DeviceBuffer<float> narrowed(checked_mul(k, k), stream);
-  const DeviceBuffer<float> product(checked_mul(n, k), stream);
-  narrow(hessian.sum(stream), 1 / largest, narrowed.data(), k * k, stream);
-  const BlasScope blas(stream);
-  const float one = 1.0F;
-  const float zero = 0.0F;
-  check_cublas(
-      cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k), static_cast<int>(n), static_cast<int>(k),
-                     &one, narrowed.data(), static_cast<int>(k), result.decoded.data(), static_cast<int>(k),
-                     &zero, product.data(), static_cast<int>(k)),
-      "products of the scales");
-  const DeviceBuffer<double> sums(2 * n, stream);
-  dot_rows(product.data(), task.w, result.decoded.data(), sums.data(), sums.data() + n, stream);
-  std::vector<double> host(static_cast<size_t>(2 * n));
-  download(sums.data(), host.data(), 2 * n, stream);
-  trellis::Scales scales = result.scales.host;
-  for (int64_t r = 0; r < n; ++r) {
-    uint16_t& scale = scales.output[static_cast<size_t>(r)];
-    scale = trellis::refitted_scale(scale, host[static_cast<size_t>(r)], host[static_cast<size_t>(n + r)]);
-  }
-  result.scales = DeviceScales(std::move(scales), stream);
-}
-
-// Multiplies input scales as the CPU's function of that name does.
-void refit_input_scales(const TrellisTask& task, const CudaHessian& hessian,
-                        const std::vector<double>& diagonal, TrellisResult& result) {
-  const cudaStream_t stream = task.stream;
-  const int64_t n = task.w.rows;
-  const int64_t k = task.w.cols;
-  const double* sum = hessian.sum(stream);
-  const double largest = *std::ranges::max_element(diagonal) * static_cast<double>(hessian.tokens());
-  const BlasScope blas(stream);
-  const float one = 1.0F;
-  const float zero = 0.0F;
-  DeviceBuffer<double> change(k, stream);
-  DeviceBuffer<float> matrix(checked_mul(k, k), stream);
-  std::vector<double> gradient(static_cast<size_t>(k));
-  {
-    const DeviceBuffer<float> errors(checked_mul(n, k), stream);
-    const DeviceBuffer<float> product(checked_mul(n, k), stream);
-    subtract_narrow(task.w, result.decoded.data(), errors.data(), stream);
-    narrow(sum, 1 / largest, matrix.data(), k * k, stream);
-    check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k), static_cast<int>(n),
-                                static_cast<int>(k), &one, matrix.data(), static_cast<int>(k), errors.data(),
-                                static_cast<int>(k), &zero, product.data(), static_cast<int>(k)),
-                 "products of the scales");
-    dot_columns(product.data(), result.decoded.data(), n, k, change.data(), stream);
-    download(change.data(), gradient.data(), k, stream);
-  }
-  // Column-major, decoded is [k, n].
-  check_cublas(
-      cublas().ssyrk(blas.handle(), kFillUpper, kOpN, static_cast<int>(k), static_cast<int>(n), &one,
-                     result.decoded.data(), static_cast<int>(k), &zero, matrix.data(), static_cast<int>(k)),
-      "products of the scales");
-  DeviceBuffer<double> form(checked_mul(k, k), stream);
-  weigh_gram(matrix.data(), sum, largest, 1 + trellis::kRefitDamping, form.data(), k, stream);
-  if (!cholesky(form.data(), k, stream)) return;
-  solve_cholesky(form.data(), k, change.data(), stream);
-  std::vector<double> host(static_cast<size_t>(k));
-  download(change.data(), host.data(), k, stream);
-  trellis::Scales scales = result.scales.host;
-  for (size_t c = 0; c < host.size(); ++c) {
-    const uint16_t before = scales.input[c];
-    scales.input[c] = trellis::multiplied_scale(before, 1 + host[c]);
-    host[c] = trellis::factor_between(before, scales.input[c]) - 1;
-  }
-  weigh_gram(matrix.data(), sum, largest, 1, form.data(), k, stream);
-  change.upload(host.data(), k);
-  DeviceBuffer<double> terms(k, stream);
-  quadratic_terms(form.data(), change.data(), k, terms.data(), stream);
-  std::vector<double> products(static_cast<size_t>(k));
-  download(terms.data(), products.data(), k, stream);
-  double gain = 0;
-  for (size_t c = 0; c < host.size(); ++c) gain += 2 * gradient[c] * host[c] - products[c];
-  if (gain > 0) result.scales = DeviceScales(std::move(scales), stream);
 }
 
 void store(const TrellisTask& task, const TrellisResult& result, PackedTensor& packed) {
@@ -480,6 +337,14 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
   const std::vector<double> diagonal = hessian.diagonal(stream);
   cuda::require_usable(hessian, diagonal, cuda_stream);
   if (options.held_out != nullptr) static_cast<void>(options.held_out->sum(stream));
+  std::vector<double> output_diagonal;
+  std::optional<cuda::BothHessians> both;
+  if (options.output_hessian != nullptr) {
+    cuda::require_hessian(*options.output_hessian, w.rows, "output_hessian");
+    output_diagonal = options.output_hessian->diagonal(stream);
+    cuda::require_usable(*options.output_hessian, output_diagonal, cuda_stream, "output_hessian");
+    both.emplace(cuda::BothHessians{hessian, *options.output_hessian, diagonal, output_diagonal});
+  }
   cuda::require_finite_cuda(w, "w", cuda_stream);
 
   RoundingReport report;
@@ -511,42 +376,52 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
     const int64_t trial = factors.size() == 1 ? 0 : cuda::trial_rows(task) * std::ssize(factors);
     const cuda::RingCoder coder(*format, std::max(task.rows, trial) / cuda::kStep, cuda_stream);
     {
-      cuda::DeviceBuffer<double> sum = cuda::rotated_hessian(task, hessian.sum(stream), result.scales.host,
-                                                             trellis_options.consistent_hessian);
-      const std::vector<double> rotated_diagonal = cuda::diagonal_of(sum.data(), task.cols, cuda_stream);
-      std::vector<int32_t> order;
-      for (const int64_t column : walk_order(rotated_diagonal, cuda::kStep, options.act_order)) {
-        order.push_back(static_cast<int32_t>(column));
-      }
-      const cuda::DeviceBuffer<int32_t> order_on_device = cuda::uploaded(order, cuda_stream);
-      const cuda::UpperFactor factor(sum.data(), rotated_diagonal, order_on_device.data(), options.damping,
-                                     options.damping_ladder, cuda_stream);
-      report.damping_tried = factor.damping_tried();
+      cuda::Side input(hessian,
+                       trellis::hessian_factors(result.scales.host.input, trellis_options.consistent_hessian),
+                       options, cuda_stream);
+      report.damping_tried = input.factor.damping_tried();
       report.damping = report.damping_tried.back();
-      const double chosen =
-          factors.size() == 1 ? factors.front()
-                              : cuda::tried_factor(task, factor, order, sum.data(), rotated_diagonal,
-                                                   rotated.data(), coder, factors);
-      sum.release();
+      const double chosen = factors.size() == 1
+                                ? factors.front()
+                                : cuda::tried_factor(task, input, rotated.data(), coder, factors);
+      input.sum.release();
       report.trellis_ratio = chosen * trellis_best_ratio(format->half_bits, format->codebook.code);
+      const std::vector<double> output_factors = trellis::hessian_factors(result.scales.host.output, true);
       if (chosen != 1) {
         trellis::Scales scales = result.scales.host;
         trellis::widen(chosen, scales);
         result.scales = cuda::DeviceScales(std::move(scales), cuda_stream);
         rotated = task.rotated(dead.data(), result.scales);
       }
-      cuda::walk(task, factor, order, rotated.data(), coder, result.words.data());
+      if (options.output_hessian == nullptr) {
+        cuda::walk(task, input.factor, input.order, rotated.data(), coder, result.words.data());
+      } else {
+        cuda::Side output(*options.output_hessian, output_factors, options, cuda_stream, "output_hessian");
+        output.sum.release();
+        cuda::walk_two_sided(task, input, output, rotated.data(), coder, result.words.data());
+      }
     }
     result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
-    const auto refit = [&](bool wanted, const auto& scales) {
+    const auto refit = [&](bool wanted, const auto& one_sided, const auto& both_sides) {
       if (!wanted) return;
-      scales(task, hessian, diagonal, result);
+      if (both) {
+        both_sides(*both);
+      } else {
+        one_sided();
+      }
       result.decoded = task.decoded(coder, result.words.data(), result.scales, rotated.data());
     };
-    refit(trellis_options.refit_output_scales, cuda::refit_output_scales);
-    refit(trellis_options.refit_input_scales, cuda::refit_input_scales);
-    refit(trellis_options.refit_input_scales && trellis_options.refit_output_scales,
-          cuda::refit_output_scales);
+    const auto outputs = [&](bool wanted) {
+      refit(
+          wanted, [&] { cuda::refit_output_scales(task, hessian, diagonal, result); },
+          [&](const cuda::BothHessians& hessians) { cuda::refit_output_scales(task, hessians, result); });
+    };
+    outputs(trellis_options.refit_output_scales);
+    refit(
+        trellis_options.refit_input_scales,
+        [&] { cuda::refit_input_scales(task, hessian, diagonal, result); },
+        [&](const cuda::BothHessians& hessians) { cuda::refit_input_scales(task, hessians, result); });
+    outputs(trellis_options.refit_input_scales && trellis_options.refit_output_scales);
   }
   std::vector<const CudaHessian*> hessians;
   if (options.measure_losses) {
@@ -563,6 +438,10 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
     if (options.held_out != nullptr) {
       report.held_out_loss = own.proxy_losses.back();
       report.held_out_loss_nearest = nearest.proxy_losses.back();
+    }
+    if (both) {
+      report.two_sided_loss = cuda::two_sided_loss(task, *both, result.decoded.data());
+      report.two_sided_loss_nearest = cuda::two_sided_loss(task, *both, plain.decoded.data());
     }
   }
   cuda::store(task, result, packed);

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) multiply(const float* rotated, int64
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    take(const float* from, int64_t k, const int32_t* chosen, const float* factors, float* out, int64_t rows) {
+__global__ void __launch_bounds__(kThreads) take(const float* from, int64_t k, const int32_t* chosen,
+                                                 const float* factors, float* out, int64_t rows) {
   for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
     for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < k;
          c += static_cast<int64_t>(gridDim.x) * kThreads) {

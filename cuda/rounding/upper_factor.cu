@@ -139,7 +139,8 @@ void solve_cholesky(const double* factor, int64_t k, double* values, cudaStream_
   }
 }
 
-void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream) {
+void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream,
+                    std::string_view argument) {
   const int64_t k = hessian.k();
   if (k == 0) return;
   const double* sum = hessian.sum(stream);
@@ -156,13 +157,15 @@ void require_usable(const CudaHessian& hessian, const std::vector<double>& diago
     const int64_t i = row_and_kind / kKinds;
     double entry = 0;
     download(sum + i * k + j, &entry, 1, stream);
-    const std::string where = text_of("hessian: got ", entry, " at row ", i, ", column ", j, ", expected ");
+    const std::string where =
+        text_of(argument, ": got ", entry, " at row ", i, ", column ", j, ", expected ");
     if (row_and_kind % kKinds == kNotFinite) throw NumericError(where + "finite values");
     if (row_and_kind % kKinds == kNegative) throw NumericError(where + "a diagonal of zero or more");
     throw NumericError(where + text_of("0 because the diagonal entry of row ", i, " is 0"));
   }
   if (std::none_of(diagonal.begin(), diagonal.end(), [](double entry) { return entry > 0; })) {
-    throw NumericError("hessian: got a diagonal of zeros, expected at least one input that is not always 0");
+    throw NumericError(text_of(argument, ": got a diagonal of zeros, expected at least one ",
+                               argument == "hessian" ? "input" : "entry", " that is not always 0"));
   }
 }
 
@@ -173,7 +176,8 @@ UpperFactor::UpperFactor(const CudaHessian& hessian, const std::vector<double>& 
                   ladder, stream) {}
 
 UpperFactor::UpperFactor(const double* sum, std::span<const double> diagonal, const int32_t* order,
-                         double damping, std::span<const double> ladder, cudaStream_t stream)
+                         double damping, std::span<const double> ladder, cudaStream_t stream,
+                         std::string_view argument)
     : k_(std::ssize(diagonal)),
       stride_(checked_pad(k_, kRowAlignment)),
       upper_(checked_mul(k_, stride_), stream) {
@@ -195,7 +199,8 @@ UpperFactor::UpperFactor(const double* sum, std::span<const double> diagonal, co
   }
   std::ostringstream list;
   for (const double value : damping_tried_) list << (list.tellp() > 0 ? ", " : "") << value;
-  throw NumericError(text_of("hessian: got a matrix that is not positive definite with damping ", list.str(),
+  throw NumericError(text_of(argument, ": got a matrix that is not positive definite with damping ",
+                             list.str(),
                              ", expected one that is; more calibration tokens or more damping help"));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "quantloom/calibration/cuda_hessian.hpp"
@@ -10,7 +11,8 @@
 namespace quantloom::cuda {
 
 // Throws what the CPU's require_usable() throws. `diagonal` is diag(H). Waits for the stream.
-void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream);
+void require_usable(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream,
+                    std::string_view argument = "hessian");
 
 // In-place factor of the lower triangle of a [k, k], row-major, as L L^T; what is above it may be
 // overwritten. False if the matrix is not positive definite. Waits for the stream.
@@ -28,9 +30,9 @@ class UpperFactor {
   // NumericError listing them if no factorization succeeds. Waits for the stream.
   UpperFactor(const CudaHessian& hessian, const std::vector<double>& diagonal, const int32_t* order,
               double damping, std::span<const double> ladder, cudaStream_t stream);
-  // Of a sum [k, k] on the device with this diagonal [k].
+  // Of a sum [k, k] on the device with this diagonal [k]; errors name `argument`.
   UpperFactor(const double* sum, std::span<const double> diagonal, const int32_t* order, double damping,
-              std::span<const double> ladder, cudaStream_t stream);
+              std::span<const double> ladder, cudaStream_t stream, std::string_view argument = "hessian");
 
   // [k, stride], zero below the diagonal and beyond column k.
   const float* upper() const { return upper_.data(); }

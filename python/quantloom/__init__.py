@@ -39,6 +39,7 @@ from quantloom.formats import (
 )
 from quantloom.info import build_info
 from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
+from quantloom.quantizing import quantize
 from quantloom.recipes import Recipe
 from quantloom.rounding import (
     GPTQ,
@@ -48,7 +49,6 @@ from quantloom.rounding import (
     RoundingReport,
     ScaleSearch,
     parse_rounding,
-    quantize,
     rounding_from_json,
 )
 from quantloom.tensors import PackedTensor, load_metadata, load_tensors, save_tensors

@@ -12,7 +12,8 @@ from quantloom import _arrays, _checks, _core
 from quantloom.calibration import Hessian, as_hessian
 from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format
-from quantloom.rounding import GPTQ, Nearest, Rounding, ScaleSearch, quantize
+from quantloom.quantizing import quantize
+from quantloom.rounding import GPTQ, Nearest, Rounding, ScaleSearch
 from quantloom.tensors import PackedTensor
 
 __all__ = ["AWQ", "ScaleChoice", "search_channel_scales"]

@@ -195,7 +195,9 @@ def proxy_loss(
     outputs = as_hessian("output_hessian", output_hessian)
     if outputs is not None:
         if outputs.k != matrix.shape[0]:
-            raise ValueError(f"output_hessian: got {outputs.k} outputs, expected {matrix.shape[0]}, as w has rows")
+            raise ValueError(
+                f"output_hessian: got {outputs.k} outputs, expected {matrix.shape[0]}, as w has rows"
+            )
         require_same_device("output_hessian", outputs, "cpu")
     return _core.proxy_loss(
         matrix.core, other.core, gathered._core, outputs and outputs._core, _checks.thread_count(threads)

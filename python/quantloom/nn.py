@@ -17,7 +17,8 @@ import quantloom._operators  # noqa: F401 - registers the operators
 from quantloom import _arrays, _checks, _core, _cuda, kernels
 from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format, parse_format
-from quantloom.rounding import Rounding, quantize
+from quantloom.quantizing import quantize
+from quantloom.rounding import Rounding
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from quantloom import _checks
 from quantloom.formats import Format, format_from_json, parse_format
-from quantloom.rounding import Nearest, Rounding, parse_rounding, quantize
+from quantloom.quantizing import quantize
+from quantloom.rounding import Nearest, Rounding, parse_rounding
 from quantloom.transforms import Transform, hadamard, parse_transform
 
 __all__ = ["RotationRow", "outlier_matrix", "quantize_blocks", "rotation_table"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantloom import _arrays, _checks, _core, _devices, _fitting
+from quantloom import _arrays, _checks, _core, _fitting
 from quantloom._trellis_search import PUBLISHED_MCG, MultiplierSearch, SearchRow, search
 
 __all__ = [
@@ -316,7 +316,8 @@ def quantize(
     Returns a ``PackedTensor``. Raises TypeError or ValueError naming the argument.
     """
     from quantloom.formats import Trellis, parse_format
-    from quantloom.rounding import GPTQ, quantize_trellis, require_hessians
+    from quantloom.quantizing import quantize_trellis, require_hessians
+    from quantloom.rounding import GPTQ
 
     matrix = _arrays.matrix("w", w, cpu=False)
     form = parse_format(format)

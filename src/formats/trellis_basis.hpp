@@ -43,16 +43,16 @@ void fit_outputs(std::span<double> squares, int64_t k, Scales& scales);
 // Of the columns [k] over the scales of the n rows.
 void fit_inputs(std::span<const double> squares, int64_t n, float shrink, double target, Scales& scales);
 
-// Multiplies all output scales by 1 / factor, so that values over scales grow by it. Throws NumericError for a
-// scale that float16 does not hold.
+// Multiplies all output scales by 1 / factor, so that values over scales grow by it. Throws NumericError for
+// a scale that float16 does not hold.
 void widen(double factor, Scales& scales);
 
 // The rows of tiles, of `count`, on which ratios are tried: at least one, at most 8, spread evenly.
 std::vector<int64_t> trial_tile_rows(int64_t count);
 
 // The factor with the least loss: the minimum, in hundredths and within the factors tried, of the parabola
-// nearest to the logarithms of losses over those of factors, which takes the noise of a small sample out. That
-// of the least loss where there is no such minimum or fewer than three factors.
+// nearest to the logarithms of losses over those of factors, which takes the noise of a small sample out.
+// That of the least loss where there is no such minimum or fewer than three factors.
 double best_factor(std::span<const double> factors, std::span<const double> losses);
 
 // The factors by which rows and columns of a Hessian are multiplied before it is rotated: scales of its side,

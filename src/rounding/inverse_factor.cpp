@@ -57,9 +57,8 @@ void require_usable(const Hessian& hessian, int64_t k, std::string_view argument
     }
   }
   if (!any_live) {
-    throw NumericError(text_of(
-        argument, ": got a diagonal of zeros, expected at least one ",
-        argument == "hessian" ? "input" : "entry", " that is not always 0"));
+    throw NumericError(text_of(argument, ": got a diagonal of zeros, expected at least one ",
+                               argument == "hessian" ? "input" : "entry", " that is not always 0"));
   }
 }
 
@@ -90,7 +89,8 @@ InverseFactor::InverseFactor(const Hessian& hessian, std::span<const int64_t> or
   }
   std::ostringstream list;
   for (const double value : damping_tried_) list << (list.tellp() > 0 ? ", " : "") << value;
-  throw NumericError(text_of(argument, ": got a matrix that is not positive definite with damping ", list.str(),
+  throw NumericError(text_of(argument, ": got a matrix that is not positive definite with damping ",
+                             list.str(),
                              ", expected one that is; more calibration tokens or more damping help"));
 }
 

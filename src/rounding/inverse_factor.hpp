@@ -43,8 +43,9 @@ class InverseFactor {
   std::vector<double> damping_tried_;
 };
 
-// Throws InvalidArgument or NumericError, naming `argument`, unless `hessian` can be one: k inputs, tokens, finite entries, a
-// diagonal >= 0 that is not all zero, and nothing but zeros in the rows of zero diagonal entries.
+// Throws InvalidArgument or NumericError, naming `argument`, unless `hessian` can be one: k inputs, tokens,
+// finite entries, a diagonal >= 0 that is not all zero, and nothing but zeros in the rows of zero diagonal
+// entries.
 void require_usable(const Hessian& hessian, int64_t k, std::string_view argument = "hessian");
 
 }  // namespace quantloom

@@ -222,7 +222,7 @@ Rounded round_trellis_feedback(const FloatMatrix& w, std::shared_ptr<const Trell
   const double factor = factors.size() == 1
                             ? factors.front()
                             : tried_factor(MatrixView<const float>(weights.data(), rows, cols), unit_format,
-                                          in_basis, walk, factors);
+                                           in_basis, walk, factors);
   if (factor != 1) {
     trellis::widen(factor, scales);
     weights = rotated_weights(columns, n, k, scales, options.threads);

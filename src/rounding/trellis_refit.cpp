@@ -47,8 +47,8 @@ void solve_cholesky(MatrixView<const double> factor, std::vector<double>& values
   }
 }
 
-// Multiplies scales by 1 + x, with x the minimum of x^T form x - 2 gradient^T x, unless what is stored of x is
-// no gain. Overwrites the form.
+// Multiplies scales by 1 + x, with x the minimum of x^T form x - 2 gradient^T x, unless what is stored of x
+// is no gain. Overwrites the form.
 void refit(MatrixView<double> form, const std::vector<double>& gradient, std::span<uint16_t> scales,
            int threads) {
   const int64_t size = form.rows();

@@ -83,7 +83,8 @@ void round_tile(const Walk& walk, int64_t row, int64_t column) {
     for (int64_t c = 0; c < kSide; ++c) {
       float value = target[static_cast<size_t>(r)][static_cast<size_t>(c)] -
                     decoded[static_cast<size_t>(c * kSide + r)];
-      for (int64_t i = 0; i < r; ++i) value -= out(row + i, row + r) * walk.along_columns(row + i, column + c);
+      for (int64_t i = 0; i < r; ++i)
+        value -= out(row + i, row + r) * walk.along_columns(row + i, column + c);
       walk.along_columns(row + r, column + c) = value / out(row + r, row + r);
     }
   }
@@ -105,9 +106,8 @@ void walk_two_sided(MatrixView<const float> weights, const WalkSide& input, cons
   for (int64_t diagonal = 0; diagonal < tall + wide - 1; ++diagonal) {
     const int64_t first = std::max<int64_t>(0, diagonal - wide + 1);
     const int64_t last = std::min(tall - 1, diagonal);
-    parallel_for(last - first + 1, threads, [&](int64_t i) {
-      round_tile(walk, (first + i) * kSide, (diagonal - first - i) * kSide);
-    });
+    parallel_for(last - first + 1, threads,
+                 [&](int64_t i) { round_tile(walk, (first + i) * kSide, (diagonal - first - i) * kSide); });
   }
 }
 

@@ -17,9 +17,9 @@ struct WalkSide {
 };
 
 // Chooses the codes of all tiles of weights [n, k], multiples of 16, by an encoder of tiles. With errors
-// E = U_out^T F U_in, tr(H_out E H_in E^T) is the squared norm of F: each tile's codes are the nearest to what
-// the tiles before it in both orders leave of the weights if all later ones are free. The same for any number
-// of threads.
+// E = U_out^T F U_in, tr(H_out E H_in E^T) is the squared norm of F: each tile's codes are the nearest to
+// what the tiles before it in both orders leave of the weights if all later ones are free. The same for any
+// number of threads.
 void walk_two_sided(MatrixView<const float> weights, const WalkSide& input, const WalkSide& output,
                     ColumnEncoder& encoder, int threads);
 

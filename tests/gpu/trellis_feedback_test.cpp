@@ -130,6 +130,81 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
   }
 }
 
+TEST_F(TrellisFeedbackCuda, TriesRatiosLikeTheCpu) {
+  const int64_t n = 256;
+  const int64_t k = 256;
+  const TwinMatrix w(uneven_matrix(n, k, 21), n, k, DType::f32);
+  const Hessian hessian = correlated_hessian(3 * k, k, 22);
+  const CudaHessian device_hessian(hessian);
+  for (const char* spec : {"trellis:1:mul1", "trellis:2:mul1", "trellis:4:mul1"}) {
+    SCOPED_TRACE(spec);
+    const auto format = trellis_of(spec);
+    const auto on_device = [&](std::vector<double> factors) {
+      PackedTensor packed = poisoned_planes(format, n, k);
+      CudaErrorFeedbackOptions options;
+      return round_trellis_feedback_cuda(w.device(), packed, device_hessian, options,
+                                         {true, true, true, std::move(factors)}, nullptr);
+    };
+    ErrorFeedbackOptions options;
+    options.measure_losses = false;
+    const double cpu = round_trellis_feedback(w.host(), format, hessian, options).report.trellis_ratio;
+    const RoundingReport report = on_device({});
+    RecordProperty(spec, text_of(cpu, " ", report.trellis_ratio));
+    EXPECT_NEAR(report.trellis_ratio, cpu, 0.06);
+    EXPECT_EQ(on_device({}).trellis_ratio, report.trellis_ratio);
+    EXPECT_EQ(on_device({2.5, 0.9}).trellis_ratio, 0.9 * trellis_best_ratio(format->half_bits));
+    EXPECT_EQ(on_device({0.7}).trellis_ratio, 0.7 * trellis_best_ratio(format->half_bits));
+    EXPECT_THROW(on_device({5.0}), InvalidArgument);
+  }
+}
+
+TEST_F(TrellisFeedbackCuda, TwoSidedErrsLikeTheCpu) {
+  const Case cases[] = {{"trellis:2:mul1", 256, 128, DType::f32, true, true, true},
+                        {"trellis:3:mcg", 130, 300, DType::f16, false, true, true},
+                        {"trellis:2:octagon", 384, 200, DType::bf16, true, true, false}};
+  for (const Case& c : cases) {
+    SCOPED_TRACE(text_of(c.format, " ", c.n, " x ", c.k));
+    const auto format = trellis_of(c.format);
+    const Hessian hessian = correlated_hessian(3 * c.k, c.k, 31);
+    const Hessian outputs = correlated_hessian(3 * c.n, c.n, 32);
+    const TwinMatrix w(uneven_matrix(c.n, c.k, 33), c.n, c.k, c.dtype, 3);
+    const TrellisFeedbackOptions choices{c.consistent, c.refit, c.refit, {0.9}};
+    ErrorFeedbackOptions options;
+    options.act_order = c.act_order;
+    options.output_hessian = &outputs;
+    const RoundingReport cpu = round_trellis_feedback(w.host(), format, hessian, options, choices).report;
+
+    const CudaHessian device_hessian(hessian);
+    const CudaHessian device_outputs(outputs);
+    CudaErrorFeedbackOptions device_options;
+    device_options.act_order = c.act_order;
+    const auto on_device = [&](const CudaHessian* given, RoundingReport* report) {
+      device_options.output_hessian = given;
+      PackedTensor packed = poisoned_planes(format, c.n, c.k);
+      *report =
+          round_trellis_feedback_cuda(w.device(), packed, device_hessian, device_options, choices, nullptr);
+      return to_host(packed);
+    };
+    const auto loss_of = [&](const PackedTensor& packed) {
+      std::vector<float> decoded(static_cast<size_t>(c.n * c.k));
+      format->decode(packed, 0, {decoded.data(), c.n, c.k});
+      return proxy_loss(w.host(), {decoded.data(), c.n, c.k}, hessian, outputs);
+    };
+    RoundingReport report;
+    RoundingReport again;
+    RoundingReport one_sided;
+    const PackedTensor packed = on_device(&device_outputs, &report);
+    EXPECT_NO_THROW(validate(packed));
+    EXPECT_EQ(difference(packed, on_device(&device_outputs, &again)), "");
+    EXPECT_NEAR(report.two_sided_loss, cpu.two_sided_loss, 0.2 * cpu.two_sided_loss);
+    EXPECT_NEAR(report.two_sided_loss_nearest, cpu.two_sided_loss_nearest, 0.3 * cpu.two_sided_loss_nearest);
+    EXPECT_NEAR(report.two_sided_loss, loss_of(packed), 1e-3 * report.two_sided_loss);
+    EXPECT_NEAR(report.mean_squared_error, cpu.mean_squared_error, 0.05 * cpu.mean_squared_error);
+    EXPECT_LT(report.two_sided_loss, 0.9 * loss_of(on_device(nullptr, &one_sided)));
+    EXPECT_TRUE(std::isnan(one_sided.two_sided_loss));
+  }
+}
+
 TEST_F(TrellisFeedbackCuda, NearestErrsLikeTheCpu) {
   for (const char* spec : {"trellis:2:mul1", "trellis:3.5:1mad", "trellis:1:rptc2"}) {
     SCOPED_TRACE(spec);
@@ -201,8 +276,45 @@ TEST_F(TrellisFeedbackCuda, RefusesWhatItDoesNotTake) {
   EXPECT_THROW(round_error_feedback_cuda(broken.device(), packed, hessian, {}, nullptr), NumericError);
   const CudaHessian other(correlated_hessian(64, 16, 5));
   EXPECT_THROW(round_error_feedback_cuda(w.device(), packed, other, {}, nullptr), InvalidArgument);
+  const auto refuses = [&](const Hessian& outputs, PackedTensor planes) -> std::string {
+    const CudaHessian device_outputs(outputs);
+    CudaErrorFeedbackOptions two_sided;
+    two_sided.output_hessian = &device_outputs;
+    two_sided.damping = 0;
+    two_sided.damping_ladder = {};
+    try {
+      round_error_feedback_cuda(w.device(), planes, hessian, two_sided, nullptr);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_NE(refuses(correlated_hessian(64, 16, 6), poisoned_planes(trellis_of("trellis:2:mul1"), 32, 32))
+                .find("output_hessian"),
+            std::string::npos);
+  EXPECT_NE(refuses(correlated_hessian(64, 32, 6), poisoned_planes(format_from_spec("uniform:4:g16"), 32, 32))
+                .find("output_hessian"),
+            std::string::npos);
+  std::vector<double> negative(32 * 32, 0.0);
+  for (size_t i = 0; i < 32; ++i) negative[i * 33] = i == 7 ? -1 : 1;
+  EXPECT_NE(refuses(Hessian(MatrixView<const double>(negative.data(), 32, 32), 1),
+                    poisoned_planes(trellis_of("trellis:2:mul1"), 32, 32))
+                .find("output_hessian: got -1 at row 7"),
+            std::string::npos);
   PackedTensor uniform = poisoned_planes(format_from_spec("uniform:4:g16"), 32, 32);
   EXPECT_THROW(round_trellis_feedback_cuda(w.device(), uniform, hessian, {}, {}, nullptr), InvalidArgument);
+}
+
+TEST_F(TrellisFeedbackCudaSmall, TwoSided) {
+  const CudaHessian hessian(correlated_hessian(60, 20, 5));
+  const CudaHessian outputs(correlated_hessian(60, 20, 8));
+  const TwinMatrix w(normal_matrix(20, 20, 6), 20, 20, DType::f32, 2);
+  PackedTensor packed = poisoned_planes(trellis_of("trellis:4:mul1"), 20, 20);
+  CudaErrorFeedbackOptions options;
+  options.measure_losses = false;
+  options.output_hessian = &outputs;
+  round_error_feedback_cuda(w.device(), packed, hessian, options, nullptr);
+  EXPECT_NO_THROW(validate(to_host(packed)));
 }
 
 TEST_F(TrellisFeedbackCudaSmall, Feedback) {

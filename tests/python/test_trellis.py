@@ -260,6 +260,89 @@ def test_error_feedback(rng):
         ql.quantize(w, form, ql.GPTQ(hessian, scale_search=ql.ScaleSearch()))
 
 
+def correlated(rng, k, tokens=900):
+    x = rng.standard_normal((tokens, k)) + rng.standard_normal((tokens, 1))
+    hessian = ql.Hessian(k)
+    hessian.add((x * np.exp(0.4 * rng.standard_normal(k))).astype(np.float32))
+    return hessian
+
+
+def test_ratio_factors(rng):
+    w = rng.standard_normal((256, 256)).astype(np.float32)
+    hessian = correlated(rng, 256)
+    form = ql.Trellis(2, window=10)
+    best = trellis.best_ratio(2)
+    searched = ql.quantize(w, form, ql.GPTQ(hessian)).report
+    assert 0.75 * best <= searched.trellis_ratio <= 1.05 * best
+    factor = round(searched.trellis_ratio / best, 2)
+    for rounding in (ql.GPTQ(hessian, ratio_factors=[factor]), ql.GPTQ(hessian, ratio_factors=(factor,))):
+        assert ql.quantize(w, form, rounding).report.proxy_loss == searched.proxy_loss
+    assert trellis.quantize(w, form, hessian, ratio_factors=(2.5, 0.9)).report.trellis_ratio == 0.9 * best
+    assert ql.quantize(w, "trellis:4:mul1:l10", ql.GPTQ(hessian)).report.trellis_ratio == pytest.approx(
+        0.96 * trellis.best_ratio(4)
+    )
+    assert math.isnan(ql.quantize(w, "uniform:4", ql.GPTQ(hessian)).report.trellis_ratio)
+    for bad in ((), (0.1,), (math.nan,), (5,)):
+        with pytest.raises(ValueError, match="ratio_factors"):
+            ql.GPTQ(hessian, ratio_factors=bad)
+    with pytest.raises(TypeError, match="ratio_factors"):
+        ql.GPTQ(hessian, ratio_factors="1")
+    for spec in ("uniform:4", "trellis:2:mul1:plain:l10", "outliers:1%:uniform:4"):
+        with pytest.raises(ValueError, match=r"ratio_factors.*trellis"):
+            ql.quantize(w, spec, ql.GPTQ(hessian, ratio_factors=(1,)))
+
+    rounding = ql.parse_rounding("gptq:no-act-order:ratio=0.8,1.0")
+    assert rounding.ratio_factors == (0.8, 1.0)
+    assert rounding.spec == "gptq:no-act-order:ratio=0.8,1.0"
+    assert "ratio_factors" not in ql.GPTQ().to_json()
+    recipe = ql.Recipe.parse("trellis:2", rounding)
+    assert ql.Recipe.from_json(recipe.to_json()).rounding.ratio_factors == (0.8, 1.0)
+    for bad in ("gptq:ratio", "gptq:ratio=x", "nearest:ratio=1"):
+        with pytest.raises(ValueError, match="ratio"):
+            ql.parse_rounding(bad)
+
+
+def test_two_sided_feedback(rng):
+    n, k = 128, 200
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    hessian, outputs = correlated(rng, k), correlated(rng, n)
+    form = ql.Trellis(2, window=10)
+    one = ql.quantize(w, form, ql.GPTQ(hessian))
+    two = ql.quantize(w, form, ql.GPTQ(hessian, output_hessian=outputs))
+    loss = ql.proxy_loss(w, two, hessian, output_hessian=outputs)
+    error = w.astype(np.float64) - two.dequantize()
+    h, h_out = hessian.sum() / hessian.tokens, outputs.sum() / outputs.tokens
+    assert loss == pytest.approx(np.sum((h_out @ error) * (error @ h)), rel=1e-4)
+    assert two.report.two_sided_loss == pytest.approx(loss, rel=1e-6)
+    assert loss < 0.8 * ql.proxy_loss(w, one, hessian, output_hessian=outputs)
+    assert loss < two.report.two_sided_loss_nearest
+    assert two.report.proxy_loss > one.report.proxy_loss
+    assert math.isnan(one.report.two_sided_loss)
+    same = trellis.quantize(w, form, hessian, output_hessian=h_out, threads=1)
+    np.testing.assert_array_equal(same.planes["codes"], two.planes["codes"])
+    lopsided = np.eye(n)
+    lopsided[0, 1] = 1
+    broken = np.eye(n)
+    broken[3, 3] = np.nan
+    negative = np.eye(n)
+    negative[5, 5] = -1
+    for bad, words in ((h, "got a Hessian of 200 outputs, expected 128"), (lopsided, "symmetric")):
+        with pytest.raises(ValueError, match=words):
+            ql.quantize(w, form, ql.GPTQ(hessian, output_hessian=bad))
+    for bad in (broken, negative, np.zeros((n, k)), np.zeros((n, n))):
+        with pytest.raises(ValueError, match=r"hessian"):
+            ql.quantize(w, form, ql.GPTQ(hessian, output_hessian=bad))
+    for spec in ("uniform:4", "trellis:2:mul1:plain:l10"):
+        with pytest.raises(ValueError, match=r"output_hessian.*trellis"):
+            ql.quantize(w, spec, ql.GPTQ(hessian, output_hessian=outputs))
+    with pytest.raises(ValueError, match=r"output_hessian.*hadamard"):
+        ql.quantize(w, form, ql.GPTQ(hessian, output_hessian=outputs), transform="hadamard:b8")
+    with pytest.raises(ValueError, match="output_hessian: got 200 outputs"):
+        ql.proxy_loss(w, two, hessian, output_hessian=hessian)
+    with pytest.raises(ValueError, match="output_hessian"):
+        ql.Recipe(form, ql.GPTQ(output_hessian=outputs))
+
+
 def test_distortion_table():
     rows = trellis.distortion_table(
         ["lloyd-max", "3inst", "mul1", "hyb", "rptc:l12"], [1, 2, 2.5], tiles=48, best=True

@@ -25,9 +25,9 @@ struct ErrorFeedbackOptions {
   // The result's format is then Outliers around `format`, which has scalar codes: uniform, codebook or spqr.
   std::optional<OutlierSearch> outliers = std::nullopt;
   const Hessian* held_out = nullptr;
-  // Of the outputs [n], such as the mean of g g^T for the gradients g of a loss with respect to them: feedback
-  // then runs along rows as well, and what it minimises is tr(H_out E H E^T). For a trellis with its rotation;
-  // InvalidArgument for other formats.
+  // Of the outputs [n], such as the mean of g g^T for the gradients g of a loss with respect to them:
+  // feedback then runs along rows as well, and what it minimises is tr(H_out E H E^T). For a trellis with its
+  // rotation; InvalidArgument for other formats.
   const Hessian* output_hessian = nullptr;
   bool measure_losses = true;  // false: the report's losses are NaN, nearest rounding is not run
   int threads = 0;

@@ -29,6 +29,7 @@ _HOMES = {
     "Progress": "report",
     "read_report": "report",
     "rotate": "rotation",
+    "output_hessians": "gradients",
     "RotatedModel": "rotation",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "import_",
     "load",
     "load_reference",
+    "output_hessians",
     "plan",
     "quantize",
     "read_report",

@@ -9,13 +9,15 @@ inputs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import quantloom as ql
@@ -64,6 +66,7 @@ def quantize(
     resume: bool = True,
     max_shard_bytes: int = 5_000_000_000,
     device: Any = "cpu",
+    output_hessians: Mapping[str, Any] | None = None,
 ) -> QuantizationReport:
     """Quantizes the Linears in the decoder blocks of a model and writes a checkpoint to `output`.
 
@@ -91,6 +94,9 @@ def quantize(
             and the hidden states between blocks stay on the CPU, so that one block at a time, in float32,
             its Hessians and the working copies of one weight matrix take memory of a GPU. Codes of
             calibrated roundings differ a little between devices, because sums are taken in other orders.
+        output_hessians: Hessians of outputs by the names of modules, as ``output_hessians(model, ids)``
+            gathers them: those Linears are rounded with feedback along rows as well. For ``GPTQ`` and formats that
+            are a trellis with its rotation.
 
     Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
     copies of one weight matrix; ``plan`` predicts the peak.
@@ -112,6 +118,7 @@ def quantize(
         _require_cuda_rounding(targets, device)
         if recipe.rounding.outlier_search is not None:
             raise RuntimeError(f"device: got {device!r}, but outliers are searched on the CPU only")
+    output_hessians = _checked_outputs(output_hessians, blocks, targets, recipe)
     tokens = None
     if calibration is not None:
         tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)
@@ -134,6 +141,7 @@ def quantize(
                 progress,
                 max_shard_bytes,
                 device,
+                output_hessians,
             )
             return run.execute(resume, overwrite, started)
     finally:
@@ -164,6 +172,37 @@ def _check_arguments(
         method = rounding_name(recipe.rounding)
         raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
     return recipe, Path(output)
+
+
+def _checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: Any) -> dict[str, ql.Hessian]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"output_hessians: got {type(given).__name__}, expected a mapping of names to Hessians"
+        )
+    if not isinstance(recipe.rounding, ql.GPTQ):
+        raise ValueError(
+            f"output_hessians: got them with the rounding {rounding_name(recipe.rounding)}, expected gptq"
+        )
+    sizes = {name: part.out_features for block in blocks for name, part in block.linears.items()}
+    for name, hessian in given.items():
+        if name not in sizes:
+            raise ValueError(f"output_hessians: got {name!r}, which is no Linear of the decoder blocks")
+        if not isinstance(hessian, ql.Hessian):
+            raise TypeError(f"output_hessians: got {type(hessian).__name__} for {name}, expected a Hessian")
+        if hessian.k != sizes[name]:
+            raise ValueError(
+                f"output_hessians: got {hessian.k} outputs for {name}, expected {sizes[name]}, its"
+                " out_features"
+            )
+        form = targets.formats.get(name)
+        if form is not None and not (isinstance(form, ql.Trellis) and form.rotation):
+            raise ValueError(
+                f"output_hessians: got one for {name}, whose format is {form.spec}; expected a trellis with"
+                " its rotation"
+            )
+    return dict(given)
 
 
 def _require_cuda_rounding(targets: Targets, device: str) -> None:
@@ -200,8 +239,9 @@ class _Run:
     def __init__(
         self, folder: ModelFolder, model: torch.nn.Module, blocks: list[Block], targets: Targets, recipe: Any,
         tokens: TokenWindows | None, work: WorkFolder, threads: int, progress: Any, max_shard_bytes: int,
-        device: str,
+        device: str, output_hessians: dict[str, ql.Hessian],
     ) -> None:  # fmt: skip
+        self.output_hessians = output_hessians
         self.folder, self.model, self.blocks, self.targets = folder, model, blocks, targets
         self.recipe, self.tokens, self.work, self.threads = recipe, tokens, work, threads
         self.max_shard_bytes, self.device = max_shard_bytes, device
@@ -269,6 +309,14 @@ class _Run:
             "calibration": None,
             "device": "cpu" if self.device == "cpu" else torch.cuda.get_device_name(self.device),
         }
+        if self.output_hessians:
+            fingerprint["output_hessians"] = {
+                name: hashlib.sha256(
+                    hessian.tokens.to_bytes(8, "little") + np.ascontiguousarray(hessian.sum()).tobytes()
+                ).hexdigest()
+                for name, hessian in self.output_hessians.items()
+                if name in self.targets.formats
+            }
         if self.tokens is not None:
             import transformers
 
@@ -418,7 +466,11 @@ class _Run:
         rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
         for name in missing:
             weight = block.linears[name].weight.detach()
-            self._quantize_module(block, stage, name, weight, rounding)
+            outputs = self.output_hessians.get(name)
+            own = rounding
+            if outputs is not None:
+                own = dataclasses.replace(rounding, output_hessian=outputs.to(self.device))
+            self._quantize_module(block, stage, name, weight, own)
 
     # -- one module ----------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ class ModuleReport:
 
     Losses are ``tr(E H E^T)``, the mean squared error of the layer's output per token summed over
     out_features, or None where no Hessian was gathered; `*_nearest` is the loss that rounding to nearest
-    has on the same weights; `held_out_*` are of tokens that no rounding saw.
+    has on the same weights; `held_out_*` are of tokens that no rounding saw; `two_sided_*` are
+    ``tr(H_out E H E^T)``, with Hessians of outputs. `trellis_ratio`: as ``RoundingReport`` has it.
 
     `scaled_by` says where the scales of the input channels went, if there are any: the name of the module
     before, or "input" if they stay beside the weights; weights and losses are then those of the scaled
@@ -75,6 +76,9 @@ class ModuleReport:
     proxy_loss_nearest: float | None = None
     held_out_loss: float | None = None
     held_out_loss_nearest: float | None = None
+    two_sided_loss: float | None = None
+    two_sided_loss_nearest: float | None = None
+    trellis_ratio: float | None = None
     scaled_by: str = ""
     scale_exponent: float = 0.0
     outliers: int = 0
@@ -82,9 +86,13 @@ class ModuleReport:
     seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields except `seconds`, which differ from run to run; those of scales if there are any."""
+        """All fields except `seconds`, which differ from run to run; those of scales, of Hessians of outputs
+        and of trellises if there are any."""
         fields = asdict(self)
         del fields["seconds"]
+        for name in ("two_sided_loss", "two_sided_loss_nearest", "trellis_ratio"):
+            if fields[name] is None:
+                del fields[name]
         if not self.scaled_by and not self.scale_exponent:
             del fields["scaled_by"], fields["scale_exponent"]
         return fields
@@ -121,6 +129,9 @@ class ModuleReport:
             held_out_loss_nearest=_finite(rounding.held_out_loss_nearest),
             outliers=rounding.outliers,
             outlier_threshold=_finite(rounding.outlier_threshold),
+            two_sided_loss=_finite(rounding.two_sided_loss),
+            two_sided_loss_nearest=_finite(rounding.two_sided_loss_nearest),
+            trellis_ratio=_finite(rounding.trellis_ratio),
             seconds=seconds,
         )
 

@@ -49,7 +49,8 @@ Hessian correlated(int64_t k, uint64_t seed, int64_t tokens = 0) {
 Hessian of_diagonal(const std::vector<double>& diagonal) {
   const auto size = std::ssize(diagonal);
   std::vector<double> sum(static_cast<size_t>(size * size), 0.0);
-  for (int64_t i = 0; i < size; ++i) sum[static_cast<size_t>(i * size + i)] = diagonal[static_cast<size_t>(i)];
+  for (int64_t i = 0; i < size; ++i)
+    sum[static_cast<size_t>(i * size + i)] = diagonal[static_cast<size_t>(i)];
   return {MatrixView<const double>(sum.data(), size, size), 1};
 }
 
@@ -275,8 +276,7 @@ TEST(TrellisTwoSided, EqualOutputsAreOneSided) {
     ErrorFeedbackOptions options;
     options.output_hessian = &outputs;
     const Rounded two = round_error_feedback(view, format, inputs, options);
-    EXPECT_NEAR(two.report.two_sided_loss, entry * two.report.proxy_loss,
-                1e-4 * two.report.two_sided_loss);
+    EXPECT_NEAR(two.report.two_sided_loss, entry * two.report.proxy_loss, 1e-4 * two.report.two_sided_loss);
     EXPECT_NEAR(two.report.proxy_loss, one.report.proxy_loss, 0.02 * one.report.proxy_loss);
     EXPECT_EQ(two.report.trellis_ratio, one.report.trellis_ratio);
   }
