@@ -25,7 +25,7 @@ py::dict search(const std::vector<ArrayRef>& weights, const std::vector<std::str
   ChannelScales found;
   {
     const py::gil_scoped_release release;
-    const HessianPair hessians(&hessian, nullptr);
+    const HessianLocks hessians(&hessian, nullptr);
     found = search_channel_scales(layers, *hessians.first(), magnitudes,
                                   {.steps = to_int("steps", steps),
                                    .code_step = to_int("code_step", code_step),

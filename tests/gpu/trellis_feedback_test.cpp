@@ -81,8 +81,8 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
     ErrorFeedbackOptions options;
     options.act_order = c.act_order;
     options.held_out = &held_out;
-    const Rounded cpu =
-        round_trellis_feedback(w.host(), format, hessian, options, {c.consistent, c.refit, c.refit});
+    const TrellisFeedbackOptions choices{c.consistent, c.refit, c.refit, {0.95}};
+    const Rounded cpu = round_trellis_feedback(w.host(), format, hessian, options, choices);
 
     const CudaHessian device_hessian(hessian);
     const CudaHessian device_held_out(held_out);
@@ -90,8 +90,8 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
     device_options.act_order = c.act_order;
     device_options.held_out = &device_held_out;
     PackedTensor packed = poisoned_planes(format, c.n, c.k);
-    const RoundingReport report = round_trellis_feedback_cuda(
-        w.device(), packed, device_hessian, device_options, {c.consistent, c.refit, c.refit}, nullptr);
+    const RoundingReport report =
+        round_trellis_feedback_cuda(w.device(), packed, device_hessian, device_options, choices, nullptr);
     const PackedTensor cuda = to_host(packed);
     EXPECT_NO_THROW(validate(cuda));
     if (!c.refit) {
@@ -124,8 +124,7 @@ TEST_F(TrellisFeedbackCuda, ErrsLikeTheCpu) {
                 1e-5 * report.mean_squared_error);
 
     PackedTensor again = poisoned_planes(format, c.n, c.k);
-    round_trellis_feedback_cuda(w.device(), again, device_hessian, device_options,
-                                {c.consistent, c.refit, c.refit}, nullptr);
+    round_trellis_feedback_cuda(w.device(), again, device_hessian, device_options, choices, nullptr);
     EXPECT_EQ(difference(cuda, to_host(again)), "");
   }
 }

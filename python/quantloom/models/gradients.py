@@ -30,8 +30,8 @@ def output_hessians(
 
     The tokens to predict are drawn from the model's own prediction, so that, with the Hessians of the
     inputs, this is the Kronecker-factored Fisher matrix: half of ``tr(H_out E H E^T)`` is about what an
-    error E of the weights adds to the KL divergence from the model. For ``quantloom.GPTQ(output_hessian=...)`` and
-    ``quantloom.models.quantize(output_hessians=...)``.
+    error E of the weights adds to the KL divergence from the model. For
+    ``quantloom.GPTQ(output_hessian=...)`` and ``quantloom.models.quantize(output_hessians=...)``.
 
     Args:
         model: a causal language model of transformers, as a whole on one device, in any dtype of which

@@ -95,8 +95,8 @@ def quantize(
             its Hessians and the working copies of one weight matrix take memory of a GPU. Codes of
             calibrated roundings differ a little between devices, because sums are taken in other orders.
         output_hessians: Hessians of outputs by the names of modules, as ``output_hessians(model, ids)``
-            gathers them: those Linears are rounded with feedback along rows as well. For ``GPTQ`` and formats that
-            are a trellis with its rotation.
+            gathers them: those Linears are rounded with feedback along rows as well. For ``GPTQ`` and
+            formats that are a trellis with its rotation.
 
     Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
     copies of one weight matrix; ``plan`` predicts the peak.
