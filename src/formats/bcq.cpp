@@ -1,6 +1,8 @@
 #include "quantloom/formats/bcq.hpp"
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -178,23 +180,36 @@ void Bcq::decode(const PackedTensor& packed, int64_t first_row, MatrixView<float
   if (packed.planes.contains("group_index")) {
     group_index = packed.plane("group_index").values<int32_t>();
   }
-  const auto group_of = [&](int64_t c) {
-    return group_index.empty() ? c / width : group_index[static_cast<size_t>(c)];
-  };
   std::vector<float> own(static_cast<size_t>(groups));
+  // Adds to each value what its group and its bit say.
+  const auto add = [&](float* values, const auto& value_at) {
+    if (!group_index.empty()) {
+      for (int64_t c = 0; c < k; ++c) values[c] += value_at(c, own[static_cast<size_t>(group_index[c])]);
+      return;
+    }
+    for (int64_t g = 0, begin = 0; begin < k; ++g) {
+      const int64_t end = k - begin > width ? begin + width : k;
+      const float scale = own[static_cast<size_t>(g)];
+      for (int64_t c = begin; c < end; ++c) values[c] += value_at(c, scale);
+      begin = end;
+    }
+  };
   for (int64_t r = 0; r < out.rows() && k > 0; ++r) {
     const int64_t row = first_row + r;
     float* const values = out.row(r);
-    for (int64_t c = 0; c < k; ++c) {
-      values[c] = offsets == nullptr ? 0.0F : scale_at(*offsets, row * groups + group_of(c));
+    std::fill_n(values, k, 0.0F);
+    if (offsets != nullptr) {
+      for (int64_t g = 0; g < groups; ++g) own[g] = scale_at(*offsets, row * groups + g);
+      add(values, [](int64_t, float value) { return value; });
     }
     for (int64_t p = 0; p < bits; ++p) {
       for (int64_t g = 0; g < groups; ++g) own[g] = scale_at(scales, (p * n + row) * groups + g);
-      const std::span<const uint32_t> words = sign_row(signs, p, row);
-      for (int64_t c = 0; c < k; ++c) {
-        const float scale = own[static_cast<size_t>(group_of(c))];
-        values[c] += (words[static_cast<size_t>(c / 32)] >> (c % 32) & 1U) != 0 ? scale : -scale;
-      }
+      const uint32_t* const words = sign_row(signs, p, row).data();
+      // The sign bit, without a branch that half of all weights would mispredict.
+      add(values, [&](int64_t c, float scale) {
+        const uint32_t minus = ~(words[c / 32] >> (c % 32)) << 31;
+        return std::bit_cast<float>(std::bit_cast<uint32_t>(scale) ^ minus);
+      });
     }
   }
 }

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/prepared_bcq.hpp"
 #include "kernels/prepared_outliers.hpp"
 #include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
@@ -231,10 +232,10 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
   const bool with_outliers = dynamic_cast<const Outliers*>(packed.format.get()) != nullptr;
-  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr ||
-                       dynamic_cast<const Bcq*>(packed.format.get()) != nullptr;
+  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
+  const bool by_signs = dynamic_cast<const Bcq*>(packed.format.get()) != nullptr;
   const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
-  if (!with_outliers && !by_rows && !by_rings &&
+  if (!with_outliers && !by_rows && !by_signs && !by_rings &&
       dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr &&
       dynamic_cast<const Spqr*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
@@ -253,6 +254,7 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   }
   if (with_outliers) return kernels::prepare_outliers(packed, prepare(dense_part(packed), threads));
   if (by_rows) return kernels::prepare_rows(packed);
+  if (by_signs) return kernels::prepare_bcq(packed);
   if (by_rings) return kernels::prepare_trellis(packed, threads);
   return kernels::prepare_strips(packed, threads);
 }
@@ -280,6 +282,9 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
   }
   kernels::check_shapes(x, w.n(), w.k(), y);
   if (y.rows() == 0 || y.cols() == 0) return;
+  if (const auto* signs = dynamic_cast<const kernels::PreparedBcq*>(rows)) {
+    return kernels::multiply_bcq(x, *signs, y, threads);
+  }
   if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
   if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, options.activations, threads);
   // A single batch is checked as it is rounded, before y is touched.

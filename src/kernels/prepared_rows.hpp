@@ -6,7 +6,7 @@
 
 namespace quantloom::kernels {
 
-struct PreparedRows final : PreparedTensor {
+struct PreparedRows : PreparedTensor {
   explicit PreparedRows(PackedTensor tensor) : packed(std::move(tensor)) {}
 
   int64_t n() const override { return packed.n; }

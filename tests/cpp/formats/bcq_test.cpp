@@ -394,7 +394,8 @@ TEST(ToBcq, TrueBitsAreThoseOfTheFormula) {
 
 TEST(Bcq, ProductsAreThoseOfTheDecodedMatrix) {
   uint64_t seed = 100;
-  for (const std::string spec : {"bcq:3:g128", "bcq:2:g24:offset", "bcq:8:channel", "bcq:1:g32:bf16"}) {
+  for (const std::string spec : {"bcq:3:g128", "bcq:2:g24:offset", "bcq:8:channel", "bcq:1:g32:bf16",
+                                 "bcq:2:g20:offset", "bcq:4:g8"}) {
     for (const auto& [n, k, m] : std::vector<std::array<int64_t, 3>>{
              {0, 8, 2}, {3, 0, 2}, {5, 7, 0}, {1, 1, 1}, {37, 130, 1}, {70, 257, 5}, {33, 96, 40}}) {
       SCOPED_TRACE(text_of(spec, " [", n, ", ", k, "], ", m, " tokens"));
