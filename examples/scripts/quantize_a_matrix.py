@@ -1,4 +1,4 @@
-"""Quantize one matrix: to nearest and by GPTQ, what each costs, and the way to a file and back.
+"""Quantize one matrix: to nearest, by AWQ and by GPTQ, what each costs, and the way to a file and back.
 
 python examples/scripts/quantize_a_matrix.py
 """
@@ -30,10 +30,15 @@ SPECS = (
     "vector_codebook:64x2:g128",
     "outliers:1%:uniform:3:g128",
     "uniform:3:g128:asym",
+    "bcq:3:g128:offset",
     "uniform:2:g64:asym",
 )
 for spec in SPECS:
-    for name, rounding in (("nearest", ql.Nearest()), ("gptq", ql.GPTQ(hessian))):
+    for name, rounding in (
+        ("nearest", ql.Nearest()),
+        ("awq", ql.AWQ(hessian=hessian)),
+        ("gptq", ql.GPTQ(hessian)),
+    ):
         q = ql.quantize(w, spec, rounding)
         # A product straight from the packed codes.
         error = np.linalg.norm(ql.matmul(x, q) - exact) / np.linalg.norm(exact)

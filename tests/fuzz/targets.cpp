@@ -9,6 +9,7 @@
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/entropy.hpp"
 #include "quantloom/formats/uniform.hpp"
+#include "quantloom/io/awq.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
 #include "quantloom/io/gptq.hpp"
 #include "quantloom/io/packed_file.hpp"
@@ -192,6 +193,7 @@ void layouts(std::span<const std::byte> input) {
   PackedTensor packed;
   const GptqSettings gptq{bits, group_size, symmetric, static_cast<GptqVersion>(1 + setting(3) % 2)};
   if (succeeds([&] { packed = from_gptq(tensors, gptq); })) use(packed);
+  if (succeeds([&] { packed = from_awq(tensors, group_size); })) use(packed);
   const CompressedTensorsSettings compressed{bits, group_size, symmetric,
                                              static_cast<WordPadding>(setting(3) / 2 % 3)};
   if (succeeds([&] { packed = from_compressed_tensors(tensors, compressed); })) use(packed);

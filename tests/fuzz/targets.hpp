@@ -14,7 +14,7 @@ void safetensors(std::span<const std::byte> input);
 void packed_file(std::span<const std::byte> input);
 // Format descriptions in JSON and in short form.
 void formats(std::span<const std::byte> input);
-// from_gptq() and from_compressed_tensors(): four bytes of settings, then a safetensors file.
+// from_gptq(), from_awq() and from_compressed_tensors(): four bytes of settings, then a safetensors file.
 void layouts(std::span<const std::byte> input);
 // EntropyStream: the input as a stream if it begins like one, else two bytes of settings and codes to encode.
 void entropy(std::span<const std::byte> input);

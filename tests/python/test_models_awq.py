@@ -372,3 +372,14 @@ def test_export_and_import_of_the_awq_layout(llama, tmp_path):
         )
         with pytest.raises(ValueError, match=next(iter(change))):
             models.import_(broken, tmp_path / "never")
+
+
+def test_searches_by_output_error_are_refused_on_cuda_devices():
+    from quantloom.models.quantization import _require_cuda_rounding
+    from quantloom.models.structure import Targets
+
+    targets = Targets({"layer": ql.Uniform(4)}, ())
+    _require_cuda_rounding(targets, "cuda", ql.parse_rounding("awq+nearest:search"))
+    for spec in ("awq", "nearest:output-search", "awq+gptq:output-search"):
+        with pytest.raises(RuntimeError, match="CPU only"):
+            _require_cuda_rounding(targets, "cuda", ql.parse_rounding(spec))

@@ -115,7 +115,7 @@ def quantize(
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, recipe)
     if device != "cpu":
-        _require_cuda_rounding(targets, device)
+        _require_cuda_rounding(targets, device, recipe.rounding)
         if recipe.rounding.outlier_search is not None:
             raise RuntimeError(f"device: got {device!r}, but outliers are searched on the CPU only")
     output_hessians = _checked_outputs(output_hessians, blocks, targets, recipe)
@@ -205,7 +205,13 @@ def _checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: 
     return dict(given)
 
 
-def _require_cuda_rounding(targets: Targets, device: str) -> None:
+def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
+    last = rounding.then if isinstance(rounding, ql.AWQ) else rounding
+    if last.scale_search is not None and last.scale_search.output_error:
+        raise RuntimeError(
+            f"device: got {device!r}, but a search by output error runs on the CPU only; expected another"
+            " scale search, such as that of awq+nearest:search"
+        )
     for name, form in targets.formats.items():
         if not _core.rounds_on_cuda(form.to_json()):
             raise RuntimeError(
