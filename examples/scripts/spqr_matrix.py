@@ -26,7 +26,7 @@ with torch.no_grad():
 w = linear.weight.detach().float().numpy()
 
 print(f"{module} {w.shape}, {hessian.tokens} tokens")
-print(f"{'format':40} {'rounding':34} {'bits/weight':>11} {'loss':>9} {'outliers':>8}")
+print(f"{'format':40} {'rounding':42} {'bits/weight':>11} {'loss':>9} {'outliers':>8}")
 walk = "gptq:search=8:dynamic-groups"
 for spec, rounding in (
     ("uniform:4:channel:asym", "gptq:search=8"),
@@ -39,7 +39,7 @@ for spec, rounding in (
     q = ql.quantize(w, spec, replace(ql.parse_rounding(rounding), hessian=hessian))
     report = q.report
     loss = report.proxy_loss
-    print(f"{spec:40} {rounding:34} {q.bits_per_weight:11.3f} {loss:9.5f} {report.outliers:8}")
+    print(f"{spec:40} {rounding:42} {q.bits_per_weight:11.3f} {loss:9.5f} {report.outliers:8}")
 
 # Outliers of the last: how uneven rows and columns are, and how they differ from the largest weights.
 rows = np.diff(q.planes["outlier_offsets"])

@@ -226,7 +226,8 @@ class GPTQ(Rounding):
             its columns are then not consecutive and a plane ``group_index`` is stored.
         block: columns between updates of the whole remainder; changes the speed only, up to the order in
             which floating-point sums are taken.
-        scale_search: None, or a ``ScaleSearch`` weighted by diag(H).
+        scale_search: None, or a ``ScaleSearch`` weighted by diag(H); with `outliers` and without
+            `static_groups`, by what errors cost on the walk.
         held_out: optional, a Hessian of other tokens, for the report.
         outliers: None, or an ``OutlierSearch``: the result's format is then ``Outliers`` around the format
             asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only;

@@ -288,7 +288,8 @@ double mean_relative_energy(const Plan& plan) {
 }
 
 // Walks at thresholds until one keeps to the budget and spends it. Returns the outliers, by position.
-std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, RoundingReport& report) {
+std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, int64_t budget,
+                                     RoundingReport& report) {
   const OutlierSearch& search = *plan.options.outliers;
   const int64_t n = plan.w.rows();
   const int64_t k = plan.w.cols();
@@ -298,6 +299,13 @@ std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, RoundingRe
     const auto column = static_cast<size_t>(plan.order[static_cast<size_t>(p)]);
     const float pivot = plan.upper(p, p);
     plan.inverse_pivots[column] = plan.dead[column] ? 0.0F : 1 / (pivot * pivot);
+  }
+  // On the walk, an error in a column costs what is left of it when the columns to come make up for it.
+  if (plan.fit_on_the_walk && plan.search && !plan.options.scale_search->output_error) {
+    const float largest = *std::max_element(plan.inverse_pivots.begin(), plan.inverse_pivots.end());
+    std::vector<float> weights = plan.inverse_pivots;
+    for (float& weight : weights) weight /= largest;
+    plan.search.emplace(*plan.options.scale_search, std::move(weights));
   }
   plan.unit = mean_relative_energy(plan);
   std::vector<std::vector<Outlier>> slabs;
@@ -317,7 +325,7 @@ std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, RoundingRe
     const int64_t sample_rows = whole_steps(plan.encoder, kSampleRows);
     for (int64_t row = 0; row < n; row += slab_rows) sampled += std::min({sample_rows, slab_rows, n - row});
     const double share = n < kSampledRows ? 1.0 : static_cast<double>(sampled) / static_cast<double>(n);
-    report.outlier_threshold = find_threshold(outlier_budget(search, dense, n, k), share, count);
+    report.outlier_threshold = find_threshold(budget, share, count);
   }
   std::vector<Outlier> outliers;
   for (const auto& slab : slabs) outliers.insert(outliers.end(), slab.begin(), slab.end());
@@ -328,8 +336,9 @@ std::vector<Outlier> search_outliers(Plan& plan, const Format& dense, RoundingRe
 
 // Chooses all codes, and returns the outliers; returns with the factor's memory released.
 std::vector<Outlier> round_columns(const FloatMatrix& w, ColumnEncoder& encoder, const Format& format,
-                                   const ErrorFeedbackOptions& options, const Hessian& hessian,
-                                   bool fit_on_the_walk, std::vector<int64_t> order, RoundingReport& report) {
+                                   int64_t budget, const ErrorFeedbackOptions& options,
+                                   const Hessian& hessian, bool fit_on_the_walk, std::vector<int64_t> order,
+                                   RoundingReport& report) {
   const int64_t n = w.rows();
   const int64_t k = w.cols();
   const InverseFactor factor(hessian, order, options.damping, options.damping_ladder, options.threads);
@@ -344,7 +353,7 @@ std::vector<Outlier> round_columns(const FloatMatrix& w, ColumnEncoder& encoder,
   plan.dead.resize(static_cast<size_t>(k));
   for (size_t j = 0; j < plan.dead.size(); ++j) plan.dead[j] = diagonal[j] == 0;
   if (options.scale_search) plan.search.emplace(*options.scale_search, &hessian);
-  if (options.outliers) return search_outliers(plan, format, report);
+  if (options.outliers) return search_outliers(plan, format, budget, report);
   static_cast<void>(walk(plan, 0, false));
   return {};
 }
@@ -421,7 +430,6 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   static_cast<void>(format->planes(n, k));
   if (options.outliers) {
     static_cast<void>(scalar_bits(*format));
-    static_cast<void>(outlier_budget(*options.outliers, *format, n, k));
   }
   if (const auto trellis = std::dynamic_pointer_cast<const Trellis>(format);
       trellis && trellis->rotation > 0) {
@@ -454,6 +462,8 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
     }
     if (options.act_order) encoder = walking_encoder(format, n, order, encoder->group_size());
   }
+  const bool indexed = fit_on_the_walk && options.act_order;
+  const int64_t budget = options.outliers ? outlier_budget(*options.outliers, *format, n, k, indexed) : 0;
 
   Rounded rounded;
   RoundingReport& report = rounded.report;
@@ -464,8 +474,8 @@ Rounded round_error_feedback(const FloatMatrix& w, std::shared_ptr<const Format>
   report.tokens = hessian.tokens();
   report.dead_columns = std::count(diagonal.begin(), diagonal.end(), 0.0);
 
-  const std::vector<Outlier> outliers =
-      round_columns(w, *encoder, *format, options, hessian, fit_on_the_walk, std::move(order), report);
+  const std::vector<Outlier> outliers = round_columns(w, *encoder, *format, budget, options, hessian,
+                                                      fit_on_the_walk, std::move(order), report);
   rounded.tensor = encoder->finish(options.threads);
   if (options.outliers) rounded.tensor = assemble(std::move(rounded.tensor), outliers, format);
   measure_feedback(w, format, hessian, options, rounded);

@@ -15,6 +15,9 @@ constexpr float kInfinite = std::numeric_limits<float>::infinity();
 // Adding this and subtracting it again rounds |x| < 2^22 to an integer, ties to even.
 constexpr float kRoundingShift = 0x1.8p23F;
 
+// Columns up to which an outlier's column takes 16 bits.
+constexpr int64_t kNarrowColumns = 65536;
+
 // Where the search for a threshold begins, and how far it goes.
 constexpr double kFirstThreshold = 0.3;
 constexpr double kSmallestThreshold = 1e-9;
@@ -99,7 +102,8 @@ int scalar_bits(const Format& dense) {
                         "a uniform, codebook or spqr format, which a search for outliers takes");
 }
 
-int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t n, int64_t k) {
+int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t n, int64_t k,
+                       bool with_group_index) {
   const int64_t weights = checked_mul(n, k);
   if (weights == 0) return 0;
   if (search.threshold) return weights;
@@ -108,8 +112,9 @@ int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t
     return std::min(most, static_cast<int64_t>(*search.percent * static_cast<double>(weights) / 100));
   }
   const std::shared_ptr<const Format> shared(&dense, [](const Format*) {});
-  const int64_t none = stored_bits(Outliers(shared, int64_t{0}).planes(n, k));
-  const int64_t each = stored_bits(Outliers(shared, int64_t{1}).planes(n, k)) - none;
+  const int64_t none =
+      stored_bits(Outliers(shared, int64_t{0}).planes(n, k)) + (with_group_index ? checked_mul(k, 32) : 0);
+  const int64_t each = k > kNarrowColumns ? 48 : 32;
   const double wanted = std::floor(*search.bits * static_cast<double>(weights));
   if (wanted < static_cast<double>(none)) {
     throw InvalidArgument(

@@ -19,8 +19,9 @@ void require_valid(const OutlierSearch& search);
 int scalar_bits(const Format& dense);
 
 // The outliers that a search may spend beside the dense planes of [n, k]: all with a threshold. Throws
-// InvalidArgument if the dense planes take more than its bits.
-int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t n, int64_t k);
+// InvalidArgument if the dense planes (and the plane group_index, if there is one) take more than its bits.
+int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t n, int64_t k,
+                       bool with_group_index);
 
 // Replaces the outliers of each row of a group by the mean of its other values.
 //   columns    [c, rows]: the group's columns

@@ -128,6 +128,9 @@ SearchMetric::SearchMetric(const ScaleSearch& search, const Hessian* hessian) : 
   }
 }
 
+SearchMetric::SearchMetric(const ScaleSearch& search, std::vector<float> weights)
+    : search_(search), k_(std::ssize(weights)), weights_(std::move(weights)) {}
+
 std::vector<float> SearchMetric::shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
                                         MatrixView<const float> columns,
                                         std::span<const int64_t> column_indices) const {

@@ -35,6 +35,8 @@ class SearchMetric {
   SearchMetric() = default;
   // Throws InvalidArgument if search.output_error and there is no Hessian.
   SearchMetric(const ScaleSearch& search, const Hessian* hessian);
+  // With the weight of each column, not by output error.
+  SearchMetric(const ScaleSearch& search, std::vector<float> weights);
   // search_shrink() with the entries that belong to `column_indices`.
   std::vector<float> shrink(ColumnEncoder& encoder, int64_t group, int64_t first_row,
                             MatrixView<const float> columns, std::span<const int64_t> column_indices) const;

@@ -20,8 +20,9 @@ struct ErrorFeedbackOptions {
   // false: groups are fitted on the working copy when their first column comes; with act_order they are
   // of permuted columns, which adds plane "group_index".
   bool static_groups = true;
-  int64_t block = 128;                                     // columns between updates of the whole remainder
-  std::optional<ScaleSearch> scale_search = std::nullopt;  // weighted by diag(H)
+  int64_t block = 128;  // columns between updates of the whole remainder
+  // Weighted by diag(H); with `outliers` and groups fitted on the walk by what they weigh errors with.
+  std::optional<ScaleSearch> scale_search = std::nullopt;
   // The result's format is then Outliers around `format`, which has scalar codes: uniform, codebook or spqr.
   std::optional<OutlierSearch> outliers = std::nullopt;
   const Hessian* held_out = nullptr;
