@@ -60,12 +60,27 @@ def decode(q) -> np.ndarray:
     if hasattr(q.format, "zero_bits"):
         scales, zeros = (bilevel(q, name) for name in ("scale", "zero"))
         return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+    if "signs" in q.planes:
+        return binary_sums(q, group)
     if hasattr(q.format, "codebooks"):
         return scales_of(q)[:, group] * vectors(q)
     if "codebook" in q.planes:
         return scales_of(q)[:, group] * np.asarray(q.planes["codebook"]).astype(np.float32)[codes(q)]
     scales, zeros = scales_and_zeros(q)
     return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
+
+
+def binary_sums(q, group: np.ndarray) -> np.ndarray:
+    """The offset and each plane's scale, added or subtracted in turn, float32, [n, k]."""
+    n, k = q.shape
+    total = np.zeros((n, k), dtype=np.float32)
+    if "offsets" in q.planes:
+        total = np.asarray(q.planes["offsets"]).astype(np.float32)[:, group]
+    for words, scales in zip(np.asarray(q.planes["signs"]), np.asarray(q.planes["scales"]), strict=True):
+        added = np.array([unpack_bits(row, 1, k) for row in words]).reshape(n, k) == 1
+        scale = scales.astype(np.float32)[:, group]
+        total = total + np.where(added, scale, -scale)
+    return total
 
 
 def codes_of_spqr(q) -> np.ndarray:
