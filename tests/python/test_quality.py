@@ -93,9 +93,9 @@ def test_quantize_a_matrix():
     done = run(ROOT / "examples" / "scripts" / "quantize_a_matrix.py")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("uniform")]
-    assert len(rows) == 8
-    for nearest, gptq in zip(rows[::2], rows[1::2]):
-        assert float(gptq[3]) < float(nearest[3])
+    assert len(rows) == 12
+    for nearest, awq, gptq in zip(rows[::3], rows[1::3], rows[2::3]):
+        assert float(gptq[3]) < float(awq[3]) <= float(nearest[3])
     assert "saved and loaded PackedTensor" in done.stdout
 
 
