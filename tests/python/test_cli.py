@@ -371,3 +371,21 @@ def test_plain_values():
         "2.0 TB",
     ]
     assert [common.duration(v) for v in (1.25, 61, 7300)] == ["1.2 s", "1 min 1 s", "2 h 1 min"]
+
+
+def test_two_sided_feedback(tmp_path, ids):
+    pytest.importorskip("transformers")
+    arguments = (
+        "quantize", TINY, "--format", "trellis:2:mul1:l10", "--rounding", "gptq:ratio=0.9",
+        "--calibration", ids / "calib.u16", "--windows", 4, "--window", 64, "--held-out-windows", 0,
+        "--ignore", "re:model.layers.([1-9]|0.mlp).*", "--two-sided", 2, "--json",
+    )  # fmt: skip
+    modules = json.loads(run(*arguments, "-o", tmp_path / "two").stdout)["modules"]
+    assert modules
+    for module in modules:
+        assert module["two_sided_loss"] < module["two_sided_loss_nearest"]
+        assert module["trellis_ratio"] == pytest.approx(0.9 * ql.trellis.best_ratio(2))
+    line = one_line(run(*arguments, "-o", tmp_path / "bad", "--format", "uniform:4", code=1))
+    assert "output_hessians" in line or "ratio_factors" in line
+    run("quantize", TINY, "-o", tmp_path / "bad", "--rounding", "nearest", "--two-sided", 2, code=2)
+    assert not (tmp_path / "bad").exists()

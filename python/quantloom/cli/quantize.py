@@ -144,6 +144,16 @@ def quantize(
     windows: Windows = 64,
     window: Window = 512,
     held_out_windows: HeldOut = 8,
+    two_sided: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="WINDOWS",
+            help="GPTQ to a trellis: feedback along rows too, by gradients of the whole model over so many"
+            " windows; it must fit in memory in float32. 0: none.",
+            rich_help_panel="Calibration",
+        ),
+    ] = 0,
     threads: common.Threads = 0,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where to calibrate and round: cpu, cuda or cuda:N.")
@@ -171,6 +181,7 @@ def quantize(
         outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:outliers=PERCENT%|:bits=BITS]
+            [:ratio=X[,X...]]
         awq[:steps=N][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
 
@@ -198,9 +209,21 @@ def quantize(
     common.require_folder(model, "model")
     if calibration is not None:
         common.require_file(calibration, "calibration")
+    if two_sided and calibration is None:
+        raise typer.BadParameter(
+            "missing, but --two-sided needs a calibration text", param_hint="--calibration"
+        )
     common.quiet_libraries()
     import quantloom
 
+    outputs = None
+    if two_sided:
+        reference = quantloom.models.load_reference(model, device=device)
+        ids = quantloom.evaluate.tokens(model, calibration)
+        outputs = quantloom.models.output_hessians(
+            reference, ids, windows=two_sided, window=window, threads=threads
+        )
+        del reference
     with common.progress_bar(progress) as update:
         report = quantloom.models.quantize(
             model,
@@ -215,6 +238,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             device=device,
+            output_hessians=outputs,
         )
     if json:
         common.print_json({"output": str(report.output)} | report.to_json() | {"timings": report.timings()})
