@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 import quantloom as ql
-from quantloom.models.structure import check_integers, find_blocks
+from quantloom.models.structure import Block, Targets, check_integers, find_blocks
 
 __all__ = ["output_hessians"]
 
@@ -131,3 +132,35 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         for parameter in wanted:
             parameter.requires_grad_(True)
         model.train(training)
+
+
+def checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: Any) -> dict[str, ql.Hessian]:
+    """Hessians of outputs by the names of modules, as ``quantize`` takes them; raises naming what is wrong."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"output_hessians: got {type(given).__name__}, expected a mapping of names to Hessians"
+        )
+    if not isinstance(recipe.rounding, ql.GPTQ):
+        raise ValueError(
+            f"output_hessians: got them with the rounding {json.loads(recipe.rounding.to_json())['rounding']}, expected gptq"
+        )
+    sizes = {name: part.out_features for block in blocks for name, part in block.linears.items()}
+    for name, hessian in given.items():
+        if name not in sizes:
+            raise ValueError(f"output_hessians: got {name!r}, which is no Linear of the decoder blocks")
+        if not isinstance(hessian, ql.Hessian):
+            raise TypeError(f"output_hessians: got {type(hessian).__name__} for {name}, expected a Hessian")
+        if hessian.k != sizes[name]:
+            raise ValueError(
+                f"output_hessians: got {hessian.k} outputs for {name}, expected {sizes[name]}, its"
+                " out_features"
+            )
+        form = targets.formats.get(name)
+        if form is not None and not (isinstance(form, ql.Trellis) and form.rotation):
+            raise ValueError(
+                f"output_hessians: got one for {name}, whose format is {form.spec}; expected a trellis with"
+                " its rotation"
+            )
+    return dict(given)

@@ -34,6 +34,7 @@ from quantloom.models.calibration import (
 )
 from quantloom.models.checkpoint import assemble, final_files, install
 from quantloom.models.costs import forward_flops, loss_flops, rounding_flops
+from quantloom.models.gradients import checked_outputs
 from quantloom.models.records import WORK, WorkFolder, file_hash
 from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report
 from quantloom.models.scaling import (
@@ -118,7 +119,7 @@ def quantize(
         _require_cuda_rounding(targets, device, recipe.rounding)
         if recipe.rounding.outlier_search is not None:
             raise RuntimeError(f"device: got {device!r}, but outliers are searched on the CPU only")
-    output_hessians = _checked_outputs(output_hessians, blocks, targets, recipe)
+    output_hessians = checked_outputs(output_hessians, blocks, targets, recipe)
     tokens = None
     if calibration is not None:
         tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)
@@ -172,37 +173,6 @@ def _check_arguments(
         method = rounding_name(recipe.rounding)
         raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
     return recipe, Path(output)
-
-
-def _checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: Any) -> dict[str, ql.Hessian]:
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"output_hessians: got {type(given).__name__}, expected a mapping of names to Hessians"
-        )
-    if not isinstance(recipe.rounding, ql.GPTQ):
-        raise ValueError(
-            f"output_hessians: got them with the rounding {rounding_name(recipe.rounding)}, expected gptq"
-        )
-    sizes = {name: part.out_features for block in blocks for name, part in block.linears.items()}
-    for name, hessian in given.items():
-        if name not in sizes:
-            raise ValueError(f"output_hessians: got {name!r}, which is no Linear of the decoder blocks")
-        if not isinstance(hessian, ql.Hessian):
-            raise TypeError(f"output_hessians: got {type(hessian).__name__} for {name}, expected a Hessian")
-        if hessian.k != sizes[name]:
-            raise ValueError(
-                f"output_hessians: got {hessian.k} outputs for {name}, expected {sizes[name]}, its"
-                " out_features"
-            )
-        form = targets.formats.get(name)
-        if form is not None and not (isinstance(form, ql.Trellis) and form.rotation):
-            raise ValueError(
-                f"output_hessians: got one for {name}, whose format is {form.spec}; expected a trellis with"
-                " its rotation"
-            )
-    return dict(given)
 
 
 def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
