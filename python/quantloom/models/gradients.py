@@ -135,7 +135,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: Any) -> dict[str, ql.Hessian]:
-    """Hessians of outputs by the names of modules, as ``quantize`` takes them; raises naming what is wrong."""
+    """Hessians of outputs by names of modules, as ``quantize`` takes them; raises naming what is wrong."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -143,9 +143,8 @@ def checked_outputs(given: Any, blocks: list[Block], targets: Targets, recipe: A
             f"output_hessians: got {type(given).__name__}, expected a mapping of names to Hessians"
         )
     if not isinstance(recipe.rounding, ql.GPTQ):
-        raise ValueError(
-            f"output_hessians: got them with the rounding {json.loads(recipe.rounding.to_json())['rounding']}, expected gptq"
-        )
+        method = json.loads(recipe.rounding.to_json())["rounding"]
+        raise ValueError(f"output_hessians: got them with the rounding {method}, expected gptq")
     sizes = {name: part.out_features for block in blocks for name, part in block.linears.items()}
     for name, hessian in given.items():
         if name not in sizes:
