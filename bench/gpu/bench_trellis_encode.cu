@@ -238,7 +238,7 @@ nlohmann::json run(bool quick) {
   }
   for (const double bits : {1.0, 2.0, 2.5, 3.0, 4.0}) {
     for (const TrellisSearch search : every) {
-      if (quick && (search != TrellisSearch::normal || bits == 1 || bits == 2.5)) continue;
+      if (quick && (search != TrellisSearch::normal || bits == 2.5)) continue;
       for (const int64_t rings : {kMany, kFew}) cases.push_back({"octagon", bits, search, rings});
       if (search != TrellisSearch::normal) continue;
       for (const int64_t rings : {kFew / 2, kFew / 4}) cases.push_back({"octagon", bits, search, rings});

@@ -82,10 +82,14 @@ __device__ inline void walk_back_general(const SearchTask& task, const Traceback
   uint32_t edge = last;
   for (int step = task.steps - 1; step >= task.stop; --step) {
     const int position = (task.first_position + step) % ring_steps;
+    const uint16_t* const costs = history + (step - first_copy) * copy_halves;
+    if (task.fetch_ahead && lane == 0 && index % rings == 0) {
+      prefetch_copy(history, costs, copy_halves * int64_t{sizeof(uint16_t)});
+    }
     const int fresh_bits = shape.step_bits(position);
     const int next_bits = shape.step_bits((position + 1) % ring_steps);
     const StepBack back{task.table,
-                        step > 0 ? history + (step - first_copy) * copy_halves : nullptr,
+                        step > 0 ? costs : nullptr,
                         memory.targets + position * per_step,
                         per_step,
                         fresh_bits,

@@ -64,7 +64,8 @@ struct SearchTask {
   // A block for each ring: on_chip, and with one weight a step 1 to 4 whole bits.
   bool alone = false;
   int pairs = 0;  // two weights a step, not on_chip: pairs of rings in a block, 1, 2 or 4; 0: what suits
-  int stop = 0;   // the way back ends after that many steps from the beginning
+  bool fetch_ahead = false;  // on the way back, copies of costs come to the level-2 cache before their turn
+  int stop = 0;              // the way back ends after that many steps from the beginning
 
   // One weight a step and whole bits, 1 to 8: the search that keeps the codebook in registers.
   QUANTLOOM_TRELLIS bool plain() const { return shape.weights_per_step == 1 && shape.half_bits % 2 == 0; }
@@ -132,7 +133,7 @@ inline SearchTask second_pass(const TrellisShape& shape) {
   return task;
 }
 
-// Chooses `on_chip` and `alone` for a task of `count` rings.
+// Chooses `on_chip`, `alone` and `fetch_ahead` for a task of `count` rings.
 void plan_search(SearchTask& task, int processors, int shared_memory);
 // Shared memory that a block of search_rings() needs.
 int64_t search_memory(const SearchTask& task);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint32_t kInfinities = 0x7C007C00U;
 constexpr int kWarps = kSearchThreads / 32;
+constexpr int64_t kFewCopies = int64_t{320} << 20;  // bytes
 
 template <int kBits, int kRings>
 struct SearchMemory {
@@ -215,6 +216,10 @@ void plan_search(SearchTask& task, int processors, int shared_memory) {
     return static_cast<double>(ceil_div(task.count, rings * processors));
   };
   task.alone = 0.65 * rounds(1) < rounds(2) || (task.on_chip && (task.shape.half_bits == 2 || !fits(false)));
+  // The ways back read a few bytes of each copy, one after the other. Whole copies come in less time where
+  // they are few.
+  const int64_t bytes = ceil_div(task.count, task.group()) * task.history_words() * int64_t{sizeof(uint32_t)};
+  task.fetch_ahead = bytes <= kFewCopies;
 }
 
 void search_rings(const SearchTask& task, int processors, cudaStream_t stream) {

@@ -41,10 +41,13 @@ __device__ inline void write_words(const TrellisShape& shape, const uint16_t* st
 // The squared error of a state at a step, in float32.
 __device__ __forceinline__ float state_error(const uint16_t* table, int per_step, uint32_t state,
                                              const float* targets) {
-  const uint32_t place = state * static_cast<uint32_t>(per_step);
-  const float first = targets[0] - weight_of_state(table, place);
-  if (per_step == 1) return first * first;
-  const float second = targets[1] - weight_of_state(table, place + 1);
+  if (per_step == 1) {
+    const float d = targets[0] - weight_of_state(table, state);
+    return d * d;
+  }
+  const uint32_t weights = reinterpret_cast<const uint32_t*>(table)[state];
+  const float first = targets[0] - __half2float(__ushort_as_half(static_cast<uint16_t>(weights & 0xFFFFU)));
+  const float second = targets[1] - __half2float(__ushort_as_half(static_cast<uint16_t>(weights >> 16)));
   return fmaf(second, second, first * first);
 }
 
@@ -131,6 +134,14 @@ struct HalfCopies {
   static __device__ __forceinline__ int place(int edge, int ring) { return 2 * edge + ring; }
 };
 
+// Copies of costs that the way back will read soon, from memory to the level-2 cache: `copy` is the one
+// before a step, those of earlier steps lie before it. By one lane.
+constexpr int kCopiesAhead = 6;
+__device__ __forceinline__ void prefetch_copy(const void* first, const void* copy, int64_t bytes) {
+  const auto* const ahead = static_cast<const unsigned char*>(copy) - kCopiesAhead * bytes;
+  if (ahead >= first) prefetch_to_level_2(ahead, static_cast<uint32_t>(bytes));
+}
+
 // The ring at place `index` of the task, by a warp. A ring's copies of costs lie with those of its group.
 template <class Copies>
 __device__ void walk_back(const SearchTask& task, const TracebackResult& result, int64_t history_words,
@@ -157,18 +168,29 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
   for (int step = task.steps; step > task.stop; step -= kStride) {
     const int before = step - kStride;
     const uint16_t* costs = history + int64_t{(before - first_copy) / kStride} * Copies::kWords * 2;
+    if (task.fetch_ahead && lane == 0 && ring == 0) prefetch_copy(history, costs, Copies::kWords * 4);
     // The path is a string of bits: the ancestor, then the fresh bits of kStride states. It ends in `edge`.
     // A lane tries ancestors whose oldest bits end in its number. Paths that meet in an edge go on as one:
     // each step halves them bits times, first those of the lane.
     constexpr int kOldest = kFresh(0);
     constexpr int kOfLane = kOldest > 5 ? 1 << (kOldest - 5) : 1;
+    // Of two paths the weights of all steps are loaded at once, rather than those of the better one when it
+    // is known.
+    constexpr bool kEarly = kOfLane <= 2;
     float sums[kOfLane];
     uint32_t strings[kOfLane];
+    float weights[kEarly ? kStride : 1][kEarly ? kOfLane : 1];
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
       const uint32_t oldest =
           (static_cast<uint32_t>(i) << 5 | static_cast<uint32_t>(lane)) & ((1U << kOldest) - 1);
       strings[i] = oldest << (16 - Copies::bits(0)) | edge;
+      if constexpr (kEarly) {
+#pragma unroll
+        for (int j = 0; j < kStride; ++j) {
+          weights[j][i] = weight_of_state(task.table, strings[i] >> kFresh(j + 1) & kStateMask);
+        }
+      }
       const uint32_t ancestor = strings[i] >> kOldest;
       sums[i] = 0;
       if (before > 0) {
@@ -190,11 +212,21 @@ __device__ void walk_back(const SearchTask& task, const TracebackResult& result,
 #pragma unroll
       for (int j = 0; j < kOfLane; ++j) {
         if (j >= now) continue;
-        const float d = target - weight_of_state(task.table, strings[j] >> behind & kStateMask);
+        float weight;
+        if constexpr (kEarly) {
+          weight = weights[i][j];
+        } else {
+          weight = weight_of_state(task.table, strings[j] >> behind & kStateMask);
+        }
+        const float d = target - weight;
         sums[j] = fmaf(d, d, sums[j]);
         if (j >= then && sums[j] < sums[j % then]) {
           sums[j % then] = sums[j];
           strings[j % then] = strings[j];
+          if constexpr (kEarly) {
+#pragma unroll
+            for (int later = i + 1; later < kStride; ++later) weights[later][j % then] = weights[later][j];
+          }
         }
       }
     }

@@ -93,6 +93,7 @@ inline uint32_t pair_square_add(uint32_t d, uint32_t c) {
       },
       d, c);
 }
+inline void prefetch_to_level_2(const void* /*from*/, uint32_t /*bytes*/) {}
 inline uint32_t pair_min(uint32_t a, uint32_t b) {
   return std::min(a & 0xFFFFU, b & 0xFFFFU) | std::min(a >> 16, b >> 16) << 16;
 }
