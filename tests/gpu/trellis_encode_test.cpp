@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "common/device.hpp"
+#include "formats/trellis_passes.hpp"
 #include "trellis_rings.hpp"
 
 namespace quantloom {
@@ -135,6 +137,48 @@ TEST_F(TrellisCuda, RingsAreIndependentOfTheCount) {
         ASSERT_EQ(encode(codebook, few, bits, TrellisSearch::normal), once)
             << name << ", " << bits << " bits";
       }
+    }
+  }
+}
+
+// With less shared memory the codebook of two weights a step is read from memory, for one pair of rings in a
+// block or more: the same rings.
+TEST_F(TrellisCuda, RingsAreTheSameWithoutTheCodebookOnTheChip) {
+  const Twin codebook("octagon");
+  constexpr int64_t kCount = 21;
+  const std::vector<float> targets = normal_targets(kCount, codebook.host.rms(), 15);
+  const DeviceArray<float> wanted(targets);
+  const DeviceFacts device = current_device();
+  for (int half_bits = 2; half_bits <= 8; ++half_bits) {
+    const double bits = half_bits / 2.0;
+    const TrellisShape shape = shape_of(bits, 2);
+    const Rings expected = encode(codebook, targets, bits, TrellisSearch::normal);
+    const DeviceArray<uint16_t> edges(2 * kCount);
+    const DeviceArray<uint32_t> words(kCount * shape.words());
+    for (const int pairs : {1, 2, 4}) {
+      if (512 * pairs >> half_bits > 140) continue;  // more costs than shared memory holds
+      cuda::SearchTask first = cuda::first_pass(shape, TrellisSearch::normal);
+      cuda::SearchTask second = cuda::second_pass(shape);
+      const DeviceArray<uint32_t> history(second.history_words() * ((kCount + 1) / 2));
+      for (cuda::SearchTask* task : {&first, &second}) {
+        task->targets = wanted.data();
+        task->table = codebook.device.weights();
+        task->count = kCount;
+        task->history = history.data();
+        task->pairs = pairs;
+      }
+      first.ends = edges.data();
+      second.pins = edges.data() + kCount;
+      cuda::TracebackResult seams;
+      seams.seams = edges.data() + kCount;
+      cuda::TracebackResult result;
+      result.words = words.data();
+      settle();
+      cuda::search_rings(first, device.processors, nullptr);
+      cuda::trace_back(first, seams, nullptr);
+      cuda::search_rings(second, device.processors, nullptr);
+      cuda::trace_back(second, result, nullptr);
+      ASSERT_EQ(words.host(), expected.words) << bits << " bits, " << pairs;
     }
   }
 }
