@@ -188,18 +188,36 @@ def _layer(rng, n, k):
 @pytest.mark.parametrize(("spec", "shape"), [("trellis:2:mul1", (128, 256)), ("trellis:3:mcg", (100, 200))])
 def test_quantizing_errs_like_the_cpu(rng, spec, shape):
     w, here, there = _layer(rng, *shape)
-    q = ql.quantize(w.cuda(), spec, ql.GPTQ(there))
-    expected = ql.quantize(w, spec, ql.GPTQ(here)).report
+    q = ql.quantize(w.cuda(), spec, ql.GPTQ(there, ratio_factors=(0.9,)))
+    expected = ql.quantize(w, spec, ql.GPTQ(here, ratio_factors=(0.9,))).report
     assert q.device == "cuda:0" and q.report.method == "gptq"
     assert q.report.proxy_loss == pytest.approx(expected.proxy_loss, rel=0.06)
     assert q.report.proxy_loss_nearest == pytest.approx(expected.proxy_loss_nearest, rel=0.06)
     error = w.double() - q.to("cpu").dequantize(torch.float32).double()
     assert float(error.square().mean()) == pytest.approx(q.report.mean_squared_error, rel=1e-5)
-    again = ql.quantize(w.cuda(), spec, ql.GPTQ(there))
+    again = ql.quantize(w.cuda(), spec, ql.GPTQ(there, ratio_factors=(0.9,)))
     assert all(torch.equal(q.planes[name], again.planes[name]) for name in q.planes)
     nearest = ql.quantize(w.cuda(), spec)
     on_cpu = ql.quantize(w, spec)
     assert nearest.report.mean_squared_error == pytest.approx(on_cpu.report.mean_squared_error, rel=0.02)
+
+
+def test_two_sided_feedback_errs_like_the_cpus(rng):
+    w, here, there = _layer(rng, 128, 256)
+    _, outputs, _ = _layer(rng, 256, 128)
+    rounding = ql.GPTQ(there, ratio_factors=(0.9,), output_hessian=outputs.to("cuda"))
+    q = ql.quantize(w.cuda(), "trellis:2", rounding)
+    on_cpu = ql.GPTQ(here, ratio_factors=(0.9,), output_hessian=outputs)
+    expected = ql.quantize(w, "trellis:2", on_cpu).report
+    assert q.report.trellis_ratio == expected.trellis_ratio
+    assert q.report.two_sided_loss == pytest.approx(expected.two_sided_loss, rel=0.2)
+    assert q.report.two_sided_loss == pytest.approx(
+        ql.proxy_loss(w, q, here, output_hessian=outputs), rel=1e-3
+    )
+    with pytest.raises(TypeError, match="output_hessian"):
+        ql.quantize(w.cuda(), "trellis:2", ql.GPTQ(there, output_hessian=outputs))
+    with pytest.raises(ValueError, match="output_hessian"):
+        ql.quantize(w.cuda(), "uniform:4", ql.GPTQ(there, output_hessian=outputs.to("cuda")))
 
 
 def test_the_consistent_hessian_errs_less(rng):
