@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int g = lane / 4;
   const int t = lane % 4;
-  const int spans = dense.column_blocks / 2;
-  const auto tiles = static_cast<int64_t>(dense.bands) * spans;
+  const auto spans = static_cast<unsigned>(dense.column_blocks) / 2;
+  const unsigned tiles = static_cast<unsigned>(dense.bands) * spans;
   uint32_t hadamard[4];
   hadamard_operand(lane, hadamard);
 
@@ -160,9 +160,13 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
 
   Source source;
   uint32_t scale = 0;  // float16 bits
-  const auto ask = [&](int64_t tile) {
+  int next_band = 0;
+  int next_span = 0;
+  const auto ask = [&](unsigned tile) {
     const auto band = static_cast<int>(tile / spans);
-    const int span = static_cast<int>(tile - static_cast<int64_t>(band) * spans);
+    const auto span = static_cast<int>(tile % spans);
+    next_band = band;
+    next_span = span;
     source.ask(dense, band, span);
     const int i = static_cast<int>(threadIdx.x) % kTileSide;
     const bool of_rows = threadIdx.x < kTileSide;
@@ -171,15 +175,15 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks)
     scale = at < (of_rows ? dense.n : dense.k) ? __ldg(reinterpret_cast<const uint16_t*>(scales) + at) : 0U;
   };
 
-  int64_t tile = blockIdx.x;
+  unsigned tile = blockIdx.x;
   if (tile < tiles) ask(tile);
   for (int plane = 0; tile < tiles; plane = Source::kPlanes - 1 - plane) {
     unsigned char* const weights = memory + plane * kDensePlaneBytes;
     auto* const scales =
         reinterpret_cast<float*>(memory + Source::kPlanes * kDensePlaneBytes + plane * kDenseScaleBytes);
     unsigned char* const staged = memory + Source::kPlanes * (kDensePlaneBytes + kDenseScaleBytes);
-    const auto band = static_cast<int>(tile / spans);
-    const int span = static_cast<int>(tile - static_cast<int64_t>(band) * spans);
+    const int band = next_band;
+    const int span = next_span;
     source.stage(dense, band, span, staged);
     {
       float sums[2][4][2][4];  // of a block of columns, a step, a half of the rows
@@ -280,6 +284,7 @@ void launch_rounded_rows(const TrellisDense& dense, cudaStream_t stream) {
   if (!dense.rotated) return launch_exact_rows<Stage>(dense, stream);
   const int64_t tiles = static_cast<int64_t>(dense.bands) * (dense.column_blocks / 2);
   if (tiles == 0) return;
+  if (tiles > 2147483647) throw Unsupported(text_of("no CUDA kernel for ", tiles, " tiles of a trellis"));
   const auto kernel = decode_rotated<Source>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes<Source>),
              "matmul_cuda: shared memory of decode_rotated");

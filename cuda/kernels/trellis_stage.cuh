@@ -142,25 +142,51 @@ struct RingStage {
         return decode_rings<TrellisCode::mcg, kWarps>(w, words, rows);
       case TrellisCode::mul1:
         return decode_rings<TrellisCode::mul1, kWarps>(w, words, rows);
-      case TrellisCode::one_mad:
-        return decode_rings<TrellisCode::one_mad, kWarps>(w, words, rows);
-      case TrellisCode::hyb:
-        return decode_rings<TrellisCode::hyb, kWarps>(w, words, rows);
       case TrellisCode::octagon:
         return decode_rings<TrellisCode::octagon, kWarps>(w, words, rows);
+      case TrellisCode::one_mad:
+        return decode_rings<TrellisCode::one_mad, kWarps, 0>(w, words, rows);
+      case TrellisCode::hyb:
+        return decode_rings<TrellisCode::hyb, kWarps, 0>(w, words, rows);
       default:
-        return decode_rings<TrellisCode::table, kWarps>(w, words, rows);
+        return decode_rings<TrellisCode::table, kWarps, 0>(w, words, rows);
     }
   }
 
  private:
+  // Bits in halves as constants.
   template <TrellisCode kCode, int kWarps>
   static __device__ __forceinline__ void decode_rings(const TrellisDense& w, const uint32_t* words,
                                                       unsigned char* rows) {
+    constexpr bool kPairs = kCode == TrellisCode::octagon;
+    switch (w.ring.window == 16 ? w.ring.half_bits : 0) {
+      case 3:
+        return decode_rings<kCode, kWarps, 3>(w, words, rows);
+      case 5:
+        return decode_rings<kCode, kWarps, 5>(w, words, rows);
+      case 7:
+        return decode_rings<kCode, kWarps, 7>(w, words, rows);
+      case 9:
+        return decode_rings < kCode, kWarps, kPairs ? 0 : 9 > (w, words, rows);
+      case 11:
+        return decode_rings < kCode, kWarps, kPairs ? 0 : 11 > (w, words, rows);
+      case 13:
+        return decode_rings < kCode, kWarps, kPairs ? 0 : 13 > (w, words, rows);
+      case 15:
+        return decode_rings < kCode, kWarps, kPairs ? 0 : 15 > (w, words, rows);
+      default:
+        return decode_rings<kCode, kWarps, 0>(w, words, rows);
+    }
+  }
+
+  // kHalfBits: of a weight, with a window of 16; 0 for any.
+  template <TrellisCode kCode, int kWarps, int kHalfBits>
+  static __device__ __forceinline__ void decode_rings(const TrellisDense& w, const uint32_t* words,
+                                                      unsigned char* rows) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const int half_bits = w.ring.half_bits;
-    const int window = w.ring.window;
-    const int ring_words = w.ring.words();
+    const int half_bits = kHalfBits > 0 ? kHalfBits : w.ring.half_bits;
+    const int window = kHalfBits > 0 ? 16 : w.ring.window;
+    const int ring_words = 4 * half_bits;
     // Where the state before the first one of the lane begins; the eight weights add up to 64 bits to it.
     int begin = 4 * half_bits * lane - window;
     if (begin < 0) begin += 32 * ring_words;
