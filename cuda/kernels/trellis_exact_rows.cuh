@@ -127,38 +127,40 @@ __global__ void __launch_bounds__(kPlainThreads) decode_plain(const __grid_const
   const int span = static_cast<int>(blockIdx.x) - band * spans;
   const int thread = static_cast<int>(threadIdx.x);
   const int rows = min(w.n - band * kTileSide, kTileSide);
-  const int column = thread % 16 * 8;  // of eight
+  // Of a thread, 16 bytes of a row: four columns or eight.
+  const bool wide = w.dtype == DType::f32;
+  const int in_row = wide ? 32 : 16;  // threads
+  const int column = thread % in_row * (kTileSide / in_row);
   float inputs[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int at = span * kTileSide + column + i;
-    inputs[i] = at < w.k ? __half2float(w.input_scales[at]) : 0.0F;
+    inputs[i] = at < w.k && !(wide && i >= 4) ? __half2float(w.input_scales[at]) : 0.0F;
   }
   if (thread < rows) outputs[thread] = __half2float(w.output_scales[band * kTileSide + thread]);
   Stage::template decode<kPlainThreads / 32>(w, band, span, memory);
   __syncthreads();
   const int64_t first = int64_t{band} * kTileSide * w.stride + span * kTileSide + column;
-  for (int row = thread / 16; row < rows; row += kPlainThreads / 16) {
+  for (int row = thread / in_row; row < rows; row += kPlainThreads / in_row) {
     using Half = HalfPair<__half>;
-    const uint4 piece = *reinterpret_cast<const uint4*>(memory + row * kStageRowBytes + 2 * column);
+    const unsigned char* const from = memory + row * kStageRowBytes + 2 * column;
     const float output = outputs[row];
     const auto scaled = [&](float value, int i) { return __fmul_rn(output, __fmul_rn(value, inputs[i])); };
-    const float v[8] = {scaled(Half::low(piece.x), 0), scaled(Half::high(piece.x), 1),
-                        scaled(Half::low(piece.y), 2), scaled(Half::high(piece.y), 3),
-                        scaled(Half::low(piece.z), 4), scaled(Half::high(piece.z), 5),
-                        scaled(Half::low(piece.w), 6), scaled(Half::high(piece.w), 7)};
     const int64_t to = first + row * w.stride;
-    if (w.dtype == DType::f32) {
-      auto* const out = reinterpret_cast<float4*>(static_cast<float*>(w.out) + to);
-      out[0] = make_float4(v[0], v[1], v[2], v[3]);
-      out[1] = make_float4(v[4], v[5], v[6], v[7]);
-    } else {
-      const bool bfloat16 = w.dtype == DType::bf16;
-      const uint2 low = round_four(bfloat16, v[0], v[1], v[2], v[3]);
-      const uint2 high = round_four(bfloat16, v[4], v[5], v[6], v[7]);
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(w.out) + to) =
-          make_uint4(low.x, low.y, high.x, high.y);
+    if (wide) {
+      const uint2 piece = *reinterpret_cast<const uint2*>(from);
+      *reinterpret_cast<float4*>(static_cast<float*>(w.out) + to) =
+          make_float4(scaled(Half::low(piece.x), 0), scaled(Half::high(piece.x), 1),
+                      scaled(Half::low(piece.y), 2), scaled(Half::high(piece.y), 3));
+      continue;
     }
+    const uint4 piece = *reinterpret_cast<const uint4*>(from);
+    const bool bfloat16 = w.dtype == DType::bf16;
+    const uint2 low = round_four(bfloat16, scaled(Half::low(piece.x), 0), scaled(Half::high(piece.x), 1),
+                                 scaled(Half::low(piece.y), 2), scaled(Half::high(piece.y), 3));
+    const uint2 high = round_four(bfloat16, scaled(Half::low(piece.z), 4), scaled(Half::high(piece.z), 5),
+                                  scaled(Half::low(piece.w), 6), scaled(Half::high(piece.w), 7));
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(w.out) + to) = make_uint4(low.x, low.y, high.x, high.y);
   }
 }
 
