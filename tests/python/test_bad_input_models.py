@@ -45,6 +45,7 @@ TABLE = [
     (models.export, ("nothing-here", "out", "gguf"), {}, ValueError, "layout gguf gptq gptq_v2"),
     (models.import_, (3, "out"), {}, TypeError, "path int"),
     (models.import_, ("nothing-here", "out"), {}, OSError, "path nothing-here"),
+    (models.output_hessians, ("model", []), {"windows": 1, "window": 8}, TypeError, "model str Module"),
     (models.rotate, (3, "out"), {}, TypeError, "model_path int"),
     (models.rotate, ("nothing-here", "out"), {}, OSError, "model_path nothing-here"),
     (models.rotate, (".", "out", "permutation"), {}, ValueError, "transform permutation"),
