@@ -89,6 +89,17 @@ def test_program(tmp_path):
     assert "other conditions" in done.stderr
 
 
+def test_spqr_matrix():
+    done = run(ROOT / "examples" / "scripts" / "spqr_matrix.py", "model.layers.0.self_attn.q_proj")
+    lines = done.stdout.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("uniform:", "spqr:"))]
+    assert len(rows) == 6
+    assert [int(row[-1]) > 0 for row in rows] == [False, False, True, False, True, True]
+    assert float(rows[4][-3]) <= 4.2
+    assert float(rows[4][-2]) < float(rows[2][-2])
+    assert "stored" in lines[-1]
+
+
 def test_quantize_a_matrix():
     done = run(ROOT / "examples" / "scripts" / "quantize_a_matrix.py")
     assert done.returncode == 0, done.stderr
