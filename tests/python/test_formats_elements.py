@@ -246,3 +246,14 @@ def test_bad_arguments_name_what_is_wrong():
         Q.TensorFormat.load({"_type": "fp", "bits": 3})
     with pytest.raises(ValueError, match="bits"):
         Q.IntFormat(33)
+
+
+@pytest.mark.parametrize("scaling", ["absmax", "signmax"])
+def test_blocks_of_elements_whose_largest_is_past_float32(scaling):
+    """EXP8 reaches 2^128: every scale is the smallest there is."""
+    powers = Q.parse("EXP8")
+    x = torch.linspace(-3, 3, 128).reshape(2, 64)
+    smallest = torch.finfo(torch.float32).tiny
+    blocks = Q.LinearScalingFormat(powers, Q.BFLOAT16, (1, 64), scaling)
+    assert blocks.scales(x).equal(torch.full((2, 1), smallest))
+    assert blocks.quantise(x).equal(powers.quantise(x / smallest) * smallest)

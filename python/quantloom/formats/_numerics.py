@@ -150,8 +150,9 @@ def has_nan(tensor: Tensor) -> bool:
 
 
 def divided(values: Tensor, divisor: float) -> Tensor:
-    """values / divisor, rounded once: on CUDA devices torch multiplies by the inverse of a plain number."""
-    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+    """values / divisor, rounded once: on CUDA devices torch multiplies by the inverse of a plain number. A
+    divisor past the largest of the values' type is infinite."""
+    return values / torch.full((), divisor, dtype=torch.float64, device=values.device).to(values.dtype)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
