@@ -9,7 +9,8 @@ namespace quantloom {
 
 struct NearestOptions {
   std::optional<ScaleSearch> scale_search = std::nullopt;
-  // Optional: weights the scale search, and the fits of formats by least squares, by diag(H) and fills the report's proxy losses.
+  // Optional: weights the scale search, and the fits of formats by least squares, by diag(H) and fills the
+  // report's proxy losses.
   const Hessian* hessian = nullptr;
   const Hessian* held_out = nullptr;  // a Hessian of other tokens, for the report
   int threads = 0;
