@@ -166,6 +166,9 @@ def search_channel_scales(
         threads: 0 for OpenMP's default. The result does not depend on it.
     """
     gathered = as_hessian("hessian", hessian)
+    for pair in layers:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Format)):
+            raise TypeError(f"layers: got {_checks.type_name(pair)}, expected pairs of a matrix and a format")
     if gathered is None:
         raise TypeError("hessian: got NoneType, expected a Hessian or an array [k, k]")
     hessian = gathered.to("cpu")

@@ -204,6 +204,7 @@ TABLE = [
     (ql.ChannelScales, ([0.5],), {}, TypeError, "codes float64 integers [k]"),
     (ql.search_channel_scales, ([], HESSIAN), {}, ValueError, "layers none at least one"),
     (ql.search_channel_scales, ([(W, ql.Uniform(4))], None), {}, TypeError, "hessian NoneType"),
+    (ql.search_channel_scales, ([W], HESSIAN), {}, TypeError, "layers ndarray pairs"),
     (ql.search_channel_scales, ([(W, ql.Uniform(4))], HESSIAN), {"steps": 0}, ValueError, "steps 0"),
     (ql.quantize, (W, "uniform:4", ql.AWQ()), {}, ValueError, "rounding AWQ hessian"),
     (ql.layouts.to_awq, (W,), {}, TypeError, "q ndarray PackedTensor"),
