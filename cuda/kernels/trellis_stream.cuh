@@ -1,10 +1,11 @@
-// Products of few tokens with trellis codes, in one launch: activations are scaled, rotated and made digits,
-// ring words pass from memory through registers to the tensor cores, and sums are rotated and scaled.
+// Products of few tokens with trellis codes: activations are scaled, rotated and made digits, ring words pass
+// from memory through registers to the tensor cores, and sums are rotated and scaled.
 //
-// A team of thread blocks (a cluster) has some bands of 128 rows to itself; each of its blocks has some of
-// the columns, and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64
-// in order, each a run of equal length, the words of the next piece on their way to registers. The sums of a
-// band are added in a fixed order: those of the warps, then those of the blocks.
+// A team of thread blocks has some bands of 128 rows to itself; each of its blocks has some of the columns,
+// and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64 in order,
+// each a run of equal length, the words of the next pieces on their way to registers. The sums of a band are
+// added in a fixed order: those of the warps, then those of the blocks. If the team is a cluster, each block
+// sends its sums to the one that finishes the band; otherwise they meet in memory, for a second launch.
 #pragma once
 
 #include "common/check.cuh"

@@ -1,4 +1,4 @@
-"""The program that compares formats on a model, on the embedded one."""
+"""The programs that compare formats on a model, on the embedded one."""
 
 import json
 import os
@@ -16,14 +16,10 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-llama"
 
 
-def run(output, *arguments):
+def start(program, *arguments):
     path = os.pathsep.join([str(Path(ql.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable, ROOT / "bench" / "quality" / "bench_formats.py", TINY,
-        "--training", TINY / "calib.txt", "--validation", TINY / "valid.txt", "-o", output,
-        "--sequence-length", 64, "--sequences", 8,
-        "--batch", 4, *arguments,
-    ]  # fmt: skip
+    file = ROOT / "bench" / "quality" / program
+    command = [sys.executable, file, TINY, "--validation", TINY / "valid.txt", *arguments]
     return subprocess.run(
         list(map(str, command)),
         capture_output=True,
@@ -32,6 +28,28 @@ def run(output, *arguments):
         timeout=300,
         env=os.environ | {"PYTHONPATH": path},
     )
+
+
+def run(output, *arguments):
+    return start(
+        "bench_formats.py",
+        *("--training", TINY / "calib.txt", "-o", output),
+        *("--sequence-length", 64, "--sequences", 8, "--batch", 4),
+        *arguments,
+    )
+
+
+def test_cast_to_linear_layers():
+    arguments = ["--window", 64, "--evaluation-windows", 8, "--formats", "compressed", "block-absmax"]
+    done = start("cast_table.py", *arguments, "--bits", 3, 4)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[n, b] for b in "34" for n in ("compressed", "block-absmax")]
+    for name, bits, stored, _, kl, *_ in rows:
+        # Tables of the coder, or a scale in bfloat16 for each 64 weights.
+        assert 0 <= float(stored) - float(bits) < (0.05 if name == "compressed" else 0.27)
+        assert float(kl) > 0
+    assert float(rows[2][4]) < float(rows[0][4]) / 2 and float(rows[3][4]) < float(rows[1][4]) / 2
 
 
 def test_cast_and_training(tmp_path):
