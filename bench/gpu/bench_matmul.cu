@@ -1,8 +1,8 @@
 // Products straight from packed codes on the device, against a copy, the streaming floor and cuBLAS.
 //
 //   bench_matmul [--formats LIST] [--shapes NxK,...] [--tokens LIST] [--kernels LIST] [--splits LIST]
-//                [--digits on|off] [--dtype float16|bfloat16] [--overlap] [--crossover] [--quick]
-//                [--json FILE] [--markdown]
+//                [--digits on|off] [--dtype float16|bfloat16] [--overlap] [--in-turns] [--crossover]
+//                [--quick] [--json FILE] [--markdown]
 //
 // Times are of launches in a CUDA graph of about 3 ms that rotates over copies of the weights larger than
 // six L2 caches (as far as 30 ms of launches go), the median replay over its launches. In the same run: a
@@ -15,8 +15,9 @@
 // of each tile along k or, in the streaming kernels, blocks of threads that share a block of rows; 0 for the
 // choice by shape. --digits: whether the streaming kernels multiply one token on integers, where they can;
 // without it, where that is faster. --overlap: also with programmatic dependent launch, beside a floor whose
-// launches overlap likewise. --crossover: all kernels over many numbers of tokens, and at the end the fastest
-// for each.
+// launches overlap likewise. --in-turns: every product's replays and cuBLAS's take turns, so that both meet
+// the same clocks (long products bring a device to its limit of power). --crossover: all kernels over many
+// numbers of tokens, and at the end the fastest for each.
 #include <cstdio>
 #include <cstring>
 #include <ctime>
@@ -45,6 +46,7 @@ struct Settings {
   std::optional<bool> digits = std::nullopt;
   DType dtype = DType::f16;
   bool overlap = false;
+  bool in_turns = false;
   bool crossover = false;
   bool markdown = false;
   int replays = 15;
@@ -119,6 +121,8 @@ Settings parse(int argc, char** argv) {
       settings.json_path = value();
     } else if (option == "--overlap") {
       settings.overlap = true;
+    } else if (option == "--in-turns") {
+      settings.in_turns = true;
     } else if (option == "--crossover") {
       settings.crossover = true;
     } else if (option == "--markdown") {
@@ -128,7 +132,7 @@ Settings parse(int argc, char** argv) {
     } else {
       throw InvalidArgument(option, "an unknown option",
                             "--formats --shapes --tokens --kernels --splits --digits --dtype --overlap "
-                            "--crossover --quick --json --markdown");
+                            "--in-turns --crossover --quick --json --markdown");
     }
   }
   if (settings.dtype != DType::f16 && settings.dtype != DType::bf16) {
@@ -233,6 +237,7 @@ class Benchmark {
   void measure_cublas(const Shape& shape) {
     const int64_t bytes = shape.n * shape.k * 2;
     const int copies = copies_past_cache(bytes);
+    cublas_weights_ = nullptr;
     const auto weights = device_memory(bytes * copies);
     fill_values(weights.get(), settings_.dtype, shape.n * shape.k * copies, -0.125F, 0.125F, 0, 4,
                 stream_.get());
@@ -244,17 +249,20 @@ class Benchmark {
       return reference_product(stream_, reinterpret_cast<const __nv_bfloat16*>(weights.get()), x_.get(),
                                settings_.dtype, checked_, shape.n, shape.k);
     }();
-    const CublasProduct product(stream_);
     for (const int64_t m : settings_.tokens) {
       Row row{
           .what = "cuBLAS " + std::string(name_of(settings_.dtype)), .shape = shape, .m = m, .bytes = bytes};
       poison(shape, m);
-      product(weights.get(), x_.get(), y_.get(), settings_.dtype, shape, m);
+      cublas_(weights.get(), x_.get(), y_.get(), settings_.dtype, shape, m);
       finish(row, expected, copies, [&](int i) {
-        product(weights.get() + bytes * (i % copies), x_.get(), y_.get(), settings_.dtype, shape, m);
+        cublas_(weights.get() + bytes * (i % copies), x_.get(), y_.get(), settings_.dtype, shape, m);
       });
       if (row.failure.empty()) cublas_seconds_[m] = row.seconds;
       report_.add(std::move(row));
+    }
+    if (settings_.in_turns) {
+      cublas_weights_ = weights;
+      cublas_copies_ = copies;
     }
   }
 
@@ -368,10 +376,24 @@ class Benchmark {
       row.failure = text_of("wrong result, relative error ", error.relative, ", worst ", error.worst);
       return;
     }
-    const Timing timing = time_launches(stream_, copies, settings_.replays, launch);
+    const Timing timing = time(row, copies, launch);
     row.seconds = timing.seconds;
     row.launches = timing.launches;
     row.spread = timing.spread;
+  }
+
+  template <class Launch>
+  Timing time(Row& row, int copies, const Launch& launch) const {
+    if (cublas_weights_ == nullptr) return time_launches(stream_, copies, settings_.replays, launch);
+    const Shape shape = row.shape;
+    Series own(stream_, copies, launch);
+    Series cublas(stream_, cublas_copies_, [&](int i) {
+      cublas_(cublas_weights_.get() + shape.n * shape.k * 2 * (i % cublas_copies_), x_.get(), y_.get(),
+              settings_.dtype, shape, row.m);
+    });
+    const auto [timing, beside] = time_in_turns(own, cublas, settings_.replays);
+    row.cublas_seconds = beside.seconds;
+    return timing;
   }
 
   const Settings& settings_;
@@ -380,6 +402,9 @@ class Benchmark {
   std::vector<int> checked_;
   int64_t most_tokens_;
   Stream stream_;
+  CublasProduct cublas_{stream_};
+  std::shared_ptr<std::byte> cublas_weights_;  // of the current shape, if products and cuBLAS take turns
+  int cublas_copies_ = 0;
   std::shared_ptr<std::byte> x_;
   std::shared_ptr<std::byte> y_;
   std::shared_ptr<std::byte> workspace_;

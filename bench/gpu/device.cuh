@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/check.cuh"
@@ -93,45 +96,79 @@ constexpr double kGraphSeconds = 3e-3;  // aimed at
 constexpr double kLongestGraph = 30e-3;
 constexpr double kLongestSeries = 60e-3;
 
-// Time of launch(i) on `stream` in a graph of many, with i counting launches; `copies`: launches after which
-// everything that is read has left the caches. A graph holds as many launches as that takes, unless it would
-// be longer than kLongestGraph.
+// Launches of launch(i) on `stream` in a graph of many, with i counting launches; `copies`: launches after
+// which everything that is read has left the caches. A graph holds as many launches as that takes, unless it
+// would be longer than kLongestGraph.
+class Series {
+ public:
+  template <class Launch>
+  Series(const Stream& stream, int copies, const Launch& launch) : stream_(stream) {
+    Event probe_begin;
+    Event probe_end;
+    const int probes = std::clamp(copies, 2, 8);
+    launch(0);
+    probe_begin.record(stream);
+    for (int i = 0; i < probes; ++i) launch(i);
+    probe_end.record(stream);
+    stream.synchronize();
+    const double estimate = probe_end.seconds_since(probe_begin) / probes;
+    launches_ = static_cast<int>(std::clamp(std::ceil(kGraphSeconds / estimate), 2.0, 512.0));
+    const int longest = static_cast<int>(std::max(2.0, kLongestGraph / estimate));
+    launches_ = std::max(launches_, std::min(copies, longest));
+    graph_seconds_ = estimate * launches_;
+    graph_.emplace(stream, [&] {
+      for (int i = 0; i < launches_; ++i) launch(i);
+    });
+  }
+
+  int replays(int wanted) const {
+    return std::min(wanted, std::max(5, static_cast<int>(kLongestSeries / graph_seconds_)));
+  }
+  void warm_up() { graph_->launch(stream_); }
+  void replay() {
+    events_.emplace_back();
+    events_.back().record(stream_);
+    graph_->launch(stream_);
+    events_.emplace_back();
+    events_.back().record(stream_);
+  }
+  Timing timing() const {
+    stream_.synchronize();
+    std::vector<double> seconds;
+    for (size_t i = 1; i < events_.size(); i += 2) {
+      seconds.push_back(events_[i].seconds_since(events_[i - 1]));
+    }
+    std::ranges::sort(seconds);
+    return {.seconds = seconds[seconds.size() / 2] / launches_,
+            .launches = launches_,
+            .spread = seconds.back() / seconds.front()};
+  }
+
+ private:
+  const Stream& stream_;
+  int launches_ = 0;
+  double graph_seconds_ = 0;
+  std::optional<Graph> graph_;
+  std::deque<Event> events_;
+};
+
 template <class Launch>
 Timing time_launches(const Stream& stream, int copies, int replays, const Launch& launch) {
-  Event probe_begin;
-  Event probe_end;
-  const int probes = std::clamp(copies, 2, 8);
-  launch(0);
-  probe_begin.record(stream);
-  for (int i = 0; i < probes; ++i) launch(i);
-  probe_end.record(stream);
-  stream.synchronize();
-  const double estimate = probe_end.seconds_since(probe_begin) / probes;
+  Series series(stream, copies, launch);
+  series.warm_up();
+  for (int i = series.replays(replays); i > 0; --i) series.replay();
+  return series.timing();
+}
 
-  Timing timing;
-  timing.launches = static_cast<int>(std::clamp(std::ceil(kGraphSeconds / estimate), 2.0, 512.0));
-  const int longest = static_cast<int>(std::max(2.0, kLongestGraph / estimate));
-  timing.launches = std::max(timing.launches, std::min(copies, longest));
-  const double graph_seconds = estimate * timing.launches;
-  replays = std::min(replays, std::max(5, static_cast<int>(kLongestSeries / graph_seconds)));
-
-  Graph graph(stream, [&] {
-    for (int i = 0; i < timing.launches; ++i) launch(i);
-  });
-  std::vector<Event> events(static_cast<size_t>(replays) + 1);
-  graph.launch(stream);
-  events[0].record(stream);
-  for (size_t i = 1; i < events.size(); ++i) {
-    graph.launch(stream);
-    events[i].record(stream);
+// Of two kinds of launches whose replays take turns, so that both meet the device in the same state.
+inline std::pair<Timing, Timing> time_in_turns(Series& first, Series& second, int replays) {
+  first.warm_up();
+  second.warm_up();
+  for (int i = std::min(first.replays(replays), second.replays(replays)); i > 0; --i) {
+    first.replay();
+    second.replay();
   }
-  stream.synchronize();
-  std::vector<double> seconds;
-  for (size_t i = 1; i < events.size(); ++i) seconds.push_back(events[i].seconds_since(events[i - 1]));
-  std::ranges::sort(seconds);
-  timing.seconds = seconds[seconds.size() / 2] / timing.launches;
-  timing.spread = seconds.back() / seconds.front();
-  return timing;
+  return {first.timing(), second.timing()};
 }
 
 // Weight copies whose bytes exceed six times the L2 cache; at least two.

@@ -12,19 +12,35 @@
 namespace quantloom {
 namespace {
 
-TEST_F(TrellisCudaSmall, RingsClose) {
-  const Twin codebook("mul1");
-  for (const int bits : {2, 4, 7}) {  // one of each kind of search
-    const std::vector<float> targets = normal_targets(1, 1, static_cast<uint64_t>(bits));
-    expect_rings(codebook, targets, bits, encode(codebook, targets, bits, TrellisSearch::fast));
-  }
-}
+struct SmallSearch {
+  const char* codebook;
+  double bits;
+  TrellisSearch search;
+  int64_t rings;
+};
 
-TEST_F(TrellisCudaSmall, RingsCloseInOneRoundOrTwo) {
-  const Twin codebook("3inst");
-  const std::vector<float> targets = normal_targets(2, 1.2, 4);
-  expect_rings(codebook, targets, 3, encode(codebook, targets, 3, TrellisSearch::best, kLeast));
+// One of each kind of search, each a test of its own: one of them under a sanitizer takes minutes.
+class TrellisSearchSmall : public TrellisCuda, public ::testing::WithParamInterface<SmallSearch> {};
+
+TEST_P(TrellisSearchSmall, RingsClose) {
+  const auto& [name, bits, search, rings] = GetParam();
+  const Twin codebook(name);
+  const std::vector<float> targets =
+      normal_targets(rings, codebook.host.rms(), static_cast<uint64_t>(2 * bits));
+  // Several rings in rounds of one.
+  const int64_t workspace = rings > 1 ? kLeast : kFast;
+  expect_rings(codebook, targets, bits, encode(codebook, targets, bits, search, workspace));
 }
+INSTANTIATE_TEST_SUITE_P(Kinds, TrellisSearchSmall,
+                         ::testing::Values(SmallSearch{"mul1", 2, TrellisSearch::fast, 1},
+                                           SmallSearch{"mul1", 4, TrellisSearch::fast, 1},
+                                           SmallSearch{"mul1", 7, TrellisSearch::fast, 1},
+                                           SmallSearch{"mul1", 2.5, TrellisSearch::fast, 1},
+                                           SmallSearch{"3inst", 3, TrellisSearch::best, 2},
+                                           SmallSearch{"hyb", 3, TrellisSearch::fast, 1},
+                                           SmallSearch{"octagon", 2, TrellisSearch::fast, 1},
+                                           SmallSearch{"octagon", 4, TrellisSearch::fast, 1},
+                                           SmallSearch{"octagon", 2.5, TrellisSearch::fast, 1}));
 
 TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
   uint64_t seed = 100;
@@ -38,14 +54,6 @@ TEST_F(TrellisCuda, RingsOfEveryKindAndCount) {
       }
     }
   }
-}
-
-TEST_F(TrellisCudaSmall, RingsOfOtherShapesClose) {
-  const Twin one("mul1");
-  const Twin two("hyb");
-  const std::vector<float> targets = normal_targets(1, 1, 5);
-  expect_rings(one, targets, 2.5, encode(one, targets, 2.5, TrellisSearch::fast));
-  expect_rings(two, targets, 3, encode(two, targets, 3, TrellisSearch::fast));
 }
 
 TEST_F(TrellisCuda, RingsOfOtherShapes) {
