@@ -27,8 +27,7 @@ std::vector<KernelEntry> kernel_table() {
   table.push_back({"matmul", "vector_codebook", "1-16", "any", "cpu", "float32", "any",
                    "rows decoded, then multiplied", algebra::instruction_set()});
   table.push_back({"matmul", "bcq", "1-8", "any", "cpu", "float32", "any",
-                   "tables of sums looked up by bytes of signs; for more than 8 tokens rows are decoded",
-                   "portable"});
+                   "tables of sums of 4 inputs, looked up in registers by nibbles of signs", cpu_target()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "float32", "any",
                    "rings decoded in vectors, multiplied in their basis", cpu_target()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "int8", "any",

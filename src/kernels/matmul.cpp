@@ -35,19 +35,6 @@ int tile_for(int64_t tokens) {
   return tokens >= 3 ? 4 : static_cast<int>(tokens);
 }
 
-// Reads one token in the order of the prepared columns: gathered by `source`, padded with zeros.
-void read_token(const FloatMatrix& x, int64_t token, const PreparedStrips& w, float* row, float* out) {
-  if (w.source.empty()) {
-    x.read(token, 0, w.columns, out);
-    return;
-  }
-  x.read(token, 0, w.columns, row);
-  for (size_t c = 0; c < w.source.size(); ++c) {
-    const int32_t from = w.source[c];
-    out[c] = from < 0 ? 0.0F : row[from];
-  }
-}
-
 // A tile of activations in the order of strip_job.hpp.
 struct PackedTile {
   int tile = 1;
@@ -68,7 +55,7 @@ void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepa
   std::vector<float> token(static_cast<size_t>(w.padded_columns));
   for (int64_t t = 0; t < tokens; ++t) {
     float* values = tile == 1 ? out.x.data() : token.data();
-    read_token(x, first + t, w, row.data(), values);
+    read_token(x, first + t, w.source, row.data(), values);
     if (w.code_unit != 1.0F) {
       for (int64_t c = 0; c < w.padded_columns; ++c) values[c] *= w.code_unit;
     }
@@ -101,7 +88,7 @@ void pack_int8(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepar
   std::vector<float> scales(static_cast<size_t>(blocks));
   std::vector<int32_t> sums(static_cast<size_t>(blocks));
   for (int64_t t = 0; t < tokens; ++t) {
-    read_token(x, first + t, w, row.data(), token.data());
+    read_token(x, first + t, w.source, row.data(), token.data());
     const int64_t bad = quantize_token(token.data(), w.groups.data(), static_cast<int64_t>(w.groups.size()),
                                        static_cast<int>(w.step_columns),
                                        reinterpret_cast<int8_t*>(codes.data()), scales.data(), sums.data());
@@ -254,7 +241,7 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   }
   if (with_outliers) return kernels::prepare_outliers(packed, prepare(dense_part(packed), threads));
   if (by_rows) return kernels::prepare_rows(packed);
-  if (by_signs) return kernels::prepare_bcq(packed);
+  if (by_signs) return kernels::prepare_bcq(packed, threads);
   if (by_rings) return kernels::prepare_trellis(packed, threads);
   return kernels::prepare_strips(packed, threads);
 }
@@ -267,24 +254,24 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
     return kernels::add_outliers(x, *outliers, y, threads);
   }
   const auto* rows = dynamic_cast<const kernels::PreparedRows*>(&w);
+  const auto* signs = dynamic_cast<const kernels::PreparedBcq*>(&w);
   const auto* rings = dynamic_cast<const kernels::PreparedTrellis*>(&w);
   const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
-  if (rows == nullptr && rings == nullptr && prepared == nullptr) {
+  if (rows == nullptr && signs == nullptr && rings == nullptr && prepared == nullptr) {
     throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
   }
   if (options.activations == Activations::int8 &&
       (rings != nullptr ? !kernels::takes_int8(*rings) : prepared == nullptr || !prepared->table.empty())) {
     throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid or byte sums, and w is ",
                               rows != nullptr    ? rows->packed.format->spec()
+                              : signs != nullptr ? signs->format->spec()
                               : rings != nullptr ? rings->format->spec()
                                                  : prepared->format->spec(),
                               "; use exact activations"));
   }
   kernels::check_shapes(x, w.n(), w.k(), y);
   if (y.rows() == 0 || y.cols() == 0) return;
-  if (const auto* signs = dynamic_cast<const kernels::PreparedBcq*>(rows)) {
-    return kernels::multiply_bcq(x, *signs, y, threads);
-  }
+  if (signs != nullptr) return kernels::multiply_bcq(x, *signs, y, threads);
   if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
   if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, options.activations, threads);
   // A single batch is checked as it is rounded, before y is touched.

@@ -1,129 +1,212 @@
-#include <algorithm>
-#include <array>
-#include <cmath>
+// The loops of products with binary coding.
+#include "kernels/hwy_targets.hpp"
 
-#include "formats/grouped.hpp"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/matmul_bcq.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h, which sets the target.
+#include <hwy/highway.h>
+
+#include "kernels/decoders-inl.hpp"
 #include "kernels/prepared_bcq.hpp"
-#include "quantloom/formats/bcq.hpp"
-#include "quantloom/parallel.hpp"
 
-namespace quantloom::kernels {
-namespace {
+HWY_BEFORE_NAMESPACE();
+#if QUANTLOOM_VNNI && HWY_COMPILER_GCC_ACTUAL
+#pragma GCC target("avx512vnni")  // as in decoders-inl.hpp
+#endif
+namespace quantloom::kernels::HWY_NAMESPACE {
 
-constexpr int64_t kByte = 8;
-constexpr int64_t kEntries = 256;
-// Rows that one thread takes through a group, whose tables stay in its first-level cache meanwhile.
-constexpr int64_t kSlabRows = 64;
-constexpr int64_t kBytesPerPiece = 64;  // of tables
+constexpr int kNibbles = static_cast<int>(kNibblesPerDword);
+constexpr int kBlockNibbles = static_cast<int>(kBlockColumns / kNibbleColumns);
+constexpr int64_t kVectorBytes = kStripRows * 4;
 
-// All sums of +-x over 8 columns: bit c of an entry's number is 1 where x[c] is added.
-void fill_table(const float* x, float* table) {
-  std::array<float, 16> low;
-  std::array<float, 16> high;
-  const auto fill = [](const float* values, std::array<float, 16>& sums) {
-    for (int code = 0; code < 16; ++code) {
-      float sum = 0;
-      for (int c = 0; c < 4; ++c) sum += (code >> c & 1) != 0 ? values[c] : -values[c];
-      sums[static_cast<size_t>(code)] = sum;
+// The 16 sums of 4 inputs.
+class Table {
+ public:
+#if QUANTLOOM_AVX512 || HWY_TARGET == HWY_AVX2
+  explicit HWY_INLINE Table(const float* HWY_RESTRICT entries) : entries_(hn::Load(DF(), entries)) {}
+#else
+  explicit HWY_INLINE Table(const float* HWY_RESTRICT entries) : entries_(entries) {}
+#endif
+
+  // The entries that the low 4 bits of each dword name; bits above them are arbitrary.
+  HWY_INLINE VF look_up(VU index) const {
+#if QUANTLOOM_AVX512
+    return VF{_mm512_permutexvar_ps(index.raw, entries_.raw)};
+#elif HWY_TARGET == HWY_AVX2
+    // The first 8 entries: the others are these with the other sign.
+    const VF entry{_mm256_permutevar8x32_ps(entries_.raw, index.raw)};
+    const VU sign = hn::And(hn::ShiftLeft<28>(index), hn::Set(DU(), 0x80000000U));
+    return hn::Xor(entry, hn::BitCast(DF(), sign));
+#else
+    const VU code = hn::And(index, hn::Set(DU(), 15U));
+    return hn::GatherIndex(DF(), entries_, hn::BitCast(DI(), code));
+#endif
+  }
+
+ private:
+#if QUANTLOOM_AVX512 || HWY_TARGET == HWY_AVX2
+  VF entries_;
+#else
+  const float* entries_;
+#endif
+};
+
+template <int kNibble, int kTile, int kChains>
+HWY_INLINE void add_nibble(VU words, const float* HWY_RESTRICT tables, VF (&sum)[kTile][kChains]) {
+  const VU index = shift_right<4 * kNibble>(words);
+  HWY_UNROLL(4)
+  for (int t = 0; t < kTile; ++t) {
+    VF& chain = sum[t][kNibble % kChains];
+    chain = hn::Add(chain, Table(tables + (kNibble * kTile + t) * kTableEntries).look_up(index));
+  }
+}
+
+template <int kTile, int kChains, int... kNibble>
+HWY_INLINE void add_dword(const uint8_t* HWY_RESTRICT p, const float* HWY_RESTRICT tables,
+                          VF (&sum)[kTile][kChains], std::integer_sequence<int, kNibble...> /*nibbles*/) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): as in decoders-inl.hpp
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 4096));
+  const VU words = load_words(p);
+  (add_nibble<kNibble>(words, tables, sum), ...);
+}
+
+// y[t] + scale * (the sum of one plane of a block). `at`: the plane's first nibble behind p.
+template <int kTile>
+HWY_INLINE void add_plane(const uint8_t* HWY_RESTRICT p, int at, int nibbles,
+                          const float* HWY_RESTRICT tables, VF scale, VF (&y)[kTile]) {
+  constexpr int kChains = 4 / kTile;
+  VF sum[kTile][kChains];
+  for (auto& token : sum) {
+    for (VF& chain : token) chain = hn::Zero(DF());
+  }
+  if (nibbles == kBlockNibbles) {
+    for (int dword = 0; dword < kBlockNibbles / kNibbles; ++dword) {
+      add_dword<kTile>(p, tables, sum, std::make_integer_sequence<int, kNibbles>());
+      p += kVectorBytes;
+      tables += kNibbles * kTile * kTableEntries;
     }
-  };
-  fill(x, low);
-  fill(x + 4, high);
-  for (int h = 0; h < 16; ++h) {
-    for (int l = 0; l < 16; ++l)
-      table[h * 16 + l] = low[static_cast<size_t>(l)] + high[static_cast<size_t>(h)];
-  }
-}
-
-float looked_up(const float* tables, const uint8_t* bytes, int64_t count) {
-  // Four sums, so that look-ups do not wait for each other.
-  float sums[4] = {};
-  int64_t b = 0;
-  for (; b + 4 <= count; b += 4) {
-    for (int64_t i = 0; i < 4; ++i) sums[i] += tables[(b + i) * kEntries + bytes[b + i]];
-  }
-  for (; b < count; ++b) sums[0] += tables[b * kEntries + bytes[b]];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-void multiply_token(const PreparedBcq& w, const float* x, int64_t bytes, std::vector<float>& tables, float* y,
-                    int threads) {
-  const auto& format = static_cast<const Bcq&>(*w.packed.format);
-  const int64_t n = w.n();
-  const int64_t k = w.k();
-  const int bits = format.bits;
-  const int64_t groups = format.group_count(k);
-  const int64_t width = format.columns_per_group(k);
-  parallel_for(ceil_div(bytes, kBytesPerPiece), threads, [&](int64_t piece) {
-    const int64_t last = std::min(bytes, (piece + 1) * kBytesPerPiece);
-    for (int64_t b = piece * kBytesPerPiece; b < last; ++b)
-      fill_table(x + b * kByte, tables.data() + b * kEntries);
-  });
-  std::vector<float> sums;  // of x over each group, for the offsets
-  for (int64_t g = 0; g < groups && format.offset; ++g) {
-    double sum = 0;
-    for (int64_t c = g * width; c < std::min(k, (g + 1) * width); ++c) sum += x[c];
-    sums.push_back(static_cast<float>(sum));
-  }
-  const Tensor& signs = w.packed.plane("signs");
-  const int64_t row_bytes = signs.shape()[2] * 4;
-  const auto* const all = reinterpret_cast<const uint8_t*>(signs.bytes());
-  parallel_for(ceil_div(n, kSlabRows), threads, [&](int64_t slab) {
-    const int64_t first = slab * kSlabRows;
-    const int64_t last = std::min(n, first + kSlabRows);
-    std::fill(y + first, y + last, 0.0F);
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * (width / kByte);
-      const int64_t count = std::min(bytes - begin, groups == 1 ? bytes : width / kByte);
-      for (int64_t row = first; row < last; ++row) {
-        const float* const parameters = w.parameters.data() + (row * groups + g) * (bits + 1);
-        float sum = format.offset ? parameters[bits] * sums[static_cast<size_t>(g)] : 0.0F;
-        for (int64_t p = 0; p < bits; ++p) {
-          sum += parameters[p] *
-                 looked_up(tables.data() + begin * kEntries, all + (p * n + row) * row_bytes + begin, count);
-        }
-        y[row] += sum;
+  } else {
+    for (int i = 0; i < nibbles; ++i) {
+      const VU words = load_words(p + (at + i) / kNibbles * kVectorBytes);
+      const VU index = hn::ShiftRightSame(words, 4 * ((at + i) % kNibbles));
+      for (int t = 0; t < kTile; ++t) {
+        sum[t][0] = hn::Add(sum[t][0], Table(tables + (i * kTile + t) * kTableEntries).look_up(index));
       }
     }
-  });
+  }
+  for (int t = 0; t < kTile; ++t) {
+    VF total = sum[t][0];
+    for (int c = 1; c < kChains; ++c) total = hn::Add(total, sum[t][c]);
+    y[t] = hn::MulAdd(total, scale, y[t]);
+  }
 }
 
-}  // namespace
-
-std::shared_ptr<const PreparedBcq> prepare_bcq(const PackedTensor& packed) {
-  const auto& format = static_cast<const Bcq&>(*packed.format);
-  const auto prepared = std::make_shared<PreparedBcq>(prepare_rows(packed)->packed);
-  const int64_t groups = format.group_count(packed.k);
-  if (packed.planes.contains("group_index") || packed.k == 0 ||
-      (groups > 1 && format.columns_per_group(packed.k) % kByte != 0)) {
-    return prepared;
-  }
-  const Tensor& scales = packed.plane("scales");
-  prepared->parameters.resize(static_cast<size_t>(checked_mul(packed.n * groups, format.bits + 1)));
-  float* out = prepared->parameters.data();
-  for (int64_t row = 0; row < packed.n; ++row) {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t p = 0; p < format.bits; ++p) *out++ = scale_at(scales, (p * packed.n + row) * groups + g);
-      *out++ = format.offset ? scale_at(packed.plane("offsets"), row * groups + g) : 0.0F;
+template <int kTile>
+void slab_of_tile(const BcqMatrix& w, const BcqTile& tile, int64_t slab) {
+  const DF df;
+  const int64_t first_strip = slab * kSlabStrips;
+  const int64_t strips = HWY_MIN(kSlabStrips, ceil_div(w.rows, kStripRows) - first_strip);
+  const uint8_t* HWY_RESTRICT p = w.stream + slab * w.slab_bytes;
+  const float* HWY_RESTRICT tables = tile.tables;
+  const int64_t scale_bytes = kStripRows * size_of(w.scale_dtype);
+  const int64_t header = (w.bits + (w.offset ? 1 : 0)) * scale_bytes;
+  VF y[kSlabStrips][kParts][kTile];
+  for (auto& strip : y) {
+    for (auto& part : strip) {
+      for (VF& value : part) value = hn::Zero(df);
     }
   }
-  return prepared;
+  for (int64_t g = 0; g < w.group_count; ++g) {
+    const uint8_t* HWY_RESTRICT headers = p;
+    p += strips * header;
+    for (int64_t strip = 0; w.offset && strip < strips; ++strip) {
+      for (int part = 0; part < kParts; ++part) {
+        const VF offsets = load_scales(headers + strip * header + w.bits * scale_bytes, w.scale_dtype, part);
+        for (int t = 0; t < kTile; ++t) {
+          VF& value = y[strip][part][t];
+          value = hn::MulAdd(offsets, hn::Set(df, tile.group_sum[g * kTile + t]), value);
+        }
+      }
+    }
+    const GroupPlan plan = w.groups[g];
+    for (int b = 0; b <= plan.full_blocks; ++b) {
+      const int nibbles = b < plan.full_blocks ? kBlockNibbles : plan.tail_steps;
+      if (nibbles == 0) break;
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        for (int plane = 0; plane < w.bits; ++plane) {
+          const int at = plane * nibbles;
+          const uint8_t* HWY_RESTRICT words = p + at / kNibbles * kVectorBytes;
+          const uint8_t* HWY_RESTRICT scales = headers + strip * header + plane * scale_bytes;
+          for (int part = 0; part < kParts; ++part) {
+            add_plane<kTile>(words + part * kLanes * 4, at % kNibbles, nibbles, tables,
+                             load_scales(scales, w.scale_dtype, part), y[strip][part]);
+          }
+        }
+        p += dwords_of(nibbles, w.bits) * kVectorBytes;
+      }
+      tables += int64_t{nibbles} * kTile * kTableEntries;
+    }
+  }
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    for (int t = 0; t < tile.tokens; ++t) {
+      VF rows[kParts];
+      for (int part = 0; part < kParts; ++part) rows[part] = y[strip][part][t];
+      store_rows(rows, tile.y + t * tile.y_stride, (first_strip + strip) * kStripRows, w.rows);
+    }
+  }
 }
 
-void multiply_bcq(const FloatMatrix& x, const PreparedBcq& w, MatrixView<float> y, int threads) {
-  if (w.parameters.empty() || x.rows() > kLookedUpTokens) return multiply_rows(x, w, y, threads);
-  const int64_t k = w.k();
-  const int64_t bytes = ceil_div(k, kByte);
-  std::vector<float> tokens(static_cast<size_t>(checked_mul(x.rows(), bytes * kByte)));
-  for (int64_t t = 0; t < x.rows(); ++t) x.read(t, 0, k, tokens.data() + t * bytes * kByte);
-  // An infinite input would meet itself with both signs.
-  if (!std::all_of(tokens.begin(), tokens.end(), [](float value) { return std::isfinite(value); })) {
-    return multiply_rows(x, w, y, threads);
+void multiply_slab(const BcqMatrix& w, const BcqTile& tile, int64_t slab) {
+  if (tile.tile == 1) return slab_of_tile<1>(w, tile, slab);
+  return slab_of_tile<kTableTokens>(w, tile, slab);
+}
+
+void fill_sum_tables(const float* x, int tile, int64_t first, int64_t last, float* tables) {
+  const DF df;
+  constexpr int kParts16 = static_cast<int>(kTableEntries) / kLanes;
+  // For each entry whether a column is taken off, as a sign bit.
+  VU minus[4][kParts16];
+  for (int c = 0; c < 4; ++c) {
+    HWY_ALIGN uint32_t signs[kTableEntries];
+    for (uint32_t i = 0; i < kTableEntries; ++i) {
+      const bool turned = (i & 8U) != 0;
+      const bool alike = c == 3 || (i >> c & 1U) != 0;
+      signs[i] = turned == alike ? 0x80000000U : 0U;
+    }
+    for (int part = 0; part < kParts16; ++part) minus[c][part] = hn::Load(DU(), signs + part * kLanes);
   }
-  std::vector<float> tables(static_cast<size_t>(checked_mul(bytes, kEntries)));
-  for (int64_t t = 0; t < x.rows(); ++t) {
-    multiply_token(w, tokens.data() + t * bytes * kByte, bytes, tables, y.row(t), threads);
+  for (int64_t i = first; i < last; ++i) {
+    for (int t = 0; t < tile; ++t) {
+      const float* const values = x + i * kNibbleColumns * tile + t;
+      for (int part = 0; part < kParts16; ++part) {
+        const auto signed_value = [&](int c) {
+          return hn::Xor(hn::Set(df, values[c * tile]), hn::BitCast(df, minus[c][part]));
+        };
+        const VF sum =
+            hn::Add(hn::Add(signed_value(0), signed_value(1)), hn::Add(signed_value(2), signed_value(3)));
+        hn::Store(sum, df, tables + (i * tile + t) * kTableEntries + part * kLanes);
+      }
+    }
   }
+}
+
+}  // namespace quantloom::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace quantloom::kernels {
+
+HWY_EXPORT(multiply_slab);
+HWY_EXPORT(fill_sum_tables);
+
+void multiply_slab(const BcqMatrix& w, const BcqTile& tile, int64_t slab) {
+  HWY_DYNAMIC_DISPATCH(multiply_slab)(w, tile, slab);
+}
+
+void fill_sum_tables(const float* x, int tile, int64_t first, int64_t last, float* tables) {
+  HWY_DYNAMIC_DISPATCH(fill_sum_tables)(x, tile, first, last, tables);
 }
 
 }  // namespace quantloom::kernels
+#endif  // HWY_ONCE

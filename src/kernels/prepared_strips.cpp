@@ -245,6 +245,52 @@ PackedTensor with_decoded_scales(const PackedTensor& packed, const Spqr& spqr, s
 
 }  // namespace
 
+PreparedColumns prepare_columns(const PackedTensor& packed, const ScaledFormat& format,
+                                int64_t step_columns) {
+  const int64_t group_count = format.group_count(packed.k);
+  const int64_t group_columns = format.columns_per_group(packed.k);
+  PreparedColumns result;
+  result.sizes.resize(static_cast<size_t>(group_count), 0);
+  std::vector<int32_t> order(static_cast<size_t>(packed.k));
+  std::iota(order.begin(), order.end(), 0);
+  if (packed.planes.contains("group_index")) {
+    const auto group_of = packed.plane("group_index").values<int32_t>();
+    for (const int32_t g : group_of) ++result.sizes[static_cast<size_t>(g)];
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return group_of[static_cast<size_t>(a)] < group_of[static_cast<size_t>(b)];
+    });
+  } else {
+    for (int64_t g = 0; g < group_count; ++g) {
+      result.sizes[static_cast<size_t>(g)] = std::min(group_columns, packed.k - g * group_columns);
+    }
+  }
+  bool identity = true;
+  auto next = order.begin();
+  for (const int64_t size : result.sizes) {
+    const int64_t padded = checked_pad(size, step_columns);
+    result.groups.push_back({static_cast<int32_t>(padded / kBlockColumns),
+                             static_cast<int32_t>(padded % kBlockColumns / step_columns)});
+    for (int64_t c = 0; c < padded; ++c) {
+      const int32_t column = c < size ? *next++ : -1;
+      identity = identity && column == static_cast<int64_t>(result.source.size());
+      result.source.push_back(column);
+    }
+  }
+  result.padded = static_cast<int64_t>(result.source.size());
+  if (identity) result.source.clear();
+  return result;
+}
+
+void read_token(const FloatMatrix& x, int64_t token, std::span<const int32_t> source, float* row,
+                float* out) {
+  if (source.empty()) {
+    x.read(token, 0, x.cols(), out);
+    return;
+  }
+  x.read(token, 0, x.cols(), row);
+  for (size_t c = 0; c < source.size(); ++c) out[c] = source[c] < 0 ? 0.0F : row[source[c]];
+}
+
 std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& given, int threads) {
   auto p = std::make_shared<PreparedStrips>();
   std::vector<float> real_zeros;
@@ -271,39 +317,12 @@ std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& given, 
     p->center = halves ? 1.0F : uniform.symmetric_zero_point();
   }
 
-  const int64_t group_count = format.group_count(packed.k);
-  const int64_t group_columns = format.columns_per_group(packed.k);
   p->has_group_index = packed.planes.contains("group_index");
-  std::vector<int64_t> sizes(static_cast<size_t>(group_count), 0);
-  std::vector<int32_t> order(static_cast<size_t>(packed.k));
-  std::iota(order.begin(), order.end(), 0);
-  if (p->has_group_index) {
-    const auto group_of = packed.plane("group_index").values<int32_t>();
-    for (const int32_t g : group_of) ++sizes[static_cast<size_t>(g)];
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      return group_of[static_cast<size_t>(a)] < group_of[static_cast<size_t>(b)];
-    });
-  } else {
-    for (int64_t g = 0; g < group_count; ++g) {
-      sizes[static_cast<size_t>(g)] = std::min(group_columns, packed.k - g * group_columns);
-    }
-  }
-
-  const std::vector<GroupPlace> places = places_of(*p, sizes);
-  bool identity = true;
-  auto next = order.begin();
-  for (size_t g = 0; g < sizes.size(); ++g) {
-    const int64_t padded = checked_pad(sizes[g], p->step_columns);
-    p->groups.push_back({static_cast<int32_t>(padded / kBlockColumns),
-                         static_cast<int32_t>(padded % kBlockColumns / p->step_columns)});
-    for (int64_t c = 0; c < padded; ++c) {
-      const int32_t column = c < sizes[g] ? *next++ : -1;
-      identity = identity && column == static_cast<int64_t>(p->source.size());
-      p->source.push_back(column);
-    }
-  }
-  p->padded_columns = static_cast<int64_t>(p->source.size());
-  if (identity) p->source.clear();
+  PreparedColumns columns = prepare_columns(packed, format, p->step_columns);
+  const std::vector<GroupPlace> places = places_of(*p, columns.sizes);
+  p->groups = std::move(columns.groups);
+  p->source = std::move(columns.source);
+  p->padded_columns = columns.padded;
 
   if (!places.empty()) {
     const int64_t padded = checked_pad(places.back().columns, p->step_columns);

@@ -88,6 +88,19 @@ struct PreparedStrips final : PreparedTensor {
   AlignedBytes stream;
 };
 
+// Columns in the order of groups, each padded to whole steps.
+struct PreparedColumns {
+  std::vector<int64_t> sizes;  // of the groups, without padding
+  std::vector<GroupPlan> groups;
+  int64_t padded = 0;           // columns in all
+  std::vector<int32_t> source;  // as PreparedStrips has it
+};
+PreparedColumns prepare_columns(const PackedTensor& packed, const ScaledFormat& format, int64_t step_columns);
+
+// Reads one token in the order of the prepared columns: gathered by `source`, which may be empty, padded with
+// zeros. row [x.cols()] is for its use.
+void read_token(const FloatMatrix& x, int64_t token, std::span<const int32_t> source, float* row, float* out);
+
 // Bytes of the zero points of one group and strip.
 inline constexpr int64_t zero_bytes(bool has_zeros, bool real_zeros) {
   return has_zeros ? kStripRows * (real_zeros ? 4 : 1) : 0;

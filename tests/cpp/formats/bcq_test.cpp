@@ -8,7 +8,6 @@
 
 #include "formats/bcq_fit.hpp"
 #include "quantloom/formats/uniform.hpp"
-#include "quantloom/kernels/matmul.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "test_matrices.hpp"
@@ -390,32 +389,6 @@ TEST(ToBcq, TrueBitsAreThoseOfTheFormula) {
   }
   const auto rtn = round_nearest(view, format_from_spec("uniform:4:g128:sym"));
   EXPECT_DOUBLE_EQ(to_bcq(rtn.tensor).bits_per_weight(), 4 + 5 * 16.0 / 128);
-}
-
-TEST(Bcq, ProductsAreThoseOfTheDecodedMatrix) {
-  uint64_t seed = 100;
-  for (const std::string spec : {"bcq:3:g128", "bcq:2:g24:offset", "bcq:8:channel", "bcq:1:g32:bf16",
-                                 "bcq:2:g20:offset", "bcq:4:g8"}) {
-    for (const auto& [n, k, m] : std::vector<std::array<int64_t, 3>>{
-             {0, 8, 2}, {3, 0, 2}, {5, 7, 0}, {1, 1, 1}, {37, 130, 1}, {70, 257, 5}, {33, 96, 40}}) {
-      SCOPED_TRACE(text_of(spec, " [", n, ", ", k, "], ", m, " tokens"));
-      const auto w = normal_values(n * k, ++seed);
-      const auto x = normal_values(m * k, ++seed);
-      const MatrixView<const float> inputs(x.data(), m, k);
-      const PackedTensor packed =
-          round_nearest(MatrixView<const float>(w.data(), n, k), format_from_spec(spec)).tensor;
-      std::vector<float> expected(static_cast<size_t>(m * n));
-      matmul_reference(inputs, packed, {expected.data(), m, n});
-      std::vector<float> first;
-      for (const int threads : {1, 3}) {
-        std::vector<float> y(static_cast<size_t>(m * n), 7.0F);
-        matmul(inputs, *prepare(packed), {y.data(), m, n}, {.threads = threads});
-        for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], expected[i], 1e-3) << i;
-        if (threads == 1) first = y;
-        EXPECT_EQ(y, first);
-      }
-    }
-  }
 }
 
 }  // namespace

@@ -314,7 +314,7 @@ TEST(Matmul, ServesEveryFormatThatTheTableClaims) {
   std::set<std::string> claimed_codebooks;
   for (const KernelEntry& entry : kernel_table()) {
     if (entry.operation != "matmul" || entry.device != "cpu") continue;
-    // bcq_test.cpp, vector_codebook_test.cpp, outliers_test.cpp, spqr_test.cpp, trellis_product_test.cpp
+    // bcq_product_test.cpp, vector_codebook_test.cpp, outliers_test.cpp, spqr_test.cpp, trellis_product_test.cpp
     if (entry.format == "bcq" || entry.format == "vector_codebook" || entry.format == "outliers") continue;
     if (entry.format == "trellis" || entry.format == "spqr") continue;
     EXPECT_EQ(entry.target, cpu_target());

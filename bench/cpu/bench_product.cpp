@@ -1,6 +1,7 @@
-// Products with trellises against decoding them first and multiplying with float32 weights.
+// Products with packed codes against decoding them first and multiplying with float32 weights: trellises,
+// binary coding, and symmetric grids with scales in float16.
 //
-//   bench_trellis_product [--n N] [--k K] [--formats LIST] [--tokens LIST] [--threads T] [--rounds R]
+//   bench_product [--n N] [--k K] [--formats LIST] [--tokens LIST] [--threads T] [--rounds R]
 //                         [--json FILE]
 //
 // Each round visits every combination, and the plain product (OpenBLAS where it was found, else the library's
@@ -21,6 +22,7 @@
 
 #include "algebra/dense_tiles.hpp"
 #include "quantloom/formats/trellis.hpp"
+#include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
 #include "quantloom/random.hpp"
@@ -85,19 +87,20 @@ bool parse(int argc, char** argv, Settings& s) {
   return true;
 }
 
-// Any bits are a trellis.
+// Any bits are a trellis or signs, and of whole words per row codes of a grid.
 PackedTensor random_weights(const std::string& spec, int64_t n, int64_t k) {
   const auto format = format_from_spec(spec);
-  const auto& trellis = dynamic_cast<const Trellis&>(*format);
+  const auto* const trellis = dynamic_cast<const Trellis*>(format.get());
   PackedTensor packed{format, n, k, {}};
   const CounterRandom random(1);
   for (const PlaneSpec& plane_spec : format->planes(n, k)) {
+    if (plane_spec.optional) continue;
     Tensor plane(plane_spec.dtype, plane_spec.shape);
-    if (plane_spec.name == "codes") {
+    if (plane_spec.dtype == DType::i32) {
       const auto words = plane.values<uint32_t>();
       for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
-    } else if (plane_spec.name == "table") {
-      std::ranges::copy(trellis.codebook.table, plane.values<uint16_t>().begin());
+    } else if (trellis != nullptr && plane_spec.name == "table") {
+      std::ranges::copy(trellis->codebook.table, plane.values<uint16_t>().begin());
     } else {
       std::ranges::fill(plane.values<uint16_t>(), f16_from_float(0.125F));
     }
@@ -174,8 +177,10 @@ int main(int argc, char** argv) {
     const PackedTensor packed = random_weights(spec, s.n, s.k);
     const auto prepared = prepare(packed);
     const double decode = seconds_of(s.threads, [&] { dequantize(packed, {w.data(), s.n, s.k}, s.threads); });
-    const TrellisCode code = dynamic_cast<const Trellis&>(*packed.format).codebook.code;
-    const bool sums_bytes = code == TrellisCode::mul1 || code == TrellisCode::one_mad;
+    const auto* const trellis = dynamic_cast<const Trellis*>(packed.format.get());
+    const bool sums_bytes = trellis != nullptr ? trellis->codebook.code == TrellisCode::mul1 ||
+                                                     trellis->codebook.code == TrellisCode::one_mad
+                                               : dynamic_cast<const Uniform*>(packed.format.get()) != nullptr;
     for (const Activations activations : {Activations::exact, Activations::int8}) {
       if (activations == Activations::int8 && !sums_bytes) continue;
       const char* path = activations == Activations::int8 ? "int8" : "exact";
