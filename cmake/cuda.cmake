@@ -117,6 +117,11 @@ if(QUANTLOOM_HAS_CUDA)
       list(APPEND cuda_instances ${instance})
     endforeach()
   endforeach()
+  foreach(bits RANGE 1 8)
+    set(instance ${PROJECT_BINARY_DIR}/cuda/spqr_products_${bits}.cu)
+    configure_file(${PROJECT_SOURCE_DIR}/cuda/kernels/spqr_products.cu.in ${instance} @ONLY)
+    list(APPEND cuda_instances ${instance})
+  endforeach()
   # Several of them: weights of a vector, bits of a weight; and tables that the streaming loop takes
   # (stream_tables() of cuda/kernels/launchers.cu).
   foreach(sizes "2, 4, 2" "4, 2, 2" "4, 3" "4, 4, 2" "8, 2, 2" "8, 3, 3" "8, 4, 4")

@@ -8,6 +8,7 @@
 
 #include "device.cuh"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
@@ -277,8 +278,15 @@ class ProductCase {
                  "table");
       return;
     }
-    if (name == "codes" || name == "zeros") {
+    const auto* spqr = dynamic_cast<const Spqr*>(&dense);
+    if (name == "codes" || name == "zeros" || (name == "scales" && spqr != nullptr)) {
       fill_words(plane.bytes(), plane.byte_count(), seed, stream.get());
+    } else if (spqr != nullptr) {
+      // Step and zero of grids alike.
+      const float codes = std::exp2(static_cast<float>(name == "zero_grids" ? spqr->zero_bits - spqr->bits
+                                                                            : spqr->scale_bits + spqr->bits));
+      fill_values(plane.bytes(), plane.dtype(), plane.element_count(), 0.125F / codes, 0.25F / codes, 0, seed,
+                  stream.get());
     } else if (name == "scales") {
       const float unit = std::exp2(uniform != nullptr ? -3.0F - static_cast<float>(uniform->bits) : -4.0F);
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), unit / 2, unit, 0, seed, stream.get());

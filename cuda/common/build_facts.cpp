@@ -3,6 +3,7 @@
 
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/cuda_products.hpp"
+#include "kernels/spqr_product.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/kernels/dequantize.hpp"
@@ -60,8 +61,15 @@ std::vector<KernelEntry> cuda_kernel_table() {
   // Tables of vectors of 2, 4 or 8 weights. One of them: codes of up to 12 bits for 2 weights, 16 for others;
   // several: together codes of up to 4 bits for a weight.
   add("vector_codebook", "1-16", false);
-  // With any dense format of those.
+  // With any dense format of those; beside spqr, the kernels of spqr.
   add("outliers", "1-16", false);
+  // Streaming loops: blocks of multiples of 16 rows.
+  for (const CudaProduct& product : cuda::spqr_products()) {
+    for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+      if (dtype == DType::f32 && !product.float32) continue;
+      table.push_back(product_entry("spqr", "1-8", product, dtype));
+    }
+  }
   // All but `trellis_dense` and `decode`: whole bits, codebooks 3inst, mcg, mul1, octagon (and 1mad), windows
   // of 16.
   for (const CudaProduct& product : cuda::trellis_products()) {
@@ -74,7 +82,7 @@ std::vector<KernelEntry> cuda_kernel_table() {
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
         std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments"),
-        std::pair("trellis", "decode_fragments")}) {
+        std::pair("spqr", "decode_fragments"), std::pair("trellis", "decode_fragments")}) {
     table.push_back(
         {.operation = "dequantize",
          .format = format,

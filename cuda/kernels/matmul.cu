@@ -12,8 +12,11 @@
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/launchers.hpp"
+#include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/products.cuh"
+#include "kernels/spqr_fragments.hpp"
+#include "kernels/spqr_product.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -372,21 +375,32 @@ cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
     w.table_entries = sizes.packed();
   }
   w.scale_dtype = layout.scale_dtype;
-  w.outliers.format_columns = layout.format_columns;
+  w.grid_rows = static_cast<int>(std::min<int64_t>(layout.grid_rows, std::numeric_limits<int32_t>::max()));
   return w;
 }
 
 void set_planes(cuda::FragmentMatrix& matrix, const PreparedPlanes& w) {
   matrix.codes = reinterpret_cast<const uint4*>(w.plane("codes").bytes());
-  matrix.scales = w.plane("scales").bytes();
+  const bool bilevel = matrix.grid_rows > 0;
+  matrix.scales = w.plane(bilevel ? "parameters" : "scales").bytes();
   matrix.zeros = plane_or_null(w, "zeros");
-  matrix.table = plane_or_null(w, "codebook");
+  matrix.table = plane_or_null(w, bilevel ? "grids" : "codebook");
   matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
   if (!w.has("outlier_offsets") || w.plane("outlier_values").element_count() == 0) return;
   matrix.outliers.offsets = reinterpret_cast<const int32_t*>(w.plane("outlier_offsets").bytes());
   matrix.outliers.columns = w.plane("outlier_columns").bytes();
   matrix.outliers.values = w.plane("outlier_values").bytes();
+  matrix.outliers.places = reinterpret_cast<const int32_t*>(plane_or_null(w, "place"));
   matrix.outliers.wide_columns = w.plane("outlier_columns").dtype() == DType::i32;
+}
+
+cuda::SpqrPlan plan_spqr(const FragmentLayout& layout, const PreparedPlanes& w, int64_t m, DType dtype,
+                         const DeviceFacts& device, const CudaMatmulOptions& options) {
+  cuda::FragmentMatrix matrix = matrix_of(layout);
+  matrix.source = reinterpret_cast<const int32_t*>(plane_or_null(w, "source"));
+  cuda::SpqrPlan plan = cuda::spqr_plan(layout, matrix, m, dtype, device, options);
+  if (plan.product == nullptr) throw Unsupported("matmul_cuda: " + plan.reason);
+  return plan;
 }
 
 }  // namespace
@@ -404,8 +418,16 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
       if (plan.product == nullptr) return std::move(plan.reason);
       return std::nullopt;
     }
-    Choice choice =
-        choose(0, kind_of(fragment_layout(format, 1, 1, false)), m, dtype, current_device(), options);
+    const FragmentLayout layout = fragment_layout(format, 1, 1, false);
+    if (layout.bilevel()) {
+      // Of more rows than lie on a grid.
+      const FragmentLayout many =
+          fragment_layout(format, layout.grid_rows < (1 << 30) ? layout.grid_rows + 1 : 1, 1, false);
+      cuda::SpqrPlan plan = cuda::spqr_plan(many, matrix_of(many), m, dtype, current_device(), options);
+      if (plan.product == nullptr) return std::move(plan.reason);
+      return std::nullopt;
+    }
+    Choice choice = choose(0, kind_of(layout), m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -421,6 +443,9 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
     return std::string(plan_trellis(layout, m, dtype, current_device(), options).product->name);
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  if (layout.bilevel()) {
+    return std::string(plan_spqr(layout, w, m, dtype, current_device(), options).product->name);
+  }
   const Choice choice = choose(w.n * w.k, kind_of(layout), m, dtype, current_device(), options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   return std::string(choice.product->name);
@@ -434,6 +459,7 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
     return plan_trellis(trellis_layout(*trellis, w.n, w.k), m, dtype, device, options).workspace;
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  if (layout.bilevel()) return plan_spqr(layout, w, m, dtype, device, options).workspace;
   const Choice choice = choose(w.n * w.k, kind_of(layout), m, dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   cuda::FragmentMatrix matrix = matrix_of(layout);
@@ -458,6 +484,28 @@ void repeat_stream(const PreparedPlanes& w, const CudaMatmulArguments& arguments
   }
 }
 
+// Without what depends on the kernel.
+ProductLaunch launch_of(const FragmentLayout& layout, const PreparedPlanes& w,
+                        const CudaMatmulArguments& arguments, const CudaMatmulOptions& options,
+                        const DeviceFacts& device) {
+  ProductLaunch launch;
+  ProductArguments& p = launch.arguments;
+  p.w = matrix_of(layout);
+  set_planes(p.w, w);
+  p.x = arguments.x;
+  p.x_stride = arguments.x_stride;
+  p.bias = arguments.bias;
+  p.y = arguments.y;
+  p.y_stride = arguments.y_stride;
+  p.m = static_cast<int>(arguments.m);
+  p.x_in_pieces = !layout.gathered && aligned(p.x, 16) && p.w.k % 8 == 0 && (p.m == 1 || p.x_stride % 8 == 0);
+  launch.dtype = arguments.dtype;
+  launch.overlap = options.overlap && device.code >= 90;
+  p.overlap = launch.overlap;
+  launch.stream = static_cast<cudaStream_t>(arguments.stream);
+  return launch;
+}
+
 }  // namespace
 
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
@@ -473,34 +521,27 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     return cuda::run_trellis(layout, plan, w, arguments, options, device);
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  if (layout.bilevel()) {
+    const cuda::SpqrPlan plan = plan_spqr(layout, w, arguments.m, arguments.dtype, device, options);
+    if (arguments.m == 0 || w.n == 0) return;
+    require_memory(w, arguments, plan.workspace, device.index);
+    ProductLaunch launch = launch_of(layout, w, arguments, options, device);
+    launch.splits = options.splits;
+    return cuda::run_spqr(layout, plan, launch, arguments.workspace);
+  }
   const Choice choice = choose(w.n * w.k, kind_of(layout), arguments.m, arguments.dtype, device, options);
   if (choice.product == nullptr) throw Unsupported("matmul_cuda: " + choice.reason);
   if (arguments.m == 0 || w.n == 0) return;
-  cuda::FragmentMatrix matrix = matrix_of(layout);
-  set_planes(matrix, w);
   const CudaProduct& product = *choice.product;
   const cuda::Launchers& launchers = cuda::launchers_of(layout);
+  ProductLaunch launch = launch_of(layout, w, arguments, options, device);
   const Plan plan =
-      plan_of(product, layout, matrix, arguments.m, arguments.dtype, device, options, launchers);
+      plan_of(product, layout, launch.arguments.w, arguments.m, arguments.dtype, device, options, launchers);
   require_memory(w, arguments, plan.workspace, device.index);
   if (product.name == kRepeated) return repeat_stream(w, arguments, options);
 
-  ProductLaunch launch;
-  ProductArguments& p = launch.arguments;
-  p.w = matrix;
-  p.x = arguments.x;
-  p.x_stride = arguments.x_stride;
-  p.bias = arguments.bias;
-  p.y = arguments.y;
-  p.y_stride = arguments.y_stride;
-  p.m = static_cast<int>(arguments.m);
-  p.x_in_pieces = !layout.gathered && aligned(p.x, 16) && p.w.k % 8 == 0 && (p.m == 1 || p.x_stride % 8 == 0);
-  launch.dtype = arguments.dtype;
   launch.splits = plan.splits;
   launch.deal = plan.deal;
-  launch.overlap = options.overlap && device.code >= 90;
-  p.overlap = launch.overlap;
-  launch.stream = static_cast<cudaStream_t>(arguments.stream);
   if (product.name == "tiles") {
     launchers.tiles(launch, arguments.workspace);
   } else if (product.name == "tiles_wgmma") {
@@ -508,7 +549,7 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   } else if (product.name == "decode") {
     launchers.decoded(launch, arguments.workspace);
   } else {
-    if (plan.workspace > 0) p.partial = static_cast<float*>(arguments.workspace);
+    if (plan.workspace > 0) launch.arguments.partial = static_cast<float*>(arguments.workspace);
     launchers.stream(launch);
   }
 }
@@ -539,6 +580,10 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   }
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
+  if (layout.bilevel()) {
+    cuda::decode_spqr(layout, matrix, 0, w.n, out, dtype, stride, false, cuda_stream);
+    return cuda::add_outliers_to_decoded(matrix, out, stride, dtype, cuda_stream);
+  }
   cuda::launchers_of(layout).decode(matrix, out, stride, dtype, false, cuda_stream);
 }
 

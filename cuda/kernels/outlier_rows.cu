@@ -35,12 +35,8 @@ __global__ void __launch_bounds__(kThreads)
        row < w.n; row += rows) {
     const int end = __ldg(w.outliers.offsets + row + 1);
     for (int at = __ldg(w.outliers.offsets + row) + lane; at < end; at += kRowLanes) {
-      int64_t column = outlier_column(w.outliers, at);
-      // Groups are padded, but of consecutive columns.
-      if (w.source != nullptr) {
-        const int64_t group = column / w.outliers.format_columns;
-        column += group * (int64_t{w.group_steps} * fragments::kStepColumns - w.outliers.format_columns);
-      }
+      int column = outlier_column(w.outliers, at);
+      if (w.outliers.places != nullptr) column = __ldg(w.outliers.places + column);
       Out& value = out[row * stride + column];
       value = rounded_to<Out>(float_of(value) + outlier_value(w.outliers, at));
     }

@@ -6,11 +6,16 @@
 #include "common/device.hpp"
 #include "formats/sum_order.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/packed_codes.cuh"
+#include "kernels/spqr_product.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
 namespace quantloom {
 namespace {
+
+using cuda::put_code;
+using cuda::read_code;
 
 constexpr int kThreads = 256;
 
@@ -29,22 +34,6 @@ struct Orders {
   int64_t parameter_rows = 0;  // n, or 1 per tensor
   const int32_t* source = nullptr;
 };
-
-__device__ uint32_t read_code(const uint32_t* words, int bits, int64_t index) {
-  const int64_t bit = index * bits;
-  const auto shift = static_cast<int>(bit % 32);
-  uint64_t window = words[bit / 32];
-  if (shift + bits > 32) window |= static_cast<uint64_t>(words[bit / 32 + 1]) << 32;
-  return static_cast<uint32_t>(window >> shift) & (~0U >> (32 - bits));
-}
-
-// Into words that were zeroed before; other threads put codes into them too.
-__device__ void put_code(uint32_t* words, int bits, int64_t index, uint32_t code) {
-  const int64_t bit = index * bits;
-  const uint64_t field = static_cast<uint64_t>(code) << (bit % 32);
-  atomicOr(words + bit / 32, static_cast<uint32_t>(field));
-  if ((field >> 32) != 0) atomicOr(words + bit / 32 + 1, static_cast<uint32_t>(field >> 32));
-}
 
 // Where code `i` of a thread's unit lies in the matrix; row or column out of range: padding.
 __device__ void locate(const Orders& orders, int64_t unit_index, int i, int64_t& row, int64_t& column) {
@@ -189,6 +178,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where each input lies among the padded columns.
+__global__ void __launch_bounds__(kThreads) find_places(Orders orders, int32_t* __restrict__ places) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= orders.column_blocks * 64) return;
+  const int32_t input = orders.source[column];
+  if (input >= 0 && input < orders.k) places[input] = static_cast<int32_t>(column);
+}
+
 dim3 grid_for(int64_t threads) {
   const int64_t blocks = ceil_div(threads, kThreads);
   if (blocks > 2147483647)
@@ -296,7 +293,16 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
     copy(packed.plane("group_index"), prepared.planes.at("group_index"), cuda_stream);
   if (prepared.has("codebook")) copy(packed.plane("codebook"), prepared.planes.at("codebook"), cuda_stream);
   copy_outliers(packed.planes, prepared.planes, cuda_stream);
-  zero(prepared.plane("scales"), cuda_stream);
+  if (layout.placed()) {
+    find_places<<<grid_for(layout.padded_k()), kThreads, 0, cuda_stream>>>(
+        orders, reinterpret_cast<int32_t*>(prepared.planes.at("place").bytes()));
+    check_cuda(cudaGetLastError(), "prepare_cuda: launch of find_places");
+  }
+  if (layout.bilevel()) {
+    cuda::prepare_spqr_parameters(layout, packed, prepared, cuda_stream);
+  } else {
+    zero(prepared.plane("scales"), cuda_stream);
+  }
   if (layout.asymmetric) zero(prepared.plane("zeros"), cuda_stream);
   // Without columns there are no groups, but a scale of the whole tensor stays.
   if (layout.k == 0 && !layout.per_tensor) return;
@@ -310,7 +316,7 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
     check_cuda(cudaGetLastError(), "prepare_cuda: launch of prepare_codes");
   }
   const int64_t rows = layout.per_tensor ? std::max<int64_t>(layout.n, 1) : layout.n;
-  if (rows == 0) return;
+  if (rows == 0 || layout.bilevel()) return;
   with_scale_type(layout.scale_dtype, [&]<class T>(T) {
     prepare_parameters<T><<<grid_for(rows * layout.group_count), kThreads, 0, cuda_stream>>>(
         orders, rows, reinterpret_cast<const T*>(packed.plane("scales").bytes()),
@@ -350,6 +356,7 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
         reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()));
     check_cuda(cudaGetLastError(), "unprepare_cuda: launch of unprepare_codes");
   }
+  if (layout.bilevel()) return cuda::unprepare_spqr_parameters(layout, prepared, packed, cuda_stream);
   if (orders.parameter_rows == 0) return;
   with_scale_type(layout.scale_dtype, [&]<class T>(T) {
     unprepare_parameters<T>

@@ -15,16 +15,16 @@ struct OutlierEntries {
   const int32_t* offsets = nullptr;  // [n + 1]
   const void* columns = nullptr;     // uint16, or int32 if wide_columns
   const void* values = nullptr;      // float16
+  const int32_t* places = nullptr;   // [k] of inputs among the padded columns, or null: columns in place
   bool wide_columns = false;
-  int64_t format_columns = 1;  // of a group, without padding
 };
 
 // A matrix in fragment order; see PreparedPlanes for the shapes.
 struct FragmentMatrix {
   const uint4* codes = nullptr;
-  const void* scales = nullptr;
+  const void* scales = nullptr;     // format spqr: codes of scales and zero points, else scales
   const uint8_t* zeros = nullptr;   // or null
-  const void* table = nullptr;      // float16 [table_entries], or null
+  const void* table = nullptr;      // float16 [table_entries], or null; format spqr: grids
   const int32_t* source = nullptr;  // [64 * column_blocks], or null
   int64_t n = 0;
   int64_t k = 0;
@@ -33,6 +33,7 @@ struct FragmentMatrix {
   int group_count = 1;
   int group_steps = 1;  // steps of 16 columns in a group
   int table_entries = 0;
+  int grid_rows = 0;  // format spqr: rows whose scales, and zero points, lie on one grid; else 0
   DType scale_dtype = DType::f16;
   OutlierEntries outliers;
 };

@@ -23,9 +23,17 @@ struct FragmentLayout {
   int64_t group_columns = 0;   // the same, padded: a multiple of 16
   bool outliers = false;       // has planes of outliers
   bool gathered = false;       // columns change places: there is a plane "source"
-  int64_t row_blocks = 0;      // at least 1
+  // Format spqr: bytes of codes of a lane's eight scales and zero points in a group, and rows and number of
+  // the grids that they lie on; else 0.
+  int parameter_bytes = 0;
+  int64_t grid_rows = 0;
+  int64_t grid_count = 0;
+  int64_t row_blocks = 0;  // at least 1
   int64_t column_blocks = 0;
 
+  bool bilevel() const { return parameter_bytes > 0; }
+  // Outliers know their inputs, not the padded columns: there is a plane "place".
+  bool placed() const { return outliers && gathered; }
   int64_t padded_k() const { return column_blocks * 64; }
   int64_t code_words() const;  // of the plane "codes"
 };

@@ -5,13 +5,16 @@
 #include <limits>
 #include <span>
 
+#include "formats/bilevel_order.hpp"
 #include "formats/sum_order.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/spqr_fragments.hpp"
 #include "kernels/trellis_layout.hpp"
 #include "kernels/vector_fragments.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 
@@ -81,8 +84,14 @@ std::span<const int32_t> group_index_of(const std::map<std::string, Tensor>& pla
 std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_index) {
   const std::vector<int64_t> parameters = {layout.row_blocks, layout.group_count, 8, 8};
   std::vector<PlaneSpec> specs = {
-      {"codes", DType::i32, {layout.row_blocks, layout.column_blocks, layout.bits, kLanes, 4}, false},
-      {"scales", layout.scale_dtype, parameters, false}};
+      {"codes", DType::i32, {layout.row_blocks, layout.column_blocks, layout.bits, kLanes, 4}, false}};
+  if (layout.bilevel()) {
+    specs.push_back(
+        {"parameters", DType::u8, {layout.row_blocks, layout.group_count, 8, layout.parameter_bytes}, false});
+    specs.push_back({"grids", DType::f16, {layout.grid_count, layout.group_count, 4}, false});
+  } else {
+    specs.push_back({"scales", layout.scale_dtype, parameters, false});
+  }
   if (layout.asymmetric) specs.push_back({"zeros", DType::u8, parameters, false});
   if (layout.dim > 1) {
     specs.push_back({"codebook", DType::f16, {layout.tables, layout.table_entries, layout.dim}, false});
@@ -90,6 +99,7 @@ std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_in
     specs.push_back({"codebook", DType::f16, {layout.table_entries}, false});
   }
   if (layout.gathered) specs.push_back({"source", DType::i32, {layout.padded_k()}, false});
+  if (layout.placed()) specs.push_back({"place", DType::i32, {layout.k}, false});
   if (with_group_index) specs.push_back({"group_index", DType::i32, {layout.k}, false});
   return specs;
 }
@@ -164,6 +174,16 @@ void set_vectors(const VectorCodebook& format, FragmentLayout& layout) {
   }
 }
 
+void set_spqr(const Spqr& format, int64_t n, int64_t k, FragmentLayout& layout) {
+  layout.bits = format.bits;
+  layout.code_bits = format.bits;
+  layout.group_count = std::max<int64_t>(format.group_count(k), 1);
+  layout.format_columns = format.columns_per_group(k);
+  layout.parameter_bytes = fragments::bilevel_bytes(format.scale_bits, format.zero_bits);
+  layout.grid_rows = format.block;
+  layout.grid_count = n < 0 ? 0 : format.block_count(n);
+}
+
 }  // namespace
 
 int64_t FragmentLayout::code_words() const {
@@ -173,11 +193,7 @@ int64_t FragmentLayout::code_words() const {
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
-    if (with_group_index) {
-      throw Unsupported(text_of("no CUDA kernel takes ", format.spec(),
-                                " with the plane group_index: expected groups of consecutive columns"));
-    }
-    layout = fragment_layout(*outliers->dense, n, k, false);
+    layout = fragment_layout(*outliers->dense, n, k, with_group_index);
     layout.outliers = true;
     return layout;
   }
@@ -193,14 +209,18 @@ FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool 
   } else if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
     layout.code_order = fragments::CodeOrder::dense;
     layout.table_entries = static_cast<int64_t>(codebook->table.size());
+  } else if (const auto* spqr = dynamic_cast<const Spqr*>(&format)) {
+    set_spqr(*spqr, n, k, layout);
   } else {
     throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
                               "; kernel_table() lists what the kernels take"));
   }
-  layout.scale_dtype = scaled->scale_dtype;
-  layout.per_tensor = scaled->group_size == ScaledFormat::kPerTensor;
-  layout.group_count = std::max<int64_t>(scaled->group_count(k), 1);
-  layout.format_columns = scaled->columns_per_group(k);
+  if (scaled != nullptr) {
+    layout.scale_dtype = scaled->scale_dtype;
+    layout.per_tensor = scaled->group_size == ScaledFormat::kPerTensor;
+    layout.group_count = std::max<int64_t>(scaled->group_count(k), 1);
+    layout.format_columns = scaled->columns_per_group(k);
+  }
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");
   if (k > std::numeric_limits<int32_t>::max() / 64 || n > std::numeric_limits<int32_t>::max()) {
     throw Unsupported(
@@ -214,6 +234,7 @@ FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool 
   const int64_t columns = layout.gathered ? checked_mul(layout.group_count, padded_group) : k;
   layout.row_blocks = std::max<int64_t>(ceil_div(n, kBlockRows), 1);
   layout.column_blocks = ceil_div(columns, kBlockColumns);
+  if (layout.bilevel()) layout.column_blocks = checked_pad(layout.column_blocks, 2);
   layout.group_columns = many ? padded_group : std::max<int64_t>(layout.padded_k(), 16);
   static_cast<void>(checked_mul(layout.code_words(), 4));
   return layout;
@@ -295,6 +316,12 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   copy_outliers(packed.planes, prepared.planes);
   const auto source = fragment_source(*packed.format, packed.k, group_index_of(packed.planes));
   if (layout.gathered) std::ranges::copy(source, prepared.planes.at("source").values<int32_t>().begin());
+  if (layout.placed()) {
+    const auto places = prepared.planes.at("place").values<int32_t>();
+    for (size_t place = 0; place < source.size(); ++place) {
+      if (source[place] >= 0) places[static_cast<size_t>(source[place])] = static_cast<int32_t>(place);
+    }
+  }
   if (indexed) copy_plane(packed.plane("group_index"), prepared.planes.at("group_index"));
   if (layout.table_entries > 0) copy_plane(packed.plane("codebook"), prepared.planes.at("codebook"));
 
@@ -304,6 +331,10 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
     prepare_vector_codes(layout, codes, source, words);
   } else {
     prepare_scalar_codes(layout, codes, source, words);
+  }
+  if (layout.bilevel()) {
+    prepare_spqr_parameters(layout, packed, prepared);
+    return prepared;
   }
 
   const int64_t zero_words =
@@ -350,6 +381,10 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
     unprepare_vector_codes(layout, words, source, out);
   } else {
     unprepare_scalar_codes(layout, words, source, out);
+  }
+  if (layout.bilevel()) {
+    unprepare_spqr_parameters(layout, prepared, packed);
+    return packed;
   }
 
   const int64_t parameter_rows = layout.per_tensor ? 1 : layout.n;

@@ -186,7 +186,45 @@ TEST_P(PrepareVectorsCuda, SeveralTablesEqualTheCpuByteForByte) {
   }
 }
 
+class PrepareSpqrCuda : public PrepareCuda {};
+
+TEST_P(PrepareSpqrCuda, EqualsTheCpuByteForByte) {
+  const int bits = GetParam();
+  Draws draws(static_cast<uint64_t>(30 + bits));
+  const std::vector<int64_t> sizes = {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 200, 333};
+  const std::vector<int64_t> groups = {1, 3, 16, 24, 32, 64, 100, 128, 400};
+  const std::vector<int64_t> blocks = {1, 3, 8, 16, 17, 32, 48, 64, 100, 128, 1000};
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    ProductCase c;
+    c.format = std::make_shared<const Spqr>(bits, draws.pick(groups), static_cast<int>(1 + draws.below(8)),
+                                            static_cast<int>(1 + draws.below(8)), draws.pick(blocks));
+    c.n = draws.pick(sizes);
+    c.k = draws.pick(sizes);
+    c.group_index = seed % 3 == 0;
+    c.seed = seed;
+    if (seed % 2 == 0) c.format = std::make_shared<const Outliers>(c.format, c.n * c.k / 20);
+    check_round_trip(c);
+    check_decoding(c);
+    if (HasFailure()) return;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bits, PrepareSpqrCuda, ::testing::Range(1, 9));
+
 class PrepareOutliersCuda : public PrepareCuda {};
+
+TEST_F(PrepareOutliersCuda, TakesOtherOrdersOfColumns) {
+  Draws draws(6);
+  for (const char* dense : {"uniform:4:g32:asym", "codebook:nf4:g16", "uniform:3:g24"}) {
+    ProductCase c;
+    c.format = std::make_shared<const Outliers>(format_from_spec(dense), int64_t{600});
+    c.n = 67;
+    c.k = 200;
+    c.group_index = true;
+    check_round_trip(c);
+    check_decoding(c);
+  }
+}
 
 TEST_F(PrepareOutliersCuda, EqualsTheCpuByteForByte) {
   Draws draws(5);

@@ -24,6 +24,7 @@
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
+#include "random_spqr.hpp"
 #include "random_trellis.hpp"
 
 namespace quantloom {
@@ -113,24 +114,6 @@ inline uint32_t element_at(const std::byte* bytes, int64_t i, DType dtype) {
   return bits;
 }
 
-// Rows of random codes of `bits` bits, below `limit`, the padding of each row zero.
-inline void draw_codes(Draws& draws, Tensor& plane, int64_t count, int bits, int64_t limit) {
-  if (plane.element_count() == 0) return;
-  const auto words = static_cast<size_t>(plane.shape()[1]);
-  const auto all = plane.values<uint32_t>();
-  const int64_t used = count * bits % 32;
-  std::vector<uint8_t> codes(static_cast<size_t>(limit < int64_t{1} << bits ? count : 0));
-  for (size_t at = 0; at < all.size(); at += words) {
-    if (!codes.empty()) {
-      for (uint8_t& code : codes) code = static_cast<uint8_t>(draws.below(limit));
-      pack_bits(codes, bits, all.subspan(at, words));
-      continue;
-    }
-    for (size_t i = 0; i < words; ++i) all[at + i] = static_cast<uint32_t>(draws.word() >> 32);
-    if (used != 0) all[at + words - 1] &= (1U << used) - 1U;
-  }
-}
-
 // The exponent of the smallest scale of an exact case. Decoded weights, down to half of it, and the bias are
 // numbers of float16 too, unless neither scales nor results are of that type.
 inline int lowest_exponent(const ProductCase& c) {
@@ -139,8 +122,9 @@ inline int lowest_exponent(const ProductCase& c) {
   const auto* const outliers = dynamic_cast<const Outliers*>(c.format.get());
   const Format& dense = outliers != nullptr ? *outliers->dense : *c.format;
   // Outliers are float16 whatever the rest is.
-  const bool wide = outliers == nullptr && c.dtype != DType::f16 &&
-                    dynamic_cast<const ScaledFormat&>(dense).scale_dtype != DType::f16;
+  const auto* const scaled = dynamic_cast<const ScaledFormat*>(&dense);
+  const bool wide =
+      outliers == nullptr && c.dtype != DType::f16 && scaled != nullptr && scaled->scale_dtype != DType::f16;
   return (wide ? kWideExponents : kExponents)[c.seed / 2 % 5];
 }
 
@@ -226,9 +210,14 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
   const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
   const auto* const vectors = dynamic_cast<const VectorCodebook*>(c.format.get());
+  const auto* const spqr = dynamic_cast<const Spqr*>(c.format.get());
   for (const PlaneSpec& spec : c.format->planes(c.n, c.k)) {
     if (spec.optional && !c.group_index) continue;
     Tensor plane(spec.dtype, spec.shape);
+    if (spqr != nullptr && fill_spqr(*spqr, spec.name, c.n, c.exact, lowest, draws, plane)) {
+      packed.planes.emplace(spec.name, std::move(plane));
+      continue;
+    }
     if (spec.name == "codes" && vectors != nullptr) {
       draw_vector_codes(draws, *vectors, c.k, plane);
     } else if (spec.name == "codebook" && vectors != nullptr) {

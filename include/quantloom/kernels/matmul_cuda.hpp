@@ -14,9 +14,9 @@
 
 namespace quantloom {
 
-// A matrix of codes (uniform, codebook, vector_codebook, each with or without outliers) in "fragment order":
-// blocks of 64 rows x 64 columns, in each the codes that one lane of a warp multiplies next to each other.
-// Rows and columns are padded to whole blocks, groups to multiples of 16 columns; padding has scale 0.
+// A matrix of codes (uniform, codebook, vector_codebook, spqr, each with or without outliers) in "fragment
+// order": blocks of 64 rows x 64 columns, in each the codes that one lane of a warp multiplies next to each
+// other. Rows and columns are padded to whole blocks, groups to multiples of 16 columns; padding has scale 0.
 //   codes        int32 [ceil(n/64), column_blocks, bits, 32, 4]; `bits` of a weight: for vectors those of
 //                its codes, of all tables, over dim, rounded up
 //   scales       scale_dtype [ceil(n/64), groups, 8, 8]
@@ -26,6 +26,11 @@ namespace quantloom {
 //                padding
 //   group_index  as in the packed tensor, where it has one
 //   outlier_*    as in the packed tensor, where its format has outliers; columns are inputs, not padded
+//   place        int32 [k], only if there are planes source and outlier_*: the padded column of each input
+// In place of scales and zeros, spqr, whose column_blocks are an even number, has
+//   parameters   uint8 [ceil(n/64), groups, 8, 8 or 16]: codes of the scales of rows i, i + 8, ..., i + 56 of
+//                a block, in 4 bits each if both widths of codes fit, else in 8, then those of zero points
+//   grids        float16 [ceil(n/block), groups, 4]: a scale grid, then a zero grid
 //
 // A trellis has its rings in blocks of 64 x 64, rows and columns padded to multiples of 128 with rings of
 // zeros, and its other planes as in the packed tensor:
