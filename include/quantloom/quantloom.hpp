@@ -17,6 +17,8 @@
 // `threads` = 0 means OpenMP's default; results never depend on it.
 #pragma once
 
+#include "quantloom/activations/activation_format.hpp"
+#include "quantloom/activations/quantized_activations.hpp"
 #include "quantloom/calibration/cuda_hessian.hpp"
 #include "quantloom/calibration/hessian.hpp"
 #include "quantloom/error.hpp"

@@ -68,6 +68,7 @@ py::dict to_numpy(const std::map<std::string, Tensor>& tensors, bool writeable);
 std::map<std::string, Tensor> to_tensors(const std::map<std::string, ArrayRef>& arrays,
                                          const std::string& argument);
 
+void bind_activations(py::module_& module);
 void bind_arrays(py::module_& module);
 void bind_formats(py::module_& module);
 void bind_entropy(py::module_& module);

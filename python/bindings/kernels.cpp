@@ -93,6 +93,17 @@ void bind_kernels(py::module_& module) {
     const py::gil_scoped_release release;
     matmul(in, *w.tensor, out, options);
   });
+  module.def("matmul_activations", [](const ArrayRef& x, const Prepared& w, const ArrayRef& y,
+                                      const std::string& activations, int64_t threads) {
+    const FloatMatrix in = x.float_matrix("x");
+    const auto out = y.matrix<float>("y", DType::f32);
+    const ActivationFormat format = activation_format_from_json(activations);
+    const py::gil_scoped_release release;
+    matmul(in, *w.tensor, out, format, to_int("threads", threads));
+  });
+  module.def("matmul_is_integer", [](const Prepared& w, const std::string& activations) {
+    return matmul_is_integer(*w.tensor, activation_format_from_json(activations));
+  });
   module.def("matmul_reference", [](const ArrayRef& x, const PackedTensor& packed, const ArrayRef& y) {
     const FloatMatrix in = x.float_matrix("x");
     const auto out = y.matrix<float>("y", DType::f32);

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_core, module) {
   bind_elements(module);
   bind_cuda_fit(module);
   bind_cuda_trellis(module);
+  bind_activations(module);
   bind_kernels(module);
   bind_cuda(module);
   bind_coded(module);

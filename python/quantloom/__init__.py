@@ -20,6 +20,14 @@ from typing import Any as _Any
 
 from quantloom import layouts
 from quantloom._core import __version__
+from quantloom.activations import (
+    ActivationFormat,
+    QuantizedActivations,
+    activations_from_json,
+    parse_activations,
+    quantize_activations,
+    round_activations,
+)
 from quantloom.awq import AWQ, ScaleChoice, search_channel_scales
 from quantloom.calibration import Hessian, proxy_loss
 from quantloom.channel_scales import ChannelScales
@@ -67,6 +75,7 @@ __all__ = [
     "AWQ",
     "BCQ",
     "GPTQ",
+    "ActivationFormat",
     "ChannelScales",
     "Codebook",
     "CodedTensor",
@@ -78,6 +87,7 @@ __all__ = [
     "Outliers",
     "PackedTensor",
     "PreparedTensor",
+    "QuantizedActivations",
     "Recipe",
     "Rounding",
     "RoundingReport",
@@ -89,6 +99,7 @@ __all__ = [
     "Uniform",
     "VectorCodebook",
     "__version__",
+    "activations_from_json",
     "build_info",
     "can_matmul",
     "code",
@@ -103,12 +114,15 @@ __all__ = [
     "load_metadata",
     "load_tensors",
     "matmul",
+    "parse_activations",
     "parse_format",
     "parse_rounding",
     "parse_transform",
     "prepare",
     "proxy_loss",
     "quantize",
+    "quantize_activations",
+    "round_activations",
     "rounding_from_json",
     "save_tensors",
     "search_channel_scales",

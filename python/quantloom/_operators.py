@@ -17,6 +17,8 @@ Of prepared planes on a CUDA device, those of a ``PreparedTensor``:
 
 Of activations alone:
 
+``quantloom::round_activations(x, format)``
+    ``quantloom.round_activations`` by a short form; gradients pass unchanged.
 ``quantloom::hadamard(x, block, signs, scale, channels, inverse)``
     The Hadamard transform of ``quantloom.hadamard``: `block` 0 for whole rows, `signs` as bits, a number and
     optional float32 ``[n]`` that multiply the result.
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 
-from quantloom import _arrays, _cuda, kernels, transforms
+from quantloom import _arrays, _cuda, activations, kernels, transforms
 from quantloom.formats import format_from_json
 from quantloom.tensors import PackedTensor
 
@@ -201,6 +203,21 @@ def _check_vector(name, vector, size, dtype, x):
     if tuple(vector.shape) != (size,) or vector.dtype != dtype or vector.device != x.device:
         got = f"{vector.dtype} {tuple(vector.shape)} on {vector.device}"
         raise ValueError(f"{name}: got {got}, expected {dtype} ({size},) on {x.device}")
+
+
+@torch.library.custom_op(
+    "quantloom::round_activations", mutates_args=(), schema="(Tensor x, str format) -> Tensor"
+)
+def _round_activations(x, format):
+    return activations.round_activations(x.contiguous(), format, torch.get_num_threads())
+
+
+@_round_activations.register_fake
+def _(x, format):
+    return x.new_empty(x.shape)
+
+
+_round_activations.register_autograd(lambda ctx, gradient: (gradient, None))
 
 
 @torch.library.custom_op(

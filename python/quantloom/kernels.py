@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantloom import _arrays, _checks, _core, _devices, coded
+from quantloom.activations import ActivationFormat, parse_activations
 from quantloom.coded import CodedTensor
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.tensors import PackedTensor
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 __all__ = ["Possible", "PreparedTensor", "can_matmul", "kernel_table", "matmul", "prepare"]
 
 ACTIVATIONS = ("exact", "int8")
+
+
+def operand_format(activations: Any) -> str | ActivationFormat:
+    """What ``matmul`` takes as activations: a name of ACTIVATIONS, or a format or its short form."""
+    if isinstance(activations, str) and activations in ACTIVATIONS:
+        return activations
+    if not isinstance(activations, (str, ActivationFormat)):
+        got = _checks.type_name(activations)
+        raise TypeError(f"activations: got {got}, expected 'exact', 'int8' or an ActivationFormat")
+    try:
+        return parse_activations(activations)
+    except ValueError as error:
+        expected = str(error).partition(", expected ")[2]
+        raise ValueError(
+            f"activations: got {activations!r}, expected 'exact', 'int8' or a format: {expected}"
+        ) from None
 
 
 class PreparedTensor:
@@ -182,7 +199,7 @@ def prepare_now(q: PackedTensor, threads: int = 0) -> PreparedTensor:
 def matmul(
     x: Any,
     q: PackedTensor | PreparedTensor | CodedTensor | Encoded,
-    activations: str = "exact",
+    activations: str | ActivationFormat = "exact",
     threads: int = 0,
     *,
     bias: Any = None,
@@ -200,7 +217,10 @@ def matmul(
         activations: ``"exact"``: x enters as it is, sums are taken in float32. ``"int8"`` (on the CPU): x is
             rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
             8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
-            and W uniform or a trellis of the codebook ``mul1`` or ``1mad``.
+            and W uniform or a trellis of the codebook ``mul1`` or ``1mad``. An ``ActivationFormat`` or its
+            short form (``"int8:token"``), on the CPU: the product of ``round_activations(x, ...)``, one of
+            integers for uniform, spqr and sdr weights where the inputs that share scales make whole steps of
+            16, else of the rounded values. A transform of W comes before the rounding.
         threads: 0 for OpenMP's default. The result does not depend on it.
         bias: None or ``[n]``, of the kind and dtype of `x`.
         kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits. For
@@ -214,7 +234,7 @@ def matmul(
     Raises TypeError (kind, dtype, device), ValueError (shape, activations), RuntimeError if no kernel
     takes the product (``can_matmul`` tells why).
     """
-    _checks.choice("activations", activations, ACTIVATIONS)
+    activations = operand_format(activations)
     threads = _checks.thread_count(threads)
     if coded.is_encoded(q):
         device = _arrays.describe("x", x).device
@@ -231,7 +251,9 @@ def matmul(
     if not on_cpu and tokens.device != q.device:
         raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
     if not on_cpu and activations != "exact":
-        raise RuntimeError(f"activations: got {activations!r}, but on a CUDA device there is only 'exact'")
+        raise RuntimeError(
+            f"activations: got {str(activations)!r}, but on a CUDA device there is only 'exact'"
+        )
     if kernel is not None:
         _checks.string("kernel", kernel, "a name of kernel_table()")
         if on_cpu or isinstance(q, CodedTensor):
@@ -240,7 +262,7 @@ def matmul(
             )
     if isinstance(q, CodedTensor):
         if activations != "exact":
-            raise RuntimeError(f"activations: got {activations!r}, but coded weights take only 'exact'")
+            raise RuntimeError(f"activations: got {str(activations)!r}, but coded weights take only 'exact'")
         return coded.multiply(tokens, q, added, threads).reshape(shape)
     prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
     transform = prepared.transform
@@ -265,7 +287,11 @@ def matmul(
             y = y if added is None else y + added
         return y.reshape(shape)
     y = _arrays.empty(tokens.kind, (tokens.shape[0], n), "float32")
-    _core.matmul(tokens.core, prepared._core, _arrays.describe("y", y).core, activations, threads)
+    out = _arrays.describe("y", y).core
+    if isinstance(activations, ActivationFormat):
+        _core.matmul_activations(tokens.core, prepared._core, out, activations.to_json(), threads)
+    else:
+        _core.matmul(tokens.core, prepared._core, out, activations, threads)
     if transform is not None:
         y = transform.rotate_output(y, inverse=True, threads=threads)
     if added is not None:
@@ -299,7 +325,7 @@ def can_matmul(
     tokens: int = 1,
     dtype: Any = None,
     device: Any = None,
-    activations: str = "exact",
+    activations: str | ActivationFormat = "exact",
     kernel: str | None = None,
 ) -> Possible:
     """Whether ``matmul`` has a kernel, asked before any work.
@@ -310,9 +336,9 @@ def can_matmul(
         dtype: of x; float16 if None.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``; None: the device of the tensor, the
             CPU for a format.
-        kernel: as for ``matmul``.
+        activations, kernel: as for ``matmul``.
     """
-    _checks.choice("activations", activations, ACTIVATIONS)
+    activations = operand_format(activations)
     if kernel is not None:
         _checks.string("kernel", kernel, "a name of kernel_table()")
     tokens = _checks.integer("tokens", tokens, 0)
@@ -328,9 +354,13 @@ def can_matmul(
     if place == "cpu":
         if kernel is not None:
             return Possible(False, f"only a CUDA device has a choice of kernels, got {kernel!r}")
+        if isinstance(activations, ActivationFormat):
+            if not activations.calibrated:
+                return Possible(False, f"the scale of {activations.spec} is not known yet")
+            return _can_matmul_on_cpu(format, "exact")  # at worst the rounded values are multiplied
         return _can_matmul_on_cpu(format, activations)
     if activations != "exact":
-        return Possible(False, f"on a CUDA device activations can only be 'exact', got {activations!r}")
+        return Possible(False, f"on a CUDA device activations can only be 'exact', got {str(activations)!r}")
     from quantloom import _cuda
 
     reason = _cuda.why_not(format.to_json(), tokens, name, place, kernel)

@@ -15,6 +15,7 @@ import torch
 
 import quantloom._operators  # noqa: F401 - registers the operators
 from quantloom import _arrays, _checks, _core, _cuda, kernels
+from quantloom.activations import ActivationFormat, parse_activations
 from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format, parse_format
 from quantloom.quantizing import quantize
@@ -22,7 +23,7 @@ from quantloom.rounding import Rounding
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform
 
-__all__ = ["QuantLinear"]
+__all__ = ["QuantLinear", "RoundedLinear"]
 
 _PREFIX = "prepared_"
 # What autocast casts; it leaves other dtypes, such as float64, alone.
@@ -32,6 +33,37 @@ _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 def _keeps_prepared(device: torch.device) -> bool:
     """Whether modules on this device keep the planes in the order of its kernels only."""
     return device.type == "cuda"
+
+
+def _known_scale(activations: str | ActivationFormat) -> str | ActivationFormat:
+    if isinstance(activations, ActivationFormat) and not activations.calibrated:
+        raise ValueError(f"activations: got {activations.spec}, expected one with its scale (with_range)")
+    return activations
+
+
+class RoundedLinear(torch.nn.Linear):
+    """A linear layer whose inputs are rounded by ``quantloom.round_activations``: what a ``QuantLinear`` with
+    an ``ActivationFormat`` computes, from decoded weights.
+
+    Args:
+        linear: its weight and bias are used as they are.
+        activations: an ``ActivationFormat`` or its short form.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, activations: ActivationFormat | str) -> None:
+        if not isinstance(linear, torch.nn.Linear):
+            raise TypeError(f"linear: got {_checks.type_name(linear)}, expected a torch.nn.Linear")
+        activations = _known_scale(parse_activations(activations))
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.activations, self._operand = activations, activations.spec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[..., in_features]`` on the CPU; returns ``[..., out_features]``."""
+        return super().forward(torch.ops.quantloom.round_activations(x, self._operand))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activations={self.activations}"
 
 
 class QuantLinear(torch.nn.Module):
@@ -59,19 +91,23 @@ class QuantLinear(torch.nn.Module):
     Args:
         packed: W ``[out_features, in_features]``, a ``PackedTensor``; NumPy planes are copied.
         bias: None or ``[out_features]``, floating point; a ``torch.nn.Parameter`` is used as it is.
-        activations: ``"exact"`` or ``"int8"`` (on the CPU), see ``quantloom.matmul``.
+        activations: ``"exact"``, or on the CPU ``"int8"`` or an ``ActivationFormat`` or its short form, see
+            ``quantloom.matmul``. A format is part of the description in ``state_dict``.
 
     Raises TypeError or ValueError naming the argument, RuntimeError if no kernel of a CUDA device takes the
     format.
     """
 
     def __init__(
-        self, packed: PackedTensor, bias: torch.Tensor | None = None, activations: str = "exact"
+        self,
+        packed: PackedTensor,
+        bias: torch.Tensor | None = None,
+        activations: str | ActivationFormat = "exact",
     ) -> None:
         super().__init__()
         if not isinstance(packed, PackedTensor):
             raise TypeError(f"packed: got {_checks.type_name(packed)}, expected a PackedTensor")
-        self.activations = _checks.choice("activations", activations, kernels.ACTIVATIONS)
+        self.activations = activations
         packed = packed if packed.kind == "torch" else packed.to("torch")
         self.out_features, self.in_features = packed.shape
         self._format = packed.format
@@ -119,7 +155,7 @@ class QuantLinear(torch.nn.Module):
         linear: torch.nn.Linear,
         format: Format | str,
         rounding: Rounding | None = None,
-        activations: str = "exact",
+        activations: str | ActivationFormat = "exact",
         transform: Transform | str | None = None,
     ) -> QuantLinear:
         """Quantizes the weights of a ``torch.nn.Linear`` and takes its bias over.
@@ -139,6 +175,16 @@ class QuantLinear(torch.nn.Module):
         threads = torch.get_num_threads()
         packed = quantize(weight.to(place), format, rounding, transform=transform, threads=threads)
         return cls(packed.to(weight.device), linear.bias, activations)
+
+    @property
+    def activations(self) -> str | ActivationFormat:
+        """How inputs enter the product, see ``quantloom.matmul``."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str | ActivationFormat) -> None:
+        self._activations = _known_scale(kernels.operand_format(value))
+        self._operand = str(self._activations)  # what the operator takes; compiled code cannot make it
 
     @property
     def packed(self) -> PackedTensor:
@@ -220,11 +266,11 @@ class QuantLinear(torch.nn.Module):
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The same in the basis in which W is stored."""
         if not self._is_prepared:
-            y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self.activations)
+            y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self._operand)
             return y if bias is None else y + bias
-        if self.activations != "exact":
+        if self._operand != "exact":
             raise RuntimeError(
-                f"activations: got {self.activations!r}, but on a CUDA device there is only 'exact'"
+                f"activations: got {self._operand!r}, but on a CUDA device there is only 'exact'"
             )
         return torch.ops.quantloom.linear(x, self._planes(), bias, *self._description)
 
@@ -297,6 +343,8 @@ class QuantLinear(torch.nn.Module):
         # A tensor of text, because many writers of state dicts take tensors only.
         basis = "" if self._transform is None else f',"transform":{self._transform.to_json()}'
         shape = f"[{self.out_features},{self.in_features}]"
+        if isinstance(self.activations, ActivationFormat):
+            basis += f',"activations":{self.activations.to_json()}'
         text = f'{{"format":{self._format.to_json()},"shape":{shape}{basis}}}'
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 

@@ -10,7 +10,7 @@
 #include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
 #include "kernels/prepared_trellis.hpp"
-#include "kernels/strip_job.hpp"
+#include "kernels/strip_product.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
@@ -21,30 +21,8 @@ namespace quantloom {
 namespace kernels {
 namespace {
 
-// Strips in one piece of work: few for a single tile, which runs at the speed of memory, so that all threads
-// get some; more for several tiles, so that the activations of one stay in the second-level cache.
-constexpr int64_t kPieceStrips = 4;
-constexpr int64_t kPieceStripsOfManyTiles = 16;
 // Tokens whose activations are held at once.
 constexpr int64_t kBatchTokens = 512;
-// Below this many bytes of weights times tiles, another thread costs more than it brings.
-constexpr int64_t kBytesPerThread = int64_t{1} << 16;
-
-int tile_for(int64_t tokens) {
-  if (tokens >= 5) return kMaxTileTokens;
-  return tokens >= 3 ? 4 : static_cast<int>(tokens);
-}
-
-// A tile of activations in the order of strip_job.hpp.
-struct PackedTile {
-  int tile = 1;
-  std::vector<float> x;
-  std::vector<float> group_sum;
-  std::vector<int32_t> codes;
-  std::vector<float> scale;
-  std::vector<int32_t> start;
-  std::vector<float> code_sum;
-};
 
 void pack_exact(const FloatMatrix& x, int64_t first, int64_t tokens, const PreparedStrips& w,
                 PackedTile& out) {
@@ -113,103 +91,17 @@ void pack_int8(const FloatMatrix& x, int64_t first, int64_t tokens, const Prepar
   }
 }
 
-StripMatrix strip_matrix(const PreparedStrips& w) {
-  StripMatrix matrix;
-  matrix.stream = reinterpret_cast<const uint8_t*>(w.stream.data());
-  matrix.strip_bytes = w.strip_bytes;
-  matrix.rows = w.rows;
-  matrix.groups = w.groups.data();
-  matrix.group_count = static_cast<int64_t>(w.groups.size());
-  matrix.container_bits = w.container_bits;
-  matrix.scale_dtype = w.format->scale_dtype;
-  matrix.has_zeros = w.has_zeros;
-  matrix.real_zeros = w.real_zeros;
-  matrix.center = w.center;
-  matrix.table = w.table.empty() ? nullptr : w.table.data();
-  return matrix;
-}
-
 void multiply_batch(const FloatMatrix& x, int64_t first_token, int64_t token_count, const PreparedStrips& w,
                     MatrixView<float> y, Activations activations, int threads) {
-  const int64_t tile_count = ceil_div(token_count, kMaxTileTokens);
-  const int64_t work = w.stream.size() * tile_count;
-  const auto team = static_cast<int>(std::clamp<int64_t>(work / kBytesPerThread, 1, threads));
-
-  std::vector<PackedTile> tiles(static_cast<size_t>(tile_count));
-  const auto tokens_of = [&](int64_t i) {
-    return std::min<int64_t>(kMaxTileTokens, token_count - i * kMaxTileTokens);
+  const bool int8 = activations == Activations::int8;
+  const auto pack = [&](int64_t first, int64_t count, PackedTile& tile) {
+    if (int8) {
+      pack_int8(x, first_token + first, count, w, tile);
+    } else {
+      pack_exact(x, first_token + first, count, w, tile);
+    }
   };
-  parallel_for(tile_count, team, [&](int64_t i) {
-    PackedTile& tile = tiles[static_cast<size_t>(i)];
-    tile.tile = tile_for(tokens_of(i));
-    const int64_t first = first_token + i * kMaxTileTokens;
-    if (activations == Activations::int8) {
-      pack_int8(x, first, tokens_of(i), w, tile);
-    } else {
-      pack_exact(x, first, tokens_of(i), w, tile);
-    }
-  });
-
-  const StripMatrix matrix = strip_matrix(w);
-  const int64_t strips = w.strip_count();
-  const int64_t piece_strips = tile_count > 1 ? kPieceStripsOfManyTiles : kPieceStrips;
-  const int64_t pieces = ceil_div(strips, piece_strips);
-  parallel_for(checked_mul(pieces, tile_count), team, [&](int64_t task) {
-    const int64_t i = task / pieces;
-    const int64_t first = task % pieces * piece_strips;
-    const int64_t last = std::min(first + piece_strips, strips);
-    const PackedTile& packed = tiles[static_cast<size_t>(i)];
-    float* out = y.row(first_token + i * kMaxTileTokens);
-    if (activations == Activations::int8) {
-      Int8Tile tile;
-      tile.tile = packed.tile;
-      tile.tokens = static_cast<int>(tokens_of(i));
-      tile.x = packed.codes.data();
-      tile.scale = packed.scale.data();
-      tile.start = packed.start.data();
-      tile.code_sum = packed.code_sum.data();
-      tile.y = out;
-      tile.y_stride = y.stride();
-      multiply_strips_int8(matrix, tile, first, last);
-    } else {
-      ExactTile tile;
-      tile.tile = packed.tile;
-      tile.tokens = static_cast<int>(tokens_of(i));
-      tile.x = packed.x.data();
-      tile.group_sum = packed.group_sum.data();
-      tile.y = out;
-      tile.y_stride = y.stride();
-      multiply_strips_exact(matrix, tile, first, last);
-    }
-  });
-}
-
-// True if the rows of x and y share bytes.
-bool overlap(const FloatMatrix& x, MatrixView<float> y) {
-  if (x.rows() == 0 || x.cols() == 0) return false;
-  const auto* x_begin = static_cast<const std::byte*>(x.data());
-  const std::byte* x_end = x_begin + ((x.rows() - 1) * x.stride() + x.cols()) * size_of(x.dtype());
-  const auto* y_begin = reinterpret_cast<const std::byte*>(y.data());
-  const auto* y_end = reinterpret_cast<const std::byte*>(y.row(y.rows() - 1) + y.cols());
-  const std::less<const std::byte*> before;
-  return before(x_begin, y_end) && before(y_begin, x_end);
-}
-
-void check_shapes(const FloatMatrix& x, int64_t n, int64_t k, MatrixView<float> y) {
-  if (x.cols() != k) {
-    throw InvalidArgument("x", text_of("shape [", x.rows(), ", ", x.cols(), "]"),
-                          text_of("[m, k = ", k, "]"));
-  }
-  if (y.rows() != x.rows() || y.cols() != n) {
-    throw InvalidArgument("y", text_of("shape [", y.rows(), ", ", y.cols(), "]"),
-                          text_of("[m, n] = [", x.rows(), ", ", n, "]"));
-  }
-  if (y.rows() == 0 || y.cols() == 0) return;
-  if (y.data() == nullptr) throw InvalidArgument("y", "a null pointer", "memory for m * n values");
-  if (y.stride() < y.cols()) {
-    throw InvalidArgument("y", text_of("stride ", y.stride()), text_of("at least n = ", n));
-  }
-  if (overlap(x, y)) throw InvalidArgument("y", "memory that x lies in", "memory apart from x");
+  multiply_tiles(strip_matrix(w), w, y.block(first_token, 0, token_count, y.cols()), int8, threads, pack);
 }
 
 }  // namespace

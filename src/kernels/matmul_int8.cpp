@@ -62,6 +62,7 @@ void strips(const StripMatrix& w, const Int8Tile& tile, int64_t first, int64_t l
   constexpr int kFullSteps = static_cast<int>(kBlockColumns) / kColumns;
   const int64_t scale_bytes = kStripRows * size_of(w.scale_dtype);
   const int64_t header = scale_bytes + zero_bytes(w.has_zeros, w.real_zeros);
+  const int block_steps = w.block_columns / kColumns;
   for (int64_t strip = first; strip < last; ++strip) {
     const uint8_t* HWY_RESTRICT p = w.stream + strip * w.strip_bytes;
     const int32_t* HWY_RESTRICT x = tile.x;
@@ -79,7 +80,7 @@ void strips(const StripMatrix& w, const Int8Tile& tile, int64_t first, int64_t l
         for (int part = 0; part < kParts; ++part) sum[t][part] = hn::Zero(df);
       }
       for (int b = 0; b <= plan.full_blocks; ++b) {
-        const int steps = b < plan.full_blocks ? kFullSteps : plan.tail_steps;
+        const int steps = b < plan.full_blocks ? block_steps : plan.tail_steps;
         if (steps == 0) break;
         HWY_UNROLL(4)
         for (int part = 0; part < kParts; ++part) {

@@ -16,6 +16,7 @@ struct StripMatrix {
   int64_t rows = 0;
   const GroupPlan* groups = nullptr;
   int64_t group_count = 0;
+  int block_columns = kBlockColumns;  // of the plan's full blocks, a multiple of the columns of a step
   int container_bits = 0;
   DType scale_dtype = DType::f16;
   bool has_zeros = false;

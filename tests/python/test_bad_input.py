@@ -402,6 +402,19 @@ TABLE = [
     (ql.matmul, (W, Q), {"threads": "2"}, TypeError, "threads str"),
     (ql.matmul, (W, Q), {"bias": W[0]}, ValueError, "bias [64]"),
     (ql.matmul, (W, Q), {"bias": [0.0]}, TypeError, "bias list"),
+    (ql.matmul, (W, Q, "int9:token"), {}, ValueError, "activations int9:token exact int8 intBITS"),
+    (ql.matmul, (NOT_FINITE, Q, "int8:token"), {}, ValueError, "x token 7 input 33"),
+    (ql.ActivationFormat, (9,), {}, ValueError, "bits 9 8"),
+    (ql.ActivationFormat, (8, "row"), {}, ValueError, "scope row token tensor group"),
+    (ql.parse_activations, ("int8",), {}, ValueError, "activations int8 intBITS:token"),
+    (ql.parse_activations, (8,), {}, TypeError, "activations int ActivationFormat"),
+    (ql.activations_from_json, ("{}",), {}, ValueError, "{} activations"),
+    (ql.activations_from_json, (3,), {}, TypeError, "json int string"),
+    (ql.quantize_activations, (NOT_FINITE, "int8:token"), {}, ValueError, "x token 7 input 33"),
+    (ql.quantize_activations, (W, 8), {}, TypeError, "activations int"),
+    (ql.round_activations, (W, "int8:tensor:static"), {}, ValueError, "activations static scale"),
+    (ql.round_activations, ([1.0], "int8:token"), {}, TypeError, "x list"),
+    (ql.nn.RoundedLinear, (T, "int8:token"), {}, TypeError, "linear Tensor Linear"),
     (ql.can_matmul, (W,), {}, TypeError, "format ndarray"),
     (ql.can_matmul, (Q, -1), {}, ValueError, "tokens -1"),
     (ql.can_matmul, (Q, 1, "float64"), {}, TypeError, "dtype float64 float16"),
@@ -503,7 +516,14 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
 def test_the_table_covers_every_public_function():
     covered = {name_of(row[0]) for row in TABLE}
     plain = {"build_info", "kernel_table", "format_table"}  # no arguments
-    classes = {"Format", "Rounding", "RoundingReport", "ScaleChoice", "Transform"}  # nothing to construct
+    classes = {
+        "Format",
+        "Rounding",
+        "QuantizedActivations",
+        "RoundingReport",
+        "ScaleChoice",
+        "Transform",
+    }  # nothing to construct
     expected = {name for name in ql.__all__ if callable(getattr(ql, name))} - plain - classes
     expected |= set(ql.layouts.__all__)
     expected |= {"QuantLinear", "QuantLinear.from_linear", "QuantLinear.forward", "QuantLinear.dequantize"}

@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "quantloom/activations/activation_format.hpp"
 #include "quantloom/packed_tensor.hpp"
 
 namespace quantloom {
@@ -42,6 +43,17 @@ struct MatmulOptions {
 // is overwritten and must not overlap x.
 void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
             const MatmulOptions& options = {});
+
+// The product of x as `activations` rounds it: that of round_activations(). Evenly spaced grids and sdr are
+// multiplied as integers, exactly within each run of at most 128 inputs that share scales, where such runs
+// are whole steps of 16 inputs (matmul_is_integer()); else x is rounded, then multiplied as with
+// Activations::exact. A token's result does not depend on the others, unless they share a dynamic scale.
+// Throws as round_activations() does, before y is touched.
+void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
+            const ActivationFormat& activations, int threads = 0);
+
+// Whether that product is one of integers.
+bool matmul_is_integer(const PreparedTensor& w, const ActivationFormat& activations);
 
 // The slow obvious reference: decodes W and accumulates in float64.
 void matmul_reference(const FloatMatrix& x, const PackedTensor& w, MatrixView<float> y);
