@@ -95,6 +95,88 @@ def from_spqr(tensors: Mapping[str, Any], shape: tuple[int, int]) -> PackedTenso
     return q if kind == "numpy" else q.to("torch")
 
 
+def to_spqr(q: PackedTensor) -> dict[str, Any]:
+    """The arrays of SpQR's inference library: ``dense_weights, row_offsets, col_vals, in_perm``, with
+    outliers by rows; ``in_perm`` is empty unless columns of a group are not consecutive.
+
+    Args:
+        q: ``SpQR(3, 16, 3, 3, 16)``, alone or in ``Outliers``, with n a multiple of 16, k at most 65536 and,
+            where there is a plane group_index, full groups.
+
+    No code changes. The library's kernels compute in float16. Raises ValueError for what tiles cannot hold.
+    """
+    if not isinstance(q, PackedTensor):
+        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    if q.transform is not None:
+        raise RuntimeError(f"q: got the transform {q.transform.spec}, which the layout cannot hold")
+    n, k = q.shape
+    reason = tiles_refusal(q.format, n, k)
+    if reason is not None:
+        raise ValueError(f"q: {reason}")
+    planes = q.to("cpu").to("numpy").planes
+    groups = -(-k // _TILE)
+    codes = _unpack(planes["codes"], k)
+    order = np.arange(k)
+    if "group_index" in planes:
+        group_index = planes["group_index"]
+        order = np.argsort(group_index, kind="stable")
+        if not np.array_equal(group_index[order], np.arange(k) // _TILE):
+            raise ValueError(
+                f"q: got a group_index with groups that are not full, expected {_TILE} columns each"
+            )
+        codes = codes[:, order]
+    fields = np.zeros((n // _TILE, groups, _TILE, 18), np.uint64)
+    padded = np.zeros((n, groups * _TILE), np.uint64)
+    padded[:, :k] = codes
+    fields[..., 2:] = padded.reshape(n // _TILE, _TILE, groups, _TILE).transpose(0, 2, 1, 3)
+    for i, name in enumerate(("scales", "zeros")):
+        fields[..., i] = _unpack(planes[name], n).reshape(groups, n // _TILE, _TILE).transpose(1, 0, 2)
+    words = (fields << (np.arange(18, dtype=np.uint64) * 3)).sum(-1, dtype=np.uint64)
+    # [groups, blocks, step or zero, of scales or of zero points], then a byte for two rows each.
+    numbers = np.stack([planes["scale_grids"], planes["zero_grids"]], axis=-1)
+    parts = np.ascontiguousarray(numbers.transpose(1, 0, 2, 3).reshape(n // _TILE, groups, 4)).view(np.uint8)
+    words |= np.repeat(parts, 2, axis=-1).astype(np.uint64) << np.uint64(54)
+    arrays = {"dense_weights": words.reshape(-1).view(np.int64), **_stored_outliers(planes, n, order)}
+    pairs = np.zeros(k + k % 2 if "group_index" in planes else 0, np.uint16)
+    pairs[:k] = order[: pairs.size]
+    arrays["in_perm"] = pairs.view(np.int32)
+    if q.kind == "numpy":
+        return arrays
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def tiles_refusal(form: Any, n: int, k: int) -> str | None:
+    """Why tiles cannot hold a matrix [n, k] of a format; None if they can."""
+    dense = form.dense if isinstance(form, Outliers) else form
+    expected = SpQR(3, _TILE, 3, 3, _TILE)
+    if dense != expected:
+        return f"spqr holds {expected.spec} alone or with outliers, got {form.spec}"
+    if n % _TILE or not 0 < k <= 65536:
+        return f"spqr needs out_features in multiples of 16 and at most 65536 in_features, got {n} and {k}"
+    return None
+
+
+def _unpack(words: np.ndarray, count: int) -> np.ndarray:
+    """The codes of 3 bits in rows of 32-bit words; the inverse of ``_pack``."""
+    flags = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    return (flags[:, : 3 * count].reshape(len(words), count, 3) << np.arange(3)).sum(-1, dtype=np.uint64)
+
+
+def _stored_outliers(planes: Mapping[str, np.ndarray], n: int, order: np.ndarray) -> dict[str, np.ndarray]:
+    """Offsets of rows, and entries with the stored columns, rising within a row."""
+    if "outlier_offsets" not in planes:
+        return {"row_offsets": np.zeros(n + 1, np.int32), "col_vals": np.zeros(0, np.int32)}
+    offsets = np.asarray(planes["outlier_offsets"])
+    rows = np.repeat(np.arange(n), np.diff(offsets))
+    columns = np.argsort(order)[planes["outlier_columns"].astype(np.int64)]
+    values = planes["outlier_values"].view(np.uint16).astype(np.uint32)
+    entries = (values << 16) | columns.astype(np.uint32)
+    ranked = np.lexsort((columns, rows))
+    return {"row_offsets": offsets.astype(np.int32), "col_vals": entries[ranked].view(np.int32)}
+
+
 def _dense_planes(words: np.ndarray, n: int, k: int) -> dict[str, np.ndarray]:
     """The planes of words [n / 16, ceil(k / 16), 16], one for each row of a tile: bits 0-2 the code of the
     row's scale, 3-5 that of its zero point, 6-53 those of its weights, 54-61 a byte of the tile's four

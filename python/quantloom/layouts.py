@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantloom import _arrays, _checks, _core
-from quantloom._spqr_tiles import from_spqr
+from quantloom._spqr_tiles import from_spqr, to_spqr
 from quantloom.formats import group_columns
 from quantloom.tensors import PackedTensor, load_tensors
 
@@ -26,6 +26,7 @@ __all__ = [
     "to_compressed_tensors",
     "to_exl3",
     "to_gptq",
+    "to_spqr",
 ]
 
 

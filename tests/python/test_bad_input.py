@@ -212,6 +212,7 @@ TABLE = [
     (ql.layouts.from_spqr, ([], (16, 16)), {}, TypeError, "tensors list mapping"),
     (ql.layouts.from_spqr, ({}, (16, 16)), {}, ValueError, "tensor dense_weights int64"),
     (ql.layouts.from_spqr, ({}, (15, 16)), {}, ValueError, "shape 15 multiple of 16"),
+    (ql.layouts.to_spqr, (W,), {}, TypeError, "q ndarray PackedTensor"),
     (ql.layouts.from_awq, ({}, 32), {}, ValueError, "tensor qweight"),
     (ql.layouts.from_awq, ({}, 0), {}, ValueError, "group_size 0"),
     (ql.GPTQ, (W[:, 0],), {}, ValueError, "hessian [32] 2 dimensions"),

@@ -338,3 +338,31 @@ def test_refusals_agree_with_the_converters():
                         assert ql.layouts.to_compressed_tensors(q)
                     else:
                         assert ql.layouts.to_gptq(q, "gptq_v2")
+
+
+def test_spqr_tiles_come_back(model, quantized, tmp_path):
+    recipe = ql.Recipe(ql.SpQR(3), rounding=ql.GPTQ(outliers=ql.OutlierSearch(percent=2)))
+    folder = tmp_path / "quantized"
+    ids = torch.arange(24 * 4) * 7 % model_factory.VOCABULARY
+    models.quantize(model, recipe, calibration=ids, output=folder, windows=4, window=24, held_out_windows=0)
+    report = models.export(folder, tmp_path / "tiles", "spqr")
+    assert report.layout == "spqr" and len(report.modules) == 14
+    config, tensors = config_of(tmp_path / "tiles"), stored(tmp_path / "tiles")
+    assert (config["quant_method"], config["bits"], config["beta1"], config["beta2"]) == ("spqr", 3, 16, 16)
+    assert config["modules_to_not_convert"] == ["lm_head"]
+    assert len(config["shapes"]) == 4 * 14
+    for name, length in config["shapes"].items():
+        assert tuple(tensors[name.removesuffix(".shape")].shape) == (length,)
+    models.import_(tmp_path / "tiles", tmp_path / "back")
+    before, after = stored(folder), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, ql.PackedTensor):
+            assert torch.equal(value.dequantize(), after[name].dequantize()), name
+    with pytest.raises(ValueError, match="spqr holds"):
+        models.export(quantized("uniform:4:g32"), tmp_path / "no", "spqr")
+    broken = json.loads((tmp_path / "tiles" / "config.json").read_text())
+    broken["quantization_config"]["beta1"] = 32
+    (tmp_path / "tiles" / "config.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="beta1 32"):
+        models.import_(tmp_path / "tiles", tmp_path / "refused")

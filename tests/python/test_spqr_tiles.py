@@ -126,3 +126,38 @@ def test_contradictions_are_refused(rng):
     refuse(ValueError, "scale_grids", dense_weights=words)
     refuse(ValueError, "dense_weights", shape=(32, 64))
     refuse(ValueError, "shape", shape=(30, 48))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 48), (48, 50), (16, 130)])
+def test_planes_become_tiles(rng, shape):
+    for q in (sample(rng, *shape), ql.quantize(rng.standard_normal(shape).astype(np.float32), "spqr:3")):
+        tensors = ql.layouts.to_spqr(q)
+        if "outlier_values" in q.planes:
+            expected = tiles_of(q, False) | {"in_perm": np.zeros(0, np.int32)}
+            assert tensors.keys() == expected.keys()
+            for name, array in expected.items():
+                assert tensors[name].dtype == array.dtype
+                np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+        back = ql.layouts.from_spqr(tensors, shape)
+        np.testing.assert_array_equal(back.dequantize(), q.dequantize())
+        as_torch = ql.layouts.to_spqr(q.to("torch"))
+        assert all(np.array_equal(value.numpy(), tensors[name]) for name, value in as_torch.items())
+
+
+def test_permuted_planes_become_tiles(rng):
+    q = sample(rng, 32, 71, static_groups=False)
+    back = ql.layouts.from_spqr(ql.layouts.to_spqr(q), q.shape)
+    assert back.planes.keys() == q.planes.keys()
+    for name, plane in q.planes.items():
+        np.testing.assert_array_equal(back.planes[name], plane, err_msg=name)
+
+
+def test_what_tiles_cannot_hold(rng):
+    w = rng.standard_normal((32, 48)).astype(np.float32)
+    for spec in ("spqr:4", "spqr:3:g32", "spqr:3:g16:s4", "uniform:3:g16"):
+        with pytest.raises(ValueError, match="spqr holds spqr:3"):
+            ql.layouts.to_spqr(ql.quantize(w, spec))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        ql.layouts.to_spqr(ql.quantize(w[:24], "spqr:3"))
+    with pytest.raises(TypeError, match="PackedTensor"):
+        ql.layouts.to_spqr(w)

@@ -36,6 +36,7 @@ def export(
         quantloom export OUT -o OUT-vllm --layout compressed-tensors
         quantloom export OUT -o OUT-gptq --layout gptq
         quantloom export OUT-trellis -o OUT-exl3 --layout exl3
+        quantloom export OUT-spqr -o OUT-tiles --layout spqr
     """
     common.require_folder(model, "model")
     common.quiet_libraries()
@@ -50,7 +51,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="Folder in the GPTQ, AWQ, compressed-tensors or EXL3 layout.",
+            help="Folder in the GPTQ, AWQ, compressed-tensors, EXL3 or SpQR layout.",
             show_default=False,
         ),
     ],
@@ -59,7 +60,7 @@ def import_(
     json: common.Json = False,
     traceback: common.Traceback = False,
 ) -> None:
-    """Read a GPTQ, AWQ, compressed-tensors or EXL3 checkpoint and write it in quantloom's layout.
+    """Read a GPTQ, AWQ, compressed-tensors, EXL3 or SpQR checkpoint and write it in quantloom's layout.
 
     **Example**
 

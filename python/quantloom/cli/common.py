@@ -35,6 +35,7 @@ class Layout(str, Enum):
     awq = "awq"
     compressed_tensors = "compressed-tensors"
     exl3 = "exl3"
+    spqr = "spqr"
 
 
 def reports_errors(function: Callable) -> Callable:

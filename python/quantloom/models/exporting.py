@@ -28,15 +28,17 @@ from quantloom.models.layouts import (
     gptq_config,
     read_config,
     refusal,
+    spqr_config,
 )
 from quantloom.models.records import WORK, WorkFolder, write_json
-from quantloom.models.source import build_skeleton, read_json, tensor_files
+from quantloom.models.source import build_skeleton, model_names, read_json, tensor_files
 from quantloom.models.structure import find_blocks
 
 __all__ = ["ExportReport", "export", "import_"]
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _AWQ = ("qweight", "qzeros", "scales")
+_SPQR = ("dense_weights", "row_offsets", "col_vals", "in_perm")
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -71,8 +73,8 @@ def export(
         output: folder of the new checkpoint.
         layout: ``"compressed-tensors"`` (pack-quantized: loaded by vLLM, and by transformers with the
             compressed-tensors package), ``"gptq"`` (zero points minus one, as most files have them),
-            ``"gptq_v2"`` (zero points as they are), ``"awq"`` (AutoAWQ's "gemm") or ``"exl3"`` (trellises,
-            for exllamav3).
+            ``"gptq_v2"`` (zero points as they are), ``"awq"`` (AutoAWQ's "gemm"), ``"exl3"`` (trellises,
+            for exllamav3) or ``"spqr"`` (tiles of SpQR's kernels, for transformers with spqr_quant).
         overwrite: replace a checkpoint in `output`.
 
     Decoded values are those of the quantized checkpoint, bit for bit; a loader that casts scales to the
@@ -95,10 +97,11 @@ def export(
         raise ValueError(f"layout: {name}: {reason}{more}")
     if layout == exl3.QUANT_METHOD:
         return _export_exl3(folder, target, shapes)
-    left = _unquantized(model, folder, heads=layout in ("awq", "compressed-tensors"))
+    left = _unquantized(model, folder, heads=layout in ("awq", "compressed-tensors", "spqr"))
     if layout == "awq":
         awq_config(folder.formats, left)  # refuses what it cannot say
     permuted = False
+    lengths: dict[str, int] = {}  # of the arrays of SpQR
 
     def convert(name: str, packed: Any) -> dict[str, Any]:
         nonlocal permuted
@@ -110,6 +113,9 @@ def export(
                 tensors = ql.layouts.to_compressed_tensors(packed)
             elif layout == "awq":
                 tensors = ql.layouts.to_awq(packed)
+            elif layout == "spqr":
+                tensors = ql.layouts.to_spqr(packed)
+                lengths.update({f"{name}.{key}": len(value) for key, value in tensors.items()})
             else:
                 tensors = ql.layouts.to_gptq(packed, layout)
         except (ValueError, RuntimeError) as error:
@@ -130,6 +136,8 @@ def export(
             return compressed_tensors_config(folder.formats, left, ordered)
         if layout == "awq":
             return awq_config(folder.formats, left)
+        if layout == "spqr":
+            return spqr_config(lengths, left)
         return gptq_config(folder.formats, left, layout, act_order=permuted)
 
     extra = {"quantize_config.json": config} if layout in ("gptq", "gptq_v2") else {}
@@ -181,7 +189,8 @@ def _export_exl3(folder: QuantizedFolder, target: Path, shapes: dict[str, tuple[
 
 
 def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) -> ExportReport:
-    """Reads a GPTQ (v1, v2), AWQ ("gemm"), compressed-tensors (pack-quantized) or EXL3 checkpoint into ours.
+    """Reads a GPTQ (v1, v2), AWQ ("gemm"), compressed-tensors (pack-quantized), EXL3 or SpQR checkpoint into
+    ours.
 
     The packed values are taken over as they are; nothing is quantized again. Raises ValueError naming file
     and module for tensors that contradict the checkpoint's settings, such as zero points by the other
@@ -202,10 +211,12 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
     suffixes, marker, reader = {
         "gptq": (_GPTQ, "qweight", ql.layouts.from_gptq),
         "awq": (_AWQ, "qweight", ql.layouts.from_awq),
+        "spqr": (_SPQR, "dense_weights", ql.layouts.from_spqr),
     }.get(method, (_COMPRESSED, "weight_packed", ql.layouts.from_compressed_tensors))
     read_config(settings, [], str(source))
     target = _check_output(source, output, overwrite)
     formats: dict[str, str] = {}
+    skeleton = build_skeleton(source) if method == "spqr" else None
 
     def files() -> Iterable[tuple[str, dict[str, Any]]]:
         for file in tensor_files(source):
@@ -214,6 +225,8 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
                 name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")
             )
             arguments = read_config(settings, modules, str(source))
+            if skeleton is not None:
+                arguments = {name: (_linear_shape(skeleton, name, source),) for name in modules}
             written: dict[str, Any] = {}
             for name in modules:
                 parts = {
@@ -236,6 +249,17 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
 
     _write(source, target, config_json, files(), config, {})
     return ExportReport(target, str(method), tuple(sorted(formats)), ())
+
+
+def _linear_shape(model: Any, name: str, source: Path) -> tuple[int, int]:
+    import torch
+
+    places, _ = model_names(model, [f"{name}.weight"])
+    place = places.get(f"{name}.weight", "").removesuffix(".weight")
+    linear = model.get_submodule(place) if place else None
+    if not isinstance(linear, torch.nn.Linear):
+        raise ValueError(f"{source}: {name} is packed, but no Linear of the model")
+    return linear.out_features, linear.in_features
 
 
 def _import_exl3(source: Path, output: Any, overwrite: bool) -> ExportReport:
@@ -332,6 +356,8 @@ def _unquantized(model: Any, folder: QuantizedFolder, heads: bool) -> list[str]:
 
 
 def _notes(folder: QuantizedFolder, layout: str) -> list[str]:
+    if layout == "spqr":
+        return ["kernels of this layout compute in float16, with outliers added to decoded weights"]
     notes = []
     dtype = folder.config_json.get("dtype") or folder.config_json.get("torch_dtype")
     scales = {form.scale_dtype for form in folder.formats.values()}

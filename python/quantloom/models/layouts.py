@@ -11,16 +11,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import quantloom as ql
+from quantloom._spqr_tiles import tiles_refusal
 
-__all__ = ["LAYOUTS", "awq_config", "compressed_tensors_config", "gptq_config", "read_config", "refusal"]
+__all__ = [
+    "LAYOUTS",
+    "awq_config",
+    "compressed_tensors_config",
+    "gptq_config",
+    "read_config",
+    "refusal",
+    "spqr_config",
+]
 
-LAYOUTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "exl3")
+LAYOUTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", "spqr")
 
 
 def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
     """Why a module [n, k] of a format cannot be exported to a layout; None if it can."""
     if layout == "exl3":
         return ql._core.exl3_refusal(form.to_json()) or None
+    if layout == "spqr":
+        return tiles_refusal(form, n, k)
     if not isinstance(form, ql.Uniform):
         return f"{layout} holds uniform formats only"
     if isinstance(form.group_size, int) and k % form.group_size:
@@ -87,6 +98,18 @@ def awq_config(formats: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     }
 
 
+def spqr_config(shapes: Mapping[str, int], left: list[str]) -> dict[str, Any]:
+    """The SpQR settings of a checkpoint; `shapes`: of each array of each module, its length."""
+    return {
+        "quant_method": "spqr",
+        "bits": 3,
+        "beta1": 16,
+        "beta2": 16,
+        "shapes": {f"{name}.shape": length for name, length in shapes.items()},
+        "modules_to_not_convert": left or None,
+    }
+
+
 def _gptq_entry(form: Any) -> dict[str, Any]:
     group_size = form.group_size if isinstance(form.group_size, int) else -1
     return {"bits": form.bits, "group_size": group_size, "sym": form.symmetric}
@@ -136,8 +159,8 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
     """The settings of each packed module of a GPTQ, AWQ or compressed-tensors checkpoint.
 
     Returns, by module, the arguments of ``from_gptq`` (bits, group_size, symmetric, version), of
-    ``from_compressed_tensors`` (without version) or of ``from_awq`` (group_size). Raises ValueError naming
-    what cannot be read.
+    ``from_compressed_tensors`` (without version) or of ``from_awq`` (group_size); none for SpQR, whose
+    ``from_spqr`` wants sizes of the model. Raises ValueError naming what cannot be read.
     """
     method = settings.get("quant_method")
     if method == "gptq":
@@ -147,8 +170,15 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
     if method == "awq":
         group_size = _read_awq(settings, origin)
         return dict.fromkeys(modules, (group_size,))
+    if method == "spqr":
+        for name, expected in (("bits", 3), ("beta1", 16), ("beta2", 16)):
+            if settings.get(name, expected) != expected:
+                got = settings[name]
+                raise ValueError(f"{origin}: got {name} {got!r} of an SpQR checkpoint, expected {expected}")
+        return {}
     raise ValueError(
-        f"{origin}: got quant_method {method!r}, expected 'gptq', 'awq', 'compressed-tensors' or 'exl3'"
+        f"{origin}: got quant_method {method!r}, expected 'gptq', 'awq', 'compressed-tensors', 'exl3' or "
+        "'spqr'"
     )
 
 
