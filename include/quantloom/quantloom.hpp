@@ -33,6 +33,7 @@
 #include "quantloom/formats/entropy_cuda.hpp"
 #include "quantloom/formats/format.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/sdr.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/trellis_cuda.hpp"

@@ -7,6 +7,7 @@
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/sdr.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
@@ -103,6 +104,19 @@ void bind_formats(py::module_& module) {
     auto format = format_from_json(dense);
     return percent ? Outliers(std::move(format), *percent).to_json()
                    : Outliers(std::move(format), count).to_json();
+  });
+
+  module.def("sdr_json", [](int64_t bits, int64_t group_size, const std::string& scale_dtype) {
+    return Sdr(to_int("bits", bits), group_size, dtype_from_name(scale_dtype)).to_json();
+  });
+  module.def("sdr_average_bits", [](const std::string& json, int64_t k) {
+    const auto format = std::dynamic_pointer_cast<const Sdr>(format_from_json(json));
+    if (format == nullptr) throw InvalidArgument("format", "another format", "sdr");
+    return format->average_bits(k);
+  });
+  module.def("sdr_to_uniform", [](const PackedTensor& packed, bool by_groups) {
+    const py::gil_scoped_release release;
+    return std::make_shared<PackedTensor>(sdr_to_uniform(packed, by_groups));
   });
 
   module.def("spqr_json",

@@ -34,6 +34,7 @@ from quantloom.channel_scales import ChannelScales
 from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
     BCQ,
+    SDR,
     Codebook,
     Format,
     Outliers,
@@ -75,6 +76,7 @@ __all__ = [
     "AWQ",
     "BCQ",
     "GPTQ",
+    "SDR",
     "ActivationFormat",
     "ChannelScales",
     "Codebook",

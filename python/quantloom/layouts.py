@@ -21,6 +21,7 @@ __all__ = [
     "from_gptq",
     "from_spqr",
     "read_exl3",
+    "sdr_to_uniform",
     "to_awq",
     "to_bcq",
     "to_compressed_tensors",
@@ -147,6 +148,27 @@ def to_bcq(q: PackedTensor, scale_dtype: str | None = None) -> PackedTensor:
     packed = _core.to_bcq(host._core(), scale_dtype)
     result = PackedTensor._from_core(packed, q.kind, transform=q.transform)
     return result if device == "cpu" else result.to(device)
+
+
+def sdr_to_uniform(q: PackedTensor, by_groups: bool = False) -> PackedTensor:
+    """A tensor of significant digits (``SDR``) in the format ``Uniform``, without changing a bit of a value:
+    for kernels and layouts that take only that.
+
+    Args:
+        q: of the format sdr, whatever rounding made it; its transform stays.
+        by_groups: False: 8-bit codes with one scale for each row. True: the codes as they are, with the
+            scale times ``2**shift`` of each group, in float32.
+
+    Raises ValueError for other formats, and for scales that ``2**shift`` takes out of float32.
+    """
+    if not isinstance(q, PackedTensor):
+        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    _checks.boolean("by_groups", by_groups)
+    host = PackedTensor(q.format, q.shape, q.to("cpu").planes)
+    result = PackedTensor._from_core(
+        _core.sdr_to_uniform(host._core(), by_groups), q.kind, transform=q.transform
+    )
+    return result if q.device == "cpu" else result.to(q.device)
 
 
 def to_compressed_tensors(q: PackedTensor) -> dict[str, Any]:

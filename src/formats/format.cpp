@@ -6,6 +6,7 @@
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/sdr.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/trellis.hpp"
 #include "quantloom/formats/uniform.hpp"
@@ -55,6 +56,11 @@ const std::vector<FormatEntry>& format_table() {
        &Spqr::from_json,
        &Spqr::from_spec,
        {"spqr:3:g16:s3:z3:b16", "spqr:2:g32:s3:z3:b16", "spqr:4:g24:s2:z5:b7"}},
+      {"sdr",
+       "significant digits of 8-bit integers: one scale a row, one shift a group, 2 to 7 bits",
+       &Sdr::from_json,
+       &Sdr::from_spec,
+       {"sdr:4:g16", "sdr:4:g128:bf16", "sdr:3:g8:f32", "sdr:6:g24"}},
       {"bcq",
        "binary coding: 1 to 8 planes of signs with a scale each for every group, optionally an offset",
        &Bcq::from_json,

@@ -37,6 +37,11 @@ std::vector<KernelEntry> kernel_table() {
                      std::string(activations) + " strip loop, scales and zero points decoded at load",
                      cpu_target()});
   }
+  for (const char* activations : {"float32", "int8"}) {
+    table.push_back({"matmul", "sdr", "2-7", "any", "cpu", activations, "any",
+                     std::string(activations) + " strip loop, codes or scales shifted at load",
+                     cpu_target()});
+  }
   // Of any dense format: with int8 activations where the dense format takes them.
   table.push_back({"matmul", "outliers", "1-16", "any", "cpu", "float32", "any",
                    "that of the dense format, outliers added", "portable"});
@@ -46,6 +51,7 @@ std::vector<KernelEntry> kernel_table() {
   table.push_back(
       {"dequantize", "vector_codebook", "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "spqr", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
+  table.push_back({"dequantize", "sdr", "2-7", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "bcq", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "trellis", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   for (KernelEntry& entry : cuda_kernel_table()) table.push_back(std::move(entry));

@@ -13,6 +13,7 @@
 #include "kernels/strip_product.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/sdr.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/parallel.hpp"
@@ -116,7 +117,8 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
   if (!with_outliers && !by_rows && !by_signs && !by_rings &&
       dynamic_cast<const GroupedFormat*>(packed.format.get()) == nullptr &&
-      dynamic_cast<const Spqr*>(packed.format.get()) == nullptr) {
+      dynamic_cast<const Spqr*>(packed.format.get()) == nullptr &&
+      dynamic_cast<const Sdr*>(packed.format.get()) == nullptr) {
     throw Unsupported(text_of("prepare: no CPU kernel takes format ", packed.format->spec(),
                               "; kernel_table() lists what the kernels take"));
   }
@@ -135,6 +137,11 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   if (by_rows) return kernels::prepare_rows(packed);
   if (by_signs) return kernels::prepare_bcq(packed, threads);
   if (by_rings) return kernels::prepare_trellis(packed, threads);
+  if (const auto* digits = dynamic_cast<const Sdr*>(packed.format.get())) {
+    // Shifts as scales where that takes fewer bytes than codes that are shifted at load.
+    return kernels::prepare_strips(sdr_to_uniform(packed, digits->bits <= 4 && digits->group_size >= 32),
+                                   threads);
+  }
   return kernels::prepare_strips(packed, threads);
 }
 

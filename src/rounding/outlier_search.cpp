@@ -6,6 +6,7 @@
 
 #include "quantloom/formats/grouped.hpp"
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/sdr.hpp"
 #include "quantloom/formats/spqr.hpp"
 
 namespace quantloom {
@@ -98,8 +99,9 @@ void require_valid(const OutlierSearch& search) {
 int scalar_bits(const Format& dense) {
   if (const auto* spqr = dynamic_cast<const Spqr*>(&dense)) return spqr->bits;
   if (const auto* grouped = dynamic_cast<const GroupedFormat*>(&dense)) return grouped->bits;
+  if (const auto* sdr = dynamic_cast<const Sdr*>(&dense)) return sdr->bits;
   throw InvalidArgument("format", dense.spec(),
-                        "a uniform, codebook or spqr format, which a search for outliers takes");
+                        "a uniform, codebook, spqr or sdr format, which a search for outliers takes");
 }
 
 int64_t outlier_budget(const OutlierSearch& search, const Format& dense, int64_t n, int64_t k,

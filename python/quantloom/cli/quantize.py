@@ -177,6 +177,7 @@ def quantize(
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]
         spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]
+        sdr:BITS[:gN][:f16|bf16|f32]
         bcq:BITS[:gN|:channel][:offset][:f16|:bf16|:f32][:rN][:greedy]
         outliers:PERCENT%:FORMAT
         nearest[:search[=STEPS]]

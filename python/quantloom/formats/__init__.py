@@ -1,10 +1,10 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``BCQ``, ``SpQR``, ``Trellis`` and ``Outliers``
-are the formats that ``ql.quantize`` packs matrices to and that kernels multiply with; they need NumPy only.
-The others are a vocabulary to compare formats with, for torch tensors of any shape: element formats (floats,
-integers, tables, vector tables), density-based tables, Lloyd-Max, and wrappers that add block scales,
-outliers, rotations and entropy coding::
+Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``BCQ``, ``SpQR``, ``SDR``, ``Trellis`` and
+``Outliers`` are the formats that ``ql.quantize`` packs matrices to and that kernels multiply with; they need
+NumPy only. The others are a vocabulary to compare formats with, for torch tensors of any shape: element
+formats (floats, integers, tables, vector tables), density-based tables, Lloyd-Max, and wrappers that add
+block scales, outliers, rotations and entropy coding::
 
     import quantloom.formats as Q
 
@@ -25,6 +25,7 @@ from typing import Any as _Any
 
 from quantloom.formats.packed import (
     BCQ,
+    SDR,
     Codebook,
     Format,
     Outliers,
@@ -76,6 +77,7 @@ __all__ = [
     "Codebook",
     "Format",
     "Outliers",
+    "SDR",
     "SpQR",
     "Trellis",
     "Uniform",

@@ -18,6 +18,7 @@ from quantloom import _checks, _core
 
 __all__ = [
     "BCQ",
+    "SDR",
     "Codebook",
     "Format",
     "Outliers",
@@ -334,6 +335,46 @@ class SpQR(Format):
         return self._json
 
 
+@dataclass(frozen=True)
+class SDR(Format):
+    """The significant digits of 8-bit integers (SDR, the codec of QRazor: Lee et al., 2025).
+
+    Each row is rounded to 8-bit integers with one scale, ``max|w| / 127``; the integers of a group of columns
+    are cut to `bits` bits behind a shift that the group shares: ``value = scale * code * 2**shift``. A group
+    thus costs 3 bits (for 4-bit codes) instead of a scale of 16.
+
+    Args:
+        bits: of a code, 2 to 7.
+        group_size: columns along in_features that share a shift, an integer > 0.
+        scale_dtype: of the rows' scales: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    bits: int = 4
+    group_size: int = 16
+    scale_dtype: str = "float16"
+    _json: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        expected = "an integer from 2 to 7"
+        object.__setattr__(self, "bits", _checks.integer("bits", self.bits, expected=expected))
+        size = _checks.integer("group_size", self.group_size, expected="an integer > 0")
+        object.__setattr__(self, "group_size", size)
+        dtype = _scale_dtype(self.scale_dtype)
+        object.__setattr__(self, "scale_dtype", dtype)
+        object.__setattr__(self, "_json", _core.sdr_json(self.bits, size, dtype))
+
+    def average_bits(self, k: int) -> float:
+        """Bits of a weight in rows of k: ``bits + shift_bits / group_size + scale bits / k``, where a shift
+        takes 3 bits for codes of 4 and less, 2 for 5 and 6, 1 for 7. ``PackedTensor.bits_per_weight`` also
+        counts the padding of rows to whole words of 32 bits."""
+        return _core.sdr_average_bits(self._json, _checks.integer("k", k, 1))
+
+    def to_json(self) -> str:
+        return self._json
+
+
 def _vector_tables(table: Any, codebooks: int, entries: int, dim: int) -> np.ndarray:
     shapes = [(codebooks, entries, dim), *([(entries, dim)] if codebooks == 1 else [])]
     expected = "numbers of shape " + " or ".join(map(str, shapes))
@@ -493,6 +534,7 @@ def parse_format(spec: str | Format) -> Format:
       each matrix; defaults: g64 (or the next multiple of DIM), f16
     - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
     - ``spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]``; defaults: g16, s3, z3, b16
+    - ``sdr:BITS[:gN][:f16|:bf16|:f32]`` with 2 to 7 BITS; defaults: g16, f16
     - ``bcq:BITS[:gN|:channel][:offset][:f16|:bf16|:f32][:rROUNDS][:greedy]``; defaults: g128, no offset, f16,
       r15
     - ``outliers:PERCENT%:DENSE`` with the short form of another format; ``outliers:nCOUNT:DENSE`` for the
@@ -527,6 +569,8 @@ def _from_fields(entry: dict[str, Any]) -> Format:
     if entry["format"] == "spqr":
         names = ("bits", "group_size", "scale_bits", "zero_bits", "block")
         return SpQR(*(entry[name] for name in names))
+    if entry["format"] == "sdr":
+        return SDR(entry["bits"], entry["group_size"], entry["scale_dtype"])
     if entry["format"] == "bcq":
         return BCQ(*(entry[n] for n in ("bits", "group_size", "offset", "scale_dtype", "rounds", "start")))
     if entry["format"] == "trellis":
