@@ -1,9 +1,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
+#include "quantloom/formats/spqr.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/trellis_feedback.hpp"
@@ -22,6 +24,22 @@ DeviceBuffer<T> uploaded(const std::vector<T>& values, cudaStream_t stream) {
   return buffer;
 }
 
+struct Groups {
+  int64_t count;  // in a row; 1 for a whole matrix
+  int64_t size;
+};
+
+Groups groups_of(const Format& format, int64_t k) {
+  if (const auto* scaled = dynamic_cast<const ScaledFormat*>(&format)) {
+    const bool whole = scaled->group_size == ScaledFormat::kPerTensor;
+    return {whole ? 1 : scaled->group_count(k), scaled->columns_per_group(k)};
+  }
+  if (const auto* spqr = dynamic_cast<const Spqr*>(&format)) {
+    return {spqr->group_count(k), spqr->columns_per_group(k)};
+  }
+  return {1, std::max<int64_t>(k, 1)};
+}
+
 // The order of the walk and what follows from it, on the host.
 struct WalkPlan {
   std::vector<int32_t> order;     // the column at each position
@@ -29,9 +47,9 @@ struct WalkPlan {
   std::vector<int32_t> group_at;  // the group of each position
   std::vector<int32_t> group_of;  // the group of each column
   std::vector<uint8_t> dead;      // by column
-  std::vector<float> weights;     // by column, for the scale search
   int64_t group_size = 0;
   bool fit_on_the_walk = false;
+  FitMetric metric;
 
   bool groups_are_consecutive() const {
     for (size_t c = 0; c < group_of.size(); ++c) {
@@ -41,12 +59,13 @@ struct WalkPlan {
   }
 };
 
-WalkPlan plan_walk(const GroupedFormat& format, const std::vector<double>& diagonal, bool act_order,
-                   bool fit_on_the_walk) {
+WalkPlan plan_walk(int64_t group_size, const CudaHessian& hessian, const std::vector<double>& diagonal,
+                   bool act_order, bool fit_on_the_walk, cudaStream_t stream) {
   const auto k = static_cast<int64_t>(diagonal.size());
   WalkPlan plan;
+  plan.metric = FitMetric(hessian, diagonal, stream);
   plan.fit_on_the_walk = fit_on_the_walk;
-  plan.group_size = std::min(format.columns_per_group(k), k);
+  plan.group_size = std::min(group_size, k);
   for (const int64_t column : walk_order(diagonal, 1, act_order)) {
     plan.order.push_back(static_cast<int32_t>(column));
   }
@@ -61,104 +80,144 @@ WalkPlan plan_walk(const GroupedFormat& format, const std::vector<double>& diago
     plan.group_of[column] = group;
   }
   for (const double entry : diagonal) plan.dead.push_back(entry == 0 ? 1 : 0);
-  plan.weights = column_weights(diagonal);
   return plan;
 }
 
-// Chooses all codes. Nothing of `packed` is written before every fit has passed.
-void walk(const CudaMatrix& w, PackedTensor& packed, const WalkPlan& plan, const UpperFactor& factor,
-          const CudaErrorFeedbackOptions& options, cudaStream_t stream) {
-  const auto& format = static_cast<const GroupedFormat&>(*packed.format);
-  const int64_t n = w.rows;
-  const int64_t k = w.cols;
-  const int64_t stride = factor.stride();
-  const BlasScope blas(stream);
-  const DeviceBuffer<int32_t> order = uploaded(plan.order, stream);
-  const DeviceBuffer<int32_t> position = uploaded(plan.position, stream);
-  const DeviceBuffer<int32_t> group_at = uploaded(plan.group_at, stream);
-  const DeviceBuffer<uint8_t> dead = uploaded(plan.dead, stream);
-  std::vector<float> host_weights = plan.weights;
-  if (plan.fit_on_the_walk) {
-    for (size_t p = 0; p < host_weights.size(); ++p) {
-      host_weights[p] = plan.weights[static_cast<size_t>(plan.order[p])];
-    }
-  }
-  const DeviceBuffer<float> weights = uploaded(host_weights, stream);
-  const DeviceGrid grid(format, stream);
-  const SearchFactors search(options.scale_search, stream);
-  const FittedParameters parameters(format, n, k, true, stream);
-  const DeviceBuffer<float> working(checked_mul(n, stride), stream);
-  const DeviceBuffer<float> errors(checked_mul(n, kWalkBlock), stream);
-  const DeviceBuffer<uint8_t> codes(checked_mul(n, k), stream);
-  gather_columns(w, order.data(), dead.data(), working.data(), stride, stream);
-
-  FitTask fit;
-  fit.w = plan.fit_on_the_walk ? CudaMatrix{working.data(), DType::f32, n, k, stride} : w;
-  fit.end_column = k;
-  fit.group_size = plan.group_size;
-  fit.group_count = parameters.groups();
-  fit.dead = plan.fit_on_the_walk ? nullptr : dead.data();  // the working copy holds zeros there
-  fit.weights = weights.data();
-  fit.grid = grid.view();
-  fit.parameters = parameters.view();
-  fit.failure = parameters.failure();
-  if (!plan.fit_on_the_walk) {
-    if (parameters.per_tensor()) {
-      fit_whole(fit, search, stream);
-    } else {
-      fit_groups(fit, search, stream);
-    }
-    parameters.require_fitted(fit, search, packed.format, stream);
-  }
-
-  WalkTask task;
-  task.working = working.data();
-  task.stride = stride;
-  task.n = n;
-  task.upper = factor.upper();
-  task.upper_stride = stride;
-  task.group_at = group_at.data();
-  task.parameters = parameters.view();
-  task.grid = fit.grid;
-  task.codes = codes.data();
-  task.k = k;
-  task.errors = errors.data();
-  const int64_t block = std::min<int64_t>(options.block, kWalkBlock);
-  const float one = 1.0F;
-  const float minus_one = -1.0F;
-  for (int64_t begin = 0; begin < k;) {
-    int64_t end = std::min(k, begin + block);
+// A matrix on its walk: codes and parameters, and what becomes of them.
+class Walk {
+ public:
+  Walk(const CudaMatrix& w, const std::shared_ptr<const Format>& format, const WalkPlan& plan,
+       const UpperFactor& factor, const CudaErrorFeedbackOptions& options, cudaStream_t stream)
+      : w_(w),
+        plan_(plan),
+        factor_(factor),
+        options_(options),
+        stream_(stream),
+        order_(uploaded(plan.order, stream)),
+        position_(uploaded(plan.position, stream)),
+        group_at_(uploaded(plan.group_at, stream)),
+        group_of_(uploaded(plan.group_of, stream)),
+        dead_(uploaded(plan.dead, stream)),
+        search_(options.scale_search, stream),
+        encoder_(make_device_encoder(format, w.rows, w.cols, true, stream)),
+        working_(checked_mul(w.rows, factor.stride()), stream),
+        errors_(checked_mul(w.rows, kWalkBlock), stream),
+        codes_(checked_mul(w.rows, w.cols), stream) {
+    std::vector<float> weights = plan.metric.weights;
     if (plan.fit_on_the_walk) {
-      // All columns of a group are up to date when it is fitted, because blocks end where groups do.
-      const int64_t group = begin / plan.group_size;
-      end = std::min(end, (group + 1) * plan.group_size);
-      if (begin % plan.group_size == 0) {
-        fit.first_group = group;
-        fit.first_column = begin;
-        fit.end_column = std::min(k, begin + plan.group_size);
-        fit_groups(fit, search, stream);
-        parameters.require_fitted(fit, search, packed.format, stream);
+      for (size_t p = 0; p < weights.size(); ++p) {
+        weights[p] = plan.metric.weights[static_cast<size_t>(plan.order[p])];
       }
     }
-    const int64_t width = end - begin;
-    walk_block(task, begin, static_cast<int>(width), stream);
-    if (end < k) {
-      // Column-major: remainder^T -= U[block, remainder]^T errors^T.
-      check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k - end), static_cast<int>(n),
-                                  static_cast<int>(width), &minus_one, factor.upper() + begin * stride + end,
-                                  static_cast<int>(stride), errors.data(), kWalkBlock, &one,
-                                  working.data() + end, static_cast<int>(stride)),
-                   "update of the remaining columns");
-    }
-    begin = end;
+    weights_ = uploaded(weights, stream);
+    check_cuda(cudaStreamSynchronize(stream), "copy to the device");
   }
 
-  Tensor& plane = packed.planes.at("codes");
-  pack_codes(codes.data(), position.data(), n, k, format.bits, reinterpret_cast<uint32_t*>(plane.bytes()),
-             plane.shape()[1], stream);
-  store_parameters(format, parameters.view(), packed, stream);
-  check_cuda(cudaStreamSynchronize(stream), "work of the stream");
-}
+  // Chooses all codes.
+  void run() {
+    const int64_t n = w_.rows;
+    const int64_t k = w_.cols;
+    const int64_t stride = factor_.stride();
+    const BlasScope blas(stream_);
+    gather_columns(w_, order_.data(), dead_.data(), working_.data(), stride, stream_);
+    FitTask fit;
+    fit.w = plan_.fit_on_the_walk ? CudaMatrix{working_.data(), DType::f32, n, k, stride} : w_;
+    fit.end_column = k;
+    fit.group_size = plan_.group_size;
+    fit.dead = plan_.fit_on_the_walk ? nullptr : dead_.data();  // the working copy holds zeros there
+    fit.weights = weights_.data();
+    OutputMetric metric = plan_.metric.output;
+    if (plan_.fit_on_the_walk) metric.column_at = order_.data();
+    if (!plan_.fit_on_the_walk) {
+      fit_groups(*encoder_, fit, search_, metric, stream_);
+      encoder_->require_fitted(fit, search_);
+    }
+
+    WalkTask task;
+    task.working = working_.data();
+    task.stride = stride;
+    task.n = n;
+    task.upper = factor_.upper();
+    task.upper_stride = stride;
+    task.group_at = group_at_.data();
+    task.codes = codes_.data();
+    task.k = k;
+    task.errors = errors_.data();
+    const int64_t block = std::min<int64_t>(options_.block, kWalkBlock);
+    const float one = 1.0F;
+    const float minus_one = -1.0F;
+    for (int64_t begin = 0; begin < k;) {
+      int64_t end = std::min(k, begin + block);
+      if (plan_.fit_on_the_walk) {
+        // All columns of a group are up to date when it is fitted, because blocks end where groups do.
+        const int64_t group = begin / plan_.group_size;
+        end = std::min(end, (group + 1) * plan_.group_size);
+        if (begin % plan_.group_size == 0) {
+          fit.first_group = group;
+          fit.first_column = begin;
+          fit.end_column = std::min(k, begin + plan_.group_size);
+          fit_groups(*encoder_, fit, search_, metric, stream_);
+          encoder_->require_fitted(fit, search_);
+        }
+      }
+      const int64_t width = end - begin;
+      walk_block(task, encoder_->rounder(), begin, static_cast<int>(width), stream_);
+      if (end < k) {
+        // Column-major: remainder^T -= U[block, remainder]^T errors^T.
+        check_cublas(
+            cublas().sgemm(blas.handle(), kOpN, kOpN, static_cast<int>(k - end), static_cast<int>(n),
+                           static_cast<int>(width), &minus_one, factor_.upper() + begin * stride + end,
+                           static_cast<int>(stride), errors_.data(), kWalkBlock, &one, working_.data() + end,
+                           static_cast<int>(stride)),
+            "update of the remaining columns");
+      }
+      begin = end;
+    }
+  }
+
+  // Writes the planes of codes and parameters; waits for the stream.
+  void store(PackedTensor& packed) {
+    encoder_->store_codes(codes_.data(), position_.data(), packed);
+    encoder_->store_parameters(packed);
+    check_cuda(cudaStreamSynchronize(stream_), "work of the stream");
+  }
+
+  Losses losses(std::span<const CudaHessian* const> hessians) const {
+    CodeMatrix matrix;
+    matrix.rounder = &encoder_->rounder();
+    matrix.codes = codes_.data();
+    matrix.position = position_.data();
+    matrix.group_of = group_of_.data();
+    const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
+      measure_code_errors(w_, matrix, first_row, rows, errors, partial, stream_);
+    };
+    return measure_losses(w_.rows, w_.cols, errors_of, hessians, stream_);
+  }
+
+  // Drops what only the walk needs.
+  void release_walk() {
+    working_.release();
+    errors_.release();
+  }
+
+ private:
+  CudaMatrix w_;
+  const WalkPlan& plan_;
+  const UpperFactor& factor_;
+  const CudaErrorFeedbackOptions& options_;
+  cudaStream_t stream_;
+  DeviceBuffer<int32_t> order_;
+  DeviceBuffer<int32_t> position_;
+  DeviceBuffer<int32_t> group_at_;
+  DeviceBuffer<int32_t> group_of_;
+  DeviceBuffer<uint8_t> dead_;
+  DeviceBuffer<float> weights_;
+  SearchFactors search_;
+  std::unique_ptr<DeviceEncoder> encoder_;
+  DeviceBuffer<float> working_;
+  DeviceBuffer<float> errors_;
+  DeviceBuffer<uint8_t> codes_;  // columns in the order of the walk
+};
 
 // Writes the plane group_index, or drops it if it would say nothing.
 void store_group_index(const WalkPlan& plan, PackedTensor& packed, cudaStream_t stream) {
@@ -174,21 +233,21 @@ void store_group_index(const WalkPlan& plan, PackedTensor& packed, cudaStream_t 
   check_cuda(cudaStreamSynchronize(stream), "copy to the device");
 }
 
-void measure(const CudaMatrix& w, const PackedTensor& packed, const CudaHessian& hessian,
-             const std::vector<float>& column_weights, const CudaErrorFeedbackOptions& options,
-             RoundingReport& report, cudaStream_t stream) {
+void measure(const CudaMatrix& w, const PackedTensor& packed, const Walk& walk, const CudaHessian& hessian,
+             const FitMetric& metric, const CudaErrorFeedbackOptions& options, RoundingReport& report,
+             cudaStream_t stream) {
   std::vector<const CudaHessian*> hessians;
   if (options.measure_losses) {
     hessians.push_back(&hessian);
     if (options.held_out != nullptr) hessians.push_back(options.held_out);
   }
-  const Losses own = measure_losses(w, packed, hessians, stream);
+  // Of the planes where there is a decoder of them.
+  const bool scalar = dynamic_cast<const GroupedFormat*>(packed.format.get()) != nullptr;
+  const Losses own = scalar ? measure_losses(w, packed, hessians, stream) : walk.losses(hessians);
   report.mean_squared_error = own.mean_squared_error;
   if (!options.measure_losses) return;
-  PackedTensor plain = scratch_planes(packed.format, w.rows, w.cols, stream);
-  const DeviceBuffer<float> weights = uploaded(column_weights, stream);
-  round_to_nearest(w, plain.format, plain, options.scale_search, weights.data(), stream);
-  const Losses nearest = measure_losses(w, plain, hessians, stream);
+  const Losses nearest =
+      NearestRounding(w, packed.format, nullptr, options.scale_search, metric, stream).losses(hessians);
   report.proxy_loss = own.proxy_losses[0];
   report.proxy_loss_nearest = nearest.proxy_losses[0];
   if (options.held_out != nullptr) {
@@ -201,9 +260,7 @@ void measure(const CudaMatrix& w, const PackedTensor& packed, const CudaHessian&
 }  // namespace cuda
 
 bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups) {
-  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
-  return grouped != nullptr && act_order && !static_groups &&
-         grouped->group_size != GroupedFormat::kPerTensor && grouped->group_count(k) > 1;
+  return act_order && !static_groups && cuda::groups_of(format, k).count > 1;
 }
 
 RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
@@ -213,7 +270,9 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
     return round_trellis_feedback_cuda(w, packed, hessian, options, {}, stream);
   }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const GroupedFormat& format = cuda::require_scalar(packed, "round_error_feedback_cuda");
+  if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
+  cuda::require_columns_format(*packed.format, "round_error_feedback_cuda");
+  const Format& format = *packed.format;
   if (options.output_hessian != nullptr) {
     throw InvalidArgument("output_hessian", text_of("one for ", format.spec()),
                           "none: feedback along rows is for a trellis with its rotation");
@@ -224,6 +283,7 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   checked.block = options.block;
   checked.scale_search = options.scale_search;
   require_valid(checked);
+  cuda::require_search(options.scale_search, format, true);
   const int64_t n = w.rows;
   const int64_t k = w.cols;
   cuda::require_matrix(w, "w");
@@ -245,8 +305,8 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   if (options.held_out != nullptr) static_cast<void>(options.held_out->sum(stream));
   cuda::require_finite_cuda(w, "w", cuda_stream);
 
-  const bool fit_on_the_walk =
-      !options.static_groups && format.group_size != GroupedFormat::kPerTensor && format.group_count(k) > 1;
+  const cuda::Groups groups = cuda::groups_of(format, k);
+  const bool fit_on_the_walk = !options.static_groups && groups.count > 1;
   RoundingReport report;
   report.method = "gptq";
   report.scale_search = options.scale_search.has_value();
@@ -255,18 +315,26 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   report.tokens = hessian.tokens();
   report.dead_columns = std::count(diagonal.begin(), diagonal.end(), 0.0);
 
-  const cuda::WalkPlan plan = cuda::plan_walk(format, diagonal, options.act_order, fit_on_the_walk);
+  const cuda::WalkPlan plan =
+      cuda::plan_walk(groups.size, hessian, diagonal, options.act_order, fit_on_the_walk, cuda_stream);
+  const bool any = n > 0 && k > 0;
+  std::optional<cuda::Walk> walk;
   {
     const cuda::DeviceBuffer<int32_t> order = cuda::uploaded(plan.order, cuda_stream);
     const cuda::UpperFactor factor(hessian, diagonal, order.data(), options.damping, options.damping_ladder,
                                    cuda_stream);
     report.damping_tried = factor.damping_tried();
     report.damping = report.damping_tried.back();
-    if (n > 0 && k > 0) cuda::walk(w, packed, plan, factor, options, cuda_stream);
+    if (any) {
+      walk.emplace(w, packed.format, plan, factor, options, cuda_stream);
+      walk->run();
+      walk->store(packed);
+      walk->release_walk();
+    }
   }
   cuda::store_group_index(plan, packed, cuda_stream);
-  if (n > 0 && k > 0) {
-    cuda::measure(w, packed, hessian, plan.weights, options, report, cuda_stream);
+  if (any) {
+    cuda::measure(w, packed, *walk, hessian, plan.metric, options, report, cuda_stream);
     return report;
   }
   const FloatMatrix empty(nullptr, w.dtype, n, k, w.stride);

@@ -4,9 +4,8 @@
 #include <climits>
 #include <cmath>
 
-#include "common/load_float.cuh"
 #include "quantloom/error.hpp"
-#include "rounding/steps.hpp"
+#include "rounding/segment.cuh"
 
 namespace quantloom::cuda {
 namespace {
@@ -15,34 +14,6 @@ constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 constexpr int64_t kMaxBlocks = 65536;
 constexpr unsigned kAll = 0xffffffffU;
-
-struct Search {
-  const float* factors = nullptr;
-  int steps = 0;
-  double norm = 2;
-};
-
-// Columns [first, first + count) of one row.
-struct Segment {
-  const void* values;
-  DType dtype;
-  int64_t offset;  // of column `first` in the matrix
-  int64_t first;
-  int64_t count;
-  const uint8_t* dead;
-  const float* weights;
-
-  __device__ float value(int64_t i) const {
-    if (dead != nullptr && dead[first + i] != 0) return 0.0F;
-    return load_float(values, dtype, offset + i);
-  }
-  __device__ float weight(int64_t i) const { return weights == nullptr ? 1.0F : weights[first + i]; }
-};
-
-__device__ __forceinline__ Segment segment_of(const FitTask& task, int64_t row, int64_t first,
-                                              int64_t count) {
-  return {task.w.data, task.w.dtype, row * task.w.stride + first, first, count, task.dead, task.weights};
-}
 
 // Every lane gets the range; 32 columns are read at a time and handed around.
 __device__ ValueRange range_of(const Segment& segment, bool with_mean) {
@@ -87,14 +58,14 @@ __device__ double error_of(const Segment& segment, const ScalarGrid& grid, const
       const double weight = static_cast<double>(__shfl_sync(kAll, my_weight, j));
       const EncodedValue encoded = encode_value(grid, value, fit.scale, fit.zero);
       const double error = static_cast<double>(encoded.decoded) - static_cast<double>(value);
-      sum += norm == 2.0 ? weight * (error * error) : weight * pow(fabs(error), norm);
+      sum += search_error(weight, error, norm);
     }
   }
   return sum;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    fit_groups_kernel(FitTask task, int64_t groups_here, Search search) {
+    fit_groups_kernel(FitTask task, int64_t groups_here, Search search, const float* factors) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int64_t total = task.w.rows * groups_here;
@@ -106,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t count = min(task.group_size, task.end_column - first);
     const Segment segment = segment_of(task, row, first, count);
     const ValueRange range = range_of(segment, task.grid.is_sign());
-    GroupFit best = fit_grid(task.grid, range, 1.0);
+    GroupFit best = fit_grid(task.grid, range, factors != nullptr ? static_cast<double>(factors[at]) : 1.0);
     bool finite = best.finite;
     if (search.steps > 0) {
       double best_error = INFINITY;
@@ -227,17 +198,11 @@ unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(warps, kThreads / kWarp), 1, kMaxBlocks));
 }
 
-Search search_of(const SearchFactors& factors) {
-  return {factors.data(), factors.steps(), factors.norm()};
-}
-
 }  // namespace
 
 SearchFactors::SearchFactors(const std::optional<ScaleSearch>& search, cudaStream_t stream) {
-  if (search && search->output_error) {
-    throw Unsupported("scale_search: a search by output error runs on the CPU only");
-  }
   if (!search) return;
+  by_output_error_ = search->output_error;
   norm_ = search->norm;
   for (int i = 0; i < search->steps; ++i) {
     const double fraction = search->steps == 1 ? 0.0 : static_cast<double>(i) / (search->steps - 1);
@@ -247,10 +212,10 @@ SearchFactors::SearchFactors(const std::optional<ScaleSearch>& search, cudaStrea
   factors_.upload(host_.data(), steps());
 }
 
-void fit_groups(const FitTask& task, const SearchFactors& search, cudaStream_t stream) {
+void fit_groups(const FitTask& task, const SearchFactors& search, const float* factors, cudaStream_t stream) {
   const int64_t groups_here = ceil_div(task.end_column - task.first_column, task.group_size);
   fit_groups_kernel<<<blocks_for(checked_mul(task.w.rows, groups_here)), kThreads, 0, stream>>>(
-      task, groups_here, search_of(search));
+      task, groups_here, search_of(search), factors);
   check_cuda(cudaGetLastError(), "launch of fit_groups");
 }
 

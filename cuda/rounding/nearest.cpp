@@ -11,16 +11,6 @@
 namespace quantloom {
 namespace cuda {
 
-const GroupedFormat& require_scalar(const PackedTensor& packed, std::string_view function) {
-  if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
-  if (dynamic_cast<const Uniform*>(packed.format.get()) == nullptr &&
-      dynamic_cast<const Codebook*>(packed.format.get()) == nullptr) {
-    throw Unsupported(text_of(function, ": no CUDA kernel rounds to format ", packed.format->spec(),
-                              "; round on the CPU instead"));
-  }
-  return static_cast<const GroupedFormat&>(*packed.format);
-}
-
 void require_same_shape(const CudaMatrix& w, const PackedTensor& packed) {
   if (packed.n == w.rows && packed.k == w.cols) return;
   throw InvalidArgument("packed", text_of("shape [", packed.n, ", ", packed.k, "]"),
@@ -60,100 +50,91 @@ void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream
   check_cuda(cudaStreamSynchronize(stream), "copy of planes");
 }
 
-FittedParameters::FittedParameters(const GroupedFormat& format, int64_t n, int64_t k,
-                                   bool rows_next_to_each_other, cudaStream_t stream)
-    : per_tensor_(format.group_size == GroupedFormat::kPerTensor),
-      groups_(per_tensor_ ? 1 : format.group_count(k)),
-      scales_(per_tensor_ ? 1 : checked_mul(n, groups_), stream),
-      zeros_(per_tensor_ ? 1 : checked_mul(n, groups_), stream),
-      failure_(1, stream) {
-  view_.scales = scales_.data();
-  view_.zeros = zeros_.data();
-  if (!per_tensor_) {
-    view_.row_stride = rows_next_to_each_other ? 1 : groups_;
-    view_.group_stride = rows_next_to_each_other ? n : 1;
-  }
-  failure_.fill_bytes(0xff);
+FitMetric::FitMetric(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream)
+    : weights(column_weights(diagonal)) {
+  const double largest = diagonal.empty() ? 0.0 : *std::max_element(diagonal.begin(), diagonal.end());
+  output = {hessian.sum(stream), hessian.k(), largest > 0 ? 1 / largest : 1, nullptr};
 }
 
-// Fits the failing group once more with the CPU's encoder, which says what is wrong with it.
-void FittedParameters::require_fitted(const FitTask& task, const SearchFactors& search,
-                                      const std::shared_ptr<const Format>& format,
-                                      cudaStream_t stream) const {
-  uint64_t found = 0;
-  download(failure_.data(), &found, 1, stream);
-  if (found == kNoneFound) return;
-  const int64_t k = task.w.cols;
-  const int64_t row = per_tensor_ ? 0 : static_cast<int64_t>(found) / groups_;
-  const int64_t group = per_tensor_ ? 0 : static_cast<int64_t>(found) % groups_;
-  const int64_t first = per_tensor_ ? 0 : task.first_column + (group - task.first_group) * task.group_size;
-  const int64_t width = per_tensor_ ? k : std::min(task.group_size, task.end_column - first);
-  const int64_t rows = per_tensor_ ? task.w.rows : 1;
-  const int64_t element = size_of(task.w.dtype);
-  std::vector<std::byte> bytes(static_cast<size_t>(checked_mul(checked_mul(rows, width), element)));
-  check_cuda(
-      cudaMemcpy2DAsync(bytes.data(), static_cast<size_t>(width * element),
-                        static_cast<const std::byte*>(task.w.data) + (row * task.w.stride + first) * element,
-                        static_cast<size_t>(task.w.stride * element), static_cast<size_t>(width * element),
-                        static_cast<size_t>(rows), cudaMemcpyDeviceToHost, stream),
-      "copy from the device");
-  std::vector<uint8_t> dead(static_cast<size_t>(width), 0);
-  if (task.dead != nullptr) download(task.dead + first, dead.data(), width, stream);
-  check_cuda(cudaStreamSynchronize(stream), "work of the stream");
-  const FloatMatrix segment(bytes.data(), task.w.dtype, rows, width, width);
-  std::vector<float> values(static_cast<size_t>(width));
-  std::vector<float> storage(static_cast<size_t>(rows * width));
-  const MatrixView<float> columns(storage.data(), width, rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    segment.read(r, 0, width, values.data());
-    for (int64_t c = 0; c < width; ++c) {
-      columns(c, r) = dead[static_cast<size_t>(c)] != 0 ? 0.0F : values[static_cast<size_t>(c)];
-    }
+void require_search(const std::optional<ScaleSearch>& search, const Format& format, bool with_hessian) {
+  if (!search || !search->output_error) return;
+  if (!with_hessian) {
+    throw InvalidArgument("scale_search", "a search by output error without a Hessian", "a Hessian");
   }
-  const auto encoder = format->column_encoder(format, task.w.rows, k, {});
-  encoder->fit(group, row, columns, {});
-  for (const float factor : search.host()) {
-    encoder->fit(group, row, columns, std::vector<float>(static_cast<size_t>(rows), factor));
+  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
+  if (grouped != nullptr && grouped->group_size == GroupedFormat::kPerTensor) {
+    throw Unsupported(
+        text_of("scale_search: a search by output error for ", format.spec(), " runs on the CPU only"));
   }
-  throw NumericError(text_of("scale of row ", row, ", group ", group, ": got a grid that is not finite"));
 }
 
-double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>& shared,
-                        PackedTensor& packed, const std::optional<ScaleSearch>& scale_search,
-                        const float* weights, cudaStream_t stream) {
-  const auto& format = static_cast<const GroupedFormat&>(*shared);
-  const DeviceGrid grid(format, stream);
-  const SearchFactors search(scale_search, stream);
-  const FittedParameters parameters(format, w.rows, w.cols, false, stream);
+void fit_groups(DeviceEncoder& encoder, const FitTask& task, const SearchFactors& search,
+                const OutputMetric& metric, cudaStream_t stream) {
+  if (search.by_output_error()) {
+    fit_by_output_error(encoder, task, search, metric, stream);
+  } else {
+    encoder.fit(task, search);
+  }
+}
+
+NearestRounding::NearestRounding(const CudaMatrix& w, const std::shared_ptr<const Format>& format,
+                                 PackedTensor* packed, const std::optional<ScaleSearch>& search,
+                                 const FitMetric& metric, cudaStream_t stream)
+    : w_(w),
+      packed_(packed),
+      encoder_(make_device_encoder(format, w.rows, w.cols, false, stream)),
+      stream_(stream) {
+  const SearchFactors factors(search, stream);
+  DeviceBuffer<float> weights;
+  if (!metric.weights.empty() && (search || encoder_->weighs_columns())) {
+    weights = DeviceBuffer<float>(w.cols, stream);
+    weights.upload(metric.weights.data(), w.cols);
+  }
   FitTask task;
   task.w = w;
   task.end_column = w.cols;
-  task.group_size = std::min(format.columns_per_group(w.cols), w.cols);
-  task.group_count = parameters.groups();
-  task.weights = weights;
-  task.grid = grid.view();
-  task.parameters = parameters.view();
-  task.failure = parameters.failure();
-  if (parameters.per_tensor()) {
-    fit_whole(task, search, stream);
-  } else {
-    fit_groups(task, search, stream);
-  }
-  parameters.require_fitted(task, search, shared, stream);
+  task.group_size = encoder_->group_size();
+  task.weights = weights.data();
+  fit_groups(*encoder_, task, factors, metric.output, stream);
+  encoder_->require_fitted(task, factors);
 
-  store_parameters(format, parameters.view(), packed, stream);
-  EncodeTask encode;
-  encode.w = w;
-  encode.group_size = task.group_size;
-  encode.grid = task.grid;
-  encode.parameters = parameters.view();
-  encode.words = reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes());
-  encode.words_per_row = packed.planes.at("codes").shape()[1];
-  const DeviceBuffer<double> squared_error(1, stream);
-  encode_and_pack(encode, squared_error.data(), stream);
-  double sum = 0;
-  download(squared_error.data(), &sum, 1, stream);
-  return sum / (static_cast<double>(w.rows) * static_cast<double>(w.cols));
+  const auto* const scalar = std::get_if<ScalarRounder>(&encoder_->rounder());
+  if (packed != nullptr) encoder_->store_parameters(*packed);
+  if (packed != nullptr && scalar != nullptr) {
+    EncodeTask encode;
+    encode.w = w;
+    encode.group_size = task.group_size;
+    encode.grid = scalar->grid;
+    encode.parameters = scalar->parameters;
+    encode.words = reinterpret_cast<uint32_t*>(packed->planes.at("codes").bytes());
+    encode.words_per_row = packed->planes.at("codes").shape()[1];
+    const DeviceBuffer<double> squared_error(1, stream);
+    encode_and_pack(encode, squared_error.data(), stream);
+    double sum = 0;
+    download(squared_error.data(), &sum, 1, stream);
+    mean_squared_error_ = sum / (static_cast<double>(w.rows) * static_cast<double>(w.cols));
+    return;
+  }
+  packed_ = nullptr;
+  codes_ = DeviceBuffer<uint8_t>(checked_mul(w.rows, w.cols), stream);
+  encode_codes(w, encoder_->rounder(), task.group_size, codes_.data(), stream);
+  if (packed == nullptr) return;
+  encoder_->store_codes(codes_.data(), nullptr, *packed);
+  mean_squared_error_ = losses({}).mean_squared_error;
+}
+
+Losses NearestRounding::losses(std::span<const CudaHessian* const> hessians,
+                               const float* input_scales) const {
+  if (packed_ != nullptr) return measure_losses(w_, *packed_, hessians, stream_);
+  CodeMatrix matrix;
+  matrix.rounder = &encoder_->rounder();
+  matrix.codes = codes_.data();
+  matrix.group_size = encoder_->group_size();
+  matrix.input_scales = input_scales;
+  const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
+    measure_code_errors(w_, matrix, first_row, rows, errors, partial, stream_);
+  };
+  return measure_losses(w_.rows, w_.cols, errors_of, hessians, stream_);
 }
 
 }  // namespace cuda
@@ -164,8 +145,10 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   if (const Trellis* trellis = cuda::trellis_of(packed)) {
     return cuda::round_trellis_nearest(w, packed, *trellis, options, cuda_stream);
   }
-  cuda::require_scalar(packed, "round_nearest_cuda");
+  if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
+  cuda::require_columns_format(*packed.format, "round_nearest_cuda");
   if (options.scale_search) require_valid(*options.scale_search);
+  cuda::require_search(options.scale_search, *packed.format, options.hessian != nullptr);
   if (options.hessian != nullptr) cuda::require_hessian(*options.hessian, w.cols, "hessian");
   if (options.held_out != nullptr) cuda::require_hessian(*options.held_out, w.cols, "held_out");
   cuda::require_matrix(w, "w");
@@ -192,24 +175,21 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   // Before any plane is written: a Hessian whose tokens held a NaN throws here.
   for (const CudaHessian* hessian : hessians) static_cast<void>(hessian->sum(stream));
 
-  cuda::DeviceBuffer<float> weights;
-  if (options.hessian != nullptr && options.scale_search) {
-    const std::vector<float> host = cuda::column_weights(options.hessian->diagonal(stream));
-    weights = cuda::DeviceBuffer<float>(w.cols, cuda_stream);
-    weights.upload(host.data(), w.cols);
+  cuda::FitMetric metric;
+  if (options.hessian != nullptr) {
+    metric = cuda::FitMetric(*options.hessian, options.hessian->diagonal(stream), cuda_stream);
   }
-  report.mean_squared_error =
-      cuda::round_to_nearest(w, packed.format, packed, options.scale_search, weights.data(), cuda_stream);
+  const cuda::NearestRounding rounding(w, packed.format, &packed, options.scale_search, metric, cuda_stream);
+  report.mean_squared_error = rounding.mean_squared_error();
   if (hessians.empty()) return report;
-  const cuda::Losses losses = cuda::measure_losses(w, packed, hessians, cuda_stream);
+  const cuda::Losses losses = rounding.losses(hessians);
   if (options.hessian != nullptr) report.proxy_loss = losses.proxy_losses.front();
   if (options.held_out != nullptr) report.held_out_loss = losses.proxy_losses.back();
   report.proxy_loss_nearest = report.proxy_loss;
   report.held_out_loss_nearest = report.held_out_loss;
   if (options.scale_search) {
-    PackedTensor plain = cuda::scratch_planes(packed.format, w.rows, w.cols, cuda_stream);
-    cuda::round_to_nearest(w, plain.format, plain, std::nullopt, nullptr, cuda_stream);
-    const cuda::Losses nearest = cuda::measure_losses(w, plain, hessians, cuda_stream);
+    const cuda::NearestRounding plain(w, packed.format, nullptr, std::nullopt, metric, cuda_stream);
+    const cuda::Losses nearest = plain.losses(hessians);
     if (options.hessian != nullptr) report.proxy_loss_nearest = nearest.proxy_losses.front();
     if (options.held_out != nullptr) report.held_out_loss_nearest = nearest.proxy_losses.back();
   }

@@ -8,14 +8,18 @@
 #include <vector>
 
 #include "quantloom/rounding/cuda.hpp"
+#include "rounding/device_encoder.hpp"
+#include "rounding/output_search.hpp"
 #include "rounding/steps.hpp"
 
 namespace quantloom::cuda {
 
-// Throws Unsupported naming the format unless it is uniform or a codebook.
-const GroupedFormat& require_scalar(const PackedTensor& packed, std::string_view function);
+// Throws Unsupported naming the format unless a kernel rounds its columns.
+void require_columns_format(const Format& format, std::string_view function);
 void require_same_shape(const CudaMatrix& w, const PackedTensor& packed);
 void require_hessian(const CudaHessian& hessian, int64_t k, std::string_view argument);
+// Throws Unsupported for a search by output error without a Hessian or over a whole matrix.
+void require_search(const std::optional<ScaleSearch>& search, const Format& format, bool with_hessian);
 
 // diag(H) scaled to a largest entry of 1.
 std::vector<float> column_weights(const std::vector<double>& diagonal);
@@ -23,38 +27,41 @@ std::vector<float> column_weights(const std::vector<double>& diagonal);
 // Fills the planes of `to` from those of the same names; waits for the stream.
 void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream);
 
-// The parameters of all groups of a matrix [n, k], and whether a fit has failed.
-class FittedParameters {
- public:
-  // rows_next_to_each_other: [groups, n], else [n, groups].
-  FittedParameters(const GroupedFormat& format, int64_t n, int64_t k, bool rows_next_to_each_other,
-                   cudaStream_t stream);
-  const GroupParameters& view() const { return view_; }
-  bool per_tensor() const { return per_tensor_; }
-  int64_t groups() const { return groups_; }
-  uint64_t* failure() const { return failure_.data(); }
-  // Waits for the stream. Throws the CPU's NumericError if a grid of `task` is not finite.
-  void require_fitted(const FitTask& task, const SearchFactors& search,
-                      const std::shared_ptr<const Format>& format, cudaStream_t stream) const;
+// What fits measure errors with, by column: from a Hessian, or nothing.
+struct FitMetric {
+  std::vector<float> weights;  // [k]; empty: 1
+  OutputMetric output;         // of the columns in their order
 
- private:
-  bool per_tensor_;
-  int64_t groups_;
-  GroupParameters view_;
-  DeviceBuffer<float> scales_;
-  DeviceBuffer<float> zeros_;
-  DeviceBuffer<uint64_t> failure_;
+  FitMetric() = default;
+  FitMetric(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream);
 };
 
-// Nearest rounding of a matrix that is not empty and has been checked; returns the mean squared error.
-// weights: by column, for the scale search; null for 1.
-double round_to_nearest(const CudaMatrix& w, const std::shared_ptr<const Format>& format,
-                        PackedTensor& packed, const std::optional<ScaleSearch>& scale_search,
-                        const float* weights, cudaStream_t stream);
+// Fits the groups of a task as a search says.
+void fit_groups(DeviceEncoder& encoder, const FitTask& task, const SearchFactors& search,
+                const OutputMetric& metric, cudaStream_t stream);
 
 struct Losses {
   double mean_squared_error = 0;
   std::vector<double> proxy_losses;  // tr(E H E^T) for each Hessian
+};
+
+// Nearest rounding of a matrix that is not empty and has been checked. Throws before `packed` is written.
+class NearestRounding {
+ public:
+  // packed: null if nothing is to be written. Then input_scales [k] on the device, if not null, are what the
+  // inputs of a loss are multiplied by.
+  NearestRounding(const CudaMatrix& w, const std::shared_ptr<const Format>& format, PackedTensor* packed,
+                  const std::optional<ScaleSearch>& search, const FitMetric& metric, cudaStream_t stream);
+  double mean_squared_error() const { return mean_squared_error_; }
+  Losses losses(std::span<const CudaHessian* const> hessians, const float* input_scales = nullptr) const;
+
+ private:
+  CudaMatrix w_;
+  PackedTensor* packed_;  // null if codes_ say all
+  std::unique_ptr<DeviceEncoder> encoder_;
+  DeviceBuffer<uint8_t> codes_;
+  double mean_squared_error_ = 0;
+  cudaStream_t stream_;
 };
 
 // For E = w - decoded, in float64. Waits for the stream.

@@ -22,10 +22,12 @@ class SearchFactors {
   int steps() const { return static_cast<int>(host_.size()); }
   double norm() const { return norm_; }
   const std::vector<float>& host() const { return host_; }
+  bool by_output_error() const { return by_output_error_; }
 
  private:
   std::vector<float> host_;
   double norm_ = 2;
+  bool by_output_error_ = false;
   DeviceBuffer<float> factors_;
 };
 
@@ -45,8 +47,9 @@ struct FitTask {
   uint64_t* failure = nullptr;  // takes the least row * group_count + group whose grid is not finite
 };
 
-// Fits each group of each row on its own.
-void fit_groups(const FitTask& task, const SearchFactors& search, cudaStream_t stream);
+// Fits each group of each row on its own: with the search, or, without steps, with ranges times factors
+// [rows, groups of the task] (null for 1).
+void fit_groups(const FitTask& task, const SearchFactors& search, const float* factors, cudaStream_t stream);
 // Fits all columns of all rows as one group; parameters at index 0.
 void fit_whole(const FitTask& task, const SearchFactors& search, cudaStream_t stream);
 

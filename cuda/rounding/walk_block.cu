@@ -4,6 +4,7 @@
 // shared memory. Columns go in runs of 16: one warp, a lane per row, walks through a run with the run's
 // weights in registers; then all warps push the run's errors onto the rest of the block.
 #include <cmath>
+#include <type_traits>
 
 #include "common/load_float.cuh"
 #include "quantloom/error.hpp"
@@ -29,30 +30,43 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 99 * 1024, "the shared memory of one block on sm_86 and sm_89");
 
+// The error that is left: of an outlier what float16 misses of it.
+__device__ float keep_outlier(const WalkTask& task, int64_t position, int64_t row, float value, float decoded,
+                              float pivot, float error) {
+  if (!(fabsf(error) > task.largest) || row >= task.n || task.dead_at[position] != 0) return error;
+  const __half missing = __float2half_rn(__fsub_rn(value, decoded));
+  const int64_t at = row * task.k + position;
+  if (__hisinf(missing) != 0) atomicMin(task.overflow, static_cast<unsigned long long>(at));
+  task.missing[at] = __half_as_ushort(missing);
+  atomicAdd(task.outlier_count, 1ULL);
+  return __fdiv_rn(__fsub_rn(value, __fadd_rn(decoded, __half2float(missing))), pivot);
+}
+
 // Rounds columns [run, run + count) of this lane's row and pushes errors within the run.
-__device__ __forceinline__ void round_run(const WalkTask& task, Shared& shared, int64_t begin, int run,
-                                          int count, int64_t row) {
+template <class R, bool kOutliers>
+__device__ __forceinline__ void round_run(const WalkTask& task, const R& rounder, Shared& shared,
+                                          int64_t begin, int run, int count, int64_t row) {
   const int lane = threadIdx.x % kWarp;
   float value[kRun];
-  float scale[kRun];
-  float zero[kRun];
+  typename R::Column own[kRun];
   // Rows past the end repeat the last one; what they make is not stored.
   const int64_t parameter_row = min(row, task.n - 1);
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
     const int column = min(run + j, run + count - 1);
     const auto group = static_cast<int64_t>(task.group_at[begin + column]);
-    const int64_t index = parameter_row * task.parameters.row_stride + group * task.parameters.group_stride;
     value[j] = shared.value[run + j][lane];
-    scale[j] = task.parameters.scales[index];
-    zero[j] = task.parameters.zeros[index];
+    own[j] = rounder.column(parameter_row, group);
   }
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
     if (j < count) {
       const float* upper = &shared.upper[run + j][run];
-      const EncodedValue encoded = encode_value(task.grid, value[j], scale[j], zero[j]);
-      const float error = __fdiv_rn(__fsub_rn(value[j], encoded.decoded), upper[j]);
+      const EncodedValue encoded = rounder.encode(own[j], value[j]);
+      float error = __fdiv_rn(__fsub_rn(value[j], encoded.decoded), upper[j]);
+      if constexpr (kOutliers) {
+        error = keep_outlier(task, begin + run + j, row, value[j], encoded.decoded, upper[j], error);
+      }
 #pragma unroll
       for (int later = j + 1; later < kRun; ++later) {
         value[later] = __fmaf_rn(-upper[later], error, value[later]);
@@ -88,7 +102,9 @@ __device__ __forceinline__ void push_run(Shared& shared, int run, int width) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) walk_block_kernel(WalkTask task, int64_t begin, int width) {
+template <class R, bool kOutliers>
+__global__ void __launch_bounds__(kThreads)
+    walk_block_kernel(WalkTask task, R rounder, int64_t begin, int width) {
   extern __shared__ float4 shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const int lane = threadIdx.x % kWarp;
@@ -116,7 +132,9 @@ __global__ void __launch_bounds__(kThreads) walk_block_kernel(WalkTask task, int
   __syncthreads();
 
   for (int run = 0; run < width; run += kRun) {
-    if (warp == 0) round_run(task, shared, begin, run, min(kRun, width - run), first_row + lane);
+    if (warp == 0) {
+      round_run<R, kOutliers>(task, rounder, shared, begin, run, min(kRun, width - run), first_row + lane);
+    }
     __syncthreads();
     if (run + kRun < width) push_run(shared, run, width);
     __syncthreads();
@@ -152,12 +170,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void walk_block(const WalkTask& task, int64_t begin, int width, cudaStream_t stream) {
-  check_cuda(cudaFuncSetAttribute(walk_block_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(sizeof(Shared))),
-             "shared memory of walk_block");
-  walk_block_kernel<<<static_cast<unsigned>(ceil_div(task.n, kRows)), kThreads, sizeof(Shared), stream>>>(
-      task, begin, width);
+void walk_block(const WalkTask& task, const Rounder& rounder, int64_t begin, int width, cudaStream_t stream) {
+  std::visit(
+      [&](const auto& own) {
+        using R = std::decay_t<decltype(own)>;
+        const auto launch = [&](auto kernel) {
+          check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(sizeof(Shared))),
+                     "shared memory of walk_block");
+          kernel<<<static_cast<unsigned>(ceil_div(task.n, kRows)), kThreads, sizeof(Shared), stream>>>(
+              task, own, begin, width);
+        };
+        if constexpr (!std::is_same_v<R, BcqRounder>) {
+          if (task.missing != nullptr) return launch(walk_block_kernel<R, true>);
+        }
+        launch(walk_block_kernel<R, false>);
+      },
+      rounder);
   check_cuda(cudaGetLastError(), "launch of walk_block");
 }
 

@@ -4,13 +4,20 @@
 
 #include "arrays.hpp"
 #include "calibration.hpp"
+#include "reports.hpp"
 
 namespace quantloom::python {
-namespace {
 
-py::bytes to_bytes(const std::vector<int8_t>& codes) {
-  return {reinterpret_cast<const char*>(codes.data()), codes.size()};
+py::dict to_python(const ChannelScales& found) {
+  py::dict result;
+  result["codes"] = py::bytes(reinterpret_cast<const char*>(found.codes.data()), found.codes.size());
+  result["exponent"] = found.exponent;
+  result["loss"] = found.loss;
+  result["losses"] = found.losses;
+  return result;
 }
+
+namespace {
 
 py::dict search(const std::vector<ArrayRef>& weights, const std::vector<std::string>& formats,
                 const SharedHessian& hessian, const std::vector<double>& magnitudes, int64_t steps,
@@ -31,12 +38,7 @@ py::dict search(const std::vector<ArrayRef>& weights, const std::vector<std::str
                                    .code_step = to_int("code_step", code_step),
                                    .threads = to_int("threads", threads)});
   }
-  py::dict result;
-  result["codes"] = to_bytes(found.codes);
-  result["exponent"] = found.exponent;
-  result["loss"] = found.loss;
-  result["losses"] = found.losses;
-  return result;
+  return to_python(found);
 }
 
 std::vector<float> values_of(const py::bytes& codes) {

@@ -10,19 +10,12 @@
 
 #include "arrays.hpp"
 #include "calibration.hpp"
-#include "quantloom/formats/codebook.hpp"
-#include "quantloom/formats/trellis.hpp"
-#include "quantloom/formats/uniform.hpp"
+#include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/cuda.hpp"
 #include "reports.hpp"
 
 namespace quantloom::python {
 namespace {
-
-bool rounds_trellis_on_cuda(const Format& format) {
-  const auto* trellis = dynamic_cast<const Trellis*>(&format);
-  return trellis != nullptr && trellis->rotation > 0 && trellis->codebook.window == 16;
-}
 
 void* to_stream(uintptr_t stream) {
   return reinterpret_cast<void*>(stream);
@@ -152,6 +145,28 @@ py::dict trellis_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHes
   return to_python(report);
 }
 
+py::dict search_scales(const std::vector<ArrayRef>& weights, const std::vector<std::string>& formats,
+                       SharedCudaHessian& hessian, const std::vector<double>& magnitudes, int64_t steps,
+                       int64_t code_step, uintptr_t stream) {
+  if (weights.size() != formats.size()) {
+    throw InvalidArgument("formats", text_of(formats.size()), text_of(weights.size(), ", as many as layers"));
+  }
+  std::vector<CudaScaledLayer> layers;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    layers.push_back({weights[i].cuda_matrix("w"), format_from_json(formats[i])});
+  }
+  ChannelScaleOptions options;
+  options.steps = to_int("steps", steps);
+  options.code_step = to_int("code_step", code_step);
+  ChannelScales found;
+  {
+    const py::gil_scoped_release release;
+    const CudaHessianLocks hessians(&hessian, nullptr);
+    found = search_channel_scales_cuda(layers, *hessians.first(), magnitudes, options, to_stream(stream));
+  }
+  return to_python(found);
+}
+
 }  // namespace
 
 void bind_cuda_rounding(py::module_& module) {
@@ -185,11 +200,8 @@ void bind_cuda_rounding(py::module_& module) {
                              })
       .def("sum", &sum_of)
       .def("diagonal", &diagonal_of);
-  module.def("rounds_on_cuda", [](const std::string& format_json) {
-    const auto format = format_from_json(format_json);
-    return dynamic_cast<const Uniform*>(format.get()) != nullptr ||
-           dynamic_cast<const Codebook*>(format.get()) != nullptr || rounds_trellis_on_cuda(*format);
-  });
+  module.def("rounds_on_cuda",
+             [](const std::string& format_json) { return rounds_on_cuda(*format_from_json(format_json)); });
   module.def("walk_needs_group_index",
              [](const std::string& format_json, int64_t k, bool act_order, bool static_groups) {
                return walk_needs_group_index(*format_from_json(format_json), k, act_order, static_groups);
@@ -197,6 +209,7 @@ void bind_cuda_rounding(py::module_& module) {
   module.def("round_nearest_cuda", &nearest);
   module.def("round_error_feedback_cuda", &error_feedback);
   module.def("round_trellis_feedback_cuda", &trellis_feedback);
+  module.def("search_channel_scales_cuda", &search_scales);
   module.def("packed_plane_names", [](const PackedTensor& packed) {
     std::vector<std::string> names;
     for (const auto& [name, plane] : packed.planes) names.push_back(name);

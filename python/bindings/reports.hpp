@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/rounding.hpp"
 
 namespace quantloom::python {
@@ -17,5 +18,7 @@ using Search = std::optional<std::tuple<int64_t, double, double, bool>>;
 
 std::optional<ScaleSearch> to_search(const Search& search);
 py::dict to_python(const RoundingReport& report);
+// codes, exponent, loss, losses
+py::dict to_python(const ChannelScales& found);
 
 }  // namespace quantloom::python

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from quantloom import _arrays, _checks, _core
+from quantloom import _arrays, _checks, _core, _devices
 from quantloom.calibration import Hessian, as_hessian
 from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format
@@ -155,7 +155,11 @@ def search_channel_scales(
     powers_of_two: bool = False,
     threads: int = 0,
 ) -> ScaleChoice:
-    """The channel scales of layers that share their inputs; see ``AWQ``. Runs on the CPU.
+    """The channel scales of layers that share their inputs; see ``AWQ``.
+
+    Layers on a CUDA device are searched there if kernels round to all their formats (uniform, codebook, bcq
+    and spqr), else on the CPU. Losses are the CPU's to about 1e-6, so that exponents whose losses agree so
+    far may change places; the codes of an exponent are the same.
 
     Args:
         layers: pairs of a weight matrix ``[n, k]`` and its format.
@@ -171,16 +175,23 @@ def search_channel_scales(
             raise TypeError(f"layers: got {_checks.type_name(pair)}, expected pairs of a matrix and a format")
     if gathered is None:
         raise TypeError("hessian: got NoneType, expected a Hessian or an array [k, k]")
-    hessian = gathered.to("cpu")
-    found = _core.search_channel_scales(
-        [_arrays.matrix("w", w.cpu() if _arrays.is_torch(w) else w).core for w, _ in layers],
-        [format.to_json() for _, format in layers],
-        hessian._core,
+    matrices = [_arrays.matrix("w", w, cpu=False) for w, _ in layers]
+    formats = [format.to_json() for _, format in layers]
+    device = _search_device(matrices, formats)
+    hessian = gathered.to(device)
+    settings = (
         _magnitudes(magnitudes, hessian),
         _checks.integer("steps", steps, 1),
         16 if powers_of_two else 1,
-        _checks.thread_count(threads),
     )
+    threads = _checks.thread_count(threads)
+    if device == "cpu":
+        cores = [_arrays.matrix("w", m.value.cpu() if m.device != "cpu" else m.value).core for m in matrices]
+        found = _core.search_channel_scales(cores, formats, hessian._core, *settings, threads)
+    else:
+        cores = [m.core for m in matrices]
+        with _devices.current(device) as stream:
+            found = _core.search_channel_scales_cuda(cores, formats, hessian._core, *settings, stream)
     return ScaleChoice(
         np.frombuffer(found["codes"], np.int8),
         found["exponent"],
@@ -188,6 +199,15 @@ def search_channel_scales(
         found["losses"][0],
         tuple(found["losses"]),
     )
+
+
+def _search_device(matrices: list[_arrays.Array], formats: list[str]) -> str:
+    """The device of all matrices if it is a CUDA device that rounds to all formats, else "cpu"."""
+    devices = {matrix.device for matrix in matrices}
+    if len(devices) != 1 or devices == {"cpu"} or not _core.built_with_cuda():
+        return "cpu"
+    columns = ("uniform", "codebook", "bcq", "spqr")
+    return devices.pop() if all(json.loads(text)["format"] in columns for text in formats) else "cpu"
 
 
 def quantize_scaled(w: Any, format: Format, rounding: AWQ, threads: int) -> PackedTensor:

@@ -45,11 +45,12 @@ def quantize(
     computed.
 
     On a CUDA device the work runs on torch's current stream, and the host waits for it. There, nearest
-    rounding gives the CPU's codes and scales bit for bit; GPTQ takes its sums in another order, so that
-    weights close to the middle between two codes may take the other one. A ``trellis`` takes no scale search
-    there, and its rings are searched with float16 costs: other codes, at an error within 0.03% on normal
-    weights. Raises RuntimeError for formats other than ``uniform``, ``codebook`` and a ``trellis`` with its
-    rotation and a window of 16, and where cuBLAS or cuSOLVER is missing.
+    rounding gives the CPU's codes and scales bit for bit (but a search by output error sums in another order,
+    so that factors whose errors agree to about 1e-5 may change places); GPTQ takes its sums in another
+    order, so that weights close to the middle between two codes may take the other one. A ``trellis`` takes
+    no scale search there, and its rings are searched with float16 costs: other codes, at an error within
+    0.03% on normal weights. Raises RuntimeError for formats other than ``uniform``, ``codebook``, ``bcq``,
+    ``spqr`` and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -211,7 +212,7 @@ def _require_cuda_rounding(matrix: _arrays.Array, format: Format) -> None:
     if not _core.rounds_on_cuda(format.to_json()):
         raise RuntimeError(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
-            " expected uniform, codebook or a rotated trellis with a window of 16 (or pass w.cpu())"
+            " expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or w.cpu()"
         )
 
 

@@ -37,7 +37,7 @@ class ScaleSearch:
         norm: > 0; 2 is the squared error.
         output_error: measure ``e^T H e`` instead, for the errors e of a group's columns and its block of the
             Hessian: what they add to the squared output error, correlations between inputs included. Needs a
-            Hessian and norm 2, and runs on the CPU.
+            Hessian and norm 2.
     """
 
     steps: int = 40

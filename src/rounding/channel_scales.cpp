@@ -8,6 +8,7 @@
 #include "quantloom/checked_math.hpp"
 #include "quantloom/parallel.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "rounding/scale_exponents.hpp"
 
 namespace quantloom {
 namespace {
@@ -82,20 +83,14 @@ double loss_at(std::span<const ScaledLayer> layers, const Hessian& hessian, std:
 
 void require_arguments(std::span<const ScaledLayer> layers, const Hessian& hessian,
                        std::span<const double> magnitudes, const ChannelScaleOptions& options) {
-  static_cast<void>(resolve_threads(options.threads));
-  if (options.steps < 1 || options.steps > 1000) {
-    throw InvalidArgument("steps", text_of(options.steps), "a number from 1 to 1000");
-  }
+  require_valid(options);
   if (layers.empty()) throw InvalidArgument("layers", "none", "at least one");
   for (const ScaledLayer& layer : layers) {
     if (layer.format == nullptr) throw InvalidArgument("format", "null", "a format");
     require_hessian(hessian, layer.w.cols(), "hessian");
     require_finite(layer.w, "w", options.threads);
   }
-  if (std::ssize(magnitudes) != hessian.k()) {
-    throw InvalidArgument("magnitudes", text_of(magnitudes.size(), " entries"),
-                          text_of(hessian.k(), ", one for each input"));
-  }
+  require_magnitudes(magnitudes, hessian.k());
 }
 
 }  // namespace
@@ -163,8 +158,28 @@ Hessian scaled_hessian(const Hessian& hessian, std::span<const int8_t> codes) {
 ChannelScales search_channel_scales(std::span<const ScaledLayer> layers, const Hessian& hessian,
                                     std::span<const double> magnitudes, const ChannelScaleOptions& options) {
   require_arguments(layers, hessian, magnitudes, options);
+  return best_scales(magnitudes, hessian.diagonal(), options, [&](std::span<const int8_t> codes) {
+    return loss_at(layers, hessian, codes, options.threads);
+  });
+}
+
+void require_valid(const ChannelScaleOptions& options) {
+  static_cast<void>(resolve_threads(options.threads));
+  if (options.steps < 1 || options.steps > 1000) {
+    throw InvalidArgument("steps", text_of(options.steps), "a number from 1 to 1000");
+  }
+}
+
+void require_magnitudes(std::span<const double> magnitudes, int64_t k) {
+  if (std::ssize(magnitudes) == k) return;
+  throw InvalidArgument("magnitudes", text_of(magnitudes.size(), " entries"),
+                        text_of(k, ", one for each input"));
+}
+
+ChannelScales best_scales(std::span<const double> magnitudes, const std::vector<double>& diagonal,
+                          const ChannelScaleOptions& options,
+                          const std::function<double(std::span<const int8_t>)>& loss_at) {
   std::vector<double> live(magnitudes.begin(), magnitudes.end());
-  const std::vector<double> diagonal = hessian.diagonal();
   for (size_t j = 0; j < live.size(); ++j) {
     if (diagonal[j] == 0) live[j] = 0;
   }
@@ -172,7 +187,7 @@ ChannelScales search_channel_scales(std::span<const ScaledLayer> layers, const H
   for (int i = 0; i < options.steps; ++i) {
     const double exponent = static_cast<double>(i) / options.steps;
     std::vector<int8_t> codes = channel_scale_codes(live, exponent, options.code_step);
-    const double loss = loss_at(layers, hessian, codes, options.threads);
+    const double loss = loss_at(codes);
     best.losses.push_back(loss);
     if (i > 0 && !(loss < best.loss)) continue;
     best.codes = std::move(codes);

@@ -1,5 +1,6 @@
 // Stands in for rounding on CUDA devices in a CPU-only build.
 #include "quantloom/calibration/cuda_hessian.hpp"
+#include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/cuda.hpp"
 
 namespace quantloom {
@@ -62,6 +63,13 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& /*w*/, PackedTensor
                                            const CudaErrorFeedbackOptions& /*options*/,
                                            const TrellisFeedbackOptions& /*trellis*/, void* /*stream*/) {
   refuse("round_trellis_feedback_cuda");
+}
+
+ChannelScales search_channel_scales_cuda(std::span<const CudaScaledLayer> /*layers*/,
+                                         const CudaHessian& /*hessian*/,
+                                         std::span<const double> /*magnitudes*/,
+                                         const ChannelScaleOptions& /*options*/, void* /*stream*/) {
+  refuse("search_channel_scales_cuda");
 }
 
 bool walk_needs_group_index(const Format& /*format*/, int64_t /*k*/, bool /*act_order*/,

@@ -9,7 +9,9 @@
 #include <span>
 #include <vector>
 
+#include "quantloom/calibration/cuda_hessian.hpp"
 #include "quantloom/calibration/hessian.hpp"
+#include "quantloom/cuda_matrix.hpp"
 #include "quantloom/formats/format.hpp"
 
 namespace quantloom {
@@ -59,5 +61,21 @@ Hessian scaled_hessian(const Hessian& hessian, std::span<const int8_t> codes);
 ChannelScales search_channel_scales(std::span<const ScaledLayer> layers, const Hessian& hessian,
                                     std::span<const double> magnitudes,
                                     const ChannelScaleOptions& options = {});
+
+struct CudaScaledLayer {
+  CudaMatrix w;
+  std::shared_ptr<const Format> format;
+};
+
+// The same for weights and a Hessian on the current CUDA device; `stream` is a cudaStream_t, and the function
+// returns after its work is done. The same codes at each exponent; losses, whose sums are taken in another
+// order, to about 1e-6 relative, so that exponents whose losses agree so far may change places. Unsupported
+// for formats other than "uniform", "codebook", "bcq" and "spqr", and in a CPU-only build.
+//
+// Memory on the device beyond the inputs: of one layer a scaled copy and its codes (5 n k bytes), and
+// 16 * 1024 * k bytes.
+ChannelScales search_channel_scales_cuda(std::span<const CudaScaledLayer> layers, const CudaHessian& hessian,
+                                         std::span<const double> magnitudes,
+                                         const ChannelScaleOptions& options, void* stream);
 
 }  // namespace quantloom

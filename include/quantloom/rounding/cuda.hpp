@@ -1,5 +1,6 @@
-// Rounding on a CUDA device, for the formats "uniform", "codebook" and "trellis" (with its rotation and a
-// window of 16): weights, Hessian and planes stay on the current device.
+// Rounding on a CUDA device, for the formats "uniform", "codebook", "bcq", "spqr" (blocks of up to 2048 rows)
+// and "trellis" (with its rotation and a window of 16): weights, Hessian and planes stay on the current
+// device.
 //
 // `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
 // empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a
@@ -25,7 +26,8 @@ struct CudaNearestOptions {
 
 // The same codes, scales and zero points as round_nearest(), bit for bit: each value is computed by the same
 // sequence of IEEE operations. Exception: a scale search with a norm other than 2 takes the device's pow(),
-// so that factors whose errors agree to about 1e-15 may change places. Of a trellis, scales and what its
+// so that factors whose errors agree to about 1e-15 may change places; and one by output error sums in
+// another order, so that those whose errors agree to about 1e-5 may. Of a trellis, scales and what its
 // rings are to code are the CPU's up to roundings; rings are those of encode_rings_cuda(), whose costs are
 // float16, and a scale search is not taken.
 RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
@@ -65,6 +67,9 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
                                            const CudaHessian& hessian,
                                            const CudaErrorFeedbackOptions& options,
                                            const TrellisFeedbackOptions& trellis, void* stream);
+
+// Whether the functions above round to a format; also in a CPU-only build.
+bool rounds_on_cuda(const Format& format);
 
 // Whether round_error_feedback_cuda() needs the plane group_index for a matrix of k columns.
 bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups);

@@ -176,17 +176,17 @@ def _check_arguments(
 
 
 def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
-    last = rounding.then if isinstance(rounding, ql.AWQ) else rounding
-    if last.scale_search is not None and last.scale_search.output_error:
-        raise RuntimeError(
-            f"device: got {device!r}, but a search by output error runs on the CPU only; expected another"
-            " scale search, such as that of awq+nearest:search"
-        )
+    search = (rounding.then if isinstance(rounding, ql.AWQ) else rounding).scale_search
     for name, form in targets.formats.items():
         if not _core.rounds_on_cuda(form.to_json()):
             raise RuntimeError(
                 f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
-                'expected uniform, codebook or a rotated trellis with a window of 16, or device="cpu"'
+                'expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or "cpu"'
+            )
+        if search is not None and search.output_error and getattr(form, "group_size", None) == "tensor":
+            raise RuntimeError(
+                f"device: got {device!r}, but a search by output error for {form.spec}, the format of {name},"
+                " runs on the CPU only; expected another scale search, or groups"
             )
 
 

@@ -277,10 +277,7 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        (hessian.to("cpu"), total / max(1, hessian.tokens))
-        for hessian, total in zip(hessians, sums, strict=True)
-    ]
+    return [(hessian, total / max(1, hessian.tokens)) for hessian, total in zip(hessians, sums, strict=True)]
 
 
 def _outputs(block: Block, names: Iterable[str], run: Callable[[], Any]) -> list[torch.Tensor]:

@@ -1,0 +1,19 @@
+#include "quantloom/formats/bcq.hpp"
+#include "quantloom/formats/codebook.hpp"
+#include "quantloom/formats/spqr.hpp"
+#include "quantloom/formats/trellis.hpp"
+#include "quantloom/formats/uniform.hpp"
+#include "quantloom/rounding/cuda.hpp"
+
+namespace quantloom {
+
+bool rounds_on_cuda(const Format& format) {
+  if (const auto* trellis = dynamic_cast<const Trellis*>(&format)) {
+    return trellis->rotation > 0 && trellis->codebook.window == 16;
+  }
+  return dynamic_cast<const Uniform*>(&format) != nullptr ||
+         dynamic_cast<const Codebook*>(&format) != nullptr || dynamic_cast<const Bcq*>(&format) != nullptr ||
+         dynamic_cast<const Spqr*>(&format) != nullptr;
+}
+
+}  // namespace quantloom
