@@ -53,6 +53,11 @@ std::vector<float> values_of(const py::bytes& codes) {
 void bind_channel_scales(py::module_& module) {
   module.def("search_channel_scales", &search);
   module.def("channel_scales", &values_of);
+  module.def("channel_scale_codes",
+             [](const std::vector<double>& magnitudes, double exponent, int64_t code_step) {
+               const auto codes = channel_scale_codes(magnitudes, exponent, to_int("code_step", code_step));
+               return py::bytes(reinterpret_cast<const char*>(codes.data()), codes.size());
+             });
   module.attr("LARGEST_SCALE_CODE") = kLargestScaleCode;
 }
 

@@ -60,6 +60,7 @@ from quantloom.rounding import (
     parse_rounding,
     rounding_from_json,
 )
+from quantloom.smoothquant import SmoothQuant, search_smoothing
 from quantloom.tensors import PackedTensor, load_metadata, load_tensors, save_tensors
 from quantloom.transforms import (
     Hadamard,
@@ -95,6 +96,7 @@ __all__ = [
     "RoundingReport",
     "ScaleChoice",
     "ScaleSearch",
+    "SmoothQuant",
     "SpQR",
     "Transform",
     "Trellis",
@@ -128,6 +130,7 @@ __all__ = [
     "rounding_from_json",
     "save_tensors",
     "search_channel_scales",
+    "search_smoothing",
     "transform_from_json",
 ]
 

@@ -16,11 +16,30 @@ from quantloom.quantizing import quantize
 from quantloom.rounding import GPTQ, Nearest, Rounding, ScaleSearch
 from quantloom.tensors import PackedTensor
 
-__all__ = ["AWQ", "ScaleChoice", "search_channel_scales"]
+__all__ = ["AWQ", "ChannelScaling", "ScaleChoice", "search_channel_scales"]
+
+
+class ChannelScaling(Rounding):
+    """Base class of roundings that scale input channels first, then round by ``then``."""
+
+    then: Rounding
+    explicit: bool
+    name: str  # in descriptions and reports
+
+    def _check_then(self) -> None:
+        from quantloom.rounding import parse_rounding
+
+        then = parse_rounding(self.then)
+        if not isinstance(then, (Nearest, GPTQ)):
+            raise TypeError(f"then: got {_checks.type_name(then)}, expected Nearest(...) or GPTQ(...)")
+        if then.hessian is not None or then.held_out is not None:
+            given = type(self).__name__
+            raise ValueError(f"then: got a Hessian, expected it as an argument of {given} itself")
+        object.__setattr__(self, "then", then)
 
 
 @dataclass(frozen=True, eq=False)
-class AWQ(Rounding):
+class AWQ(ChannelScaling):
     """Scales input channels by a power of their mean magnitude before they are rounded (AWQ: Lin, Tang, Tang,
     Yang, Chen, Wang, Xiao, Dang, Gan and Han, 2024).
 
@@ -48,15 +67,10 @@ class AWQ(Rounding):
     held_out: Hessian | Any = None
     magnitudes: Any = None
 
-    def __post_init__(self) -> None:
-        from quantloom.rounding import parse_rounding
+    name = "awq"
 
-        then = parse_rounding(self.then)
-        if not isinstance(then, (Nearest, GPTQ)):
-            raise TypeError(f"then: got {_checks.type_name(then)}, expected Nearest(...) or GPTQ(...)")
-        if then.hessian is not None or then.held_out is not None:
-            raise ValueError("then: got a Hessian, expected it as an argument of AWQ itself")
-        object.__setattr__(self, "then", then)
+    def __post_init__(self) -> None:
+        self._check_then()
         object.__setattr__(self, "steps", _checks.integer("steps", self.steps, 1))
         if self.steps > 1000:
             raise ValueError(f"steps: got {self.steps}, expected at most 1000")
@@ -221,11 +235,11 @@ def quantize_scaled(w: Any, format: Format, rounding: AWQ, threads: int) -> Pack
 
 
 def quantize_with_scales(
-    w: Any, format: Format, rounding: AWQ, codes: np.ndarray | None, threads: int
+    w: Any, format: Format, rounding: ChannelScaling, codes: np.ndarray | None, threads: int
 ) -> PackedTensor:
     """Rounds W by ``rounding.then``, under the scales of `codes`; None: W as it is, already scaled."""
     then = replace(rounding.then, hessian=rounding.hessian, held_out=rounding.held_out)
     transform = ChannelScales(codes) if codes is not None and np.any(codes) else None
     q = quantize(w, format, then, transform=transform, threads=threads)
-    q.report = replace(q.report, method=f"awq+{q.report.method}")
+    q.report = replace(q.report, method=f"{rounding.name}+{q.report.method}")
     return q

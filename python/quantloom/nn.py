@@ -21,7 +21,7 @@ from quantloom.formats import Format, parse_format
 from quantloom.quantizing import quantize
 from quantloom.rounding import Rounding
 from quantloom.tensors import PackedTensor
-from quantloom.transforms import Transform
+from quantloom.transforms import Transform, parse_transform
 
 __all__ = ["QuantLinear", "RoundedLinear"]
 
@@ -48,19 +48,32 @@ class RoundedLinear(torch.nn.Linear):
     Args:
         linear: its weight and bias are used as they are.
         activations: an ``ActivationFormat`` or its short form.
+        transform: the basis in which inputs are rounded; None: their own.
     """
 
-    def __init__(self, linear: torch.nn.Linear, activations: ActivationFormat | str) -> None:
+    def __init__(
+        self,
+        linear: torch.nn.Linear,
+        activations: ActivationFormat | str,
+        transform: Transform | str | None = None,
+    ) -> None:
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear: got {_checks.type_name(linear)}, expected a torch.nn.Linear")
         activations = _known_scale(parse_activations(activations))
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.activations, self._operand = activations, activations.spec
+        self.transform = parse_transform(transform)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[..., in_features]`` on the CPU; returns ``[..., out_features]``."""
-        return super().forward(torch.ops.quantloom.round_activations(x, self._operand))
+        transform = self.transform
+        if transform is not None and transform.has_input:
+            x = transform.rotate_input(x)
+        x = torch.ops.quantloom.round_activations(x, self._operand)
+        if transform is not None and transform.has_input:
+            x = transform.rotate_input(x, inverse=True)
+        return super().forward(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activations={self.activations}"

@@ -32,8 +32,8 @@ def quantize(
             tensor on the CPU or a CUDA device, or anything with ``__dlpack__`` (then the planes are NumPy
             arrays). Rows may be strided, elements of a row must be next to each other.
         format: a ``Format`` or its short form.
-        rounding: ``Nearest()`` (the default), ``GPTQ(hessian)`` or ``AWQ(hessian=...)``, Hessians on the
-            device of `w`.
+        rounding: ``Nearest()`` (the default), ``GPTQ(hessian)``, ``AWQ(hessian=...)`` or
+            ``SmoothQuant(inputs=...)``, Hessians on the device of `w`.
         transform: None, a ``Transform`` such as ``Hadamard(block=128)`` or its short form: the basis in which
             codes are chosen. W is rotated in float32, Hessians in float64, on the CPU. The losses of the
             report are the same in either basis, up to roundings.
@@ -55,21 +55,28 @@ def quantize(
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
     rounding = Nearest() if rounding is None else rounding
-    from quantloom.awq import AWQ, quantize_scaled
+    from quantloom.awq import AWQ, ChannelScaling, quantize_scaled
 
-    if not isinstance(rounding, (Nearest, GPTQ, AWQ)):
+    if not isinstance(rounding, (Nearest, GPTQ, ChannelScaling)):
         got = _checks.type_name(rounding)
-        raise TypeError(f"rounding: got {got}, expected Nearest(...), GPTQ(...) or AWQ(...)")
+        raise TypeError(
+            f"rounding: got {got}, expected Nearest(...), GPTQ(...), AWQ(...) or SmoothQuant(...)"
+        )
     threads = _checks.thread_count(threads)
     require_hessians(matrix, rounding)
     if isinstance(rounding, GPTQ) and rounding.hessian is None:
         raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
     transform = parse_transform(transform)
-    if isinstance(rounding, AWQ):
+    if isinstance(rounding, ChannelScaling):
         if transform is not None:
             raise ValueError(
-                f"transform: got {transform.spec}, expected None: AWQ makes a transform of its own"
+                f"transform: got {transform.spec}, expected None: {type(rounding).__name__} makes a transform"
+                " of its own"
             )
+        if not isinstance(rounding, AWQ):
+            from quantloom.smoothquant import quantize_smoothed
+
+            return quantize_smoothed(matrix.value, format, rounding, threads)
         return quantize_scaled(matrix.value, format, rounding, threads)
     if transform is not None:
         if getattr(rounding, "output_hessian", None) is not None:

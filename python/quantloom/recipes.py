@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantloom import _checks
+from quantloom.activations import ActivationFormat, activations_from_json, parse_activations
 from quantloom.formats import Format, format_from_json, parse_format
 from quantloom.rounding import Rounding, parse_rounding, rounding_from_json
 from quantloom.transforms import Transform, parse_transform, transform_from_json
@@ -45,14 +46,18 @@ class Recipe:
 
     Args:
         format: a ``Format`` or its short form (``"uniform:4:g128"``).
-        rounding: ``Nearest(...)``, ``GPTQ(...)`` or ``AWQ(...)`` without Hessians: calibration provides
-            those.
+        rounding: ``Nearest(...)``, ``GPTQ(...)``, ``AWQ(...)`` or ``SmoothQuant(...)`` without Hessians and
+            inputs: calibration provides those.
         ignore: patterns of layers that stay as they are. A pattern is the full name of a module, or
             ``"re:"`` and a regular expression that matches the whole name.
         overrides: maps patterns to another format, or to None for layers that stay as they are. The
             first pattern that matches counts, and it goes before ``ignore``.
         transform: None, a ``Transform`` or its short form (``"hadamard:b128"``): the basis in which weights
             are quantized. Layers apply it to their inputs at run time.
+        activations: None, an ``ActivationFormat`` or its short form (``"int8:token"``): how the inputs of
+            quantized layers are rounded at run time. Calibration finds the scales of static formats.
+        activation_overrides: maps patterns to another format of activations, or to None for exact ones; the
+            first pattern that matches counts.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -62,15 +67,15 @@ class Recipe:
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     transform: Transform | None = None
+    activations: ActivationFormat | None = None
+    activation_overrides: Mapping[str, ActivationFormat | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_format(self.format))
         object.__setattr__(self, "rounding", parse_rounding(self.rounding))
-        for name in ("hessian", "held_out", "output_hessian"):
+        for name in ("hessian", "held_out", "output_hessian", "inputs", "maxima", "magnitudes"):
             if getattr(self.rounding, name, None) is not None:
-                raise ValueError(
-                    f"rounding: got a {name}, expected None in a recipe: calibration provides it"
-                )
+                raise ValueError(f"rounding: got {name}, expected None in a recipe: calibration provides it")
         if isinstance(self.ignore, str) or not isinstance(self.ignore, Iterable):
             raise TypeError(f"ignore: got {_checks.type_name(self.ignore)}, expected a sequence of patterns")
         object.__setattr__(self, "ignore", tuple(_check_pattern("ignore", p) for p in self.ignore))
@@ -85,16 +90,30 @@ class Recipe:
         }
         object.__setattr__(self, "overrides", MappingProxyType(overrides))
         object.__setattr__(self, "transform", parse_transform(self.transform))
-        if self.transform is not None and json.loads(self.rounding.to_json())["rounding"] == "awq":
+        name = json.loads(self.rounding.to_json())["rounding"]
+        if self.transform is not None and name in ("awq", "smoothquant"):
             raise ValueError(
-                f"transform: got {self.transform.spec}, expected None: awq makes transforms of its own"
+                f"transform: got {self.transform.spec}, expected None: {name} makes transforms of its own"
             )
+        if self.activations is not None:
+            object.__setattr__(self, "activations", parse_activations(self.activations))
+        if not isinstance(self.activation_overrides, Mapping):
+            given = _checks.type_name(self.activation_overrides)
+            raise TypeError(f"activation_overrides: got {given}, expected a mapping of patterns to formats")
+        overrides = {
+            _check_pattern("activation_overrides", pattern): None
+            if other is None
+            else parse_activations(other)
+            for pattern, other in self.activation_overrides.items()
+        }
+        object.__setattr__(self, "activation_overrides", MappingProxyType(overrides))
 
     @classmethod
     def parse(cls, format: str | Format, rounding: str | Rounding = "nearest", **settings: Any) -> Recipe:
         """A recipe of short forms: ``Recipe.parse("uniform:4:g128", "gptq")``.
 
-        ``settings`` are ``ignore``, ``overrides`` and ``transform``.
+        ``settings`` are ``ignore``, ``overrides``, ``transform``, ``activations`` and
+        ``activation_overrides``.
         """
         return cls(parse_format(format), parse_rounding(rounding), **settings)
 
@@ -106,6 +125,13 @@ class Recipe:
         if any(_matches(pattern, name) for pattern in self.ignore):
             return None
         return self.format
+
+    def activations_for(self, name: str) -> ActivationFormat | None:
+        """How the inputs of the layer `name` are rounded; None: not at all."""
+        for pattern, other in self.activation_overrides.items():
+            if _matches(pattern, name):
+                return other
+        return self.activations
 
     def to_json(self) -> str:
         """The recipe as a JSON object; ``from_json`` reads it back. Equal recipes give equal text."""
@@ -122,6 +148,13 @@ class Recipe:
         }
         if self.transform is not None:
             fields["transform"] = json.loads(self.transform.to_json())
+        if self.activations is not None:
+            fields["activations"] = json.loads(self.activations.to_json())
+        if self.activation_overrides:
+            fields["activation_overrides"] = [
+                [pattern, None if other is None else json.loads(other.to_json())]
+                for pattern, other in self.activation_overrides.items()
+            ]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -130,19 +163,27 @@ class Recipe:
         fields = _checks.json_object("recipe", text)
         expected = {"version", "format", "rounding", "ignore", "overrides"}
         transform = fields.pop("transform", None)
+        activations = fields.pop("activations", None)
+        exceptions = fields.pop("activation_overrides", [])
         if set(fields) != expected:
             raise ValueError(f"recipe: got keys {sorted(fields)}, expected {sorted(expected)}")
         if fields["version"] != _VERSION:
             raise ValueError(f"recipe: got version {fields['version']!r}, expected {_VERSION}")
         overrides = fields["overrides"]
-        if not isinstance(overrides, list) or not all(isinstance(o, list) and len(o) == 2 for o in overrides):
-            raise ValueError("recipe overrides: expected a list of pairs [pattern, format]")
+        for pairs in (overrides, exceptions):
+            if not isinstance(pairs, list) or not all(isinstance(o, list) and len(o) == 2 for o in pairs):
+                raise ValueError("recipe overrides: expected a list of pairs [pattern, format]")
         return cls(
             format_from_json(json.dumps(fields["format"])),
             rounding_from_json(json.dumps(fields["rounding"])),
             fields["ignore"],
             {p: None if other is None else format_from_json(json.dumps(other)) for p, other in overrides},
             None if transform is None else transform_from_json(json.dumps(transform)),
+            None if activations is None else activations_from_json(json.dumps(activations)),
+            {
+                p: None if other is None else activations_from_json(json.dumps(other))
+                for p, other in exceptions
+            },
         )
 
     def __hash__(self) -> int:

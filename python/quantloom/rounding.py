@@ -353,8 +353,9 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
     """The rounding of a short form; a ``Rounding`` is returned as it is.
 
     ``nearest[:search[=STEPS]]``,
-    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:ratio=X[,X...]]`` or
-    ``awq[:steps=N][:folded][+ROUNDING]`` with one of the others after the plus; ``output-search`` in place of
+    ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:ratio=X[,X...]]``,
+    ``awq[:steps=N][:folded][+ROUNDING]`` or ``smoothquant[:alpha=X|:search[=STEPS]][:folded][+ROUNDING]``
+    with one of the first two after the plus; ``output-search`` in place of
     ``search`` is a search by output error; ``gptq`` takes ``:outliers=PERCENT%``, ``:bits=BITS`` or
     ``:outlier-threshold=X`` for an ``OutlierSearch``.
     """
@@ -366,8 +367,14 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
         from quantloom.awq import AWQ
 
         return AWQ.parse(spec)
+    if name.partition("+")[0] == "smoothquant":
+        from quantloom.smoothquant import SmoothQuant
+
+        return SmoothQuant.parse(spec)
     if name not in ("nearest", "gptq"):
-        raise ValueError(f"rounding: got {spec!r}, expected nearest, gptq or awq, with options after colons")
+        raise ValueError(
+            f"rounding: got {spec!r}, expected nearest, gptq, awq or smoothquant, with options after colons"
+        )
     settings: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
@@ -410,9 +417,15 @@ def rounding_from_json(text: str) -> Rounding:
         from quantloom.awq import AWQ
 
         return AWQ.from_fields(settings)
+    if name == "smoothquant":
+        from quantloom.smoothquant import SmoothQuant
+
+        return SmoothQuant.from_fields(settings)
     kind = kinds.get(name)
     if kind is None:
-        raise ValueError(f"rounding: got {text!r}, expected a description with one of awq, gptq, nearest")
+        raise ValueError(
+            f"rounding: got {text!r}, expected a description with one of awq, gptq, nearest, smoothquant"
+        )
     known = {item.name for item in fields(kind)} - set(HESSIANS)
     unknown = sorted(settings.keys() - known)
     if unknown:

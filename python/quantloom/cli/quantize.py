@@ -29,7 +29,7 @@ Rounding = Annotated[
         "--rounding",
         "-r",
         metavar="ROUNDING",
-        help="How codes are chosen: nearest, gptq or awq, with options as above.",
+        help="How codes are chosen: nearest, gptq, awq or smoothquant, with options as above.",
         rich_help_panel="Recipe",
     ),
 ]
@@ -97,6 +97,24 @@ Transform = Annotated[
         rich_help_panel="Recipe",
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="FORMAT",
+        help="How layers round their inputs at run time: exact, or a format as above.",
+        rich_help_panel="Recipe",
+    ),
+]
+ActivationOverride = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=FORMAT",
+        help="Other activations (or exact) for some layers. Repeatable, the first match counts.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -113,7 +131,8 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         metavar="FILE",
-        help="Calibration text (UTF-8), or token ids (.u16). GPTQ and AWQ need it.",
+        help="Calibration text (UTF-8), or token ids (.u16). GPTQ, AWQ and SmoothQuant need it, and so do"
+        " static activations.",
         show_default=False,
         rich_help_panel="Calibration",
     ),
@@ -139,6 +158,8 @@ def quantize(
     ignore: Ignore = None,
     override: Override = None,
     transform: Transform = "none",
+    activations: Activations = "exact",
+    activation_override: ActivationOverride = None,
     recipe: RecipeFile = None,
     calibration: Calibration = None,
     windows: Windows = 64,
@@ -184,13 +205,18 @@ def quantize(
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:outliers=PERCENT%|:bits=BITS]
             [:ratio=X[,X...]]
         awq[:steps=N][:folded][+ROUNDING]
+        smoothquant[:alpha=X|:search[=STEPS]][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
+        intBITS:token|gN[:asym], intBITS:tensor[:static][:asym] (activations)
+        sdrBITS:gN[:bBASE][:tensor[:static]] (activations)
 
     **Examples**
 
         quantloom quantize MODEL -o OUT --format uniform:4:g128 --rounding gptq --calibration text.txt
         quantloom quantize MODEL -o OUT -f uniform:3:g64:asym -r gptq:search -c text.txt --windows 128
         quantloom quantize MODEL -o OUT -f uniform:4:g128:asym -r awq -c text.txt
+        quantloom quantize MODEL -o OUT -f uniform:8:channel -r smoothquant:search --activations int8:token
+            -c text.txt
         quantloom quantize MODEL -o OUT -f spqr:3:g16:s3:z3:b16 -r gptq:search:bits=4 -c text.txt
         quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
     """
@@ -206,6 +232,8 @@ def quantize(
         recipe,
         calibration,
         transform=transform,
+        activations=activations,
+        activation_override=activation_override,
     )
     common.require_folder(model, "model")
     if calibration is not None:
@@ -259,6 +287,8 @@ def plan(
     ignore: Ignore = None,
     override: Override = None,
     transform: Transform = "none",
+    activations: Activations = "exact",
+    activation_override: ActivationOverride = None,
     recipe: RecipeFile = None,
     calibration: Calibration = None,
     windows: Windows = 64,
@@ -292,6 +322,8 @@ def plan(
         None,
         check=False,
         transform=transform,
+        activations=activations,
+        activation_override=activation_override,
     )
     common.require_folder(model, "model")
     common.quiet_libraries()
@@ -391,6 +423,8 @@ def _recipe(
     calibration,
     check=True,
     transform="none",
+    activations="exact",
+    activation_override=None,
 ):
     """The recipe of the options; wrong ones are wrong usage (exit code 2)."""
     import quantloom
@@ -405,7 +439,7 @@ def _recipe(
         if changes and not isinstance(parsed, quantloom.GPTQ):
             flags = ", ".join("--" + name.replace("_", "-") for name in changes)
             raise typer.BadParameter(f"{flags}: only gptq has this, but the rounding is {rounding!r}")
-        if scale_search is not None and isinstance(parsed, quantloom.AWQ):
+        if scale_search is not None and isinstance(parsed, (quantloom.AWQ, quantloom.SmoothQuant)):
             raise typer.BadParameter(
                 "--scale-search: the rounding after the scales has its own, as in awq+gptq:search"
             )
@@ -415,6 +449,8 @@ def _recipe(
         settings = {
             "overrides": dict(_override(entry) for entry in override or ()),
             "transform": _option("--transform", quantloom.parse_transform, transform),
+            "activations": _activations("--activations", activations),
+            "activation_overrides": dict(_activation_override(entry) for entry in activation_override or ()),
         }
         if ignore is not None:
             settings["ignore"] = tuple(ignore)
@@ -433,6 +469,21 @@ def _override(entry: str):
     if not separator or not pattern:
         raise typer.BadParameter(f"got {entry!r}, expected PATTERN=FORMAT", param_hint="--override")
     return pattern, None if spec == "none" else _option("--override", quantloom.parse_format, spec)
+
+
+def _activations(hint: str, spec: str):
+    import quantloom
+
+    return None if spec == "exact" else _option(hint, quantloom.parse_activations, spec)
+
+
+def _activation_override(entry: str):
+    pattern, separator, spec = entry.partition("=")
+    if not separator or not pattern:
+        raise typer.BadParameter(
+            f"got {entry!r}, expected PATTERN=FORMAT", param_hint="--activation-override"
+        )
+    return pattern, _activations("--activation-override", spec)
 
 
 def _option(hint: str, function, *arguments):

@@ -442,6 +442,22 @@ def _equal(a: Any, b: Any) -> bool:
 # -- Hessians ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class InputRange:
+    """The range of the inputs of some Linears, 0 included, in the basis of a transform (or None)."""
+
+    transform: Any = None
+    low: float = 0.0
+    high: float = 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Takes note of inputs float32 ``[tokens, k]``."""
+        if self.transform is not None:
+            x = self.transform.rotate_input(x)
+        low, high = (value.item() for value in torch.aminmax(x))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+
 def gather_hessians(
     block: Block,
     call: BlockCall,
@@ -451,8 +467,11 @@ def gather_hessians(
     threads: int,
     tick: Any,
     device: str = "cpu",
+    span: InputRange | None = None,
 ) -> tuple[Any, Any]:
     """The Hessians of a stage's input: of the calibration windows, and of those held out (or None).
+
+    `span` gets the inputs of the calibration windows, if it is given.
 
     The block and its call are on `device`, the Hessians will be. Raises ValueError naming the module if its
     input is not finite, and on the CPU the window.
@@ -475,6 +494,8 @@ def gather_hessians(
             target = main if index < windows.calibration else held_out
             try:
                 target.add(x, threads=threads)
+                if span is not None and index < windows.calibration:
+                    span.add(x)
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{stage[0]}: its input in calibration window {index}: {error}") from error
             tick()

@@ -114,6 +114,11 @@ def assemble(
             stored: work.stored_format(name, targets.formats[name]).to_json()
             for stored, name in packed.items()
         },
+        {
+            stored: ql.parse_activations(spec).to_json()
+            for stored, name in packed.items()
+            if (spec := work.report(name).activations)
+        },
     )
     write_json(work.staging / "config.json", config)
     copy_companions(folder.path, work.staging)
@@ -122,14 +127,20 @@ def assemble(
     write_json(work.staging / "COMPLETE", {"files": sorted(os.listdir(work.staging))})
 
 
-def quantization_config(recipe: Any, formats: dict[str, str]) -> dict[str, Any]:
-    """The entry ``quantization_config`` of our own checkpoints; `formats` are JSON by module name."""
-    return {
+def quantization_config(
+    recipe: Any, formats: dict[str, str], activations: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The entry ``quantization_config`` of our own checkpoints; `formats` and `activations` are JSON by
+    module name."""
+    config = {
         "quant_method": QUANT_METHOD,
         "version": CONFIG_VERSION,
         "recipe": recipe,
         "modules": {name: json.loads(text) for name, text in formats.items()},
     }
+    if activations:
+        config["activations"] = {name: json.loads(text) for name, text in activations.items()}
+    return config
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -242,6 +253,14 @@ class QuantizedFolder:
             raise ValueError(f"{argument}: {self.path}: quantization_config lists no modules")
         self.recipe = settings.get("recipe")
         self.formats = {name: ql.format_from_json(json.dumps(text)) for name, text in modules.items()}
+        activations = settings.get("activations", {})
+        if not isinstance(activations, dict) or activations.keys() - self.formats.keys():
+            raise ValueError(
+                f"{argument}: {self.path}: quantization_config has activations of modules that are not packed"
+            )
+        self.activations = {
+            name: ql.activations_from_json(json.dumps(text)) for name, text in activations.items()
+        }
         self.files = tensor_files(self.path)
 
     def shards(self) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -298,7 +317,8 @@ def load(
             CUDA device may not take every dtype: ``quantloom.can_matmul`` tells.
         dequantized: False: packed Linears become ``quantloom.nn.QuantLinear``, which multiply from packed
             codes. True: they become plain Linears with decoded weights (in `dtype`, or float32), which
-            need more memory and are faster for many tokens at once.
+            need more memory and are faster for many tokens at once; those whose activations are rounded
+            become ``quantloom.nn.RoundedLinear``, which compute the same up to the order of sums.
 
     Raises OSError or ValueError naming the file: not such a folder, damaged files, wrong checksums;
     TypeError, ValueError or RuntimeError if `device` is none that can be used, RuntimeError if no kernel of
@@ -325,8 +345,10 @@ def load(
     if unused:
         raise ValueError(f"{folder.path}: the model has no place for tensor {unused[0]!r}")
     _cast(model, dtype)
+    rounded = getattr(folder, "activations", {})
     for name, (place, linear) in linears.items():
         weight = packed.pop(name).to(target)
+        owner, _, leaf = place.rpartition(".")
         bias = linear.bias
         if bias is not None and bias.device != target:
             bias = torch.nn.Parameter(bias.detach().to(target), requires_grad=False)
@@ -336,9 +358,12 @@ def load(
             )
             if bias is not None:
                 linear.bias = torch.nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+            if name in rounded:
+                linear = ql.nn.RoundedLinear(linear, rounded[name], weight.transform)
+                setattr(model.get_submodule(owner), leaf, linear)
         else:
-            owner, _, leaf = place.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, ql.nn.QuantLinear(weight, bias=bias))
+            module = ql.nn.QuantLinear(weight, bias, rounded.get(name, "exact"))
+            setattr(model.get_submodule(owner), leaf, module)
     _generation_config(model, folder.path)
     return _moved(model.eval(), target)
 

@@ -84,6 +84,9 @@ def export(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     folder = QuantizedFolder(quantized_dir, "quantized_dir")
+    if folder.activations:
+        name, form = next(iter(folder.activations.items()))
+        raise ValueError(f"layout: {name}: its inputs are rounded to {form.spec}, which {layout} cannot say")
     target = _check_output(folder.path, output, overwrite)
     model = build_skeleton(folder.path)
     shapes = {}

@@ -107,7 +107,7 @@ def plan(
     if not isinstance(recipe, ql.Recipe):
         raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
     gptq = "gptq" in rounding_name(recipe.rounding)
-    steps = recipe.rounding.steps if isinstance(recipe.rounding, ql.AWQ) else 0
+    steps = getattr(recipe.rounding, "steps", 0)
     needed = not isinstance(recipe.rounding, ql.Nearest)
     calibrated = needed if calibrated is None else calibrated
     if needed and not calibrated:

@@ -22,10 +22,11 @@ import torch
 
 import quantloom as ql
 from quantloom import _core, _devices
-from quantloom.awq import quantize_with_scales
+from quantloom.awq import ChannelScaling, quantize_with_scales
 from quantloom.models.calibration import (
     BlockCall,
     HiddenStates,
+    InputRange,
     TokenWindows,
     capture,
     float_block,
@@ -169,6 +170,12 @@ def _check_arguments(
     for name, value in (("model_path", model_path), ("output", output)):
         if not isinstance(value, (str, Path)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a path")
+    formats = [recipe.activations, *recipe.activation_overrides.values()]
+    uncalibrated = [form.spec for form in formats if form is not None and not form.calibrated]
+    if calibration is None and uncalibrated:
+        raise ValueError(
+            f"calibration: got None, expected a text file or token ids, which {uncalibrated[0]} needs"
+        )
     if calibration is None and not isinstance(recipe.rounding, ql.Nearest):
         method = rounding_name(recipe.rounding)
         raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
@@ -176,7 +183,7 @@ def _check_arguments(
 
 
 def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
-    search = (rounding.then if isinstance(rounding, ql.AWQ) else rounding).scale_search
+    search = (rounding.then if isinstance(rounding, ChannelScaling) else rounding).scale_search
     for name, form in targets.formats.items():
         if not _core.rounds_on_cuda(form.to_json()):
             raise RuntimeError(
@@ -193,7 +200,7 @@ def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None
 def rounding_name(rounding: Any) -> str:
     """The word by which reports know a rounding: "nearest", "gptq", "awq+nearest"."""
     name = json.loads(rounding.to_json())["rounding"]
-    return f"{name}+{rounding_name(rounding.then)}" if isinstance(rounding, ql.AWQ) else name
+    return f"{name}+{rounding_name(rounding.then)}" if isinstance(rounding, ChannelScaling) else name
 
 
 def check_output(model_path: Path, output: Path, overwrite: bool) -> None:
@@ -363,7 +370,7 @@ class _Run:
         call = call.to(self.device)
         dtypes = {f"{block.name}.{name}": p.dtype for name, p in block.module.named_parameters()}
         with float_block(block.module, self.device), torch.no_grad():
-            if wanted and isinstance(self.recipe.rounding, ql.AWQ):
+            if wanted and isinstance(self.recipe.rounding, ChannelScaling):
                 self._scale(block, call, inputs, dtypes)
             if wanted:
                 probe = next(inputs.read()).to(self.device)
@@ -398,6 +405,7 @@ class _Run:
                 lambda: self.meter.report("calibrate", block.index),
                 self.device,
                 dtypes,
+                {name: self.recipe.activations_for(name) for name in self.targets.formats},
             )
             self.work.save_scaling(block.name, *write_scaling(stages))
         self.scalings |= {name: stage for stage in stages for name in stage.modules}
@@ -429,6 +437,9 @@ class _Run:
         self, block: Block, call: BlockCall, inputs: HiddenStates, stage: int, missing: tuple[str, ...]
     ) -> None:
         self.meter.report("calibrate", block.index, stage, missing[0])
+        formats = [self.recipe.activations_for(name) for name in missing]
+        static = any(form is not None and not form.calibrated for form in formats)
+        span = InputRange(self._transform_of(missing[0])) if static else None
         hessian, held_out = gather_hessians(
             block,
             call,
@@ -438,6 +449,7 @@ class _Run:
             self.threads,
             lambda: self.meter.window(missing, block.index, stage),
             self.device,
+            span,
         )
         rounding = dataclasses.replace(self.recipe.rounding, hessian=hessian, held_out=held_out)
         for name in missing:
@@ -446,20 +458,26 @@ class _Run:
             own = rounding
             if outputs is not None:
                 own = dataclasses.replace(rounding, output_hessian=outputs.to(self.device))
-            self._quantize_module(block, stage, name, weight, own)
+            self._quantize_module(block, stage, name, weight, own, span)
+
+    def _transform_of(self, name: str) -> Any:
+        """The basis in which a module sees its inputs; Linears of one stage have the same."""
+        codes = self.scalings[name].codes if name in self.scalings else None
+        return self.recipe.transform if codes is None else ql.ChannelScales(codes.numpy())
 
     # -- one module ----------------------------------------------------------------------------------
 
     def _quantize_module(
-        self, block: Block, stage: int, name: str, weight: torch.Tensor, rounding: Any
-    ) -> None:
+        self, block: Block, stage: int, name: str, weight: torch.Tensor, rounding: Any,
+        span: InputRange | None = None,
+    ) -> None:  # fmt: skip
         begun = time.monotonic()
-        stage = self.scalings.get(name, StageScaling((name,)))
+        scaling = self.scalings.get(name, StageScaling((name,)))
         form = self.targets.formats[name]
         try:
             weight = weight.to(self.device)
-            if isinstance(rounding, ql.AWQ):
-                codes = None if stage.codes is None else stage.codes.numpy()
+            if isinstance(rounding, ChannelScaling):
+                codes = None if scaling.codes is None else scaling.codes.numpy()
                 packed = quantize_with_scales(weight, form, rounding, codes, self.threads)
             else:
                 packed = ql.quantize(
@@ -468,10 +486,18 @@ class _Run:
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {error}") from error
+        activations = self.recipe.activations_for(name)
+        if activations is not None and not activations.calibrated:
+            activations = activations.with_range(span.low, span.high)
+        smoothing = {}
+        if isinstance(rounding, ql.SmoothQuant) and scaling.loss_unscaled > 0:
+            smoothing = {"output_error": scaling.loss, "output_error_unscaled": scaling.loss_unscaled}
         report = dataclasses.replace(
             ModuleReport.of(name, packed, time.monotonic() - begun),
-            scaled_by=stage.into,
-            scale_exponent=stage.exponent,
+            scaled_by=scaling.into,
+            scale_exponent=scaling.exponent,
+            activations="" if activations is None else activations.spec,
+            **smoothing,
         )
         self.work.save(name, packed, report)
         self.reports[name] = report
@@ -526,7 +552,7 @@ class _Meter:
             if name in run.targets.formats
         }
         self.calibrate = {name: forward_flops(n, k, tokens) for name, (n, k) in sizes.items()}
-        steps = run.recipe.rounding.steps if isinstance(run.recipe.rounding, ql.AWQ) else 0
+        steps = getattr(run.recipe.rounding, "steps", 0)
         self.quantize = {
             name: rounding_flops(n, k, gptq) + loss_flops(n, k, steps) for name, (n, k) in sizes.items()
         }

@@ -52,6 +52,11 @@ class ModuleReport:
     has on the same weights; `held_out_*` are of tokens that no rounding saw; `two_sided_*` are
     ``tr(H_out E H E^T)``, with Hessians of outputs. `trellis_ratio`: as ``RoundingReport`` has it.
 
+    `activations` is the short form of how inputs are rounded at run time, with the scale that calibration
+    found; empty if they are not. `output_error` is the mean squared error of the outputs of all Linears that
+    share the inputs, summed over them, on a sample of tokens with weights and inputs rounded, of smoothed
+    layers, `output_error_unscaled` that without scales.
+
     `scaled_by` says where the scales of the input channels went, if there are any: the name of the module
     before, or "input" if they stay beside the weights; weights and losses are then those of the scaled
     layer. `scale_exponent` is the power of the channels' magnitudes; with `scaled_by` empty, one that would
@@ -83,6 +88,9 @@ class ModuleReport:
     scale_exponent: float = 0.0
     outliers: int = 0
     outlier_threshold: float | None = None
+    activations: str = ""
+    output_error: float | None = None
+    output_error_unscaled: float | None = None
     seconds: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,9 +98,12 @@ class ModuleReport:
         and of trellises if there are any."""
         fields = asdict(self)
         del fields["seconds"]
-        for name in ("two_sided_loss", "two_sided_loss_nearest", "trellis_ratio"):
+        optional = ("two_sided_loss", "two_sided_loss_nearest", "trellis_ratio", "output_error")
+        for name in (*optional, "output_error_unscaled"):
             if fields[name] is None:
                 del fields[name]
+        if not self.activations:
+            del fields["activations"]
         if not self.scaled_by and not self.scale_exponent:
             del fields["scaled_by"], fields["scale_exponent"]
         return fields

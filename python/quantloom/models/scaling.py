@@ -19,6 +19,7 @@ import torch
 
 import quantloom as ql
 from quantloom.models.calibration import BlockCall, HiddenStates, TokenWindows, run_block
+from quantloom.models.channel_statistics import ChannelStatistics, statistics_for
 from quantloom.models.structure import Block, _same_tensor, find_stages
 
 __all__ = ["StageScaling", "apply_scaling", "read_scaling", "search_scaling", "write_scaling"]
@@ -247,23 +248,21 @@ def _into_rows(
 
 def _gather(
     block: Block, call: BlockCall, states: HiddenStates, stages: list[tuple[str, ...]],
-    windows: TokenWindows, threads: int, tick: Callable[[], None], device: str,
-) -> list[tuple[Any, torch.Tensor]]:  # fmt: skip
-    """For each stage the Hessian of its input and the mean magnitude of each channel, in one pass."""
+    windows: TokenWindows, statistics: list[ChannelStatistics], threads: int, tick: Callable[[], None],
+    device: str,
+) -> None:  # fmt: skip
+    """Adds the calibration windows' inputs of each stage to its statistics, in one pass."""
     linears = [block.linears[names[0]] for names in stages]
-    hessians = [ql.Hessian(linear.in_features, device) for linear in linears]
-    sums = [torch.zeros(linear.in_features, dtype=torch.float64) for linear in linears]
     where = 0
 
     def hook(index: int) -> Callable[[Any, tuple[Any, ...]], None]:
         def add(_: Any, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, linears[index].in_features).to(torch.float32).contiguous()
             try:
-                hessians[index].add(x, threads=threads)
+                statistics[index].add(x, threads)
             except (ValueError, RuntimeError) as error:
                 message = f"{stages[index][0]}: its input in calibration window {where}: {error}"
                 raise ValueError(message) from error
-            sums[index] += x.abs().sum(0, dtype=torch.float64).cpu()
 
         return add
 
@@ -277,7 +276,6 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
-    return [(hessian, total / max(1, hessian.tokens)) for hessian, total in zip(hessians, sums, strict=True)]
 
 
 def _outputs(block: Block, names: Iterable[str], run: Callable[[], Any]) -> list[torch.Tensor]:
@@ -317,13 +315,15 @@ def search_scaling(
     tick: Callable[[], None],
     device: str,
     dtypes: dict[str, torch.dtype],
+    activations: dict[str, Any] | None = None,
 ) -> list[StageScaling]:
     """Searches the scales of all stages of a block and applies them to its float32 weights.
 
     Args:
         formats: of the Linears that are quantized, by name.
-        rounding: an ``AWQ``.
+        rounding: an ``AWQ`` or a ``SmoothQuant``.
         dtypes: of the block's parameters in the model's files, by full name.
+        activations: how the inputs of Linears are rounded, by name, if they are.
     """
     probe = next(states.read()).to(device)
 
@@ -333,9 +333,15 @@ def search_scaling(
     wanted = {name for name in block.linears if name in formats}
     stages = find_stages(block, run, wanted)
     inputs, norms = _watch(block, run)
-    statistics = _gather(block, call, states, stages, windows, threads, tick, device)
+    statistics = [
+        statistics_for(
+            rounding, block.linears[names[0]].in_features, windows.calibration, activations or {}, device
+        )
+        for names in stages
+    ]
+    _gather(block, call, states, stages, windows, statistics, threads, tick, device)
     result = []
-    for names, (hessian, magnitudes) in zip(stages, statistics, strict=True):
+    for names, known in zip(stages, statistics, strict=True):
         x = inputs[names[0]]
         shared = all(name in wanted for name, other in inputs.items() if _same_tensor(x, other))
         norm = next(
@@ -355,23 +361,10 @@ def search_scaling(
         if norm is None and source is not None and shared:
             row_of = _row_of_channel(block, block.linears[names[0]], block.linears[source], owner)
         if row_of is not None:
-            # Channels of one row share a scale, and so a magnitude.
-            rows = int(row_of.max()) + 1
-            mean = torch.zeros(rows, dtype=torch.float64).index_add_(0, row_of, magnitudes)
-            magnitudes = (mean / torch.bincount(row_of, minlength=rows))[row_of]
-
-        def choose(powers: bool, names=names, hessian=hessian, magnitudes=magnitudes) -> Any:
-            layers = [(block.linears[name].weight.detach(), formats[name]) for name in names]
-            return ql.search_channel_scales(
-                layers,
-                hessian,
-                magnitudes.numpy(),
-                steps=rounding.steps,
-                powers_of_two=powers,
-                threads=threads,
-            )
-
-        choice = choose(offset is not None and getattr(norm.module, "bias", None) is not None)
+            known.share(row_of)
+        layers = [(block.linears[name].weight.detach(), formats[name]) for name in names]
+        has_bias = offset is not None and getattr(norm.module, "bias", None) is not None
+        choice = known.choose(layers, names, has_bias, threads)
         scales = torch.from_numpy(np.array(ql.ChannelScales(choice.codes).scales)).double()
         facts = {"exponent": choice.exponent, "loss": choice.loss, "loss_unscaled": choice.loss_unscaled}
         stage = StageScaling(names)
