@@ -183,7 +183,7 @@ class ProductCase {
   int64_t bits() const {
     if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get()))
       return (trellis->half_bits + 1) / 2;
-    return copies_[0].plane("codes").shape().at(2);
+    return copies_[0].plane(copies_[0].has("signs") ? "signs" : "codes").shape().at(2);
   }
   int copies() const { return static_cast<int>(copies_.size()); }
   const PreparedPlanes& copy(int i) const { return copies_[static_cast<size_t>(i) % copies_.size()]; }
@@ -191,7 +191,8 @@ class ProductCase {
   Expected expected(const Stream& stream, const void* x, DType dtype, const std::vector<int>& tokens) const {
     const auto decoded = device_memory(checked_mul(checked_mul(n(), k()), 4));
     // From fragment order all formats decode; its rows end with a whole block.
-    if (k() % 128 == 0 || (k() % 64 == 0 && dynamic_cast<const Trellis*>(format_.get()) == nullptr)) {
+    if (k() % 128 == 0 || (k() % 64 == 0 && dynamic_cast<const Trellis*>(format_.get()) == nullptr &&
+                           !copies_[0].has("signs"))) {
       decode_fragments_cuda(copies_[0], decoded.get(), DType::f32, k(), stream.get());
     } else {
       dequantize_cuda(packed_, decoded.get(), DType::f32, k(), stream.get());
@@ -279,7 +280,7 @@ class ProductCase {
       return;
     }
     const auto* spqr = dynamic_cast<const Spqr*>(&dense);
-    if (name == "codes" || name == "zeros" || (name == "scales" && spqr != nullptr)) {
+    if (name == "codes" || name == "signs" || name == "zeros" || (name == "scales" && spqr != nullptr)) {
       fill_words(plane.bytes(), plane.byte_count(), seed, stream.get());
     } else if (spqr != nullptr) {
       // Step and zero of grids alike.
@@ -287,7 +288,7 @@ class ProductCase {
                                                                             : spqr->scale_bits + spqr->bits));
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), 0.125F / codes, 0.25F / codes, 0, seed,
                   stream.get());
-    } else if (name == "scales") {
+    } else if (name == "scales" || name == "offsets") {
       const float unit = std::exp2(uniform != nullptr ? -3.0F - static_cast<float>(uniform->bits) : -4.0F);
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), unit / 2, unit, 0, seed, stream.get());
     } else if (name == "codebook" && dynamic_cast<const VectorCodebook*>(&dense) != nullptr) {

@@ -1,6 +1,7 @@
 // What this build knows of CUDA; the values come from cmake/cuda.cmake.
 #include <utility>
 
+#include "kernels/bit_plane_product.hpp"
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/cuda_products.hpp"
 #include "kernels/spqr_product.hpp"
@@ -78,11 +79,18 @@ std::vector<KernelEntry> cuda_kernel_table() {
       table.push_back(product_entry("trellis", std::string(product.trellis_bits), product, dtype));
     }
   }
+  for (const CudaProduct& product : cuda::bit_plane_products()) {
+    for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+      if (dtype == DType::f32 && !product.float32) continue;
+      table.push_back(product_entry("bcq", "1-8", product, dtype));
+    }
+  }
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
         std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments"),
-        std::pair("spqr", "decode_fragments"), std::pair("trellis", "decode_fragments")}) {
+        std::pair("spqr", "decode_fragments"), std::pair("trellis", "decode_fragments"),
+        std::pair("bcq", "decode_fragments")}) {
     table.push_back(
         {.operation = "dequantize",
          .format = format,

@@ -9,6 +9,7 @@
 
 #include "common/device.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/bit_plane_product.hpp"
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/launchers.hpp"
@@ -360,6 +361,13 @@ cuda::TrellisPlan plan_trellis(const TrellisLayout& layout, int64_t m, DType dty
   return plan;
 }
 
+cuda::BitPlanePlan plan_bit_planes(const BitPlaneLayout& layout, int64_t m, DType dtype,
+                                   const DeviceFacts& device, const CudaMatmulOptions& options) {
+  cuda::BitPlanePlan plan = cuda::bit_plane_plan(layout, m, dtype, device, options);
+  if (plan.product == nullptr) throw Unsupported("matmul_cuda: " + plan.reason);
+  return plan;
+}
+
 // The sizes, without the planes.
 cuda::FragmentMatrix matrix_of(const FragmentLayout& layout) {
   cuda::FragmentMatrix w;
@@ -418,6 +426,13 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
       if (plan.product == nullptr) return std::move(plan.reason);
       return std::nullopt;
     }
+    if (const Bcq* bcq = as_bcq(format)) {
+      const int64_t k = bcq->group_size > 0 ? 2 * bcq->group_size : 128;
+      cuda::BitPlanePlan plan =
+          cuda::bit_plane_plan(bit_plane_layout(*bcq, 1, k, false), m, dtype, current_device(), options);
+      if (plan.product == nullptr) return std::move(plan.reason);
+      return std::nullopt;
+    }
     const FragmentLayout layout = fragment_layout(format, 1, 1, false);
     if (layout.bilevel()) {
       // Of more rows than lie on a grid.
@@ -442,6 +457,10 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
     const TrellisLayout layout = trellis_layout(*trellis, w.n, w.k);
     return std::string(plan_trellis(layout, m, dtype, current_device(), options).product->name);
   }
+  if (const Bcq* bcq = as_bcq(*w.format)) {
+    const BitPlaneLayout layout = bit_plane_layout(*bcq, w.n, w.k, w.has("group_index"));
+    return std::string(plan_bit_planes(layout, m, dtype, current_device(), options).product->name);
+  }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) {
     return std::string(plan_spqr(layout, w, m, dtype, current_device(), options).product->name);
@@ -457,6 +476,10 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   const DeviceFacts device = current_device();
   if (const Trellis* trellis = as_trellis(*w.format)) {
     return plan_trellis(trellis_layout(*trellis, w.n, w.k), m, dtype, device, options).workspace;
+  }
+  if (const Bcq* bcq = as_bcq(*w.format)) {
+    const BitPlaneLayout layout = bit_plane_layout(*bcq, w.n, w.k, w.has("group_index"));
+    return plan_bit_planes(layout, m, dtype, device, options).workspace;
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) return plan_spqr(layout, w, m, dtype, device, options).workspace;
@@ -520,6 +543,13 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     require_memory(w, arguments, plan.workspace, device.index);
     return cuda::run_trellis(layout, plan, w, arguments, options, device);
   }
+  if (const Bcq* bcq = as_bcq(*w.format)) {
+    const BitPlaneLayout layout = bit_plane_layout(*bcq, w.n, w.k, w.has("group_index"));
+    const cuda::BitPlanePlan plan = plan_bit_planes(layout, arguments.m, arguments.dtype, device, options);
+    if (arguments.m == 0 || w.n == 0) return;
+    require_memory(w, arguments, plan.workspace, device.index);
+    return cuda::run_bit_planes(layout, plan, w, arguments, options, device);
+  }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) {
     const cuda::SpqrPlan plan = plan_spqr(layout, w, arguments.m, arguments.dtype, device, options);
@@ -560,10 +590,16 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
     throw TypeMismatch("dtype", name_of(dtype), "float16, bfloat16 or float32");
   }
   const Trellis* const trellis = as_trellis(*w.format);
-  const FragmentLayout layout =
-      trellis != nullptr ? FragmentLayout{} : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const Bcq* const bcq = as_bcq(*w.format);
   const TrellisLayout rings = trellis != nullptr ? trellis_layout(*trellis, w.n, w.k) : TrellisLayout{};
-  const int64_t padded_k = trellis != nullptr ? 64 * rings.column_blocks : layout.padded_k();
+  const BitPlaneLayout bits =
+      bcq != nullptr ? bit_plane_layout(*bcq, w.n, w.k, w.has("group_index")) : BitPlaneLayout{};
+  const FragmentLayout layout = trellis != nullptr || bcq != nullptr
+                                    ? FragmentLayout{}
+                                    : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
+  const int64_t padded_k = trellis != nullptr ? 64 * rings.column_blocks
+                           : bcq != nullptr   ? bits.padded_k()
+                                              : layout.padded_k();
   if (stride < padded_k || stride % 8 != 0) {
     throw InvalidArgument("stride", text_of(stride), text_of("a multiple of 8, at least ", padded_k));
   }
@@ -578,6 +614,7 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   if (trellis != nullptr) {
     return cuda::decode_trellis(rings, w, 0, w.n, out, dtype, stride, cuda_stream);
   }
+  if (bcq != nullptr) return cuda::decode_bit_planes(bits, w, 0, w.n, out, dtype, stride, cuda_stream);
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
   if (layout.bilevel()) {

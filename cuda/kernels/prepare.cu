@@ -5,6 +5,7 @@
 #include "common/check.cuh"
 #include "common/device.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/bit_plane_product.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/packed_codes.cuh"
 #include "kernels/spqr_product.hpp"
@@ -286,6 +287,11 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
                                        reinterpret_cast<uint32_t*>(prepared.planes.at("codes").bytes()),
                                        cuda_stream);
   }
+  if (const Bcq* bcq = as_bcq(*packed.format)) {
+    return cuda::prepare_bit_plane_words(
+        bit_plane_layout(*bcq, packed.n, packed.k, packed.planes.contains("group_index")), packed, prepared,
+        cuda_stream);
+  }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
   const Orders orders = orders_of(layout, source_of(prepared));
@@ -336,6 +342,11 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
                                          reinterpret_cast<const uint32_t*>(prepared.plane("codes").bytes()),
                                          reinterpret_cast<uint32_t*>(packed.planes.at("codes").bytes()),
                                          cuda_stream);
+  }
+  if (const Bcq* bcq = as_bcq(*packed.format)) {
+    return cuda::unprepare_bit_plane_words(
+        bit_plane_layout(*bcq, packed.n, packed.k, packed.planes.contains("group_index")), prepared, packed,
+        cuda_stream);
   }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));

@@ -7,7 +7,9 @@
 
 #include "formats/bilevel_order.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/bit_plane_layout.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/prepared_planes.hpp"
 #include "kernels/spqr_fragments.hpp"
 #include "kernels/trellis_layout.hpp"
 #include "kernels/vector_fragments.hpp"
@@ -48,15 +50,6 @@ int64_t parameter_at(const FragmentLayout& layout, int64_t row, int64_t group) {
          fragments::parameter_in_block(static_cast<int>(row % kBlockRows));
 }
 
-void copy_element(const Tensor& from, int64_t i, Tensor& to, int64_t j) {
-  const int64_t size = size_of(from.dtype());
-  std::copy_n(from.bytes() + i * size, size, to.bytes() + j * size);
-}
-
-void copy_plane(const Tensor& from, Tensor& to) {
-  std::copy_n(from.bytes(), from.byte_count(), to.bytes());
-}
-
 bool is_outlier_plane(std::string_view name) {
   return name.starts_with("outlier_");
 }
@@ -74,11 +67,6 @@ void require_on_cpu(const std::map<std::string, Tensor>& planes, const char* wha
       throw Unsupported(text_of(what, ": plane ", name, " is on a CUDA device, expected planes on the CPU"));
     }
   }
-}
-
-std::span<const int32_t> group_index_of(const std::map<std::string, Tensor>& planes) {
-  const auto found = planes.find("group_index");
-  return found == planes.end() ? std::span<const int32_t>{} : found->second.values<int32_t>();
 }
 
 std::vector<PlaneSpec> specs_of(const FragmentLayout& layout, bool with_group_index) {
@@ -184,6 +172,30 @@ void set_spqr(const Spqr& format, int64_t n, int64_t k, FragmentLayout& layout) 
   layout.grid_count = n < 0 ? 0 : format.block_count(n);
 }
 
+// The input of each column where groups are padded or not consecutive; -1 for padding.
+template <class Layout>
+std::vector<int32_t> source_of_groups(const Layout& layout, std::span<const int32_t> group_index) {
+  if (!layout.gathered) return {};
+  std::vector<int32_t> source(static_cast<size_t>(layout.padded_k()), -1);
+  std::vector<int64_t> used(static_cast<size_t>(layout.group_count), 0);
+  for (int64_t column = 0; column < layout.k; ++column) {
+    const int64_t group = group_index.empty() ? column / layout.format_columns
+                                              : int64_t{group_index[static_cast<size_t>(column)]};
+    if (group < 0 || group >= layout.group_count) {
+      throw InvalidArgument("group_index", text_of(group, " for column ", column),
+                            text_of("a group below ", layout.group_count));
+    }
+    const int64_t place = used[static_cast<size_t>(group)]++;
+    if (place >= layout.group_columns) {
+      throw InvalidArgument("group_index",
+                            text_of("more than ", layout.group_columns, " columns of group ", group),
+                            text_of("at most ", layout.format_columns));
+    }
+    source[static_cast<size_t>(group * layout.group_columns + place)] = static_cast<int32_t>(column);
+  }
+  return source;
+}
+
 }  // namespace
 
 int64_t FragmentLayout::code_words() const {
@@ -250,6 +262,9 @@ std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t 
   if (const Trellis* trellis = as_trellis(format)) {
     return trellis_planes(trellis_layout(*trellis, n, k), *trellis);
   }
+  if (const Bcq* bcq = as_bcq(format)) {
+    return bit_plane_planes(bit_plane_layout(*bcq, n, k, with_group_index), with_group_index);
+  }
   std::vector<PlaneSpec> specs = specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
   if (dynamic_cast<const Outliers*>(&format) == nullptr) return specs;
   for (PlaneSpec& spec : format.planes(n, k)) {
@@ -281,32 +296,17 @@ void validate(const PreparedPlanes& prepared) {
 
 std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index) {
   if (as_trellis(format) != nullptr) return {};
-  const FragmentLayout layout = fragment_layout(format, 1, k, !group_index.empty());
-  if (!layout.gathered) return {};
-  std::vector<int32_t> source(static_cast<size_t>(layout.padded_k()), -1);
-  std::vector<int64_t> used(static_cast<size_t>(layout.group_count), 0);
-  for (int64_t column = 0; column < k; ++column) {
-    const int64_t group = group_index.empty() ? column / layout.format_columns
-                                              : int64_t{group_index[static_cast<size_t>(column)]};
-    if (group < 0 || group >= layout.group_count) {
-      throw InvalidArgument("group_index", text_of(group, " for column ", column),
-                            text_of("a group below ", layout.group_count));
-    }
-    const int64_t place = used[static_cast<size_t>(group)]++;
-    if (place >= layout.group_columns) {
-      throw InvalidArgument("group_index",
-                            text_of("more than ", layout.group_columns, " columns of group ", group),
-                            text_of("at most ", layout.format_columns));
-    }
-    source[static_cast<size_t>(group * layout.group_columns + place)] = static_cast<int32_t>(column);
+  if (const Bcq* bcq = as_bcq(format)) {
+    return source_of_groups(bit_plane_layout(*bcq, 1, k, !group_index.empty()), group_index);
   }
-  return source;
+  return source_of_groups(fragment_layout(format, 1, k, !group_index.empty()), group_index);
 }
 
 PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   validate(packed);
   require_on_cpu(packed.planes, "prepare_fragments");
   if (as_trellis(*packed.format) != nullptr) return prepare_trellis(packed);
+  if (as_bcq(*packed.format) != nullptr) return prepare_bit_planes(packed);
   const bool indexed = packed.planes.contains("group_index");
   const FragmentLayout layout = fragment_layout(*packed.format, packed.n, packed.k, indexed);
   PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
@@ -360,6 +360,7 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   validate(prepared);
   require_on_cpu(prepared.planes, "unprepare_fragments");
   if (as_trellis(*prepared.format) != nullptr) return unprepare_trellis(prepared);
+  if (as_bcq(*prepared.format) != nullptr) return unprepare_bit_planes(prepared);
   const bool indexed = prepared.has("group_index");
   const FragmentLayout layout = fragment_layout(*prepared.format, prepared.n, prepared.k, indexed);
   PackedTensor packed{prepared.format, prepared.n, prepared.k, {}};

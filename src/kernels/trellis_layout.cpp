@@ -4,15 +4,9 @@
 #include <limits>
 
 #include "formats/trellis_codes.hpp"
+#include "kernels/prepared_planes.hpp"
 
 namespace quantloom {
-namespace {
-
-void copy_plane(const Tensor& from, Tensor& to) {
-  std::copy_n(from.bytes(), from.byte_count(), to.bytes());
-}
-
-}  // namespace
 
 TrellisLayout trellis_layout(const Trellis& format, int64_t n, int64_t k) {
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");

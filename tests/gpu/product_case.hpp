@@ -19,6 +19,7 @@
 #include "device_memory.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "product_reference.hpp"
+#include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -114,6 +115,17 @@ inline uint32_t element_at(const std::byte* bytes, int64_t i, DType dtype) {
   return bits;
 }
 
+// Words of signs, [planes, n, words], the padding of each row zero.
+inline void draw_signs(Draws& draws, Tensor& plane, int64_t k) {
+  const int64_t words = plane.shape()[2];
+  const auto all = plane.values<uint32_t>();
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i] = static_cast<uint32_t>(draws.word() >> 32);
+    const bool last = static_cast<int64_t>(i) % words == words - 1;
+    if (last && k % 32 != 0) all[i] &= (1U << k % 32) - 1U;
+  }
+}
+
 // The exponent of the smallest scale of an exact case. Decoded weights, down to half of it, and the bias are
 // numbers of float16 too, unless neither scales nor results are of that type.
 inline int lowest_exponent(const ProductCase& c) {
@@ -207,7 +219,10 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
   if (const auto* outliers = dynamic_cast<const Outliers*>(c.format.get())) {
     return random_outliers(c, *outliers, draws);
   }
-  const FragmentLayout layout = fragment_layout(*c.format, c.n, c.k, c.group_index);
+  const auto* const scaled = dynamic_cast<const ScaledFormat*>(c.format.get());
+  const bool binary = dynamic_cast<const Bcq*>(c.format.get()) != nullptr;
+  const FragmentLayout layout =
+      binary ? FragmentLayout{} : fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
   const auto* const vectors = dynamic_cast<const VectorCodebook*>(c.format.get());
   const auto* const spqr = dynamic_cast<const Spqr*>(c.format.get());
@@ -222,12 +237,14 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
       draw_vector_codes(draws, *vectors, c.k, plane);
     } else if (spec.name == "codebook" && vectors != nullptr) {
       fill_vectors(draws, c.exact, plane);
+    } else if (spec.name == "signs") {
+      draw_signs(draws, plane, c.k);
     } else if (spec.name == "codes") {
       const int64_t all = int64_t{1} << layout.bits;
       draw_codes(draws, plane, c.k, layout.bits, layout.table_entries > 0 ? layout.table_entries : all);
     } else if (spec.name == "zeros") {
       draw_codes(draws, plane, layout.per_tensor ? 1 : c.n, layout.bits, int64_t{1} << layout.bits);
-    } else if (spec.name == "scales") {
+    } else if (spec.name == "scales" || spec.name == "offsets") {
       for (int64_t i = 0; i < plane.element_count(); ++i) {
         float scale = c.exact ? std::ldexp(1.0F, lowest + static_cast<int>(draws.below(4)))
                               : 0.01F + 0.01F * draws.uniform();
@@ -246,7 +263,7 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
       }
       for (int64_t i = 0; i < c.k; ++i) {
         plane.values<int32_t>()[static_cast<size_t>(order[static_cast<size_t>(i)])] =
-            static_cast<int32_t>(i / layout.format_columns);
+            static_cast<int32_t>(i / (binary ? scaled->columns_per_group(c.k) : layout.format_columns));
       }
     } else if (spec.name == "codebook") {
       fill_codebook(*c.format, plane);
