@@ -18,6 +18,7 @@
 #include "kernels/products.cuh"
 #include "kernels/spqr_fragments.hpp"
 #include "kernels/spqr_product.hpp"
+#include "kernels/stream_plan.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -193,84 +194,6 @@ struct Plan {
   int64_t workspace = 0;
 };
 
-// What the streaming loop's time is estimated from, in us; fitted to measurements on an H200.
-struct StreamCosts {
-  double of_block;     // of 64 x 64, of each of 16 warps
-  double of_teams[4];  // of 1, 2, 4 and 8 blocks of threads, whose parts of sums meet in a cluster
-  double of_memory;    // if they meet in memory
-};
-
-StreamCosts stream_costs(int bits, bool digits) {
-  if (digits) return {0.45, {0.0, 0.5, 0.7, 0.9}, 3.0};
-  return {std::max(0.25 * bits, 0.6), {2.0, 2.6, 3.2, 3.5}, 5.0};
-}
-
-// From so many blocks of 64 x 64 of each warp on, a product of one token is faster on digits, which take some
-// time to make: measured.
-constexpr int kDigitsFromBlocks = 5;
-
-struct StreamPlan {
-  cuda::StreamDeal deal;
-  int longest = 0;  // blocks of a warp; 0: no deal fits
-};
-
-// Deals the work of the streaming loop. Of the teams' sizes (or the given one, `blocks`) the one with the
-// least estimated time wins. digits: activations are made digits, for which there must be room.
-StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& device, int m, int table_bytes,
-                       int blocks, bool in_clusters, bool digits) {
-  const StreamCosts costs = stream_costs(layout.bits, digits);
-  const bool fine = layout.group_columns % fragments::kBlockColumns != 0;
-  const int warps = cuda::stream_warps(m, fine);
-  // Beside the parts. The barrier of the parts takes some bytes as well.
-  const int64_t other_bytes = table_bytes + cuda::stream_gathered_bytes(m, fine) + 256;
-  const int row_blocks = static_cast<int>(layout.row_blocks);
-  const int column_blocks = static_cast<int>(layout.column_blocks);
-  const int group_steps = static_cast<int>(layout.group_columns / fragments::kStepColumns);
-  StreamPlan best;
-  double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](int team_blocks, double overhead) {
-    const bool in_memory = team_blocks > 1 && !in_clusters;
-    const int resident = in_memory ? std::max(device.processors / team_blocks, 1)
-                                   : cuda::resident_clusters(device, team_blocks);
-    int teams = resident;
-    int team_warps = team_blocks * warps;
-    const auto bytes_of = [&](const cuda::StreamDeal& deal) {
-      return other_bytes + cuda::stream_digit_bytes(deal.stretches) +
-             (in_memory ? 0 : cuda::stream_parts_bytes(deal, m));
-    };
-    auto deal = cuda::stream_deal(row_blocks, column_blocks, group_steps, teams, team_blocks, team_warps);
-    if (digits) deal.stretches = cuda::most_stretches(deal, warps, column_blocks);
-    while (bytes_of(deal) > device.shared_memory) {
-      if (digits) return;
-      if (deal.most_rows() > 1) {
-        teams = 2 * deal.teams;
-      } else {
-        team_warps = std::max(team_warps / 2, 1);
-      }
-      deal = cuda::stream_deal(row_blocks, column_blocks, group_steps, teams, team_blocks, team_warps);
-    }
-    const double rounds = std::ceil(static_cast<double>(deal.teams) / resident);
-    const auto longest =
-        static_cast<int>(ceil_div(int64_t{deal.most_rows()} * column_blocks, int64_t{deal.warps}));
-    const double cost = rounds * (longest * costs.of_block * warps / 16 + overhead);
-    if (cost < least) {
-      least = cost;
-      best = {deal, longest};
-    }
-  };
-  if (blocks > 0) {
-    consider(blocks, 0);
-    return best;
-  }
-  consider(1, costs.of_teams[0]);
-  if (in_clusters) {
-    for (int i = 1; i < 4; ++i) consider(1 << i, costs.of_teams[i]);
-  } else {
-    consider(device.processors, costs.of_memory);
-  }
-  return best;
-}
-
 Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cuda::FragmentMatrix& w,
              int64_t m, DType dtype, const DeviceFacts& device, const CudaMatmulOptions& options,
              const cuda::Launchers& launchers) {
@@ -283,15 +206,15 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
   } else if (product.name != kRepeated) {
     const int tokens = std::max(static_cast<int>(m), 1);
     const auto plan_with = [&](bool digits) {
-      return stream_plan(layout, device, tokens, launchers.table_bytes, options.splits,
+      return cuda::stream_plan(layout, device, tokens, launchers.table_bytes, options.splits,
                          product.needs_clusters, digits);
     };
-    StreamPlan stream;
+    cuda::StreamPlan stream;
     if (tokens == 1 && launchers.quads && options.digits.value_or(true) && layout.column_blocks > 0 &&
         layout.column_blocks % 2 == 0 && layout.group_columns % fragments::kBlockColumns == 0) {
       stream = plan_with(true);
     }
-    const int wanted = options.digits.value_or(false) ? 1 : kDigitsFromBlocks;
+    const int wanted = options.digits.value_or(false) ? 1 : cuda::kDigitsFromBlocks;
     if (stream.longest < wanted) stream = plan_with(false);
     plan.deal = stream.deal;
     if (!product.needs_clusters && plan.deal.blocks > 1) {

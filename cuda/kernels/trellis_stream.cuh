@@ -3,9 +3,9 @@
 //
 // A team of thread blocks has some bands of 128 rows to itself; each of its blocks has some of the columns,
 // and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64 in order,
-// each a run of equal length, the words of the next pieces on their way to registers. The sums of a band are
-// added in a fixed order: those of the warps, then those of the blocks. If the team is a cluster, each block
-// sends its sums to the one that finishes the band; otherwise they meet in memory, for a second launch.
+// each a run of equal length, the next pieces' words on their way to registers. A band's sums are added in a
+// fixed order: the warps', then the blocks'. In a team that is a cluster each block sends its sums to the one
+// that finishes the band; else they meet in memory, for a second launch.
 #pragma once
 
 #include "common/check.cuh"
