@@ -42,14 +42,19 @@ class BitDigits {
         first_(count >= column_blocks ? 0 : first),
         count_(max(min(count, column_blocks), 0)) {}
 
-  // By all threads of a block, once the previous kernel's results can be read; to be read after a barrier.
+  // The thread's first activations, once the previous kernel's results can be read: half a warp takes a
+  // stretch, a lane 8 columns of it.
   template <class T>
-  __device__ __forceinline__ void fill(const ProductArguments& p) const {
+  __device__ __forceinline__ uint4 load_first(const ProductArguments& p) const {
+    const int at = first_of_warp();
+    return at < count_ ? load<T>(p, at) : make_uint4(0, 0, 0, 0);
+  }
+
+  // By all threads of a block; to be read after a barrier.
+  template <class T>
+  __device__ __forceinline__ void fill(const ProductArguments& p, uint4 raw) const {
     const auto step = static_cast<int>(blockDim.x / 16);
-    int at = static_cast<int>(threadIdx.x / 32) * 2;
-    if (at >= count_) return;
-    uint4 raw = load<T>(p, at);
-    for (; at < count_; at += step) {
+    for (int at = first_of_warp(); at < count_; at += step) {
       uint4 next{};
       if (at + step < count_) next = load<T>(p, at + step);
       write<T>(at, raw);
@@ -95,6 +100,7 @@ class BitDigits {
     return at < 0 ? at + all_ : at;
   }
 
+  static __device__ __forceinline__ int first_of_warp() { return static_cast<int>(threadIdx.x / 32) * 2; }
   // The lane's eight activations of stretch `at` of the window or, in the upper half of the warp, `at` + 1.
   template <class T>
   __device__ __forceinline__ uint4 load(const ProductArguments& p, int at) const {

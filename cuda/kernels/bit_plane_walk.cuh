@@ -13,13 +13,12 @@
 
 namespace quantloom::cuda {
 
-// d = a b + c on single bits: 16 rows x 128 columns by 128 x 8.
-__device__ __forceinline__ void count_bits(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
-                                           uint32_t c0, uint32_t c2) {
+// d = a b on single bits: 16 rows x 128 columns by 128 x 8.
+__device__ __forceinline__ void count_bits(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%7, %8, %9, %10};"
+      "{%7, %7, %7, %7};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "r"(c0), "r"(0U), "r"(c2), "r"(0U));
+      : "r"(a0), "r"(a1), "r"(b), "r"(0U));
 }
 
 // Where a walk is, and its signs on their way. kFine: groups are no multiples of 128 columns, or scales are
@@ -56,10 +55,6 @@ class BitPlaneRun {
       for (int plane = 0; plane < kPlanes; ++plane) ask_parameters(plane);
       if (launch_.parameters > kPlanes) ask_parameters(kPlanes);
     }
-#pragma unroll
-    for (int ahead = 1; ahead <= kAhead; ++ahead) {
-      if (left_ > ahead) bring_near(ahead);
-    }
   }
 
   __device__ __forceinline__ bool any() const {
@@ -90,7 +85,6 @@ class BitPlaneRun {
         parameters_ += launch_.parameters * 8;
       }
     }
-    if (left_ > 1 + kAhead) bring_near(kAhead);
   }
   __device__ __forceinline__ void ask_signs(int plane, int half) {
     ring_[plane][half] = __ldcs(signs_ + (2 * plane + half) * 32);
@@ -131,27 +125,6 @@ class BitPlaneRun {
   }
 
  private:
-  static constexpr int kAhead = kPlanes <= 2 ? 3 : 2;  // blocks, of those brought to the L2 cache
-
-  // To the L2 cache: the signs `ahead` blocks past those that are asked for next, and the parameters of as
-  // many groups.
-  __device__ __forceinline__ void bring_near(int ahead) const {
-    constexpr int kLines = 8 * kPlanes;
-#pragma unroll
-    for (int line = 0; line < kLines; line += 32) {
-      if (line + lane_ < kLines) prefetch(signs_ - lane_ + ahead * kPlanes * 64 + (line + lane_) * 8);
-    }
-    if constexpr (!kFine) {
-      if (lane_ % 4 == 0 && lane_ / 4 < launch_.parameters) {
-        prefetch(parameters_ - lane_ / 4 + (ahead * launch_.parameters + lane_ / 4) * 8);
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void prefetch(const uint4* at) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-  }
-
   const BitPlaneLaunch& launch_;
   int lane_;
   int left_ = 0;
@@ -207,18 +180,13 @@ class BitPlaneCounts {
   }
 
  private:
-  // 1.5 * 2^23, whose last bit is worth 1: seen as a float, a sum that starts there is that plus the integer.
-  static constexpr float kMagic = 12582912.0F;
-  static constexpr uint32_t kMagicBits = 0x4B400000U;
-
   // The counts of units 2 * half and 2 * half + 1, of their rows lane / 4 and lane / 4 + 8.
   __device__ __forceinline__ void counts(const uint4& signs, const uint32_t (&x)[3], float (&sums)[4]) const {
     uint32_t c[2][3][4];
 #pragma unroll
     for (int product = 0; product < 3; ++product) {
-      const uint32_t start = product == 0 ? kMagicBits : 0;
-      count_bits(c[0][product], signs.x, signs.y, x[product], start, start);
-      count_bits(c[1][product], signs.z, signs.w, x[product], start, start);
+      count_bits(c[0][product], signs.x, signs.y, x[product]);
+      count_bits(c[1][product], signs.z, signs.w, x[product]);
     }
     // The last bit of the last lane is that of the sign.
     const uint32_t top = lane_ % 4 == 3 ? ~1U : 2U;
@@ -229,7 +197,7 @@ class BitPlaneCounts {
       const uint32_t low = unit[0][at] + (unit[0][at + 1] << 1);
       const uint32_t middle = unit[1][at] + (unit[1][at + 1] << 1);
       const uint32_t high = unit[2][at] + unit[2][at + 1] * top;
-      sums[i] = __uint_as_float(low + (middle << 2) + (high << 4)) - kMagic;
+      sums[i] = static_cast<float>(static_cast<int>(low + (middle << 2) + (high << 4)));
     }
   }
 
@@ -401,8 +369,6 @@ class BitPlaneHalves {
   }
 
  private:
-  static constexpr uint32_t kSigns = 0x80008000U;
-
   // The lane's 32 columns of the block, as pairs 16 columns apart: bits i and i + 16 of a word of signs.
   __device__ __forceinline__ void load_activations() {
     const ProductArguments& p = launch_.arguments;
@@ -438,7 +404,12 @@ class BitPlaneHalves {
   // +1 or -1 for bits kBit and kBit + 16.
   template <int kBit>
   static __device__ __forceinline__ uint32_t signs_of(uint32_t word) {
-    return (~(word << (15 - kBit)) & kSigns) | HalfPair<T>::kOne;
+    // (~a & b) | c, in one operation.
+    uint32_t pair;
+    asm("lop3.b32 %0, %1, %2, %3, 0xAE;"
+        : "=r"(pair)
+        : "r"(word << (15 - kBit)), "r"(0x80008000U), "n"(HalfPair<T>::kOne));
+    return pair;
   }
 
   template <int kStep>
@@ -484,12 +455,12 @@ class BitPlaneHalves {
       if (more) run_.ask_parameters(plane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 signs = run_.signs(plane, half);
-        if (more) run_.ask_signs(plane, half);
+        const uint4& signs = run_.signs(plane, half);
         float one[kTiles][4] = {};
         float two[kTiles][4] = {};
         multiply_unit(one, signs.x, signs.y);
         multiply_unit(two, signs.z, signs.w);
+        if (more) run_.ask_signs(plane, half);
         add_scaled(4 * half, scales, one);
         add_scaled(4 * half + 2, scales, two);
       }

@@ -28,13 +28,18 @@ __global__ void __launch_bounds__(32 * bit_plane_warps(kPlanes, kTokens), 1)
   const auto leave = [&](int row, const auto& sums) { team.leave(warp, row, sums); };
   if constexpr (kTokens == 1) {
     BitPlaneCounts<kPlanes, kFine> walk(launch);
-    walk.begin(deal, team.first_row(), begin, end);
     const int first = runs.begin(min(team.rank() * warps, deal.warps));
     const int count = runs.begin(min((team.rank() + 1) * warps, deal.warps)) - first;
     const auto row = static_cast<int>(deal.by_columns.divide(static_cast<uint32_t>(first)));
     const BitDigits digits(memory, first - row * p.w.column_blocks, count, p.w.column_blocks);
+    // Activations are needed first, and loads return in order; but they must not be read before the
+    // previous kernel has ended, as signs may.
+    uint4 raw{};
+    if (!p.overlap) raw = digits.load_first<T>(p);
+    walk.begin(deal, team.first_row(), begin, end);
     wait_for_previous();
-    digits.fill<T>(p);
+    if (p.overlap) raw = digits.load_first<T>(p);
+    digits.fill<T>(p, raw);
     team.expect();
     __syncthreads();
     walk.run(digits, leave);

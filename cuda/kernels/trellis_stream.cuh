@@ -1,6 +1,5 @@
 // Products of few tokens with trellis codes: activations are scaled, rotated and made digits, ring words pass
 // from memory through registers to the tensor cores, and sums are rotated and scaled.
-//
 // A team of thread blocks has some bands of 128 rows to itself; each of its blocks has some of the columns,
 // and digits of their activations in shared memory. Its warps walk through the pieces of 64 x 64 in order,
 // each a run of equal length, the next pieces' words on their way to registers. A band's sums are added in a
