@@ -129,7 +129,7 @@ def unprepare(
     planes: Mapping[str, torch.Tensor], core: _core.PreparedPlanes, format: Format, n: int, k: int
 ) -> PackedTensor:
     """The inverse of ``prepare``; `core` describes the planes."""
-    device = planes["codes"].device
+    device = next(iter(planes.values())).device
     if device.type == "cpu":
         return PackedTensor._from_core(_core.unprepare_fragments(core), "torch")
     require_kernels("unprepare")

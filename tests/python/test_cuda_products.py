@@ -52,7 +52,10 @@ def test_prepares_as_the_reference_does(spec, shape):
         assert torch.equal(decoded.cpu(), q.dequantize(dtype))
 
 
-@pytest.mark.parametrize("spec", ["uniform:4:g32", "uniform:3:g20:asym", "uniform:8:g64:bf16"])
+@pytest.mark.parametrize(
+    "spec",
+    ["uniform:4:g32", "uniform:3:g20:asym", "uniform:8:g64:bf16", "bcq:3:g32", "bcq:2:g40:offset"],
+)
 def test_prepares_permuted_columns(spec):
     q = permuted(spec, 70, 200)
     prepared = ql.prepare(q.to("cuda"))
