@@ -37,11 +37,7 @@ class BitPlaneRun {
     row_ = static_cast<int>(deal.by_columns.divide(static_cast<uint32_t>(begin)));
     column_ = begin - row_ * w.column_blocks;
     signs_ = w.codes + (static_cast<int64_t>(first_row) * w.column_blocks + begin) * (kPlanes * 64) + lane_;
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) ask_signs(plane, half);
-    }
+    ask_all_signs();
     const auto group =
         static_cast<int>(deal.by_group.divide(static_cast<uint32_t>(kFine ? 4 * column_ : column_)));
     const int64_t first = static_cast<int64_t>(first_row + row_) * w.group_count;
@@ -88,6 +84,13 @@ class BitPlaneRun {
   }
   __device__ __forceinline__ void ask_signs(int plane, int half) {
     ring_[plane][half] = __ldcs(signs_ + (2 * plane + half) * 32);
+  }
+  __device__ __forceinline__ void ask_all_signs() {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      ask_signs(plane, 0);
+      ask_signs(plane, 1);
+    }
   }
   // Scales of a plane; the offsets are those of plane kPlanes.
   __device__ __forceinline__ void ask_parameters(int plane) {
@@ -161,13 +164,7 @@ class BitPlaneCounts {
       run_.turn();
       if constexpr (kFine) {
         multiply_groups();
-        if (more) {
-#pragma unroll
-          for (int plane = 0; plane < kPlanes; ++plane) {
-            run_.ask_signs(plane, 0);
-            run_.ask_signs(plane, 1);
-          }
-        }
+        if (more) run_.ask_all_signs();
       } else {
         multiply(more);
       }
@@ -325,8 +322,8 @@ class BitPlaneCounts {
   float own_[2] = {};
 };
 
-// Up to 8 * kTiles tokens; groups of multiples of 128 columns and scales of 16 bits.
-template <class T, int kPlanes, int kTiles>
+// Up to 8 * kTiles tokens.
+template <class T, int kPlanes, int kTiles, bool kFine>
 class BitPlaneHalves {
  public:
   explicit __device__ __forceinline__ BitPlaneHalves(const BitPlaneLaunch& launch)
@@ -334,6 +331,7 @@ class BitPlaneHalves {
 
   __device__ __forceinline__ void begin(const StreamDeal& deal, int first_row, int begin, int end) {
     run_.begin(deal, first_row, begin, end);
+    by_group_ = deal.by_group;
     const ProductArguments& p = launch_.arguments;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -351,7 +349,12 @@ class BitPlaneHalves {
       const bool more = run_.more();
       load_activations();
       run_.turn();
-      multiply(more);
+      if constexpr (kFine) {
+        multiply_groups();
+        if (more) run_.ask_all_signs();
+      } else {
+        multiply(more);
+      }
       if (run_.row_ends()) {
         leave(run_.row(), total_);
 #pragma unroll
@@ -412,27 +415,29 @@ class BitPlaneHalves {
     return pair;
   }
 
+  using Activations = uint32_t[kTiles][8][2];
+
   template <int kStep>
-  __device__ __forceinline__ void multiply_step(float (&sums)[kTiles][4], uint32_t upper,
-                                                uint32_t lower) const {
+  static __device__ __forceinline__ void multiply_step(float (&sums)[kTiles][4], uint32_t upper,
+                                                       uint32_t lower, const Activations& b) {
     const uint32_t a[4] = {signs_of<2 * kStep>(upper), signs_of<2 * kStep>(lower),
                            signs_of<2 * kStep + 1>(upper), signs_of<2 * kStep + 1>(lower)};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      multiply_accumulate<T>(sums[tile], a, b_[tile][kStep][0], b_[tile][kStep][1]);
+      multiply_accumulate<T>(sums[tile], a, b[tile][kStep][0], b[tile][kStep][1]);
     }
   }
 
-  __device__ __forceinline__ void multiply_unit(float (&sums)[kTiles][4], uint32_t upper,
-                                                uint32_t lower) const {
-    multiply_step<0>(sums, upper, lower);
-    multiply_step<1>(sums, upper, lower);
-    multiply_step<2>(sums, upper, lower);
-    multiply_step<3>(sums, upper, lower);
-    multiply_step<4>(sums, upper, lower);
-    multiply_step<5>(sums, upper, lower);
-    multiply_step<6>(sums, upper, lower);
-    multiply_step<7>(sums, upper, lower);
+  static __device__ __forceinline__ void multiply_unit(float (&sums)[kTiles][4], uint32_t upper,
+                                                       uint32_t lower, const Activations& b) {
+    multiply_step<0>(sums, upper, lower, b);
+    multiply_step<1>(sums, upper, lower, b);
+    multiply_step<2>(sums, upper, lower, b);
+    multiply_step<3>(sums, upper, lower, b);
+    multiply_step<4>(sums, upper, lower, b);
+    multiply_step<5>(sums, upper, lower, b);
+    multiply_step<6>(sums, upper, lower, b);
+    multiply_step<7>(sums, upper, lower, b);
   }
 
   // total += factor * sums of rows `i` and i + 1.
@@ -447,6 +452,25 @@ class BitPlaneHalves {
     }
   }
 
+  __device__ __forceinline__ void multiply_half(int plane, int half, const float (&scales)[8],
+                                                const Activations& b) {
+    const uint4& signs = run_.signs(plane, half);
+    float one[kTiles][4] = {};
+    float two[kTiles][4] = {};
+    multiply_unit(one, signs.x, signs.y, b);
+    multiply_unit(two, signs.z, signs.w, b);
+    add_scaled(4 * half, scales, one);
+    add_scaled(4 * half + 2, scales, two);
+  }
+
+  // Offsets times the sums of the activations.
+  __device__ __forceinline__ void add_offsets(const float (&offsets)[8], const Activations& b) {
+    float sums[kTiles][4] = {};
+    multiply_unit(sums, ~0U, ~0U, b);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) add_scaled(i, offsets, sums);
+  }
+
   __device__ __forceinline__ void multiply(bool more) {
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
@@ -455,32 +479,54 @@ class BitPlaneHalves {
       if (more) run_.ask_parameters(plane);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4& signs = run_.signs(plane, half);
-        float one[kTiles][4] = {};
-        float two[kTiles][4] = {};
-        multiply_unit(one, signs.x, signs.y);
-        multiply_unit(two, signs.z, signs.w);
+        multiply_half(plane, half, scales, b_);
         if (more) run_.ask_signs(plane, half);
-        add_scaled(4 * half, scales, one);
-        add_scaled(4 * half + 2, scales, two);
       }
     }
     if (launch_.parameters > kPlanes) {
       float offsets[8];
       run_.parameters(kPlanes, offsets);
       if (more) run_.ask_parameters(kPlanes);
-      float sums[kTiles][4] = {};
-      multiply_unit(sums, ~0U, ~0U);
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) add_scaled(i, offsets, sums);
+      add_offsets(offsets, b_);
     }
   }
 
-  BitPlaneRun<kPlanes, false> run_;
+  // The group of 32 columns of the block.
+  __device__ __forceinline__ int group_of(int word) const {
+    return static_cast<int>(by_group_.divide(static_cast<uint32_t>(4 * run_.column() + word)));
+  }
+
+  __device__ __forceinline__ void multiply_groups() {
+    const int mine = group_of(lane_ % 4);
+    // Columns past the last group are padding: activations are 0 there.
+    const int last = min(group_of(3), launch_.arguments.w.group_count - 1);
+#pragma unroll 1
+    for (int group = group_of(0); group <= last; ++group) {
+      const uint32_t mask = mine == group ? ~0U : 0U;
+      Activations b;
+#pragma unroll
+      for (int i = 0; i < 16 * kTiles; ++i) b[i / 16][i / 2 % 8][i % 2] = b_[i / 16][i / 2 % 8][i % 2] & mask;
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        float scales[8];
+        run_.parameters_of(group, plane, scales);
+        multiply_half(plane, 0, scales, b);
+        multiply_half(plane, 1, scales, b);
+      }
+      if (launch_.parameters > kPlanes) {
+        float offsets[8];
+        run_.parameters_of(group, kPlanes, offsets);
+        add_offsets(offsets, b);
+      }
+    }
+  }
+
+  BitPlaneRun<kPlanes, kFine> run_;
   const BitPlaneLaunch& launch_;
   int lane_;
+  Divider by_group_;
   const T* x_[kTiles];
-  uint32_t b_[kTiles][8][2];
+  Activations b_;
   float total_[kTiles][8][2] = {};
 };
 

@@ -121,11 +121,6 @@ std::optional<std::string> why_no_stream(const CudaProduct& product, const BitPl
     return text_of("kernel ", product.name, " takes ", product.min_tokens, " to ", product.max_tokens,
                    " tokens, not ", m);
   }
-  if (m > 1 && (layout.group_columns % bit_planes::kBlockColumns != 0 || layout.scale_dtype == DType::f32)) {
-    return text_of("kernel ", product.name,
-                   " takes more than one token only with groups of multiples of 128 columns and scales of "
-                   "16 bits");
-  }
   if (device.code < 90 || !device.clusters) {
     return text_of("kernel ", product.name,
                    " needs compute capability 9.0 and code built for it; this device, of ",

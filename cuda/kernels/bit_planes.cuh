@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * bit_plane_warps(kPlanes, kTokens), 1)
     __syncthreads();
     walk.run(digits, leave);
   } else {
-    BitPlaneHalves<T, kPlanes, kTokens / 8> walk(launch);
+    BitPlaneHalves<T, kPlanes, kTokens / 8, kFine> walk(launch);
     walk.begin(deal, team.first_row(), begin, end);
     wait_for_previous();
     team.expect();
@@ -69,21 +69,24 @@ void launch_bit_plane_kernel(const BitPlaneLaunch& launch) {
              "matmul_cuda: launch of multiply_bit_planes");
 }
 
-template <class T, int kPlanes>
+template <class T, int kPlanes, bool kFine>
 void launch_bit_planes_of(const BitPlaneLaunch& launch) {
   const int m = launch.arguments.m;
-  if (m == 1) {
-    return launch.fine() ? launch_bit_plane_kernel<T, kPlanes, 1, true>(launch)
-                         : launch_bit_plane_kernel<T, kPlanes, 1, false>(launch);
-  }
-  m <= 8 ? launch_bit_plane_kernel<T, kPlanes, 8, false>(launch)
-         : launch_bit_plane_kernel<T, kPlanes, 16, false>(launch);
+  if (m == 1) return launch_bit_plane_kernel<T, kPlanes, 1, kFine>(launch);
+  m <= 8 ? launch_bit_plane_kernel<T, kPlanes, 8, kFine>(launch)
+         : launch_bit_plane_kernel<T, kPlanes, 16, kFine>(launch);
+}
+
+template <class T, int kPlanes>
+void launch_bit_planes_with(const BitPlaneLaunch& launch) {
+  launch.fine() ? launch_bit_planes_of<T, kPlanes, true>(launch)
+                : launch_bit_planes_of<T, kPlanes, false>(launch);
 }
 
 template <int kPlanes>
 void launch_bit_planes(const BitPlaneLaunch& launch) {
-  launch.dtype == DType::f16 ? launch_bit_planes_of<__half, kPlanes>(launch)
-                             : launch_bit_planes_of<__nv_bfloat16, kPlanes>(launch);
+  launch.dtype == DType::f16 ? launch_bit_planes_with<__half, kPlanes>(launch)
+                             : launch_bit_planes_with<__nv_bfloat16, kPlanes>(launch);
 }
 
 }  // namespace quantloom::cuda

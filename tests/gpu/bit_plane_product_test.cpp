@@ -95,7 +95,7 @@ TEST_P(BitPlaneCudaSmall, EveryKernelIsRight) {
   Draws draws(static_cast<uint64_t>(20 + GetParam()));
   for (const int64_t m : {1, 1, 5, 16, 18}) {
     ProductCase c;
-    const int64_t group = m == 1 && draws.below(2) == 0 ? 32 : 128;
+    const int64_t group = draws.below(2) == 0 ? 32 : 128;
     c.format = std::make_shared<const Bcq>(GetParam(), group, draws.below(2) == 0);
     c.n = 70;
     c.k = 260;
@@ -208,9 +208,11 @@ TEST_F(BitPlaneCuda, Refusals) {
       EXPECT_NE(std::string_view(error.what()).find(word), std::string_view::npos) << error.what();
     }
   };
-  refuses({.kernel = "bit_planes"}, "multiples of 128");
+  refuses({.kernel = "bit_planes_repeated"}, "17 to 64");
+  refuses({.kernel = "bit_planes", .splits = 3}, "1, 2, 4 or 8");
   refuses({.kernel = "stream"}, "binary coding");
-  EXPECT_EQ(matmul_cuda_kernel(product.prepared(), c.m, c.dtype, {}), "decode");
+  EXPECT_EQ(matmul_cuda_kernel(product.prepared(), c.m, c.dtype, {}), "bit_planes");
+  EXPECT_EQ(matmul_cuda_kernel(product.prepared(), c.m, DType::f32, {}), "decode");
 }
 
 }  // namespace
