@@ -181,49 +181,44 @@ __device__ __forceinline__ float parameter_at(const DecodedRows& w, int64_t at) 
   return __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
 }
 
-// A thread decodes 32 columns of a row, eight lanes next to each other those of a row's 256.
+// A thread decodes as many columns of a row as fill one 16-byte store. Offset first, then the planes in
+// order, as the CPU adds them.
 template <class Out>
 __global__ void __launch_bounds__(kThreads) decode_signs(const __grid_constant__ DecodedRows w, Out* out) {
   constexpr int kPiece = 16 / sizeof(Out);
-  const int64_t words = w.column_blocks * 4;
+  const int64_t pieces = w.column_blocks * (bit_planes::kBlockColumns / kPiece);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / words;
+  const int64_t row = i / pieces;
   if (row >= w.rows) return;
-  const int64_t word = i % words;
+  const int64_t column = (i - row * pieces) * kPiece;
+  const int64_t word = column / bit_planes::kWordColumns;
   const int64_t row_block = (w.first_row + row) / bit_planes::kBlockRows;
   const auto in_block = static_cast<int>(row % bit_planes::kBlockRows);
-  const int64_t group = word / w.group_words < w.group_count ? word / w.group_words : w.group_count - 1;
-  const int64_t parameter = (row_block * w.group_count + group) * w.parameters * bit_planes::kBlockRows +
-                            fragments::parameter_in_block(in_block);
-  const int64_t first = (row_block * w.column_blocks + word / 4) * w.planes * bit_planes::kPlaneWords +
-                        bit_planes::word_of(in_block, static_cast<int>(word % 4) * bit_planes::kWordColumns);
-  uint32_t signs[8];
-  float scales[8];
+  const int64_t group = min(word / w.group_words, w.group_count - 1);
+  int64_t parameter = (row_block * w.group_count + group) * w.parameters * bit_planes::kBlockRows +
+                      fragments::parameter_in_block(in_block);
+  int64_t at = (row_block * w.column_blocks + word / 4) * w.planes * bit_planes::kPlaneWords +
+               bit_planes::word_of(in_block, static_cast<int>(word % 4) * bit_planes::kWordColumns);
+  const bool has_offset = w.parameters > w.planes;
+  const float offset = has_offset ? parameter_at(w, parameter + w.planes * bit_planes::kBlockRows) : 0.0F;
+  float values[kPiece];
 #pragma unroll
-  for (int plane = 0; plane < 8; ++plane) {
-    if (plane >= w.planes) break;
-    signs[plane] = w.signs[first + plane * bit_planes::kPlaneWords];
-    scales[plane] = parameter_at(w, parameter + plane * bit_planes::kBlockRows);
-  }
-  const float offset =
-      w.parameters > w.planes ? parameter_at(w, parameter + w.planes * bit_planes::kBlockRows) : 0.0F;
-  Out* const to = out + row * w.stride + word * bit_planes::kWordColumns;
-#pragma unroll 1
-  for (int piece = 0; piece < bit_planes::kWordColumns; piece += kPiece) {
-    alignas(16) Out values[kPiece];
+  for (int c = 0; c < kPiece; ++c) values[c] = offset;
+#pragma unroll 4
+  for (int plane = 0; plane < w.planes; ++plane) {
+    const uint32_t minus = ~(__ldg(w.signs + at) >> (column % bit_planes::kWordColumns));
+    const uint32_t scale = __float_as_uint(parameter_at(w, parameter));
 #pragma unroll
     for (int c = 0; c < kPiece; ++c) {
-      float value = offset;
-#pragma unroll
-      for (int plane = 0; plane < 8; ++plane) {
-        if (plane >= w.planes) break;
-        const bool plus = (signs[plane] >> (piece + c) & 1U) != 0;
-        value = __fadd_rn(value, plus ? scales[plane] : -scales[plane]);
-      }
-      store(value, values + c);
+      values[c] = __fadd_rn(values[c], __uint_as_float((minus << (31 - c) & 0x80000000U) ^ scale));
     }
-    *reinterpret_cast<uint4*>(to + piece) = *reinterpret_cast<const uint4*>(values);
+    at += bit_planes::kPlaneWords;
+    parameter += bit_planes::kBlockRows;
   }
+  alignas(16) Out stored[kPiece];
+#pragma unroll
+  for (int c = 0; c < kPiece; ++c) store(values[c], stored + c);
+  *reinterpret_cast<uint4*>(out + row * w.stride + column) = *reinterpret_cast<const uint4*>(stored);
 }
 
 }  // namespace
@@ -275,10 +270,11 @@ void decode_bit_planes(const BitPlaneLayout& layout, const PreparedPlanes& w, in
                             layout.group_count,
                             layout.group_columns / bit_planes::kWordColumns,
                             stride};
-  const int64_t threads = decoded.rows * decoded.column_blocks * 4;
-  if (threads <= 0) return;
+  const int64_t columns = decoded.rows * decoded.column_blocks * bit_planes::kBlockColumns;
+  if (columns <= 0) return;
   const auto launch = [&]<class Out>(Out* to) {
-    decode_signs<Out><<<grid_for(threads), kThreads, 0, stream>>>(decoded, to);
+    constexpr int64_t kPiece = 16 / sizeof(Out);
+    decode_signs<Out><<<grid_for(columns / kPiece), kThreads, 0, stream>>>(decoded, to);
   };
   if (dtype == DType::f16) {
     launch(static_cast<__half*>(out));

@@ -17,6 +17,10 @@ namespace {
 constexpr std::string_view kStream = "bit_planes";
 constexpr std::string_view kRepeated = "bit_planes_repeated";
 constexpr int64_t kMostRepeatedTokens = 64;
+// Up to so many tokens 16 at a time are faster than decoding first. Measured on an H200.
+constexpr int64_t repeated_tokens(int planes) {
+  return planes <= 2 ? 48 : planes <= 4 ? 32 : 16;
+}
 constexpr int kMostClusterBlocks = 8;
 
 constexpr std::array<CudaProduct, 3> kProducts = {{
@@ -181,6 +185,7 @@ BitPlanePlan bit_plane_plan(const BitPlaneLayout& layout, int64_t m, DType dtype
   for (const CudaProduct& product : kProducts) {
     if (!options.kernel.empty() && product.name != options.kernel) continue;
     known = true;
+    if (options.kernel.empty() && product.name == kRepeated && m > repeated_tokens(layout.planes)) continue;
     std::optional<std::string> reason;
     if (product.needs_clusters) {
       reason = why_no_stream(product, layout, std::max<int64_t>(m, 1), dtype, device, options);
