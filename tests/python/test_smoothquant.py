@@ -100,8 +100,14 @@ def test_composes_with_feedback():
 
 
 def test_descriptions():
-    for spec in ("smoothquant", "smoothquant:alpha=0.85", "smoothquant:search", "smoothquant:search=10:folded",
-                 "smoothquant+gptq", "smoothquant:alpha=0.7:folded+nearest:search"):  # fmt: skip
+    for spec in (
+        "smoothquant",
+        "smoothquant:alpha=0.85",
+        "smoothquant:search",
+        "smoothquant:search=10:folded",
+        "smoothquant+gptq",
+        "smoothquant:alpha=0.7:folded+nearest:search",
+    ):
         rounding = ql.parse_rounding(spec)
         assert isinstance(rounding, ql.SmoothQuant) and rounding.spec == spec
         assert ql.rounding_from_json(rounding.to_json()).to_json() == rounding.to_json()
