@@ -25,7 +25,7 @@ ROUNDINGS = ("nearest", "gptq")
 
 
 def settings_of(names: list[str]):
-    """`base`, `search`, `sym`, or FORMAT=ROUNDING in short forms."""
+    """`base`, `search`, `sym`, or FORMAT=ROUNDING[=ACTIVATIONS] in short forms."""
     from quantloom.experiments import Setting
 
     found = [Setting()]
@@ -46,10 +46,17 @@ def settings_of(names: list[str]):
                 for rounding in ROUNDINGS
             ]
         elif "=" in name:
-            format, _, rounding = name.partition("=")
-            found.append(Setting(format, rounding))
+            format, _, rest = name.partition("=")
+            # Options of roundings have "=" as well: activations come after the last one, if they are some.
+            rounding, _, activations = rest.rpartition("=")
+            if activations.startswith(("int", "sdr")):
+                found.append(Setting(format, rounding, activations))
+            else:
+                found.append(Setting(format, rest))
         else:
-            raise SystemExit(f"--settings: got {name!r}, expected base, search, sym or FORMAT=ROUNDING")
+            raise SystemExit(
+                f"--settings: got {name!r}, expected base, search, sym, FORMAT=ROUNDING[=ACTIVATIONS]"
+            )
     return list(dict.fromkeys(found))
 
 
@@ -82,20 +89,26 @@ def conditions(arguments, calibration, validation) -> dict:
 
 def markdown(document: dict) -> str:
     facts = document["conditions"]
+    shown = any(row.get("activations") for row in document["measurements"])
     lines = [
         f"Model `{facts['model']}`; {facts['calibration_windows']} calibration windows of "
         f"`{facts['calibration']}`, {facts['evaluation_windows']} windows of `{facts['validation']}`, "
         f"{facts['window']} tokens each.",
         "",
-        "| format | rounding | bits/weight | perplexity | KL (nats) | top-1 | loss/RTN | held out | s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| format | rounding {'| activations ' * shown}| bits/weight | perplexity | KL (nats) | top-1 "
+        "| loss/RTN | held out | s |",
+        f"| --- | --- {'| --- ' * shown}| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def ratio(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
+    def activations(row: dict) -> str:
+        return f"| {row.get('activations') or ''} " if shown else ""
+
     lines.extend(
-        f"| {row['format']} | {row['rounding']} | {row['bits_per_weight']:.3f} | {row['perplexity']:.4f} "
+        f"| {row['format']} | {row['rounding']} {activations(row)}"
+        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.4f} "
         f"| {row['kl']:.5f} | {row['top1_agreement']:.2%} | {ratio(row['loss_ratio'])} "
         f"| {ratio(row['held_out_loss_ratio'])} | {row['quantize_seconds']:.1f} |"
         for row in document["measurements"]
@@ -114,7 +127,7 @@ def main() -> None:
         "-o", "--output", type=Path, required=True, help="JSON file to write; .md goes beside it"
     )
     parser.add_argument(
-        "--settings", nargs="+", default=["base"], help="base, search, sym, or FORMAT=ROUNDING"
+        "--settings", nargs="+", default=["base"], help="base, search, sym, or FORMAT=ROUNDING[=ACTIVATIONS]"
     )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--calibration-windows", type=int, default=64)
@@ -137,14 +150,19 @@ def main() -> None:
         if earlier["conditions"] != document["conditions"]:
             sys.exit(f"error: {arguments.output} was measured under other conditions; choose another file")
         document = earlier
-    known = {(row["setting_format"], row["setting_rounding"]) for row in document["measurements"]}
-    settings = [s for s in settings_of(arguments.settings) if (s.format, s.rounding) not in known]
+    known = {
+        (row["setting_format"], row["setting_rounding"], row.get("setting_activations"))
+        for row in document["measurements"]
+    }
+    settings = [
+        s for s in settings_of(arguments.settings) if (s.format, s.rounding, s.activations) not in known
+    ]
 
     pending = iter(settings)
 
     def keep(row) -> None:
         setting = next(pending)
-        names = {"setting_format": setting.format, "setting_rounding": setting.rounding}
+        names = {f"setting_{name}": getattr(setting, name) for name in ("format", "rounding", "activations")}
         document["measurements"].append(names | dataclasses.asdict(row))
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         arguments.output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")

@@ -7,9 +7,10 @@ multiply the integers themselves where their scales allow it.
 
 from __future__ import annotations
 
+import functools
 import json as _json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +49,12 @@ class ActivationFormat:
         static: the scale is fixed in advance, for scope ``"tensor"``. Calibration in a ``Recipe`` finds it,
             or ``with_range``.
         scale, zero_point: those of a static format; zero_point counts from 0 in the middle of the codes.
+        outlier_threshold: None, or the magnitude from which on inputs are outliers (LLM.int8(): Dettmers et
+            al., 2022; there 6): every input that reaches it in any token of a batch is kept as it is in all
+            of them, multiplied with the decoded weights, and counts for no scale. Without base_bits.
+        static_outliers: the outliers are those that calibration found (or ``with_columns``), so that the
+            result of a token does not depend on the others.
+        outlier_columns: those, rising.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -60,6 +67,9 @@ class ActivationFormat:
     static: bool = False
     scale: float | None = None
     zero_point: int | None = None
+    outlier_threshold: float | None = None
+    static_outliers: bool = False
+    outlier_columns: tuple[int, ...] | None = None
     _description: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +80,7 @@ class ActivationFormat:
             value = getattr(self, name)
             if value is not None:
                 put(self, name, _checks.integer(name, value, 1))
-        for name in ("symmetric", "static"):
+        for name in ("symmetric", "static", "static_outliers"):
             _checks.boolean(name, getattr(self, name))
         if self.scale is None:
             if self.zero_point is not None:
@@ -91,9 +101,26 @@ class ActivationFormat:
             "version": 1,
             "zero_point": self.zero_point,
         }
+        if self.outlier_threshold is None:
+            if self.static_outliers or self.outlier_columns is not None:
+                raise ValueError("outlier_threshold: got None, expected a number beside static outliers")
+        else:
+            expected = "a positive number"
+            put(
+                self, "outlier_threshold", _checks.real("outlier_threshold", self.outlier_threshold, expected)
+            )
+            if self.outlier_columns is not None:
+                columns = [_checks.integer("outlier_columns", column, 0) for column in self.outlier_columns]
+                put(self, "outlier_columns", tuple(columns))
+            fields |= {
+                "outlier_threshold": self.outlier_threshold,
+                "static_outliers": self.static_outliers,
+                "outlier_columns": self.outlier_columns,
+            }
         put(self, "_description", _core.activations_canonical(_json.dumps(fields)))
-        if self.scale is not None:
-            put(self, "scale", _json.loads(self._description)["scale"])  # as float32 has it
+        for name in ("scale", "outlier_threshold"):
+            if getattr(self, name) is not None:
+                put(self, name, _json.loads(self._description)[name])  # as float32 has it
 
     @property
     def spec(self) -> str:
@@ -106,13 +133,20 @@ class ActivationFormat:
 
     @property
     def calibrated(self) -> bool:
-        """False for a static format whose scale is still to be found."""
-        return not self.static or self.scale is not None
+        """False for a static format whose scale or outliers are still to be found."""
+        columns_known = not self.static_outliers or self.outlier_columns is not None
+        return columns_known and (not self.static or self.scale is not None)
 
     def with_range(self, low: float, high: float) -> ActivationFormat:
-        """The static format with the grid for values from `low` to `high`."""
+        """The static format with the grid for values from `low` to `high`, outliers apart."""
         low, high = _checks.real("low", low), _checks.real("high", high)
         return activations_from_json(_core.activations_with_range(self._description, low, high))
+
+    def with_columns(self, columns: Iterable[int]) -> ActivationFormat:
+        """The format with static outliers at these columns."""
+        if not self.static_outliers:
+            raise ValueError(f"columns: got some for {self.spec}, expected a format with static_outliers")
+        return replace(self, outlier_columns=tuple(sorted(columns)))
 
     def __str__(self) -> str:
         return self.spec
@@ -130,6 +164,8 @@ def parse_activations(spec: str | ActivationFormat) -> ActivationFormat:
       or for each group of 128 inputs; with ``:asym`` also a zero point
     - ``int8:tensor:static``: with a scale that calibration finds; ``int8:tensor:static=0.02``, and
       ``int8:tensor:asym:static=0.02,-5``: a known one
+    - ``int8:token:outliers=6``: inputs that reach 6 are kept as they are; with ``:static-outliers``
+      those that do in calibration, with ``:columns=3,17`` known ones
     - ``sdr4:g16[:b16][:tensor[:static]]``: the 4 significant bits of integers of 8 (or 16) bits, the shift
       shared by 16 inputs
 
@@ -138,6 +174,11 @@ def parse_activations(spec: str | ActivationFormat) -> ActivationFormat:
     if isinstance(spec, ActivationFormat):
         return spec
     spec = _checks.string("activations", spec, "an ActivationFormat or a short form such as 'int8:token'")
+    return _parsed(spec)
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(spec: str) -> ActivationFormat:
     return _from_fields(_json.loads(_core.activations_from_spec(spec)))
 
 
@@ -151,6 +192,9 @@ def _from_fields(entry: dict[str, Any]) -> ActivationFormat:
         entry["static"],
         entry["scale"],
         entry["zero_point"],
+        entry.get("outlier_threshold"),
+        entry.get("static_outliers", False),
+        None if entry.get("outlier_columns") is None else tuple(entry["outlier_columns"]),
     )
 
 
@@ -164,7 +208,8 @@ class QuantizedActivations:
         dtype: of x.
         planes: ``codes`` int8 ``[tokens, k]``; ``scales`` float32 ``[tokens, 1]``, ``[tokens, groups]`` or
             ``[1, 1]``; ``zeros`` int8 of that shape for asymmetric formats; ``shifts`` uint8 ``[tokens,
-            groups]`` with base_bits.
+            groups]`` with base_bits; ``outlier_columns`` int32 and ``outlier_values`` float32 ``[tokens,
+            columns]`` with outliers, where codes stand for 0.
     """
 
     format: ActivationFormat

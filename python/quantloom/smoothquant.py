@@ -274,7 +274,9 @@ def search_smoothing(
 
 
 def _of_the_sample(format: ActivationFormat) -> ActivationFormat:
-    return replace(format, static=False, scale=None, zero_point=None) if format.static else format
+    if format.static:
+        format = replace(format, static=False, scale=None, zero_point=None)
+    return replace(format, static_outliers=False, outlier_columns=None) if format.static_outliers else format
 
 
 def quantize_smoothed(w: Any, format: Format, rounding: SmoothQuant, threads: int) -> PackedTensor:

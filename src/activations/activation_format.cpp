@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kVersion = 1;
 constexpr std::string_view kSpecForm =
-    "intBITS:token, intBITS:tensor[:static[=SCALE[,ZERO]]] or intBITS:gN, each with :asym if need be, or "
+    "intBITS:token, intBITS:tensor[:static[=SCALE[,ZERO]]] or intBITS:gN, each with :asym if need be "
+    "and [:outliers=LIMIT[:static-outliers|:columns=C,C,...]], or "
     "sdrBITS:gN[:bBASE][:token|:tensor][:static[=SCALE]], with 2 to 8 BITS, N above 0 and BASE up to 16";
 
 std::string_view name_of(ActivationScope scope) {
@@ -78,6 +79,23 @@ void require_valid(const ActivationFormat& format) {
   if (format.is_static && format.scope != ActivationScope::tensor) {
     refuse("static", text_of("true for scope ", name_of(format.scope)), "scope tensor");
   }
+  if (!(format.outlier_threshold >= 0 && format.outlier_threshold < kLargestActivation)) {
+    refuse("outlier_threshold", format.outlier_threshold, "0 or a positive number below 2^127");
+  }
+  if (format.has_outliers() && format.has_shifts()) {
+    refuse("outlier_threshold", format.outlier_threshold, "0 beside base_bits");
+  }
+  if (format.static_outliers && !format.has_outliers()) {
+    refuse("static_outliers", "true", "false without an outlier_threshold");
+  }
+  if (format.outlier_columns) {
+    if (!format.static_outliers) refuse("outlier_columns", "some", "none without static_outliers");
+    int64_t last = -1;
+    for (const int32_t column : *format.outlier_columns) {
+      if (column <= last) refuse("outlier_columns", column, text_of("rising numbers, more than ", last));
+      last = column;
+    }
+  }
   if (!format.grid) return;
   if (!format.is_static) refuse("scale", format.grid->scale, "none for a dynamic format");
   if (!(format.grid->scale >= 0x1p-126F && format.grid->scale < kLargestActivation)) {
@@ -105,6 +123,15 @@ std::string ActivationFormat::spec() const {
     text += text_of_float(grid->scale);
     if (!symmetric) text += text_of(",", grid->zero);
   }
+  if (has_outliers()) text += ":outliers=" + text_of_float(outlier_threshold);
+  if (static_outliers && !outlier_columns) text += ":static-outliers";
+  if (outlier_columns) {
+    text += ":columns=";
+    for (size_t i = 0; i < outlier_columns->size(); ++i) {
+      if (i > 0) text += ',';
+      text += std::to_string((*outlier_columns)[i]);
+    }
+  }
   return text;
 }
 
@@ -124,21 +151,60 @@ std::string ActivationFormat::to_json() const {
     object["scale"] = static_cast<double>(grid->scale);
     object["zero_point"] = grid->zero;
   }
+  if (has_outliers()) {
+    object["outlier_threshold"] = static_cast<double>(outlier_threshold);
+    object["static_outliers"] = static_outliers;
+    object["outlier_columns"] = nullptr;
+    if (outlier_columns) object["outlier_columns"] = *outlier_columns;
+  }
   return object.dump();
 }
+
+namespace {
+
+// Takes the keys of outlier columns out of a description that has them.
+void take_outliers(nlohmann::json& object, std::string_view json, ActivationFormat& format) {
+  if (!object.contains("outlier_threshold")) return;
+  for (const char* key : {"static_outliers", "outlier_columns"}) {
+    if (!object.contains(key)) refuse_description(json, text_of("a key \"", key, "\""));
+  }
+  const nlohmann::json threshold = object.at("outlier_threshold");
+  if (!threshold.is_number() || !(threshold.get<double>() > 0) || !(threshold.get<double>() < 1e38)) {
+    refuse_description(json, "a positive number \"outlier_threshold\"");
+  }
+  format.outlier_threshold = static_cast<float>(threshold.get<double>());
+  if (!object.at("static_outliers").is_boolean())
+    refuse_description(json, "\"static_outliers\": true or false");
+  format.static_outliers = object.at("static_outliers").get<bool>();
+  const nlohmann::json columns = object.at("outlier_columns");
+  if (!columns.is_null()) {
+    if (!columns.is_array()) refuse_description(json, "a list \"outlier_columns\"");
+    format.outlier_columns.emplace();
+    for (const nlohmann::json& column : columns) {
+      if (!column.is_number_unsigned() || column.get<uint64_t>() > uint64_t{INT32_MAX}) {
+        refuse_description(json, "\"outlier_columns\" of numbers of columns");
+      }
+      format.outlier_columns->push_back(column.get<int32_t>());
+    }
+  }
+  for (const char* key : {"outlier_threshold", "static_outliers", "outlier_columns"}) object.erase(key);
+}
+
+}  // namespace
 
 ActivationFormat activation_format_from_json(std::string_view json) {
   constexpr std::array<std::string_view, 10> kKeys = {"activations", "base_bits", "bits",   "group_size",
                                                       "scale",       "scope",     "static", "version",
                                                       "symmetric",   "zero_point"};
-  const nlohmann::json object = parse_description(json);
+  nlohmann::json object = parse_description(json);
+  ActivationFormat format;
+  take_outliers(object, json, format);
   require_keys(object, kKeys, json);
   static_cast<void>(integer_field(object, "version", kVersion, kVersion, json));
   const auto boolean = [&](const char* key) {
     if (!object.at(key).is_boolean()) refuse_description(json, text_of("\"", key, "\": true or false"));
     return object.at(key).get<bool>();
   };
-  ActivationFormat format;
   format.bits = static_cast<int>(integer_field(object, "bits", 2, 8, json));
   format.base_bits = static_cast<int>(integer_field(object, "base_bits", 0, 16, json));
   format.group_size = integer_field(object, "group_size", 0, std::numeric_limits<int64_t>::max(), json);
@@ -202,6 +268,22 @@ ActivationFormat activation_format_from_spec(std::string_view spec) {
     } else if ((part == "static" || part.starts_with("static=")) && !format.is_static) {
       format.is_static = true;
       if (part != "static" && !take_grid(part.substr(7), format)) refuse();
+    } else if (part.starts_with("outliers=") && !format.has_outliers()) {
+      const auto threshold = parse_float(part.substr(9));
+      if (!threshold || !(*threshold > 0)) refuse();
+      format.outlier_threshold = *threshold;
+    } else if (part == "static-outliers" && !format.static_outliers) {
+      format.static_outliers = true;
+    } else if (part.starts_with("columns=") && !format.static_outliers) {
+      format.static_outliers = true;
+      format.outlier_columns.emplace();
+      for (std::string_view rest = part.substr(8); !rest.empty();) {
+        const size_t comma = rest.find(',');
+        const auto column = parse_integer(rest.substr(0, comma));
+        if (!column || *column > INT32_MAX || comma + 1 == rest.size()) refuse();
+        format.outlier_columns->push_back(static_cast<int32_t>(*column));
+        rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
+      }
     } else {
       refuse();
     }
@@ -219,6 +301,14 @@ ActivationFormat with_range(const ActivationFormat& format, float low, float hig
   }
   ActivationFormat result = format;
   result.grid = grid_of(format, {std::min(low, 0.0F), std::max(high, 0.0F)});
+  return result;
+}
+
+ActivationFormat with_columns(const ActivationFormat& format, std::vector<int32_t> columns) {
+  if (!format.static_outliers) throw InvalidArgument("format", format.spec(), "one with static outliers");
+  ActivationFormat result = format;
+  result.outlier_columns = std::move(columns);
+  require_valid(result);
   return result;
 }
 

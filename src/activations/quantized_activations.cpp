@@ -21,11 +21,20 @@ constexpr int64_t kPieceTokens = 8;
 // Below this many values, another thread costs more than it brings.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 
-void require_grid(const ActivationFormat& format) {
+// Throws unless the format is calibrated, for tokens of k inputs.
+void require_grid(const ActivationFormat& format, int64_t k) {
   require_valid(format);
   if (format.is_static && !format.grid) {
     throw InvalidArgument("activations", format.spec(),
                           "a static format with its scale, as calibration gives");
+  }
+  if (format.static_outliers && !format.outlier_columns) {
+    throw InvalidArgument("activations", format.spec(),
+                          "static outliers with their columns, as calibration gives");
+  }
+  if (format.outlier_columns && !format.outlier_columns->empty() && format.outlier_columns->back() >= k) {
+    throw InvalidArgument("x", text_of(k, " inputs"),
+                          text_of("more than ", format.outlier_columns->back(), ", the last outlier column"));
   }
 }
 
@@ -112,8 +121,45 @@ void decode_token(const ActivationFormat& format, int64_t k, const int8_t* codes
   }
 }
 
+// The columns that are kept as they are, rising.
+std::vector<int32_t> outliers_of(const FloatMatrix& x, const ActivationFormat& format, int team) {
+  const int64_t k = x.cols();
+  if (format.outlier_columns) return *format.outlier_columns;
+  std::vector<int32_t> columns;
+  if (!format.has_outliers()) return columns;
+  const int64_t pieces = ceil_div(x.rows(), kPieceTokens);
+  std::vector<std::vector<uint8_t>> seen(static_cast<size_t>(pieces));
+  parallel_for(pieces, team, [&](int64_t piece) {
+    std::vector<uint8_t>& flags = seen[static_cast<size_t>(piece)];
+    flags.resize(static_cast<size_t>(k));
+    std::vector<float> row(static_cast<size_t>(k));
+    for (int64_t t = piece * kPieceTokens; t < std::min((piece + 1) * kPieceTokens, x.rows()); ++t) {
+      x.read(t, 0, k, row.data());
+      for (size_t c = 0; c < row.size(); ++c) {
+        if (std::abs(row[c]) >= format.outlier_threshold) flags[c] = 1;
+      }
+    }
+  });
+  for (int64_t c = 0; c < k; ++c) {
+    const auto at = static_cast<size_t>(c);
+    if (std::any_of(seen.begin(), seen.end(), [&](const auto& flags) { return flags[at] != 0; })) {
+      columns.push_back(static_cast<int32_t>(c));
+    }
+  }
+  return columns;
+}
+
+// Replaces the outliers of a token by 0, after copying them to `values` if that is not null.
+void take_outliers(std::span<const int32_t> columns, float* row, float* values) {
+  for (size_t i = 0; i < columns.size(); ++i) {
+    if (values != nullptr) values[i] = row[columns[i]];
+    row[columns[i]] = 0.0F;
+  }
+}
+
 // The grids of all tokens (one for scope tensor, none for scope group), and the check of all values.
-std::vector<FixedGrid> grids_of(const FloatMatrix& x, const ActivationFormat& format, int team) {
+std::vector<FixedGrid> grids_of(const FloatMatrix& x, const ActivationFormat& format,
+                                std::span<const int32_t> columns, int team) {
   const int64_t k = x.cols();
   std::vector<ActivationRange> ranges(static_cast<size_t>(x.rows()));
   parallel_for(ceil_div(x.rows(), kPieceTokens), team, [&](int64_t piece) {
@@ -123,6 +169,9 @@ std::vector<FixedGrid> grids_of(const FloatMatrix& x, const ActivationFormat& fo
       if (!activations::range_of_row(row.data(), k, ranges[static_cast<size_t>(t)])) {
         refuse_value(row.data(), k, t);
       }
+      if (columns.empty()) continue;
+      take_outliers(columns, row.data(), nullptr);
+      static_cast<void>(activations::range_of_row(row.data(), k, ranges[static_cast<size_t>(t)]));
     }
   });
   if (format.grid) return {*format.grid};
@@ -146,7 +195,8 @@ FixedGrid grid_for(const std::vector<FixedGrid>& grids, int64_t token) {
   return grids.size() == 1 ? grids[0] : grids[static_cast<size_t>(token)];
 }
 
-QuantizedActivations empty_planes(int64_t m, int64_t k, const ActivationFormat& format) {
+QuantizedActivations empty_planes(int64_t m, int64_t k, const ActivationFormat& format,
+                                  std::span<const int32_t> columns) {
   QuantizedActivations result{format, m, k, {}};
   const bool shared = format.scope == ActivationScope::tensor;
   const std::vector<int64_t> shape = {shared ? 1 : result.m, scales_per_token(format, result.k)};
@@ -157,6 +207,13 @@ QuantizedActivations empty_planes(int64_t m, int64_t k, const ActivationFormat& 
     result.planes.emplace("shifts", Tensor(DType::u8, {result.m, format.group_count(result.k)}));
   }
   if (shared && result.m == 0) result.planes.at("scales").values<float>()[0] = 1.0F;
+  if (format.has_outliers()) {
+    const auto count = std::ssize(columns);
+    Tensor index(DType::i32, {count});
+    std::ranges::copy(columns, index.values<int32_t>().begin());
+    result.planes.emplace("outlier_columns", std::move(index));
+    result.planes.emplace("outlier_values", Tensor(DType::f32, {result.m, count}));
+  }
   return result;
 }
 
@@ -180,7 +237,19 @@ void with_token(const ActivationFormat& format, Planes& planes, int64_t k, int64
 
 void require_planes(const QuantizedActivations& x) {
   require_valid(x.format);
-  const QuantizedActivations expected = empty_planes(x.m, x.k, x.format);
+  std::vector<int32_t> columns;
+  if (const auto found = x.planes.find("outlier_columns"); found != x.planes.end() &&
+                                                           found->second.dtype() == DType::i32 &&
+                                                           found->second.device() == Device::cpu) {
+    const auto values = found->second.values<int32_t>();
+    columns.assign(values.begin(), values.end());
+  }
+  for (const int32_t column : columns) {
+    if (column < 0 || column >= x.k) {
+      throw InvalidArgument("plane outlier_columns", text_of(column), text_of("numbers from 0 to ", x.k - 1));
+    }
+  }
+  const QuantizedActivations expected = empty_planes(x.m, x.k, x.format, columns);
   for (const auto& [name, plane] : expected.planes) {
     const auto found = x.planes.find(name);
     const bool fits = found != x.planes.end() && found->second.dtype() == plane.dtype() &&
@@ -200,11 +269,13 @@ void require_planes(const QuantizedActivations& x) {
 }  // namespace
 
 QuantizedActivations quantize_activations(const FloatMatrix& x, const ActivationFormat& format, int threads) {
-  require_grid(format);
+  require_grid(format, x.cols());
   const int team = team_for(x, threads);
   const int64_t k = x.cols();
-  const std::vector<FixedGrid> grids = grids_of(x, format, team);
-  QuantizedActivations result = empty_planes(x.rows(), k, format);
+  const std::vector<int32_t> columns = outliers_of(x, format, team);
+  const std::vector<FixedGrid> grids = grids_of(x, format, columns, team);
+  QuantizedActivations result = empty_planes(x.rows(), k, format, columns);
+  float* outliers = columns.empty() ? nullptr : result.planes.at("outlier_values").values<float>().data();
   parallel_for(ceil_div(x.rows(), kPieceTokens), team, [&](int64_t piece) {
     std::vector<float> row(static_cast<size_t>(k + kActivationPadding));
     std::vector<int8_t> codes(row.size());
@@ -215,6 +286,7 @@ QuantizedActivations quantize_activations(const FloatMatrix& x, const Activation
     const bool shared = format.scope == ActivationScope::tensor;
     for (int64_t t = piece * kPieceTokens; t < std::min((piece + 1) * kPieceTokens, x.rows()); ++t) {
       x.read(t, 0, k, row.data());
+      if (!columns.empty()) take_outliers(columns, row.data(), outliers + t * std::ssize(columns));
       with_token(format, result.planes, k, t, [&](int8_t* to, float* scales, int8_t* zeros, uint8_t* shifts) {
         const TokenCodes out{codes.data(), shared ? &scale : scales, shared ? &zero : zeros, shifts};
         encode_token(format, row.data(), k, grid_for(grids, t), integers, out);
@@ -243,20 +315,25 @@ void dequantize_activations(const QuantizedActivations& x, MatrixView<float> out
                  [&](const int8_t* codes, const float* scales, const int8_t* zeros, const uint8_t* shifts) {
                    decode_token(x.format, x.k, codes, scales, zeros, shifts, out.row(t));
                  });
+      if (!x.format.has_outliers()) continue;
+      const auto columns = x.planes.at("outlier_columns").values<int32_t>();
+      const float* values = x.planes.at("outlier_values").values<float>().data() + t * std::ssize(columns);
+      for (size_t i = 0; i < columns.size(); ++i) out(t, columns[i]) = values[i];
     }
   });
 }
 
 void round_activations(const FloatMatrix& x, const ActivationFormat& format, MatrixView<float> out,
                        int threads) {
-  require_grid(format);
+  require_grid(format, x.cols());
   const int64_t k = x.cols();
   if (out.rows() != x.rows() || out.cols() != k) {
     throw InvalidArgument("out", text_of("shape [", out.rows(), ", ", out.cols(), "]"),
                           text_of("[", x.rows(), ", ", k, "], as x"));
   }
   const int team = team_for(x, threads);
-  const std::vector<FixedGrid> grids = grids_of(x, format, team);
+  const std::vector<int32_t> columns = outliers_of(x, format, team);
+  const std::vector<FixedGrid> grids = grids_of(x, format, columns, team);
   parallel_for(ceil_div(x.rows(), kPieceTokens), team, [&](int64_t piece) {
     std::vector<float> row(static_cast<size_t>(k + kActivationPadding));
     std::vector<int8_t> codes(row.size());
@@ -264,22 +341,40 @@ void round_activations(const FloatMatrix& x, const ActivationFormat& format, Mat
     std::vector<float> scales(static_cast<size_t>(std::max<int64_t>(scales_per_token(format, k), 1)));
     std::vector<int8_t> zeros(scales.size());
     std::vector<uint8_t> shifts(static_cast<size_t>(format.group_count(k)));
+    std::vector<float> outliers(columns.size());
     for (int64_t t = piece * kPieceTokens; t < std::min((piece + 1) * kPieceTokens, x.rows()); ++t) {
       x.read(t, 0, k, row.data());
+      take_outliers(columns, row.data(), outliers.data());
       encode_token(format, row.data(), k, grid_for(grids, t), integers,
                    {codes.data(), scales.data(), zeros.data(), shifts.data()});
       decode_token(format, k, codes.data(), scales.data(), zeros.data(), shifts.data(), out.row(t));
+      for (size_t i = 0; i < columns.size(); ++i) out(t, columns[i]) = outliers[i];
     }
   });
 }
 
 QuantizedActivations quantize_activations_reference(const FloatMatrix& x, const ActivationFormat& format) {
-  require_grid(format);
+  require_grid(format, x.cols());
   require_finite(x, "x", 1);
   const int64_t k = x.cols();
-  QuantizedActivations result = empty_planes(x.rows(), k, format);
   std::vector<float> values(static_cast<size_t>(checked_mul(x.rows(), k)));
   for (int64_t t = 0; t < x.rows(); ++t) x.read(t, 0, k, values.data() + t * k);
+  std::vector<int32_t> columns = format.outlier_columns.value_or(std::vector<int32_t>());
+  for (int64_t c = 0; c < k && format.has_outliers() && !format.static_outliers; ++c) {
+    bool reached = false;
+    for (int64_t t = 0; t < x.rows(); ++t) {
+      reached = reached || std::abs(values[static_cast<size_t>(t * k + c)]) >= format.outlier_threshold;
+    }
+    if (reached) columns.push_back(static_cast<int32_t>(c));
+  }
+  QuantizedActivations result = empty_planes(x.rows(), k, format, columns);
+  for (int64_t t = 0; t < x.rows(); ++t) {
+    for (size_t i = 0; i < columns.size(); ++i) {
+      float& value = values[static_cast<size_t>(t * k + columns[i])];
+      result.planes.at("outlier_values").values<float>()[static_cast<size_t>(t) * columns.size() + i] = value;
+      value = 0.0F;
+    }
+  }
   const auto grid_between = [&](int64_t begin, int64_t end) {
     ActivationRange range;
     for (int64_t i = begin; i < end; ++i) {

@@ -122,6 +122,20 @@ void pack_integers(const QuantizedActivations& q, Operand operand, int64_t first
 // Tokens whose packed activations are held at once.
 constexpr int64_t kBatchTokens = 512;
 
+// y += the outliers' products, in the order of their columns; weights [columns, n].
+void add_columns(const QuantizedActivations& q, int64_t first, std::span<const int32_t> columns,
+                 std::span<const float> weights, MatrixView<float> y, int threads) {
+  const auto values = q.planes.at("outlier_values").values<float>();
+  parallel_for(y.rows(), threads, [&](int64_t t) {
+    float* row = y.row(t);
+    for (size_t i = 0; i < columns.size(); ++i) {
+      const float value = values[static_cast<size_t>(first + t) * columns.size() + i];
+      const float* weight = weights.data() + i * static_cast<size_t>(y.cols());
+      for (int64_t r = 0; r < y.cols(); ++r) row[r] += value * weight[r];
+    }
+  });
+}
+
 void multiply_integers(const QuantizedActivations& q, const PreparedStrips& w, const IntegerPlan& plan,
                        MatrixView<float> y, int threads) {
   StripMatrix matrix = strip_matrix(w);
@@ -139,11 +153,16 @@ void multiply_integers(const QuantizedActivations& q, const PreparedStrips& w, c
     sums.resize(static_cast<size_t>(w.rows));
     multiply(Operand::ones, 0, {sums.data(), 1, w.rows});
   }
+  // Outliers are multiplied with decoded weights.
+  const auto columns =
+      q.format.has_outliers() ? q.planes.at("outlier_columns").values<int32_t>() : std::span<const int32_t>();
+  const std::vector<float> weights = decode_columns(w, columns, threads);
   std::vector<float> shares;
   for (int64_t first = 0; first < q.m; first += kBatchTokens) {
     const int64_t count = std::min(kBatchTokens, q.m - first);
     const MatrixView<float> out = y.block(first, 0, count, y.cols());
     multiply(Operand::codes, first, out);
+    if (!columns.empty()) add_columns(q, first, columns, weights, out, threads);
     if (q.format.symmetric) continue;
     if (own_scales) {
       shares.resize(static_cast<size_t>(checked_mul(count, w.rows)));

@@ -343,6 +343,48 @@ std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& given, 
   return p;
 }
 
+std::vector<float> decode_columns(const PreparedStrips& p, std::span<const int32_t> columns, int threads) {
+  const std::vector<int64_t> sizes = group_sizes(p);
+  const std::vector<GroupPlace> places = places_of(p, sizes);
+  const DType scale_dtype = p.format->scale_dtype;
+  const int64_t scale_size = size_of(scale_dtype);
+  std::vector<float> out(static_cast<size_t>(checked_mul(std::ssize(columns), p.rows)));
+  parallel_for(std::ssize(columns), threads, [&](int64_t i) {
+    const int32_t column = columns[static_cast<size_t>(i)];
+    int64_t prepared = column;
+    if (!p.source.empty()) prepared = std::find(p.source.begin(), p.source.end(), column) - p.source.begin();
+    size_t g = 0;
+    while (g + 1 < places.size() && places[g + 1].first_column <= prepared) ++g;
+    const int64_t c = prepared - places[g].first_column;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const std::byte* strip = p.stream.data() + row / kStripRows * p.strip_bytes;
+      const int64_t r = row % kStripRows;
+      const std::byte* at = strip + places[g].offset + r * scale_size;
+      float scale = 0;
+      if (scale_dtype == DType::f32) {
+        std::memcpy(&scale, at, 4);
+      } else {
+        uint16_t bits = 0;
+        std::memcpy(&bits, at, 2);
+        scale = scale_dtype == DType::f16 ? float_from_f16(bits) : float_from_bf16(bits);
+      }
+      const std::byte* zeros = strip + places[g].offset + kStripRows * scale_size;
+      float zero = p.center;
+      if (p.real_zeros) {
+        std::memcpy(&zero, zeros + 4 * r, 4);
+      } else if (p.has_zeros) {
+        zero = static_cast<float>(zeros[r]);
+      }
+      const std::byte* step =
+          strip + places[g].codes_offset + c / p.step_columns * (2 * p.container_bits * p.step_columns);
+      const uint8_t code = get_code(step, p.container_bits, r, c % p.step_columns);
+      out[static_cast<size_t>(i * p.rows + row)] =
+          p.table.empty() ? scale * (p.code_unit * (static_cast<float>(code) - zero)) : scale * p.table[code];
+    }
+  });
+  return out;
+}
+
 PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads) {
   if (prepared.real_zeros) throw Unsupported("unprepare: no way back to the codes of scales and zero points");
   const GroupedFormat& format = *prepared.format;

@@ -112,6 +112,9 @@ int container_bits_for(int bits);
 // `packed` is valid and uniform, a codebook or spqr. Of the latter scales are decoded to float32, and codes
 // of 3 bits take 4 where a group would be padded to 32 columns.
 std::shared_ptr<const PreparedStrips> prepare_strips(const PackedTensor& packed, int threads);
+// Columns of the decoded matrix, one after the other [columns, rows]; of codebooks, too.
+std::vector<float> decode_columns(const PreparedStrips& prepared, std::span<const int32_t> columns,
+                                  int threads);
 // The inverse: the canonical planes, bit for bit; Unsupported for spqr.
 PackedTensor unprepare_strips(const PreparedStrips& prepared, int threads);
 

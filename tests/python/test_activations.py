@@ -20,6 +20,7 @@ SPECS = (
     "sdr4:g16:b8",
     "sdr4:g8:b16",
 )
+OUTLIERS = ("int8:token:outliers=5", "int4:g16:asym:outliers=9", "int8:tensor:outliers=5:columns=")
 
 
 def numpy_round(x, spec):
@@ -80,7 +81,7 @@ def test_formulas(spec):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SPECS),
+    st.sampled_from(SPECS + OUTLIERS),
     st.integers(0, 5),
     st.integers(0, 40),
     st.integers(0, 2**32 - 1),
@@ -126,6 +127,11 @@ def test_formats():
         ({"bits": 9}, "bits"),
         ({"bits": True}, "bits"),
         ({"scope": "row"}, "scope"),
+        ({"outlier_threshold": -6.0}, "outlier_threshold"),
+        ({"static_outliers": True}, "outlier_threshold"),
+        ({"outlier_threshold": 6, "outlier_columns": (1, 2)}, "outlier_columns"),
+        ({"outlier_threshold": 6, "static_outliers": True, "outlier_columns": (2, 1)}, "outlier_columns"),
+        ({"bits": 4, "base_bits": 8, "group_size": 4, "outlier_threshold": 6}, "outlier_threshold"),
         ({"scope": "group"}, "group_size"),
         ({"group_size": 4}, "group_size"),
         ({"group_size": 0}, "group_size"),
@@ -142,6 +148,43 @@ def test_formats():
 def test_bad_fields_are_named(settings, name):
     with pytest.raises((TypeError, ValueError), match=name):
         ql.ActivationFormat(**settings)
+
+
+@pytest.mark.parametrize("factor", [20, 100])
+def test_outlier_columns(factor):
+    """LLM.int8(): planted channels keep their precision and leave the scales of others alone."""
+    rng = np.random.default_rng(factor)
+    w = rng.standard_normal((48, 192)).astype(np.float32)
+    x = np.clip(rng.standard_normal((30, 192)), -4, 4).astype(np.float32)
+    x[:, [3, 17, 90]] *= factor
+    q = ql.quantize(w, "uniform:8:channel")
+    dynamic, static = "int8:token:outliers=6", "int8:token:outliers=6:columns=3,17,90"
+    seen = ql.quantize_activations(x, dynamic)
+    assert seen.planes["outlier_columns"].tolist() == [3, 17, 90]
+    assert np.array_equal(seen.planes["outlier_values"], x[:, [3, 17, 90]])
+    assert not seen.codes[:, [3, 17, 90]].any()
+    rounded = ql.round_activations(x, dynamic)
+    others = np.ascontiguousarray(np.delete(x, [3, 17, 90], 1))
+    assert np.array_equal(np.delete(rounded, [3, 17, 90], 1), ql.round_activations(others, "int8:token"))
+    assert np.array_equal(rounded[:, [3, 17, 90]], x[:, [3, 17, 90]])
+    exact = x.astype(np.float64) @ w.T.astype(np.float64)
+
+    def error(activations):
+        return np.square(ql.matmul(x, q, activations=activations) - exact).sum()
+
+    assert error(dynamic) < 0.2 * error("int8:token")
+    assert np.array_equal(ql.matmul(x, q, activations=static), ql.matmul(x, q, activations=dynamic))
+    # With static outliers a token's result does not change with its batch mates; dynamic ones do.
+    for t in range(len(x)):
+        alone = ql.matmul(x[t : t + 1], q, activations=static)
+        assert np.array_equal(alone[0], ql.matmul(x, q, activations=static)[t])
+    form = ql.parse_activations("int8:token:outliers=6:static-outliers")
+    assert not form.calibrated and form.with_columns([90, 3, 17]) == ql.parse_activations(static)
+    assert ql.activations_from_json(form.to_json()) == form
+    with pytest.raises(ValueError, match="their columns"):
+        ql.round_activations(x, form)
+    with pytest.raises(ValueError, match="last outlier column"):
+        ql.round_activations(x[:, :50], static)
 
 
 def test_bad_input_is_named():
@@ -166,7 +209,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("weights", ["uniform:8:channel", "uniform:4:g32:asym", "codebook:nf4:g32"])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + OUTLIERS)
 def test_products(weights, spec):
     rng = np.random.default_rng(1)
     w, x = rng.normal(size=(40, 64)).astype(np.float32), sample(5, 64)

@@ -12,12 +12,17 @@
 // base_bits, and the integers q of each run of group_size inputs are cut to `bits` bits behind one shift:
 //   shift = max(0, bit length of max|q| - (bits - 1))
 //   code = clamp(rne(q / 2^shift), -2^(bits-1), 2^(bits-1) - 1), value = scale * code * 2^shift
+//
+// Outlier columns (LLM.int8(): Dettmers et al., 2022), beside a grid: inputs that reach `outlier_threshold`
+// in any token of the batch are kept as they are, and count for no scale; or, with static_outliers, a fixed
+// set of inputs that calibration found, so that a token's result does not depend on the others.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace quantloom {
 
@@ -38,13 +43,19 @@ struct ActivationFormat {
   bool symmetric = true;
   int base_bits = 0;       // 0: a grid; bits + 1 to 16: significant digits of integers of that many bits
   bool is_static = false;  // scope tensor: scale and zero are fixed in advance
-  std::optional<FixedGrid> grid = {};  // of a static format, once it is calibrated
+  std::optional<FixedGrid> grid = {};                        // of a static format, once it is calibrated
+  float outlier_threshold = 0.0F;                            // > 0: inputs of that magnitude are kept
+  bool static_outliers = false;                              // those of outlier_columns alone are
+  std::optional<std::vector<int32_t>> outlier_columns = {};  // rising; once they are calibrated
 
+  bool has_outliers() const { return outlier_threshold > 0; }
   bool has_shifts() const { return base_bits > 0; }
   // Runs of inputs with a scale of their own (or a shift), of which the last may be shorter.
   int64_t group_count(int64_t k) const;
   // "int8:token", "int4:g128:asym", "int8:tensor:static", "int8:tensor:static=0.0123" (asymmetric
-  // "...:static=0.0123,-5"), "sdr4:g16", "sdr4:g16:b16", "sdr4:g16:b16:tensor:static".
+  // "...:static=0.0123,-5"), "int8:token:outliers=6",
+  // "int8:token:outliers=6:static-outliers", "int8:token:outliers=6:columns=3,17", "sdr4:g16",
+  // "sdr4:g16:b16", "sdr4:g16:b16:tensor:static".
   std::string spec() const;
   // A JSON object with sorted keys; activation_format_from_json() reads it back.
   std::string to_json() const;
@@ -62,5 +73,7 @@ ActivationFormat activation_format_from_json(std::string_view json);
 // A static format with the grid for values from `low` to `high` (finite, below 2^127 in magnitude, low <=
 // high).
 ActivationFormat with_range(const ActivationFormat& format, float low, float high);
+// A format with static outliers and these columns, rising and not negative.
+ActivationFormat with_columns(const ActivationFormat& format, std::vector<int32_t> columns);
 
 }  // namespace quantloom

@@ -15,6 +15,8 @@ namespace quantloom {
 //   scales  float32 [m, 1], [m, G] for scope group, [1, 1] for scope tensor
 //   zeros   int8, the shape of scales; asymmetric only
 //   shifts  uint8 [m, G]; significant digits only
+//   outlier_columns  int32 [o], rising, outlier_values float32 [m, o]: with outliers only; codes there stand
+//                    for 0
 struct QuantizedActivations {
   ActivationFormat format;
   int64_t m = 0;

@@ -208,7 +208,7 @@ def quantize(
         smoothquant[:alpha=X|:search[=STEPS]][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
         intBITS:token|gN[:asym], intBITS:tensor[:static][:asym] (activations)
-        sdrBITS:gN[:bBASE][:tensor[:static]] (activations)
+        intBITS:...:outliers=LIMIT[:static-outliers] (LLM.int8()), sdrBITS:gN[:bBASE][:tensor[:static]]
 
     **Examples**
 

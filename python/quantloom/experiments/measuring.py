@@ -24,14 +24,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """A format and a rounding in their short forms; both None stand for the original."""
+    """A format, a rounding and activations in their short forms; all None stand for the original."""
 
     format: str | None = None
     rounding: str | None = None
+    activations: str | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.format} {self.rounding}" if self.format else "original"
+        parts = (self.format, self.rounding, self.activations)
+        return " ".join(part for part in parts if part) if self.format else "original"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Measurement:
     held_out_loss_ratio: float | None
     quantize_seconds: float
     evaluate_seconds: float
+    activations: str = ""
+    """How inputs of layers are rounded; empty if they are not."""
 
 
 def measure(
@@ -102,9 +106,13 @@ def measure(
             )
         else:
             folder = Path(work_folder) / f"setting-{len(rows)}"
-            recipe = quantloom.Recipe.parse(setting.format, setting.rounding or "nearest")
+            recipe = quantloom.Recipe.parse(
+                setting.format, setting.rounding or "nearest", activations=setting.activations
+            )
             rounding = recipe.rounding
             calibrated = not isinstance(rounding, quantloom.Nearest) or rounding.scale_search is not None
+            if recipe.activations is not None:
+                calibrated = calibrated or not recipe.activations.calibrated
 
             def follow(event: Any, label: str = setting.label) -> None:
                 tell(f"{label}: {event.phase}", round(5000 * event.fraction), 10_000)
@@ -202,6 +210,7 @@ def _row(setting, model, reference, validation, window, windows, report, folder,
         held_out_loss_ratio=_ratio(report.modules, "held_out_loss"),
         quantize_seconds=report.seconds,
         evaluate_seconds=comparison.seconds,
+        activations=setting.activations or "",
     )
 
 

@@ -444,18 +444,32 @@ def _equal(a: Any, b: Any) -> bool:
 
 @dataclass
 class InputRange:
-    """The range of the inputs of some Linears, 0 included, in the basis of a transform (or None)."""
+    """The range of each input of some Linears, 0 included, in the basis of a transform (or None)."""
 
     transform: Any = None
-    low: float = 0.0
-    high: float = 0.0
+    low: Any = 0.0
+    high: Any = 0.0
 
     def add(self, x: torch.Tensor) -> None:
         """Takes note of inputs float32 ``[tokens, k]``."""
         if self.transform is not None:
             x = self.transform.rotate_input(x)
-        low, high = (value.item() for value in torch.aminmax(x))
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        low, high = torch.aminmax(x.cpu(), dim=0)
+        zero = torch.zeros(())
+        self.low = torch.minimum(low, torch.as_tensor(self.low)).minimum(zero)
+        self.high = torch.maximum(high, torch.as_tensor(self.high)).maximum(zero)
+
+    def calibrate(self, form: Any) -> Any:
+        """An ``ActivationFormat`` with the outliers and the scale that it needs."""
+        low, high = self.low, self.high
+        if form.static_outliers and form.outlier_columns is None:
+            reached = torch.maximum(-low, high) >= form.outlier_threshold
+            form = form.with_columns(torch.nonzero(reached).flatten().tolist())
+        if form.static and form.scale is None:
+            kept = torch.ones(len(low), dtype=torch.bool)
+            kept[list(form.outlier_columns or ())] = False
+            form = form.with_range((low * kept).min().item(), (high * kept).max().item())
+        return form
 
 
 def gather_hessians(

@@ -488,7 +488,7 @@ class _Run:
             raise kind(f"{name}: {error}") from error
         activations = self.recipe.activations_for(name)
         if activations is not None and not activations.calibrated:
-            activations = activations.with_range(span.low, span.high)
+            activations = span.calibrate(activations)
         smoothing = {}
         if isinstance(rounding, ql.SmoothQuant) and scaling.loss_unscaled > 0:
             smoothing = {"output_error": scaling.loss, "output_error_unscaled": scaling.loss_unscaled}

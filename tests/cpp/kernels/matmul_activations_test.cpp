@@ -98,6 +98,13 @@ TEST(MatmulActivations, IntegersEqualRoundedValues) {
       {40, 256, 7, U(4, 128), "sdr4:g8", false},
       {40, 256, 7, U(4, 32), "int8:token:asym", true, true},  // columns of groups scattered
       {40, 256, 7, U(4, 32), "int8:g32", false, true},
+      {40, 256, 7, U(8, U::kPerChannel), "int8:token:outliers=9", true},
+      {37, 300, 9, U(4, 128, false), "int8:token:asym:outliers=9:columns=0,129,299", true},
+      {40, 256, 7, U(4, 32), "int4:g32:outliers=6", true},
+      {40, 250, 7, U(3, 24, false), "int8:token:outliers=5", true},
+      {40, 256, 7, U(4, 32, false), "int8:token:outliers=9", true, true},
+      {40, 256, 7, U(1, U::kPerTensor), "int8:tensor:outliers=9:columns=128", true},
+      {40, 256, 7, U(4, 128), "int4:g24:outliers=9", false},
       {1, 1, 1, U(1, 16), "int8:token", true},
       {3, 16, 0, U(4, 16), "int8:token", true},
       {3, 0, 2, U(4, 16), "int8:token:asym", true},
@@ -156,7 +163,7 @@ TEST(MatmulActivations, TokensDoNotDependOnTheirBatch) {
   std::vector<float> x = activations_for(m, k, 9);
   for (int64_t j = 0; j < k; ++j) x[static_cast<size_t>(4 * k + j)] *= 1000;  // a neighbour with outliers
   for (const char* spec : {"int8:token", "int8:token:asym", "int4:g32:asym", "sdr4:g16:b16",
-                           "int8:tensor:asym:static=0.05,-9"}) {
+                           "int8:tensor:asym:static=0.05,-9", "int8:token:outliers=6:columns=3,128,200"}) {
     const ActivationFormat format = activation_format_from_spec(spec);
     const std::vector<float> all = product(x, m, *prepared, format, 2);
     for (int64_t t = 0; t < m; ++t) {
