@@ -5,6 +5,7 @@
 // Weights are random, inputs have a few strong features and depend on one another. Times are of the host,
 // around calls that wait for the device, the best of several repeats.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -17,6 +18,7 @@
 #include "gpu/program.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/cuda.hpp"
 #include "rounding/upper_factor.hpp"
 #include "rounding/walk.hpp"
@@ -111,6 +113,73 @@ nlohmann::json measure(const Settings& settings, int64_t n, int64_t k) {
           {"damping", report.damping}};
 }
 
+// Other formats that are rounded column by column, and the search of channel scales.
+nlohmann::json measure_format(const bench::Layer& layer, int64_t n, int64_t k, const char* spec,
+                              const std::optional<OutlierSearch>& outliers, int repeats) {
+  const auto format = format_from_spec(spec);
+  CudaErrorFeedbackOptions options;
+  options.outliers = outliers;
+  options.measure_losses = false;
+  if (outliers) options.scale_search = ScaleSearch{.steps = 8};
+  const PackedTensor planes = empty_packed_cuda(format, n, k);
+  const auto round = [&] {
+    PackedTensor packed = planes;
+    return round_error_feedback_cuda(layer.w(), packed, layer.hessian(), options, nullptr);
+  };
+  round();
+  const double beforehand = seconds_of(repeats, round);
+  options.static_groups = false;
+  options.act_order = false;
+  const double feedback = seconds_of(repeats, round);
+  PackedTensor packed = planes;
+  const double nearest = seconds_of(repeats, [&] { round_nearest_cuda(layer.w(), packed, {}, nullptr); });
+  options.measure_losses = true;
+  const RoundingReport report = round();
+  std::printf(
+      "%6lld x %-6lld %-22s feedback %7.1f ms, groups fitted on the walk %7.1f ms%s; nearest %6.1f ms; "
+      "loss %.3f of nearest\n",
+      static_cast<long long>(n), static_cast<long long>(k), spec, beforehand * 1e3, feedback * 1e3,
+      outliers ? ", search and outliers" : "", nearest * 1e3, report.proxy_loss / report.proxy_loss_nearest);
+  std::fflush(stdout);
+  return {{"format", spec},
+          {"n", n},
+          {"k", k},
+          {"outliers", report.outliers},
+          {"feedback_seconds", beforehand},
+          {"feedback_fitted_on_the_walk_seconds", feedback},
+          {"nearest_seconds", nearest},
+          {"loss_over_nearest", report.proxy_loss / report.proxy_loss_nearest}};
+}
+
+nlohmann::json measure_formats(const Settings& settings, int64_t n, int64_t k) {
+  const bench::Layer layer(n, k, settings.tokens);
+  nlohmann::json rows = nlohmann::json::array();
+  for (const char* spec : {"bcq:2:g128", "bcq:3:g128", "bcq:4:g128:offset", "spqr:3:g16:s3:z3:b16"}) {
+    rows.push_back(measure_format(layer, n, k, spec, std::nullopt, settings.repeats));
+  }
+  rows.push_back(measure_format(layer, n, k, "spqr:3:g16:s3:z3:b16", OutlierSearch{.percent = 1.0}, 1));
+  const std::vector<CudaScaledLayer> layers = {{layer.w(), format_from_spec("uniform:4:g128:asym")}};
+  std::vector<double> magnitudes = layer.hessian().diagonal(nullptr);
+  for (double& magnitude : magnitudes) magnitude = std::sqrt(magnitude);
+  const double search =
+      seconds_of(1, [&] { search_channel_scales_cuda(layers, layer.hessian(), magnitudes, {}, nullptr); });
+  PackedTensor packed = empty_packed_cuda(layers[0].format, n, k);
+  CudaNearestOptions clip;
+  clip.hessian = &layer.hessian();
+  clip.scale_search = ScaleSearch{.steps = 10, .smallest = 0.55, .output_error = true};
+  const double clipping =
+      seconds_of(settings.repeats, [&] { round_nearest_cuda(layer.w(), packed, clip, nullptr); });
+  std::printf("%6lld x %-6lld AWQ: 20 exponents %.1f ms, clipping and its losses %.1f ms\n",
+              static_cast<long long>(n), static_cast<long long>(k), search * 1e3, clipping * 1e3);
+  std::fflush(stdout);
+  rows.push_back({{"format", "uniform:4:g128:asym"},
+                  {"n", n},
+                  {"k", k},
+                  {"channel_scales_seconds", search},
+                  {"clipping_seconds", clipping}});
+  return rows;
+}
+
 nlohmann::json run(bool quick) {
   Settings settings;
   if (quick) settings = {.repeats = 2, .tokens = 16384};
@@ -125,6 +194,7 @@ nlohmann::json run(bool quick) {
       quick ? std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}}
             : std::vector<std::pair<int64_t, int64_t>>{{4096, 4096}, {14336, 4096}, {4096, 14336}};
   for (const auto& [n, k] : shapes) report["rows"].push_back(measure(settings, n, k));
+  report["formats"] = measure_formats(settings, 4096, 4096);
   return report;
 }
 

@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t i = 0; i < count; ++i) {
         const float value = segment.value(i);
         const float decoded = own_values[bcq::position_of(own_values, wanted.bits, value)];
-        sum += search_error(static_cast<double>(segment.weight(i)),
-                            static_cast<double>(decoded) - static_cast<double>(value), search.norm);
+        sum += search_error(static_cast<double>(segment.weight(i)), segment.error(i, value, decoded),
+                            search.norm);
       }
       if (sum < least) {
         least = sum;

@@ -4,6 +4,7 @@
 
 #include "common/device_pointer.hpp"
 #include "common/load_float.cuh"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/rounding/channel_scales.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/scale_exponents.hpp"
@@ -112,7 +113,12 @@ ChannelScales search_channel_scales_cuda(std::span<const CudaScaledLayer> layers
   if (layers.empty()) throw InvalidArgument("layers", "none", "at least one");
   for (const CudaScaledLayer& layer : layers) {
     if (layer.format == nullptr) throw InvalidArgument("format", "null", "a format");
-    cuda::require_columns_format(*layer.format, "search_channel_scales_cuda");
+    const auto* outliers = dynamic_cast<const Outliers*>(layer.format.get());
+    cuda::require_columns_format(outliers != nullptr ? *outliers->dense : *layer.format,
+                                 "search_channel_scales_cuda");
+    if (outliers != nullptr && !outliers->percent) {
+      throw InvalidArgument("format", layer.format->spec() + ", with a count", "a percentage of outliers");
+    }
     cuda::require_hessian(hessian, layer.w.cols, "hessian");
     cuda::require_matrix(layer.w, "w");
     static_cast<void>(layer.format->planes(layer.w.rows, layer.w.cols));

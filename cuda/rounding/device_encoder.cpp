@@ -5,7 +5,6 @@
 #include "formats/weighted_fit.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/spqr.hpp"
-#include "quantloom/formats/trellis.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/scale_search.hpp"
 
@@ -148,7 +147,7 @@ std::unique_ptr<DeviceEncoder> make_device_encoder(const std::shared_ptr<const F
 }
 
 void require_columns_format(const Format& format, std::string_view function) {
-  if (rounds_on_cuda(format) && dynamic_cast<const Trellis*>(&format) == nullptr) return;
+  if (rounds_columns_on_cuda(format)) return;
   throw Unsupported(
       text_of(function, ": no CUDA kernel rounds to format ", format.spec(), "; round on the CPU instead"));
 }

@@ -1,12 +1,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
+#include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "rounding/outlier_search.hpp"
+#include "rounding/outliers.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/trellis_feedback.hpp"
 #include "rounding/upper_factor.hpp"
@@ -113,8 +117,23 @@ class Walk {
     check_cuda(cudaStreamSynchronize(stream), "copy to the device");
   }
 
-  // Chooses all codes.
-  void run() {
+  // Chooses all codes; with a search for outliers until it has found as many as `budget` allows.
+  void run(const Format& format, int64_t budget, RoundingReport& report) {
+    if (!options_.outliers) return static_cast<void>(run(0));
+    code_bits_ = scalar_bits(format);
+    prepare_outliers();
+    const auto count = [&](double threshold, bool) { return run(threshold); };
+    if (options_.outliers->threshold) {
+      report.outlier_threshold = *options_.outliers->threshold;
+      static_cast<void>(run(report.outlier_threshold));
+    } else {
+      report.outlier_threshold = find_threshold(budget, 1.0, count);
+    }
+    require_no_overflow(overflow_.data(), w_.cols, plan_.order, stream_);
+  }
+
+  // Chooses all codes, and outliers at this threshold; returns their number.
+  int64_t run(double threshold) {
     const int64_t n = w_.rows;
     const int64_t k = w_.cols;
     const int64_t stride = factor_.stride();
@@ -128,10 +147,7 @@ class Walk {
     fit.weights = weights_.data();
     OutputMetric metric = plan_.metric.output;
     if (plan_.fit_on_the_walk) metric.column_at = order_.data();
-    if (!plan_.fit_on_the_walk) {
-      fit_groups(*encoder_, fit, search_, metric, stream_);
-      encoder_->require_fitted(fit, search_);
-    }
+    if (!plan_.fit_on_the_walk) fit_task(fit, metric, threshold);
 
     WalkTask task;
     task.working = working_.data();
@@ -143,6 +159,16 @@ class Walk {
     task.codes = codes_.data();
     task.k = k;
     task.errors = errors_.data();
+    if (options_.outliers) {
+      missing_.fill_bytes(0xff);
+      outlier_count_.fill_bytes(0);
+      overflow_.fill_bytes(0xff);
+      task.missing = missing_.data();
+      task.largest = static_cast<float>(std::sqrt(threshold * unit_));
+      task.dead_at = dead_at_.data();
+      task.outlier_count = outlier_count_.data();
+      task.overflow = overflow_.data();
+    }
     const int64_t block = std::min<int64_t>(options_.block, kWalkBlock);
     const float one = 1.0F;
     const float minus_one = -1.0F;
@@ -156,8 +182,7 @@ class Walk {
           fit.first_group = group;
           fit.first_column = begin;
           fit.end_column = std::min(k, begin + plan_.group_size);
-          fit_groups(*encoder_, fit, search_, metric, stream_);
-          encoder_->require_fitted(fit, search_);
+          fit_task(fit, metric, threshold);
         }
       }
       const int64_t width = end - begin;
@@ -173,12 +198,16 @@ class Walk {
       }
       begin = end;
     }
+    unsigned long long found = 0;
+    if (options_.outliers) download(outlier_count_.data(), &found, 1, stream_);
+    return static_cast<int64_t>(found);
   }
 
   // Writes the planes of codes and parameters; waits for the stream.
   void store(PackedTensor& packed) {
     encoder_->store_codes(codes_.data(), position_.data(), packed);
     encoder_->store_parameters(packed);
+    if (options_.outliers) store_outliers(packed);
     check_cuda(cudaStreamSynchronize(stream_), "work of the stream");
   }
 
@@ -188,6 +217,7 @@ class Walk {
     matrix.codes = codes_.data();
     matrix.position = position_.data();
     matrix.group_of = group_of_.data();
+    matrix.missing = missing_.data();
     const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
       measure_code_errors(w_, matrix, first_row, rows, errors, partial, stream_);
     };
@@ -201,6 +231,82 @@ class Walk {
   }
 
  private:
+  // Thresholds are in units of the mean over live columns of (mean w^2) / U_jj^2.
+  void prepare_outliers() {
+    const int64_t n = w_.rows;
+    const int64_t k = w_.cols;
+    std::vector<float> pivots(static_cast<size_t>(k));
+    const size_t pitch = static_cast<size_t>(factor_.stride() + 1) * sizeof(float);
+    check_cuda(cudaMemcpy2DAsync(pivots.data(), sizeof(float), factor_.upper(), pitch, sizeof(float),
+                                 static_cast<size_t>(k), cudaMemcpyDeviceToHost, stream_),
+               "copy from the device");
+    const DeviceBuffer<double> energies(k, stream_);
+    column_energies(w_, energies.data(), stream_);
+    std::vector<double> energy(static_cast<size_t>(k));
+    download(energies.data(), energy.data(), k, stream_);
+    std::vector<float> inverse(static_cast<size_t>(k));
+    std::vector<uint8_t> dead_at;
+    int64_t live = 0;
+    for (size_t p = 0; p < pivots.size(); ++p) {
+      const auto column = static_cast<size_t>(plan_.order[p]);
+      const bool dead = plan_.dead[column] != 0;
+      inverse[column] = dead ? 0.0F : 1 / (pivots[p] * pivots[p]);
+      dead_at.push_back(dead ? 1 : 0);
+      live += dead ? 0 : 1;
+    }
+    double sum = 0;
+    for (size_t j = 0; j < energy.size(); ++j) sum += energy[j] * double{inverse[j]};
+    unit_ = sum / (static_cast<double>(n) * static_cast<double>(live));
+    dead_at_ = uploaded(dead_at, stream_);
+    if (plan_.fit_on_the_walk) {
+      std::vector<float> by_column = inverse;
+      for (size_t p = 0; p < inverse.size(); ++p) {
+        inverse[p] = by_column[static_cast<size_t>(plan_.order[p])];
+      }
+      // An error in a column costs what is left of it when the columns to come make up for it.
+      if (options_.scale_search && !options_.scale_search->output_error) {
+        const float largest = *std::max_element(inverse.begin(), inverse.end());
+        std::vector<float> weights = inverse;
+        for (float& weight : weights) weight /= largest;
+        weights_.upload(weights.data(), k);
+        check_cuda(cudaStreamSynchronize(stream_), "copy to the device");
+      }
+    }
+    inverse_pivots_ = uploaded(inverse, stream_);
+    check_cuda(cudaStreamSynchronize(stream_), "copy to the device");
+    missing_ = DeviceBuffer<uint16_t>(checked_mul(n, k), stream_);
+    kept_ = DeviceBuffer<float>(checked_mul(n, plan_.fit_on_the_walk ? plan_.group_size : k), stream_);
+    outlier_count_ = DeviceBuffer<unsigned long long>(1, stream_);
+    overflow_ = DeviceBuffer<unsigned long long>(1, stream_);
+  }
+
+  // Fits the groups of a task, but for outliers beyond the threshold.
+  void fit_task(FitTask task, OutputMetric metric, double threshold) {
+    if (options_.outliers) {
+      const int64_t first = task.first_column;
+      const int64_t width = task.end_column - first;
+      leave_outliers_out(task, inverse_pivots_.data(), code_bits_, threshold * unit_, kept_.data(), stream_);
+      task.w = {kept_.data(), DType::f32, w_.rows, width, width};
+      task.first_column = 0;
+      task.end_column = width;
+      task.dead = nullptr;
+      task.weights += first;
+      if (metric.column_at != nullptr) metric.column_at += first;
+    }
+    fit_groups(*encoder_, task, search_, metric, stream_);
+    encoder_->require_fitted(task, search_);
+  }
+
+  void store_outliers(PackedTensor& packed) {
+    const std::vector<int32_t> counts = count_outliers(missing_.data(), w_.rows, w_.cols, stream_);
+    const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    packed.format = std::make_shared<const Outliers>(packed.format, count);
+    for (const PlaneSpec& spec : packed.format->planes(w_.rows, w_.cols)) {
+      if (spec.name.starts_with("outlier_")) packed.planes.emplace(spec.name, new_plane(spec));
+    }
+    cuda::store_outliers(missing_.data(), position_.data(), counts, packed, stream_);
+  }
+
   CudaMatrix w_;
   const WalkPlan& plan_;
   const UpperFactor& factor_;
@@ -217,6 +323,16 @@ class Walk {
   DeviceBuffer<float> working_;
   DeviceBuffer<float> errors_;
   DeviceBuffer<uint8_t> codes_;  // columns in the order of the walk
+  // With a search for outliers:
+  int code_bits_ = 0;
+  double unit_ = 0;
+  DeviceBuffer<uint8_t> dead_at_;  // by position
+  DeviceBuffer<float>
+      inverse_pivots_;              // [k]: 1 / U_jj^2, 0 for dead columns; by position for fits on the walk
+  DeviceBuffer<float> kept_;        // what a fit sees
+  DeviceBuffer<uint16_t> missing_;  // as WalkTask has it
+  DeviceBuffer<unsigned long long> outlier_count_;
+  DeviceBuffer<unsigned long long> overflow_;
 };
 
 // Writes the plane group_index, or drops it if it would say nothing.
@@ -241,19 +357,39 @@ void measure(const CudaMatrix& w, const PackedTensor& packed, const Walk& walk, 
     hessians.push_back(&hessian);
     if (options.held_out != nullptr) hessians.push_back(options.held_out);
   }
-  // Of the planes where there is a decoder of them.
+  // From the planes where there is a decoder of them.
   const bool scalar = dynamic_cast<const GroupedFormat*>(packed.format.get()) != nullptr;
   const Losses own = scalar ? measure_losses(w, packed, hessians, stream) : walk.losses(hessians);
   report.mean_squared_error = own.mean_squared_error;
   if (!options.measure_losses) return;
+  std::shared_ptr<const Format> format = packed.format;
+  if (const auto* outliers = dynamic_cast<const Outliers*>(format.get())) {
+    const double weights = static_cast<double>(w.rows) * static_cast<double>(w.cols);
+    const double percent = 100 * static_cast<double>(outliers->count) / weights;
+    format = outliers->dense;
+    if (percent > 0 && percent < 100) format = std::make_shared<const Outliers>(format, percent);
+  }
   const Losses nearest =
-      NearestRounding(w, packed.format, nullptr, options.scale_search, metric, stream).losses(hessians);
+      NearestRounding(w, format, nullptr, options.scale_search, metric, stream).losses(hessians);
   report.proxy_loss = own.proxy_losses[0];
   report.proxy_loss_nearest = nearest.proxy_losses[0];
   if (options.held_out != nullptr) {
     report.held_out_loss = own.proxy_losses[1];
     report.held_out_loss_nearest = nearest.proxy_losses[1];
   }
+}
+
+// Of a matrix without weights.
+void add_no_outliers(PackedTensor& packed, cudaStream_t stream) {
+  packed.format = std::make_shared<const Outliers>(packed.format, int64_t{0});
+  for (const PlaneSpec& spec : packed.format->planes(packed.n, packed.k)) {
+    if (!spec.name.starts_with("outlier_")) continue;
+    Tensor plane = new_plane(spec);
+    check_cuda(cudaMemsetAsync(plane.bytes(), 0, static_cast<size_t>(plane.byte_count()), stream),
+               "fill of device memory");
+    packed.planes.emplace(spec.name, std::move(plane));
+  }
+  check_cuda(cudaStreamSynchronize(stream), "work of the stream");
 }
 
 }  // namespace
@@ -272,7 +408,8 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
   cuda::require_columns_format(*packed.format, "round_error_feedback_cuda");
-  const Format& format = *packed.format;
+  const std::shared_ptr<const Format> shared = packed.format;
+  const Format& format = *shared;
   if (options.output_hessian != nullptr) {
     throw InvalidArgument("output_hessian", text_of("one for ", format.spec()),
                           "none: feedback along rows is for a trellis with its rotation");
@@ -282,7 +419,9 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
   checked.damping_ladder = options.damping_ladder;
   checked.block = options.block;
   checked.scale_search = options.scale_search;
+  checked.outliers = options.outliers;
   require_valid(checked);
+  if (options.outliers) static_cast<void>(scalar_bits(format));
   cuda::require_search(options.scale_search, format, true);
   const int64_t n = w.rows;
   const int64_t k = w.cols;
@@ -307,6 +446,9 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
 
   const cuda::Groups groups = cuda::groups_of(format, k);
   const bool fit_on_the_walk = !options.static_groups && groups.count > 1;
+  const int64_t budget =
+      options.outliers ? outlier_budget(*options.outliers, format, n, k, fit_on_the_walk && options.act_order)
+                       : 0;
   RoundingReport report;
   report.method = "gptq";
   report.scale_search = options.scale_search.has_value();
@@ -327,18 +469,22 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
     report.damping = report.damping_tried.back();
     if (any) {
       walk.emplace(w, packed.format, plan, factor, options, cuda_stream);
-      walk->run();
+      walk->run(format, budget, report);
       walk->store(packed);
       walk->release_walk();
     }
   }
   cuda::store_group_index(plan, packed, cuda_stream);
   if (any) {
+    if (const auto* outliers = dynamic_cast<const Outliers*>(packed.format.get())) {
+      report.outliers = outliers->count;
+    }
     cuda::measure(w, packed, *walk, hessian, plan.metric, options, report, cuda_stream);
     return report;
   }
   const FloatMatrix empty(nullptr, w.dtype, n, k, w.stride);
   cuda::copy_planes(round_nearest(empty, packed.format).tensor, packed, cuda_stream);
+  if (options.outliers) cuda::add_no_outliers(packed, cuda_stream);
   if (options.measure_losses) report.proxy_loss = report.proxy_loss_nearest = 0;
   if (options.measure_losses && options.held_out != nullptr) {
     report.held_out_loss = report.held_out_loss_nearest = 0;

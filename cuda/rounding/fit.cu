@@ -57,8 +57,7 @@ __device__ double error_of(const Segment& segment, const ScalarGrid& grid, const
       const float value = __shfl_sync(kAll, mine, j);
       const double weight = static_cast<double>(__shfl_sync(kAll, my_weight, j));
       const EncodedValue encoded = encode_value(grid, value, fit.scale, fit.zero);
-      const double error = static_cast<double>(encoded.decoded) - static_cast<double>(value);
-      sum += search_error(weight, error, norm);
+      sum += search_error(weight, segment.error(base + j, value, encoded.decoded), norm);
     }
   }
   return sum;

@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "common/device_pointer.hpp"
+#include "quantloom/formats/outliers.hpp"
+#include "rounding/outliers.hpp"
 #include "rounding/rounds.hpp"
 #include "rounding/scale_search.hpp"
 #include "rounding/trellis_feedback.hpp"
@@ -50,6 +52,16 @@ void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream
   check_cuda(cudaStreamSynchronize(stream), "copy of planes");
 }
 
+Tensor new_plane(const PlaneSpec& spec) {
+  const int64_t bytes = checked_mul(checked_product(spec.shape), size_of(spec.dtype));
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, static_cast<size_t>(std::max<int64_t>(bytes, 1))),
+             text_of("device memory, ", bytes, " bytes"));
+  const std::shared_ptr<const void> owner(
+      memory, [](const void* p) { static_cast<void>(cudaFree(const_cast<void*>(p))); });
+  return {spec.dtype, spec.shape, memory, owner, Device::cuda};
+}
+
 FitMetric::FitMetric(const CudaHessian& hessian, const std::vector<double>& diagonal, cudaStream_t stream)
     : weights(column_weights(diagonal)) {
   const double largest = diagonal.empty() ? 0.0 : *std::max_element(diagonal.begin(), diagonal.end());
@@ -61,7 +73,9 @@ void require_search(const std::optional<ScaleSearch>& search, const Format& form
   if (!with_hessian) {
     throw InvalidArgument("scale_search", "a search by output error without a Hessian", "a Hessian");
   }
-  const auto* grouped = dynamic_cast<const GroupedFormat*>(&format);
+  const auto* outliers = dynamic_cast<const Outliers*>(&format);
+  const auto* grouped =
+      dynamic_cast<const GroupedFormat*>(outliers != nullptr ? outliers->dense.get() : &format);
   if (grouped != nullptr && grouped->group_size == GroupedFormat::kPerTensor) {
     throw Unsupported(
         text_of("scale_search: a search by output error for ", format.spec(), " runs on the CPU only"));
@@ -80,10 +94,19 @@ void fit_groups(DeviceEncoder& encoder, const FitTask& task, const SearchFactors
 NearestRounding::NearestRounding(const CudaMatrix& w, const std::shared_ptr<const Format>& format,
                                  PackedTensor* packed, const std::optional<ScaleSearch>& search,
                                  const FitMetric& metric, cudaStream_t stream)
-    : w_(w),
-      packed_(packed),
-      encoder_(make_device_encoder(format, w.rows, w.cols, false, stream)),
-      stream_(stream) {
+    : w_(w), packed_(packed), stream_(stream) {
+  const auto* const outliers = dynamic_cast<const Outliers*>(format.get());
+  encoder_ =
+      make_device_encoder(outliers != nullptr ? outliers->dense : format, w.rows, w.cols, false, stream);
+  const int64_t count = checked_mul(w.rows, w.cols);
+  CudaMatrix dense = w;
+  DeviceBuffer<float> masked;
+  if (outliers != nullptr) {
+    masked = DeviceBuffer<float>(count, stream);
+    missing_ = DeviceBuffer<uint16_t>(count, stream);
+    mask_largest(w, outliers->entry_count(w.rows, w.cols), masked.data(), missing_.data(), stream);
+    dense = {masked.data(), DType::f32, w.rows, w.cols, w.cols};
+  }
   const SearchFactors factors(search, stream);
   DeviceBuffer<float> weights;
   if (!metric.weights.empty() && (search || encoder_->weighs_columns())) {
@@ -91,7 +114,9 @@ NearestRounding::NearestRounding(const CudaMatrix& w, const std::shared_ptr<cons
     weights.upload(metric.weights.data(), w.cols);
   }
   FitTask task;
-  task.w = w;
+  task.w = dense;
+  task.missing = missing_.data();
+  task.original = w;
   task.end_column = w.cols;
   task.group_size = encoder_->group_size();
   task.weights = weights.data();
@@ -99,8 +124,8 @@ NearestRounding::NearestRounding(const CudaMatrix& w, const std::shared_ptr<cons
   encoder_->require_fitted(task, factors);
 
   const auto* const scalar = std::get_if<ScalarRounder>(&encoder_->rounder());
-  if (packed != nullptr) encoder_->store_parameters(*packed);
-  if (packed != nullptr && scalar != nullptr) {
+  if (packed != nullptr && scalar != nullptr && outliers == nullptr) {
+    encoder_->store_parameters(*packed);
     EncodeTask encode;
     encode.w = w;
     encode.group_size = task.group_size;
@@ -116,20 +141,38 @@ NearestRounding::NearestRounding(const CudaMatrix& w, const std::shared_ptr<cons
     return;
   }
   packed_ = nullptr;
-  codes_ = DeviceBuffer<uint8_t>(checked_mul(w.rows, w.cols), stream);
-  encode_codes(w, encoder_->rounder(), task.group_size, codes_.data(), stream);
+  codes_ = DeviceBuffer<uint8_t>(count, stream);
+  encode_codes(dense, encoder_->rounder(), task.group_size, codes_.data(), stream);
+  if (outliers != nullptr) {
+    DeviceBuffer<unsigned long long> overflow(1, stream);
+    overflow.fill_bytes(0xff);
+    measure_missing(w, code_matrix(), missing_.data(), overflow.data(), stream);
+    require_no_overflow(overflow.data(), w.cols, {}, stream);
+  }
   if (packed == nullptr) return;
   encoder_->store_codes(codes_.data(), nullptr, *packed);
+  encoder_->store_parameters(*packed);
+  if (outliers != nullptr) {
+    const std::vector<int32_t> counts = count_outliers(missing_.data(), w.rows, w.cols, stream);
+    store_outliers(missing_.data(), nullptr, counts, *packed, stream);
+    packed->format = std::make_shared<const Outliers>(outliers->dense, outliers->entry_count(w.rows, w.cols));
+  }
   mean_squared_error_ = losses({}).mean_squared_error;
+}
+
+CodeMatrix NearestRounding::code_matrix() const {
+  CodeMatrix matrix;
+  matrix.rounder = &encoder_->rounder();
+  matrix.codes = codes_.data();
+  matrix.group_size = encoder_->group_size();
+  return matrix;
 }
 
 Losses NearestRounding::losses(std::span<const CudaHessian* const> hessians,
                                const float* input_scales) const {
   if (packed_ != nullptr) return measure_losses(w_, *packed_, hessians, stream_);
-  CodeMatrix matrix;
-  matrix.rounder = &encoder_->rounder();
-  matrix.codes = codes_.data();
-  matrix.group_size = encoder_->group_size();
+  CodeMatrix matrix = code_matrix();
+  matrix.missing = missing_.data();
   matrix.input_scales = input_scales;
   const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
     measure_code_errors(w_, matrix, first_row, rows, errors, partial, stream_);
@@ -146,7 +189,8 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
     return cuda::round_trellis_nearest(w, packed, *trellis, options, cuda_stream);
   }
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
-  cuda::require_columns_format(*packed.format, "round_nearest_cuda");
+  const auto* const outliers = dynamic_cast<const Outliers*>(packed.format.get());
+  cuda::require_columns_format(outliers != nullptr ? *outliers->dense : *packed.format, "round_nearest_cuda");
   if (options.scale_search) require_valid(*options.scale_search);
   cuda::require_search(options.scale_search, *packed.format, options.hessian != nullptr);
   if (options.hessian != nullptr) cuda::require_hessian(*options.hessian, w.cols, "hessian");
@@ -154,6 +198,9 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   cuda::require_matrix(w, "w");
   cuda::require_same_shape(w, packed);
   cuda::require_planes(packed);
+  if (outliers != nullptr && !outliers->percent) {
+    throw InvalidArgument("format", packed.format->spec() + ", with a count", "a percentage of outliers");
+  }
   if (packed.planes.contains("group_index")) {
     throw InvalidArgument("packed", "a plane group_index", "planes for groups of consecutive columns");
   }
@@ -163,7 +210,9 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   if (options.hessian != nullptr) report.tokens = options.hessian->tokens();
   if (w.rows == 0 || w.cols == 0) {
     const FloatMatrix empty(nullptr, w.dtype, w.rows, w.cols, w.stride);
-    cuda::copy_planes(round_nearest(empty, packed.format).tensor, packed, cuda_stream);
+    const PackedTensor result = round_nearest(empty, packed.format).tensor;
+    cuda::copy_planes(result, packed, cuda_stream);
+    packed.format = result.format;
     if (options.hessian != nullptr) report.proxy_loss = report.proxy_loss_nearest = 0;
     if (options.held_out != nullptr) report.held_out_loss = report.held_out_loss_nearest = 0;
     return report;
@@ -179,7 +228,8 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   if (options.hessian != nullptr) {
     metric = cuda::FitMetric(*options.hessian, options.hessian->diagonal(stream), cuda_stream);
   }
-  const cuda::NearestRounding rounding(w, packed.format, &packed, options.scale_search, metric, cuda_stream);
+  const std::shared_ptr<const Format> format = packed.format;
+  const cuda::NearestRounding rounding(w, format, &packed, options.scale_search, metric, cuda_stream);
   report.mean_squared_error = rounding.mean_squared_error();
   if (hessians.empty()) return report;
   const cuda::Losses losses = rounding.losses(hessians);
@@ -188,7 +238,7 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   report.proxy_loss_nearest = report.proxy_loss;
   report.held_out_loss_nearest = report.held_out_loss;
   if (options.scale_search) {
-    const cuda::NearestRounding plain(w, packed.format, nullptr, std::nullopt, metric, cuda_stream);
+    const cuda::NearestRounding plain(w, format, nullptr, std::nullopt, metric, cuda_stream);
     const cuda::Losses nearest = plain.losses(hessians);
     if (options.hessian != nullptr) report.proxy_loss_nearest = nearest.proxy_losses.front();
     if (options.held_out != nullptr) report.held_out_loss_nearest = nearest.proxy_losses.back();
@@ -202,13 +252,7 @@ PackedTensor empty_packed_cuda(std::shared_ptr<const Format> format, int64_t n, 
   PackedTensor packed{std::move(format), n, k, {}};
   for (const PlaneSpec& spec : packed.format->planes(n, k)) {
     if (spec.optional && !(with_group_index && spec.name == "group_index")) continue;
-    const int64_t bytes = checked_mul(checked_product(spec.shape), size_of(spec.dtype));
-    void* memory = nullptr;
-    check_cuda(cudaMalloc(&memory, static_cast<size_t>(std::max<int64_t>(bytes, 1))),
-               text_of("device memory, ", bytes, " bytes"));
-    const std::shared_ptr<const void> owner(
-        memory, [](const void* p) { static_cast<void>(cudaFree(const_cast<void*>(p))); });
-    packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape, memory, owner, Device::cuda));
+    packed.planes.emplace(spec.name, cuda::new_plane(spec));
   }
   return packed;
 }

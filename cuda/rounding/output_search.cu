@@ -44,8 +44,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = at / width;
     const int64_t column = at % width;
     const int64_t group = task.first_group + column / task.group_size;
-    const float value = segment_of(task, row, task.first_column, width).value(column);
-    errors[at] = rounder.encode(rounder.column(row, group), value).decoded - value;
+    const Segment segment = segment_of(task, row, task.first_column, width);
+    const float value = segment.value(column);
+    const float decoded = rounder.encode(rounder.column(row, group), value).decoded;
+    errors[at] = static_cast<float>(segment.error(column, value, decoded));
   }
 }
 

@@ -24,6 +24,9 @@ void require_search(const std::optional<ScaleSearch>& search, const Format& form
 // diag(H) scaled to a largest entry of 1.
 std::vector<float> column_weights(const std::vector<double>& diagonal);
 
+// A plane in new memory of the device, not initialized.
+Tensor new_plane(const PlaneSpec& spec);
+
 // Fills the planes of `to` from those of the same names; waits for the stream.
 void copy_planes(const PackedTensor& from, PackedTensor& to, cudaStream_t stream);
 
@@ -48,18 +51,21 @@ struct Losses {
 // Nearest rounding of a matrix that is not empty and has been checked. Throws before `packed` is written.
 class NearestRounding {
  public:
-  // packed: null if nothing is to be written. Then input_scales [k] on the device, if not null, are what the
-  // inputs of a loss are multiplied by.
+  // packed: null if nothing is to be written; its format becomes that of the result. input_scales [k] on the
+  // device: what errors in a column are multiplied by for a loss; null for 1, as it must be after writing.
   NearestRounding(const CudaMatrix& w, const std::shared_ptr<const Format>& format, PackedTensor* packed,
                   const std::optional<ScaleSearch>& search, const FitMetric& metric, cudaStream_t stream);
   double mean_squared_error() const { return mean_squared_error_; }
   Losses losses(std::span<const CudaHessian* const> hessians, const float* input_scales = nullptr) const;
 
  private:
+  CodeMatrix code_matrix() const;
+
   CudaMatrix w_;
   PackedTensor* packed_;  // null if codes_ say all
   std::unique_ptr<DeviceEncoder> encoder_;
   DeviceBuffer<uint8_t> codes_;
+  DeviceBuffer<uint16_t> missing_;  // of outliers
   double mean_squared_error_ = 0;
   cudaStream_t stream_;
 };

@@ -143,8 +143,7 @@ __device__ double search_row(const Segment& segment, float scale, float zero, fl
   for (int64_t c = 0; c < segment.count; ++c) {
     const float value = segment.value(c);
     const float decoded = decoded_level(value / scale, scale, zero, levels);
-    sum += search_error(static_cast<double>(segment.weight(c)),
-                        static_cast<double>(decoded) - static_cast<double>(value), norm);
+    sum += search_error(static_cast<double>(segment.weight(c)), segment.error(c, value, decoded), norm);
   }
   return sum;
 }

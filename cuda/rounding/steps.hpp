@@ -31,6 +31,9 @@ class SearchFactors {
   DeviceBuffer<float> factors_;
 };
 
+// In a matrix of what outliers are beyond their dense values, in float16, where there is none: a NaN.
+inline constexpr uint16_t kNoOutlier = 0xffff;
+
 // What to fit: groups of `group_size` consecutive columns of `w`, beginning at first_column; the last one
 // ends at end_column.
 struct FitTask {
@@ -42,6 +45,10 @@ struct FitTask {
   int64_t group_count = 0;
   const uint8_t* dead = nullptr;   // by column of w: not 0 where the weights count as 0; null for none
   const float* weights = nullptr;  // by column of w: how much errors count in the search; null for 1
+  // Where `missing` [rows, columns of w] is not kNoOutlier, w holds 0 in place of what `original` has and an
+  // outlier makes up for; a search measures what is then left. Null for none.
+  const uint16_t* missing = nullptr;
+  CudaMatrix original;
   ScalarGrid grid;
   GroupParameters parameters;
   uint64_t* failure = nullptr;  // takes the least row * group_count + group whose grid is not finite

@@ -33,9 +33,6 @@ struct WalkTask {
   unsigned long long* overflow = nullptr;
 };
 
-// Of `missing`, where there is no outlier: a NaN.
-inline constexpr uint16_t kNoOutlier = 0xffff;
-
 // Chooses the codes of positions [begin, begin + width), width <= kWalkBlock, pushing each column's error
 // onto the rest of the block; what the errors do to later columns is left to the caller.
 void walk_block(const WalkTask& task, const Rounder& rounder, int64_t begin, int width, cudaStream_t stream);

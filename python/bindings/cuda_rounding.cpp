@@ -103,7 +103,8 @@ py::dict nearest(const ArrayRef& w, PackedTensor& packed, const Search& search, 
 
 py::dict error_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian, double damping,
                         std::vector<double> damping_ladder, bool act_order, bool static_groups, int64_t block,
-                        const Search& search, SharedCudaHessian* held_out, uintptr_t stream) {
+                        const Search& search, const Budget& outliers, SharedCudaHessian* held_out,
+                        uintptr_t stream) {
   const CudaMatrix weights = w.cuda_matrix("w");
   RoundingReport report;
   {
@@ -116,6 +117,7 @@ py::dict error_feedback(const ArrayRef& w, PackedTensor& packed, SharedCudaHessi
     options.static_groups = static_groups;
     options.block = block;
     options.scale_search = to_search(search);
+    options.outliers = to_outlier_search(outliers);
     options.held_out = hessians.second();
     report = round_error_feedback_cuda(weights, packed, *hessians.first(), options, to_stream(stream));
   }
@@ -209,6 +211,15 @@ void bind_cuda_rounding(py::module_& module) {
   module.def("round_nearest_cuda", &nearest);
   module.def("round_error_feedback_cuda", &error_feedback);
   module.def("round_trellis_feedback_cuda", &trellis_feedback);
+  module.def("rounds_columns_on_cuda", [](const std::string& format_json) {
+    return rounds_columns_on_cuda(*format_from_json(format_json));
+  });
+  // Of a plane on a CUDA device: address, shape, dtype. The memory lives as long as `packed`.
+  module.def("plane_memory", [](const PackedTensor& packed, const std::string& name) {
+    const Tensor& plane = packed.plane(name);
+    return py::make_tuple(reinterpret_cast<uintptr_t>(plane.bytes()), plane.shape(),
+                          std::string(name_of(plane.dtype())));
+  });
   module.def("search_channel_scales_cuda", &search_scales);
   module.def("packed_plane_names", [](const PackedTensor& packed) {
     std::vector<std::string> names;

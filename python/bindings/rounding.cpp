@@ -40,16 +40,13 @@ py::dict to_python(const RoundingReport& report) {
   return fields;
 }
 
-namespace {
-
-// percent, bits, threshold.
-using Budget = std::optional<std::tuple<std::optional<double>, std::optional<double>, std::optional<double>>>;
-
 std::optional<OutlierSearch> to_outlier_search(const Budget& budget) {
   if (!budget) return std::nullopt;
   const auto& [percent, bits, threshold] = *budget;
   return OutlierSearch{percent, bits, threshold};
 }
+
+namespace {
 
 py::tuple to_pair(Rounded rounded) {
   const py::dict fields = to_python(rounded.report);

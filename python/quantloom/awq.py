@@ -172,8 +172,9 @@ def search_channel_scales(
     """The channel scales of layers that share their inputs; see ``AWQ``.
 
     Layers on a CUDA device are searched there if kernels round to all their formats (uniform, codebook, bcq
-    and spqr), else on the CPU. Losses are the CPU's to about 1e-6, so that exponents whose losses agree so
-    far may change places; the codes of an exponent are the same.
+    and spqr, with outliers or without), else on the CPU. Losses are the CPU's to about 1e-6, so that
+    exponents whose losses agree so far may change places; the codes of an
+    exponent are the same.
 
     Args:
         layers: pairs of a weight matrix ``[n, k]`` and its format.
@@ -220,8 +221,8 @@ def _search_device(matrices: list[_arrays.Array], formats: list[str]) -> str:
     devices = {matrix.device for matrix in matrices}
     if len(devices) != 1 or devices == {"cpu"} or not _core.built_with_cuda():
         return "cpu"
-    columns = ("uniform", "codebook", "bcq", "spqr")
-    return devices.pop() if all(json.loads(text)["format"] in columns for text in formats) else "cpu"
+    found = all(_core.rounds_on_cuda(text) and json.loads(text)["format"] != "trellis" for text in formats)
+    return devices.pop() if found else "cpu"
 
 
 def quantize_scaled(w: Any, format: Format, rounding: AWQ, threads: int) -> PackedTensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantloom import _arrays, _checks, _core, _devices
 from quantloom.calibration import Hessian, require_same_device
-from quantloom.formats import Format, Trellis, parse_format
+from quantloom.formats import Format, Outliers, Trellis, format_from_json, parse_format
 from quantloom.rounding import GPTQ, HESSIANS, Nearest, Rounding, RoundingReport
 from quantloom.tensors import PackedTensor
 from quantloom.transforms import Transform, parse_transform
@@ -50,7 +50,8 @@ def quantize(
     order, so that weights close to the middle between two codes may take the other one. A ``trellis`` takes
     no scale search there, and its rings are searched with float16 costs: other codes, at an error within
     0.03% on normal weights. Raises RuntimeError for formats other than ``uniform``, ``codebook``, ``bcq``,
-    ``spqr`` and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or cuSOLVER is missing.
+    ``spqr``, for ``Nearest`` those with ``outliers``, and a ``trellis`` with its rotation and a window of 16,
+    and where cuBLAS or cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -107,9 +108,7 @@ def quantize(
     hessian = rounding.hessian and rounding.hessian._core
     held_out = rounding.held_out and rounding.held_out._core
     if matrix.device != "cpu":
-        if outliers is not None:
-            raise RuntimeError(f"outliers: got a search for w on {matrix.device}, expected w.cpu()")
-        return _quantize_cuda(matrix, format, rounding, search, hessian, held_out)
+        return _quantize_cuda(matrix, format, rounding, search, outliers, hessian, held_out)
     if isinstance(rounding, GPTQ):
         packed, report = _core.round_error_feedback(
             matrix.core,
@@ -171,7 +170,7 @@ def quantize_trellis(
         packed, report = _core.round_trellis_feedback(matrix.core, format.to_json(), *choices, threads)
         report["damping_tried"] = tuple(report["damping_tried"])
         return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
-    _require_cuda_rounding(matrix, format)
+    _require_cuda_rounding(matrix, format, rounding)
     planes = empty_planes(format, matrix)
     packed = PackedTensor(format, matrix.shape, planes)._core()
     with _devices.current(matrix.device) as stream:
@@ -210,7 +209,7 @@ def _rotated(hessian: Hessian, transform: Transform) -> Hessian:
     return Hessian.from_sum(total, hessian.tokens).to(hessian.device)
 
 
-def _require_cuda_rounding(matrix: _arrays.Array, format: Format) -> None:
+def _require_cuda_rounding(matrix: _arrays.Array, format: Format, rounding: Rounding) -> None:
     if not _core.built_with_cuda():
         raise RuntimeError(
             f"w: got a tensor on {matrix.device}, but this build of quantloom has no CUDA kernels"
@@ -221,12 +220,23 @@ def _require_cuda_rounding(matrix: _arrays.Array, format: Format) -> None:
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
             " expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or w.cpu()"
         )
+    if isinstance(rounding, GPTQ) and isinstance(format, Outliers):
+        raise RuntimeError(
+            f"format: got {format.spec} for a tensor on {matrix.device}, but there errors are fed back beside"
+            " outliers that GPTQ(outliers=...) finds; expected that, or w.cpu()"
+        )
 
 
 def _quantize_cuda(
-    matrix: _arrays.Array, format: Format, rounding: Rounding, search: Any, hessian: Any, held_out: Any
+    matrix: _arrays.Array,
+    format: Format,
+    rounding: Rounding,
+    search: Any,
+    outliers: Any,
+    hessian: Any,
+    held_out: Any,
 ) -> PackedTensor:
-    _require_cuda_rounding(matrix, format)
+    _require_cuda_rounding(matrix, format, rounding)
     indexed = isinstance(rounding, GPTQ) and _core.walk_needs_group_index(
         format.to_json(), matrix.shape[1], rounding.act_order, rounding.static_groups
     )
@@ -244,14 +254,44 @@ def _quantize_cuda(
                 rounding.static_groups,
                 rounding.block,
                 search,
+                outliers,
                 held_out,
                 stream,
             )
         else:
             report = _core.round_nearest_cuda(matrix.core, packed, search, hessian, held_out, stream)
     report["damping_tried"] = tuple(report["damping_tried"])
-    kept = {name: planes[name] for name in _core.packed_plane_names(packed)}
+    kept = {
+        name: planes[name] if name in planes else _copied_plane(packed, name, matrix.device)
+        for name in _core.packed_plane_names(packed)
+    }
+    if packed.format_json != format.to_json():  # with outliers, as many as were found
+        format = format_from_json(packed.format_json)
     return PackedTensor(format, matrix.shape, kept, RoundingReport(**report))
+
+
+class _DeviceMemory:
+    """What torch makes a tensor of without copying."""
+
+    def __init__(self, address: int, shape: list[int], dtype: str) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": tuple(shape),
+            "typestr": {"int32": "<i4", "uint16": "<i2", "float16": "<f2"}[dtype],
+            "version": 2,
+        }
+
+
+def _copied_plane(packed: Any, name: str, device: str) -> Any:
+    """A plane that a rounding on the device has added, in memory of torch."""
+    import torch
+
+    address, shape, dtype = _core.plane_memory(packed, name)
+    if 0 in shape:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    plane = torch.as_tensor(_DeviceMemory(address, shape, dtype), device=device).clone()
+    torch.cuda.current_stream(plane.device).synchronize()  # before the memory is given back
+    return plane.view(torch.uint16) if dtype == "uint16" else plane
 
 
 def empty_planes(format: Format, matrix: _arrays.Array, indexed: bool = False) -> dict[str, Any]:

@@ -230,8 +230,8 @@ class GPTQ(Rounding):
             `static_groups`, by what errors cost on the walk.
         held_out: optional, a Hessian of other tokens, for the report.
         outliers: None, or an ``OutlierSearch``: the result's format is then ``Outliers`` around the format
-            asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). On the CPU only;
-            no CUDA kernel multiplies what `act_order` without `static_groups` then makes.
+            asked for, which must have scalar codes (``Uniform``, ``Codebook``, ``SpQR``). The
+            threshold found on a CUDA device may be another one, within the same budget.
         ratio_factors: of a ``trellis`` with its rotation: how large the weights are to the codebook, as
             factors of what is best for weights coded as they come. Feedback adds errors to them, which take
             room at the codebook's ends. Several factors, each in [0.25, 4], are tried with feedback on half

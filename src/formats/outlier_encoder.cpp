@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats/weighted_fit.hpp"
+
 namespace quantloom {
 namespace {
 
-class OutlierEncoder final : public ColumnEncoder {
+class OutlierEncoder final : public ColumnEncoder, public WeightedFit {
  public:
   OutlierEncoder(std::shared_ptr<const Format> self, const Outliers& format, int64_t n, int64_t k)
       : self_(std::move(self)),
@@ -30,6 +32,15 @@ class OutlierEncoder final : public ColumnEncoder {
            std::span<const float> shrink) override {
     std::vector<float> without;
     dense_->fit(group, first_row, without_outliers(group * group_size(), first_row, values, without), shrink);
+  }
+
+  void fit_weighted(int64_t group, int64_t first_row, MatrixView<const float> values,
+                    std::span<const float> weights) override {
+    auto* const weighted = dynamic_cast<WeightedFit*>(dense_.get());
+    if (weighted == nullptr) return fit(group, first_row, values, {});
+    std::vector<float> without;
+    weighted->fit_weighted(group, first_row,
+                           without_outliers(group * group_size(), first_row, values, without), weights);
   }
 
   void refine(int64_t group, int64_t first_row, MatrixView<const float> values,

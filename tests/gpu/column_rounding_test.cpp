@@ -206,6 +206,117 @@ TEST_F(ColumnRoundingCuda, NamesGridsThatOverflow) {
   }
 }
 
+TEST_F(ColumnRoundingCuda, KeepsTheCpusOutliers) {
+  uint64_t seed = 700;
+  for (const std::string spec : {"outliers:1%:uniform:3:g32:asym", "outliers:0.5%:bcq:2:g20:offset",
+                                 "outliers:7%:spqr:3:g16:s3:z3:b16", "outliers:90%:codebook:nf4:tensor"}) {
+    for (const auto& [n, k] : {std::array<int64_t, 2>{0, 5}, {4, 0}, {1, 1}, {17, 129}, {70, 333}}) {
+      ++seed;
+      std::vector<float> values = normal_matrix(n, k, seed);
+      if (seed % 2 == 0) {  // ties, and of magnitudes: the first ones count
+        for (float& value : values) value = std::round(value * 2) / 2;
+      }
+      const TwinMatrix w(values, n, k, kFloatTypes[seed % 3], static_cast<int64_t>(seed % 4));
+      expect_same_bytes(w, spec);
+      if (n == 0 || k == 0) continue;
+      const Hessian hessian = correlated_hessian(300, k, seed);
+      expect_same_bytes(w, spec, ScaleSearch{9, 0.4, 2.0}, &hessian);
+    }
+  }
+  std::vector<float> values(40, 1.0F);
+  values[23] = 1e6F;
+  const TwinMatrix w(values, 2, 20, DType::f32);
+  PackedTensor packed = poisoned_planes(format_from_spec("outliers:3%:uniform:4:g20"), 2, 20);
+  const std::string message =
+      message_of<NumericError>([&] { round_nearest_cuda(w.device(), packed, {}, nullptr); });
+  EXPECT_NE(message.find("outlier of row 1, column 3"), std::string::npos) << message;
+}
+
+struct OutlierCase {
+  std::string spec;
+  OutlierSearch search;
+};
+
+void expect_close_outliers(const OutlierCase& given, int64_t n, int64_t k, bool static_groups, bool searched,
+                           uint64_t seed) {
+  SCOPED_TRACE(text_of(given.spec, static_groups ? "" : ", on the walk", searched ? ", search" : ""));
+  const auto format = format_from_spec(given.spec);
+  const TwinMatrix w(normal_matrix(n, k, seed), n, k, kFloatTypes[seed % 3]);
+  const Hessian hessian = correlated_hessian(3 * k, k, seed);
+  ErrorFeedbackOptions options;
+  options.static_groups = static_groups;
+  options.outliers = given.search;
+  if (searched) options.scale_search = ScaleSearch{8, 0.5, 2.0};
+  const Rounded cpu = round_error_feedback(w.host(), format, hessian, options);
+  const CudaHessian on_device(hessian);
+  PackedTensor packed =
+      poisoned_planes(format, n, k, walk_needs_group_index(*format, k, options.act_order, static_groups));
+  CudaErrorFeedbackOptions own;
+  own.static_groups = static_groups;
+  own.outliers = given.search;
+  own.scale_search = options.scale_search;
+  const RoundingReport report = round_error_feedback_cuda(w.device(), packed, on_device, own, nullptr);
+  const PackedTensor found = to_host(packed);
+  EXPECT_NO_THROW(validate(found));
+  const auto count = static_cast<double>(cpu.report.outliers);
+  EXPECT_NEAR(static_cast<double>(report.outliers), count, 0.02 * count + 4);
+  EXPECT_EQ(found.plane("outlier_values").element_count(), report.outliers);
+  if (given.search.percent) {
+    EXPECT_LE(report.outliers,
+              static_cast<int64_t>(*given.search.percent * static_cast<double>(n * k) / 100));
+  }
+  if (given.search.bits) {
+    EXPECT_LE(found.bits_per_weight(), *given.search.bits);
+  }
+  if (std::isfinite(cpu.report.outlier_threshold)) {
+    EXPECT_NEAR(report.outlier_threshold, cpu.report.outlier_threshold, 0.05 * cpu.report.outlier_threshold);
+  } else {
+    EXPECT_EQ(report.outlier_threshold, cpu.report.outlier_threshold);
+  }
+  EXPECT_NEAR(report.proxy_loss, cpu.report.proxy_loss, 0.05 * cpu.report.proxy_loss);
+  EXPECT_NEAR(report.proxy_loss_nearest, cpu.report.proxy_loss_nearest, 0.05 * cpu.report.proxy_loss_nearest);
+  std::vector<float> decoded(static_cast<size_t>(n * k));
+  dequantize(found, {decoded.data(), n, k});
+  const double loss = proxy_loss(w.host(), {decoded.data(), n, k}, hessian);
+  EXPECT_NEAR(report.proxy_loss, loss, 1e-6 * loss);
+}
+
+TEST_F(ColumnRoundingCuda, FindsOutliersAsOnTheCpu) {
+  uint64_t seed = 800;
+  const std::vector<OutlierCase> cases = {{"spqr:3:g16:s3:z3:b16", {.percent = 1.0}},
+                                          {"spqr:2:g32:s3:z3:b16", {.bits = 4.0}},
+                                          {"uniform:3:g40:asym", {.percent = 2.0}},
+                                          {"uniform:2:channel", {.threshold = 0.2}},
+                                          {"codebook:nf3:g64", {.percent = 0.0}}};
+  for (const OutlierCase& given : cases) {
+    for (const bool static_groups : {true, false}) {
+      for (const bool searched : {true, false}) {
+        expect_close_outliers(given, 96, 200, static_groups, searched, ++seed);
+      }
+    }
+  }
+  const Hessian hessian = correlated_hessian(100, 20, 1);
+  const CudaHessian on_device(hessian);
+  const TwinMatrix w(normal_matrix(4, 20, 2), 4, 20, DType::f32);
+  CudaErrorFeedbackOptions options;
+  options.outliers = OutlierSearch{.percent = 1.0};
+  PackedTensor signs = poisoned_planes(format_from_spec("bcq:2:g20"), 4, 20);
+  EXPECT_THROW(round_error_feedback_cuda(w.device(), signs, on_device, options, nullptr), InvalidArgument);
+  PackedTensor kept = poisoned_planes(format_from_spec("outliers:1%:uniform:4:g20"), 4, 20);
+  EXPECT_THROW(round_error_feedback_cuda(w.device(), kept, on_device, {}, nullptr), Unsupported);
+  options.outliers = OutlierSearch{.bits = 1.0};
+  PackedTensor dense = poisoned_planes(format_from_spec("uniform:4:g20"), 4, 20);
+  EXPECT_THROW(round_error_feedback_cuda(w.device(), dense, on_device, options, nullptr), InvalidArgument);
+}
+
+TEST_F(ColumnRoundingCudaSmall, Outliers) {
+  const TwinMatrix w(normal_matrix(5, 41, 8), 5, 41, DType::bf16, 1);
+  expect_same_bytes(w, "outliers:5%:uniform:3:g16");
+  for (const bool static_groups : {true, false}) {
+    expect_close_outliers({"spqr:3:g20:s3:z3:b16", {.percent = 3.0}}, 37, 60, static_groups, true, 9);
+  }
+}
+
 void expect_same_scales(const std::vector<std::string>& specs, int64_t n, int64_t k, int steps,
                         uint64_t seed) {
   const Hessian hessian = correlated_hessian(3 * k, k, seed);

@@ -36,6 +36,7 @@ def hessians(x):
         ["uniform:3:channel", "codebook:nf3:g32"],
         ["bcq:3:g40"],
         ["spqr:3:g16", "uniform:2:g64"],
+        ["outliers:1%:uniform:3:g32"],
     ],
 )
 @pytest.mark.parametrize("powers", [False, True])
@@ -78,7 +79,7 @@ def test_scaling_agrees_with_the_cpu(rng, inputs, spec, then):
 def test_searches_on_the_cpu_where_no_kernel_rounds(rng, inputs):
     here, there = hessians(inputs)
     w = torch.from_numpy(rng.standard_normal((N, K)).astype(np.float32))
-    layers = [(w, ql.parse_format("outliers:1%:uniform:3:g32"))]
+    layers = [(w, ql.parse_format("vector_codebook:16x2"))]
     expected = ql.search_channel_scales(layers, here, steps=3)
     found = ql.search_channel_scales([(w.cuda(), layers[0][1])], there, steps=3)
     assert found.losses == expected.losses

@@ -375,17 +375,16 @@ def test_export_and_import_of_the_awq_layout(llama, tmp_path):
 
 
 def test_what_cuda_devices_do_not_round_is_refused():
-    from quantloom.models.quantization import _require_cuda_rounding
-    from quantloom.models.structure import Targets
+    from quantloom.models.structure import Targets, require_cuda_rounding
 
     targets = Targets({"layer": ql.Uniform(4)}, ())
-    _require_cuda_rounding(targets, "cuda", ql.parse_rounding("awq+nearest:search"))
+    require_cuda_rounding(targets, "cuda", ql.parse_rounding("awq+nearest:search"))
     whole = Targets({"layer": ql.Uniform(4, "tensor")}, ())
-    _require_cuda_rounding(whole, "cuda", ql.parse_rounding("awq+nearest:search"))
+    require_cuda_rounding(whole, "cuda", ql.parse_rounding("awq+nearest:search"))
     for spec in ("awq", "nearest:output-search", "awq+gptq:output-search"):
-        _require_cuda_rounding(targets, "cuda", ql.parse_rounding(spec))
+        require_cuda_rounding(targets, "cuda", ql.parse_rounding(spec))
         with pytest.raises(RuntimeError, match="CPU only"):
-            _require_cuda_rounding(whole, "cuda", ql.parse_rounding(spec))
+            require_cuda_rounding(whole, "cuda", ql.parse_rounding(spec))
     with pytest.raises(RuntimeError, match="no CUDA kernel rounds"):
         vectors = Targets({"layer": ql.parse_format("vector_codebook:16x2")}, ())
-        _require_cuda_rounding(vectors, "cuda", ql.parse_rounding("nearest"))
+        require_cuda_rounding(vectors, "cuda", ql.parse_rounding("nearest"))

@@ -70,7 +70,8 @@ struct CudaScaledLayer {
 // The same for weights and a Hessian on the current CUDA device; `stream` is a cudaStream_t, and the function
 // returns after its work is done. The same codes at each exponent; losses, whose sums are taken in another
 // order, to about 1e-6 relative, so that exponents whose losses agree so far may change places. Unsupported
-// for formats other than "uniform", "codebook", "bcq" and "spqr", and in a CPU-only build.
+// for formats other than "uniform", "codebook", "bcq" and "spqr", with outliers or without, and in a CPU-only
+// build.
 //
 // Memory on the device beyond the inputs: of one layer a scaled copy and its codes (5 n k bytes), and
 // 16 * 1024 * k bytes.

@@ -1,6 +1,6 @@
 // Rounding on a CUDA device, for the formats "uniform", "codebook", "bcq", "spqr" (blocks of up to 2048 rows)
-// and "trellis" (with its rotation and a window of 16): weights, Hessian and planes stay on the current
-// device.
+// and "trellis" (with its rotation and a window of 16), and nearest rounding for "outliers" around the first
+// four: weights, Hessian and planes stay on the current device.
 //
 // `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
 // empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a
@@ -44,6 +44,11 @@ struct CudaErrorFeedbackOptions {
   const CudaHessian* held_out = nullptr;
   const CudaHessian* output_hessian = nullptr;
   bool measure_losses = true;
+  // With a search, `packed` comes with the planes of the dense format, which is uniform, a codebook or spqr;
+  // it is given the format Outliers, and the outliers' planes in new memory of the device. Thresholds are
+  // searched by walks over all rows: those of the CPU, which begins with some rows of larger matrices, spend
+  // the same budget to 1% as well, but may be other ones.
+  std::optional<OutlierSearch> outliers = std::nullopt;
 };
 
 // The walk of round_error_feedback(), with the factor of H in float64 by cuSOLVER and cuBLAS and the updates
@@ -54,7 +59,9 @@ struct CudaErrorFeedbackOptions {
 // the plane group_index; it is removed again if the groups turn out to be of consecutive columns.
 //
 // Memory on the device beyond inputs and result: 8 k^2 + 4 k^2 bytes for the factor, 5 n k bytes for the
-// walk, then, for the losses, 4 n k + 16 * 1024 * k bytes.
+// walk, then, for the losses, 4 n k + 16 * 1024 * k bytes; for binary coding 5 * 2^bits + 44 bytes for each
+// row and group, for a search by output error 8 n k (of the columns of a group on the walk), for outliers 6 n
+// k.
 RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& packed,
                                          const CudaHessian& hessian, const CudaErrorFeedbackOptions& options,
                                          void* stream);
@@ -68,8 +75,11 @@ RoundingReport round_trellis_feedback_cuda(const CudaMatrix& w, PackedTensor& pa
                                            const CudaErrorFeedbackOptions& options,
                                            const TrellisFeedbackOptions& trellis, void* stream);
 
-// Whether the functions above round to a format; also in a CPU-only build.
+// Whether round_nearest_cuda() takes a format; also in a CPU-only build.
 bool rounds_on_cuda(const Format& format);
+// Whether its columns are rounded one by one: "uniform", "codebook", "bcq" and "spqr". So
+// round_error_feedback_ cuda() takes it.
+bool rounds_columns_on_cuda(const Format& format);
 
 // Whether round_error_feedback_cuda() needs the plane group_index for a matrix of k columns.
 bool walk_needs_group_index(const Format& format, int64_t k, bool act_order, bool static_groups);

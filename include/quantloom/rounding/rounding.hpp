@@ -49,7 +49,8 @@ struct ScaleSearch {
   double smallest = 0.4;  // in (0, 1)
   double norm = 2.0;      // > 0
   // Measure e^T H e instead, for a group's errors e and its block of the Hessian: the group's share of the
-  // squared output error, correlations between inputs included. Needs a Hessian, and norm 2; CPU only.
+  // squared output error, correlations between inputs included. Needs a Hessian, and norm 2; on CUDA devices
+  // not for one scale for the matrix.
   bool output_error = false;
 };
 

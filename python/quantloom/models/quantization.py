@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import quantloom as ql
-from quantloom import _core, _devices
+from quantloom import _devices
 from quantloom.awq import ChannelScaling, quantize_with_scales
 from quantloom.models.calibration import (
     BlockCall,
@@ -46,7 +46,15 @@ from quantloom.models.scaling import (
     write_scaling,
 )
 from quantloom.models.source import ModelFolder, attach, build_skeleton
-from quantloom.models.structure import Block, Targets, check_integers, find_blocks, find_stages, find_targets
+from quantloom.models.structure import (
+    Block,
+    Targets,
+    check_integers,
+    find_blocks,
+    find_stages,
+    find_targets,
+    require_cuda_rounding,
+)
 
 __all__ = ["quantize"]
 
@@ -117,9 +125,7 @@ def quantize(
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, recipe)
     if device != "cpu":
-        _require_cuda_rounding(targets, device, recipe.rounding)
-        if recipe.rounding.outlier_search is not None:
-            raise RuntimeError(f"device: got {device!r}, but outliers are searched on the CPU only")
+        require_cuda_rounding(targets, device, recipe.rounding)
     output_hessians = checked_outputs(output_hessians, blocks, targets, recipe)
     tokens = None
     if calibration is not None:
@@ -180,21 +186,6 @@ def _check_arguments(
         method = rounding_name(recipe.rounding)
         raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
     return recipe, Path(output)
-
-
-def _require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
-    search = (rounding.then if isinstance(rounding, ChannelScaling) else rounding).scale_search
-    for name, form in targets.formats.items():
-        if not _core.rounds_on_cuda(form.to_json()):
-            raise RuntimeError(
-                f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
-                'expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or "cpu"'
-            )
-        if search is not None and search.output_error and getattr(form, "group_size", None) == "tensor":
-            raise RuntimeError(
-                f"device: got {device!r}, but a search by output error for {form.spec}, the format of {name},"
-                " runs on the CPU only; expected another scale search, or groups"
-            )
 
 
 def rounding_name(rounding: Any) -> str:

@@ -8,7 +8,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["Block", "Targets", "check_integers", "find_blocks", "find_stages", "find_targets"]
+import quantloom as ql
+from quantloom import _core
+from quantloom.awq import ChannelScaling
+
+__all__ = [
+    "Block",
+    "Targets",
+    "check_integers",
+    "find_blocks",
+    "find_stages",
+    "find_targets",
+    "require_cuda_rounding",
+]
 
 
 @dataclass(frozen=True)
@@ -174,3 +186,25 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.dtype == b.dtype
         and a._version == b._version
     )
+
+
+def require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
+    """Raises RuntimeError naming the first module that no CUDA kernel rounds so."""
+    last = rounding.then if isinstance(rounding, ChannelScaling) else rounding
+    search = last.scale_search
+    for name, form in targets.formats.items():
+        if not _core.rounds_on_cuda(form.to_json()):
+            raise RuntimeError(
+                f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
+                'expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or "cpu"'
+            )
+        if isinstance(form, ql.Outliers) and not isinstance(last, ql.Nearest):
+            raise RuntimeError(
+                f"device: got {device!r}, but no CUDA kernel feeds back errors beside the outliers of"
+                f' {form.spec}, the format of {name}; expected a search such as gptq:outliers=1%, or "cpu"'
+            )
+        if search is not None and search.output_error and getattr(form, "group_size", None) == "tensor":
+            raise RuntimeError(
+                f"device: got {device!r}, but a search by output error for {form.spec}, the format of {name},"
+                " runs on the CPU only; expected another scale search, or groups"
+            )
