@@ -43,11 +43,11 @@ def packed(spec: str, n: int, k: int) -> ql.PackedTensor:
     return ql.quantize(torch.randn(n, k), spec)
 
 
-def permuted(spec: str, n: int, k: int) -> ql.PackedTensor:
-    """With a plane group_index, on the CPU."""
+def permuted(spec: str, n: int, k: int, **options) -> ql.PackedTensor:
+    """With a plane group_index, on the CPU; `options` of GPTQ."""
     hessian = ql.Hessian(k)
     hessian.add(torch.randn(2 * k, k) * torch.randn(k).exp())
-    q = ql.quantize(torch.randn(n, k), spec, ql.GPTQ(hessian, static_groups=False))
+    q = ql.quantize(torch.randn(n, k), spec, ql.GPTQ(hessian, static_groups=False, **options))
     assert "group_index" in q.planes
     return q
 

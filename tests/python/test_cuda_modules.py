@@ -58,6 +58,7 @@ def test_forward(spec, dtype, bias):
         lambda: packed("uniform:3:g20:asym", 70, 150),
         lambda: permuted("uniform:4:g32", 70, 150),
         lambda: packed("codebook:nf4:g32", 70, 150),
+        lambda: packed("outliers:2%:spqr:3", 70, 150),
     ],
 )
 def test_decodes_as_on_the_cpu(make, dtype):

@@ -67,6 +67,24 @@ def test_prepares_permuted_columns(spec):
     assert_product(ql.matmul(x, prepared), x, q)
 
 
+@pytest.mark.parametrize("spec", ["spqr:3", "spqr:2:g24:s4:z6:b10", "uniform:4:g32:asym", "codebook:nf4:g20"])
+def test_outliers_beside_permuted_columns(spec):
+    q = permuted(spec, 70, 200, outliers=ql.OutlierSearch(percent=3))
+    assert "outlier_values" in q.planes
+    prepared = ql.prepare(q.to("cuda"))
+    for name, plane in _cuda.prepare(q).items():
+        assert torch.equal(prepared.planes[name].cpu(), plane), name
+    assert same_planes(prepared.unprepare(), q)
+    for dtype in (torch.float32, *HALVES):
+        assert torch.equal(prepared.dequantize(dtype).cpu(), q.dequantize(dtype))
+    for m in (1, 5, 20, 200):
+        for dtype in HALVES:
+            x = torch.randn(m, 200, device="cuda", dtype=dtype)
+            y = ql.matmul(x, prepared)
+            assert_product(y, x, q)
+            assert torch.equal(ql.matmul(x, prepared), y)
+
+
 def test_prepared_tensors_can_be_copied():
     q = packed("uniform:3:g20:asym", 30, 100)
     prepared = ql.prepare(q.to("cuda"))
