@@ -50,7 +50,7 @@ class SpqrPlanes {
   __device__ __forceinline__ void begin(const StreamDeal& deal, int first_row, int begin, int end) {
     left_ = end - begin;
     if (left_ <= 0) return;
-    deal_ = &deal;
+    by_group_ = deal.by_group;
     row_ = static_cast<int>(deal.by_columns.divide(static_cast<uint32_t>(begin)));
     next_ = begin - row_ * p_.w.column_blocks;
     until_row_ = p_.w.column_blocks - next_;
@@ -88,7 +88,7 @@ class SpqrPlanes {
   __device__ __forceinline__ int group_of(int step) const {
     const bool whole_blocks = p_.w.group_steps % 4 == 0;
     const auto group =
-        static_cast<int>(deal_->by_group.divide(static_cast<uint32_t>(whole_blocks ? step / 4 : step)));
+        static_cast<int>(by_group_.divide(static_cast<uint32_t>(whole_blocks ? step / 4 : step)));
     return min(group, p_.w.group_count - 1);
   }
 
@@ -172,7 +172,7 @@ class SpqrPlanes {
              static_cast<int64_t>(row / static_cast<uint32_t>(p_.w.grid_rows)) * p_.w.group_count;
   }
 
-  const StreamDeal* deal_ = nullptr;
+  Divider by_group_;
   const uint2* grids_ = nullptr;
   uint2 grid_;
 };
