@@ -93,7 +93,10 @@ StreamDeal stream_deal_of(const FragmentLayout& layout, const DeviceFacts& devic
     int teams = resident;
     int team_warps = team_blocks * warps;
     auto deal = stream_deal(row_blocks, stretches, group_steps, teams, team_blocks, team_warps);
-    while (!in_memory && other_bytes + stream_parts_bytes(deal, m) > device.shared_memory) {
+    const auto spare = [&] {
+      return device.shared_memory - other_bytes - (in_memory ? 0 : stream_parts_bytes(deal, m));
+    };
+    while (spare() < 0) {
       if (deal.most_rows() > 1) {
         teams = 2 * deal.teams;
       } else {
@@ -106,6 +109,7 @@ StreamDeal stream_deal_of(const FragmentLayout& layout, const DeviceFacts& devic
     const double cost = rounds * (longest * kStretchTime * warps / 16 + overhead);
     if (cost < least) {
       least = cost;
+      deal.spare = static_cast<int>(spare());
       best = deal;
     }
   };

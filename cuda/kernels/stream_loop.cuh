@@ -161,7 +161,11 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
     if (kTokens == 1 && in_cluster && lane == 0) Delivery::all_expected(&delivery);
   }
   if (in_cluster) cluster_wait();
-  if (p.w.outliers.offsets != nullptr) prefetch_outliers(p, first_row, rank, deal.blocks, own_rows);
+  auto* const staged = reinterpret_cast<T*>(memory + deal.staged_at);
+  if (p.w.outliers.offsets != nullptr) {
+    prefetch_outliers(p, first_row, rank, deal.blocks, own_rows);
+    if (deal.staged_at > 0) stage_activations(p, staged, 0, min(deal.staged, p.m));
+  }
   if constexpr (kDigits) __syncthreads();
 
   const auto leave = [&](int row, const auto& sums) {
@@ -212,11 +216,29 @@ __global__ void __launch_bounds__(32 * stream_warps(kTokens, kFine), 1)
   }
   if (p.w.outliers.offsets != nullptr) {
     // Into the first part of each sum; its row blocks are the block's own.
-    for_each_outlier_sum<T, kTokens>(
-        p, first_row, rank, deal.blocks, own_rows, [&](int row, int place, int token, float sum) {
-          const int part = parts_of_rows[row].first & (deal.parts - 1);
-          parts[(row * deal.parts + part) * part_size + token * fragments::kBlockRows + place] += sum;
-        });
+    const auto add = [&](int row, int place, int token, float sum) {
+      const int part = parts_of_rows[row].first & (deal.parts - 1);
+      parts[(row * deal.parts + part) * part_size + token * fragments::kBlockRows + place] += sum;
+    };
+    constexpr int kBatch = kTokens == 1 ? 1 : 4;
+    if (deal.staged_at == 0) {
+      const OutlierTokens<T, false> tokens{static_cast<const T*>(p.x), p.x_stride, 0, p.m};
+      for_each_outlier_sum<kBatch>(p, tokens, first_row, rank, deal.blocks, own_rows, add);
+    }
+    for (int token = 0; deal.staged_at > 0 && token < p.m; token += deal.staged) {
+      const OutlierTokens<T, true> tokens{staged, staged_stride(p.w.k), token, min(deal.staged, p.m - token)};
+      if (token > 0) {
+        __syncthreads();
+        stage_activations(p, staged, token, tokens.count);
+      }
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncthreads();
+      if (kBatch == 1 || tokens.count == 1) {
+        for_each_outlier_sum<1>(p, tokens, first_row, rank, deal.blocks, own_rows, add);
+      } else {
+        for_each_outlier_sum<kBatch>(p, tokens, first_row, rank, deal.blocks, own_rows, add);
+      }
+    }
     __syncthreads();
   }
   constexpr int kSharers = kTokens == 1 ? 8 : kTokens == 8 ? 4 : 1;
@@ -247,8 +269,9 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p,
                       fragments::block_row_of(at % fragments::kBlockRows);
   if (p.w.outliers.offsets != nullptr && row < p.w.n) {
     float outliers[1] = {};
-    multiply_outliers<T>(p, __ldg(p.w.outliers.offsets + row), __ldg(p.w.outliers.offsets + row + 1), 1,
-                         at / fragments::kBlockRows, outliers);
+    const OutlierTokens<T, false> tokens{static_cast<const T*>(p.x), p.x_stride, 0, p.m};
+    multiply_outliers<1>(p.w.outliers, tokens, __ldg(p.w.outliers.offsets + row),
+                         __ldg(p.w.outliers.offsets + row + 1), 0, at / fragments::kBlockRows, outliers);
     sum += outliers[0];
   }
   store_sum<T>(p, row_block, at / fragments::kBlockRows, at % fragments::kBlockRows, sum);
@@ -257,10 +280,19 @@ __global__ void add_partials(const __grid_constant__ ProductArguments p,
 template <class Decoder, class T, int kTokens, bool kZeros, bool kFine, bool kDigits = false>
 void launch_stream_kernel(const ProductLaunch& launch) {
   const ProductArguments& p = launch.arguments;
-  const StreamDeal& deal = launch.deal;
+  StreamDeal deal = launch.deal;
   const bool in_memory = p.partial != nullptr;
-  const auto shared = Decoder::kSharedBytes + static_cast<int>(stream_digit_bytes(deal.stretches)) +
-                      (in_memory ? 0 : static_cast<int>(stream_parts_bytes(deal, p.m)));
+  auto shared = Decoder::kSharedBytes + static_cast<int>(stream_digit_bytes(deal.stretches)) +
+                (in_memory ? 0 : static_cast<int>(stream_parts_bytes(deal, p.m)));
+  // Outliers meet activations anywhere: those of as many tokens as fit are brought to shared memory.
+  const int64_t token_bytes = staged_stride(p.w.k) * 2;
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.x) | (p.m > 1 ? p.x_stride * 2 : 0)) % 16 == 0;
+  deal.staged_at = 0;
+  if (p.w.outliers.offsets != nullptr && !in_memory && aligned && token_bytes + 16 <= deal.spare) {
+    deal.staged = static_cast<int>(std::min<int64_t>((deal.spare - 16) / token_bytes, p.m));
+    deal.staged_at = (shared + 15) / 16 * 16;
+    shared = deal.staged_at + deal.staged * static_cast<int>(token_bytes);
+  }
   LaunchSettings settings(dim3(static_cast<unsigned>(deal.teams * deal.blocks)),
                           dim3(32 * stream_warps(kTokens, kFine)), launch.stream, launch.overlap,
                           in_memory ? 1 : deal.blocks);

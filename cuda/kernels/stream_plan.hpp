@@ -74,6 +74,7 @@ inline StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& d
     const double cost = rounds * (longest * costs.of_block * warps / 16 + overhead);
     if (cost < least) {
       least = cost;
+      deal.spare = static_cast<int>(std::max<int64_t>(device.shared_memory - bytes_of(deal), 0));
       best = {deal, longest};
     }
   };

@@ -63,6 +63,9 @@ struct StreamDeal {
   int extra = 0;       // teams, the first, that have one more
   int parts = 1;       // places for the parts of a row block's sum: warp w leaves its in w % parts; 2^i
   int stretches = 0;   // of activations, as digits, in the shared memory of a block; 0: no digits are made
+  int spare = 0;       // bytes of shared memory that a block has left
+  int staged_at = 0;   // where in it activations lie that outliers are multiplied with; 0: in none
+  int staged = 0;      // tokens of them at a time
   StreamRuns runs[2];  // of teams with `rows` and with one more
   Divider by_blocks;
   Divider by_columns;  // by column blocks

@@ -1,4 +1,5 @@
 // Products with outliers beside other formats, against float64.
+#include <algorithm>
 #include <set>
 
 #include "product_case.hpp"
@@ -38,6 +39,12 @@ std::set<std::string> check_case(const ProductCase& c, Draws& draws) {
   return taken;
 }
 
+// Groups of some of the columns.
+bool takes_group_index(const Format& format) {
+  const auto specs = format.planes(1, 1);
+  return std::ranges::any_of(specs, [](const PlaneSpec& spec) { return spec.name == "group_index"; });
+}
+
 TEST_P(OutlierProductCuda, AgreesWithFloat64) {
   static const std::vector<int64_t> kTokens = {1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 40, 129};
   static const std::vector<double> kPercents = {0.01, 0.3, 1, 5, 40};
@@ -53,6 +60,7 @@ TEST_P(OutlierProductCuda, AgreesWithFloat64) {
       c.format = std::make_shared<const Outliers>(format_from_spec(GetParam()), 0.3);
     }
     c.m = draws.pick(kTokens);
+    c.group_index = draws.below(4) == 0 && takes_group_index(*format_from_spec(GetParam()));
     // The entries of nf3 are no whole numbers.
     c.exact = seed % 2 == 0 && std::string_view(GetParam()).find("nf3") == std::string_view::npos;
     c.dtype = draws.pick(std::vector{DType::f16, DType::f16, DType::bf16, DType::bf16, DType::f32});

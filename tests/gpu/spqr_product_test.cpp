@@ -166,6 +166,24 @@ TEST_F(SpqrProductCuda, ShapesOfModels) {
   }
 }
 
+// Activations of fewer tokens than there are fit in shared memory at a time.
+TEST_F(SpqrProductCuda, OutliersOfWideMatrices) {
+  Draws draws(4);
+  for (const int64_t k : {20'000, 19'999, 50'000}) {
+    for (const int64_t m : {1, 3, 8}) {
+      ProductCase c;
+      c.format =
+          std::make_shared<const Outliers>(std::make_shared<const Spqr>(3, 16, 3, 3, 16), int64_t{20'000});
+      c.n = 130;
+      c.k = k;
+      c.m = m;
+      c.x_gap = k % 8 == 0 ? 8 : 1;
+      c.prepare_on_cpu = false;
+      check_case(c, draws);
+    }
+  }
+}
+
 TEST_F(SpqrProductCuda, SaysWhatItTakes) {
   const Spqr odd(3, 16, 3, 3, 24);
   const auto why = why_not_matmul_cuda(odd, 1, DType::f16, {.kernel = "spqr_stream"});
