@@ -4,6 +4,7 @@
 
 #include "common/check.cuh"
 #include "common/device.hpp"
+#include "formats/half_order.hpp"
 #include "formats/sum_order.hpp"
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/fragment_layout.hpp"
@@ -23,6 +24,7 @@ constexpr int kThreads = 256;
 // Both orders of one matrix.
 struct Orders {
   fragments::CodeOrder code_order = fragments::CodeOrder::bytes;
+  bool halves = false;  // codes lie as half_order.hpp says
   int bits = 0;
   int dim = 1;        // weights of a code
   int code_bits = 0;  // of a packed code, of all tables together
@@ -68,7 +70,11 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<uint8_t>(inside ? read_code(packed + row * orders.row_words, orders.bits, column) : 0U);
   }
   uint32_t words[8];
-  fragments::pack_unit(orders.code_order, orders.bits, codes, words);
+  if (orders.halves) {
+    fragments::pack_halves(orders.bits, codes, words);
+  } else {
+    fragments::pack_unit(orders.code_order, orders.bits, codes, words);
+  }
   for (int w = 0; w < orders.bits; ++w) *unit_words(orders, prepared, unit_index, w) = words[w];
 }
 
@@ -128,7 +134,11 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t words[8];
   for (int w = 0; w < orders.bits; ++w) words[w] = *unit_words(orders, prepared, unit_index, w);
   uint8_t codes[32];
-  fragments::unpack_unit(orders.code_order, orders.bits, words, codes);
+  if (orders.halves) {
+    fragments::unpack_halves(orders.bits, words, codes);
+  } else {
+    fragments::unpack_unit(orders.code_order, orders.bits, words, codes);
+  }
   for (int i = 0; i < 32; ++i) {
     int64_t row = 0;
     int64_t column = 0;
@@ -197,6 +207,7 @@ dim3 grid_for(int64_t threads) {
 Orders orders_of(const FragmentLayout& layout, const int32_t* source) {
   Orders orders;
   orders.code_order = layout.code_order;
+  orders.halves = layout.bilevel();
   orders.bits = layout.bits;
   orders.dim = layout.dim;
   orders.code_bits = layout.code_bits;

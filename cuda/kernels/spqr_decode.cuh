@@ -4,7 +4,7 @@
 #pragma once
 
 #include "formats/bilevel.cuh"
-#include "formats/uniform_fragments.cuh"
+#include "formats/half_fragments.cuh"
 #include "kernels/decode_loop.cuh"
 
 namespace quantloom::cuda {
@@ -14,14 +14,13 @@ template <int kBits, bool kWide, class Out>
 __global__ void __launch_bounds__(kDecodeThreads)
     decode_spqr_blocks(const __grid_constant__ FragmentMatrix w, int first, int count, Out* out,
                        int64_t stride) {
-  using Decoder = UniformFragments<kBits>;
+  using Decoder = HalfFragments<kBits>;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   let_next_begin();
   // Kernels before may still read what is written here.
   wait_for_previous();
 
-  const Decoder decoder;
   const int64_t blocks = static_cast<int64_t>(count) * w.column_blocks;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kDecodeThreads / 32);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kDecodeThreads / 32) + warp; i < blocks; i += warps) {
@@ -67,19 +66,18 @@ __global__ void __launch_bounds__(kDecodeThreads)
         words_of_unit<kBits>(pieces, unit, words);
         uint32_t a[2][4];
         if (half == 0) {
-          decoder.template fragment<__half, 0>(words, a[0]);
-          decoder.template fragment<__half, 1>(words, a[1]);
+          Decoder::template codes<0>(words, a[0]);
+          Decoder::template codes<1>(words, a[1]);
         } else {
-          decoder.template fragment<__half, 2>(words, a[0]);
-          decoder.template fragment<__half, 3>(words, a[1]);
+          Decoder::template codes<2>(words, a[0]);
+          Decoder::template codes<3>(words, a[1]);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float values[2][4];
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
-            const auto value = [&](float fragment) {
-              const float code = fmaf(fragment, Decoder::kUnit, Decoder::kCenter);  // exact
+            const auto value = [&](float code) {
               return __fmul_rn(scales[step][2 * unit + r], __fsub_rn(code, zeros[step][2 * unit + r]));
             };
 #pragma unroll

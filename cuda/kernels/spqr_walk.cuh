@@ -12,7 +12,7 @@
 
 #include "common/half_pairs.cuh"
 #include "formats/bilevel.cuh"
-#include "formats/uniform_fragments.cuh"
+#include "formats/half_fragments.cuh"
 #include "kernels/spqr_product.hpp"
 #include "kernels/stream_walk.cuh"
 
@@ -20,7 +20,7 @@ namespace quantloom::cuda {
 
 // kWide: parameters of 16 bytes. kFew: with blocks of 8 warps, for wide codes.
 template <int kCodeBits, bool kWide, int kTokens, bool kFew>
-class SpqrFragments : public UniformFragments<kCodeBits> {
+class SpqrFragments : public HalfFragments<kCodeBits> {
  public:
   static constexpr bool kWideParameters = kWide;
   static constexpr int kSharedBytes = spqr_shared_bytes(kTokens, kFew);
@@ -131,7 +131,7 @@ class SpqrPlanes {
       const uint4& piece = codes[at / 4];
       words[i] = at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
     }
-    decoder_.template raw_fragment<T, kStep>(words, a);
+    Decoder::template raw_fragment<T, kStep>(words, a);
   }
 
   // sum = c + activations.
@@ -146,7 +146,7 @@ class SpqrPlanes {
   __device__ __forceinline__ void subtract_offset(float (&sum)[4], uint32_t b0, uint32_t b1) const {
     if constexpr (Decoder::template kHasOffset<T>) {
       uint32_t a[4];
-      decoder_.template minus_raw_offset<T, kStep, false>(a);
+      Decoder::template minus_raw_offset<T, kStep>(a);
       multiply_accumulate<T>(sum, a, b0, b1);
     }
   }
@@ -333,8 +333,7 @@ class WarpWalk<SpqrFragments<kCodeBits, kWide, 1, kFew>, T, 1, true, kFew>
         const int row = 2 * kUnit + half;
         const float scale = fmaf(fields_[i].raised(false, row), c.x, c.y);
         const float minus_zero = fmaf(fields_[i].raised(true, row), c.z, c.w);
-        const float codes = sum[2 * half + i] * Decoder::kUnit;
-        total_[0][row][0] = fmaf(scale, fmaf(minus_zero, x_sum[i], codes), total_[0][row][0]);
+        total_[0][row][0] = fmaf(scale, fmaf(minus_zero, x_sum[i], sum[2 * half + i]), total_[0][row][0]);
       }
     }
   }

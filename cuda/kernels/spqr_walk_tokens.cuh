@@ -141,8 +141,8 @@ class WarpWalk<SpqrFragments<kCodeBits, kWide, 8, kFew>, T, 8, true, kFew>
     for (int token = 0; token < 2; ++token) {
       float& first = total_[0][2 * kUnit][token];
       float& second = total_[0][2 * kUnit + 1][token];
-      first = fmaf(c.x, fmaf(c.z, x_sum[token], sum[token] * Decoder::kUnit), first);
-      second = fmaf(c.y, fmaf(c.w, x_sum[token], sum[2 + token] * Decoder::kUnit), second);
+      first = fmaf(c.x, fmaf(c.z, x_sum[token], sum[token]), first);
+      second = fmaf(c.y, fmaf(c.w, x_sum[token], sum[2 + token]), second);
     }
   }
 

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "formats/bilevel_order.hpp"
+#include "formats/half_order.hpp"
 #include "formats/sum_order.hpp"
 #include "kernels/bit_plane_layout.hpp"
 #include "kernels/fragment_layout.hpp"
@@ -106,7 +107,11 @@ void prepare_scalar_codes(const FragmentLayout& layout, std::span<const uint32_t
                   layout.bits, column, {values + i, 1});
     }
     uint32_t unit_words[8];
-    fragments::pack_unit(layout.code_order, layout.bits, values, unit_words);
+    if (layout.bilevel()) {
+      fragments::pack_halves(layout.bits, values, unit_words);
+    } else {
+      fragments::pack_unit(layout.code_order, layout.bits, values, unit_words);
+    }
     for (int w = 0; w < layout.bits; ++w) {
       words[static_cast<size_t>(block_word(layout, rb, cb) +
                                 fragments::word_in_block(layout.bits, unit, w, lane))] = unit_words[w];
@@ -124,7 +129,11 @@ void unprepare_scalar_codes(const FragmentLayout& layout, std::span<const uint32
                                                 fragments::word_in_block(layout.bits, unit, w, lane))];
     }
     uint8_t values[kUnitCodes];
-    fragments::unpack_unit(layout.code_order, layout.bits, unit_words, values);
+    if (layout.bilevel()) {
+      fragments::unpack_halves(layout.bits, unit_words, values);
+    } else {
+      fragments::unpack_unit(layout.code_order, layout.bits, unit_words, values);
+    }
     for (int i = 0; i < kUnitCodes; ++i) {
       const int64_t row = rb * kBlockRows + unit * 16 + fragments::row_of(lane, i / 2);
       int64_t column = cb * kBlockColumns + fragments::column_of(lane, i / 2, i % 2);

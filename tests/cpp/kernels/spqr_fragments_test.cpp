@@ -63,6 +63,43 @@ void expect_same(const PackedTensor& got, const PackedTensor& wanted) {
   }
 }
 
+// Bit `bit` of the codes of pair `pair`, in the lower halves of a unit's words: whole codes first, then the
+// strings of bits that are left over.
+std::pair<int, int> bit_place(int bits, int pair, int bit) {
+  const int whole = 16 / bits;
+  if (pair < whole * bits) return {pair / whole, pair % whole * bits + bit};
+  const int left = 16 - whole * bits;
+  const int at = (pair - whole * bits) * bits + bit;
+  return {at / left, whole * bits + at % left};
+}
+
+void check_codes(const PackedTensor& packed, const PreparedPlanes& prepared) {
+  const int bits = as_spqr(*packed.format)->bits;
+  const Tensor& plane = prepared.plane("codes");
+  const int64_t column_blocks = plane.shape()[1];
+  const auto words = plane.values<uint32_t>();
+  for (int64_t row = 0; row < packed.n; ++row) {
+    for (int64_t place = 0; place < 64 * column_blocks; ++place) {
+      const int64_t column = prepared.has("source")
+                                 ? prepared.plane("source").values<int32_t>()[static_cast<size_t>(place)]
+                                 : place;
+      const uint32_t code =
+          column >= 0 && column < packed.k ? code_at(packed.plane("codes"), row, bits, column) : 0;
+      // Lane 4 g + t multiplies columns 4 t ... 4 t + 3 of a step, for rows g and g + 8 of its unit.
+      const auto lane = static_cast<int>(row % 8 * 4 + place % 16 / 4);
+      const auto pair = static_cast<int>(place % 64 / 16 * 4 + place % 4 / 2 * 2 + row % 16 / 8);
+      const int64_t block = row / 64 * column_blocks + place / 64;
+      for (int bit = 0; bit < bits; ++bit) {
+        const auto [word, position] = bit_place(bits, pair, bit);
+        const int64_t at = row % 64 / 16 * bits + word;
+        const uint32_t value = words[static_cast<size_t>(((block * bits + at / 4) * 32 + lane) * 4 + at % 4)];
+        ASSERT_EQ(value >> (position + place % 2 * 16) & 1U, code >> bit & 1U)
+            << "row " << row << ", place " << place << ", bit " << bit;
+      }
+    }
+  }
+}
+
 void check(const PackedTensor& packed) {
   const Spqr& format = *as_spqr(*packed.format);
   const PreparedPlanes prepared = prepare_fragments(packed);
@@ -74,6 +111,7 @@ void check(const PackedTensor& packed) {
   const Tensor& fields = prepared.plane("parameters");
   ASSERT_EQ(fields.shape(), (std::vector<int64_t>{(packed.n + 63) / 64, groups, 8, bytes}));
   ASSERT_EQ(prepared.plane("codes").shape()[1] % 2, 0);
+  check_codes(packed, prepared);
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t row = 0; row < (packed.n + 63) / 64 * 64; ++row) {
       const auto lane = static_cast<size_t>(((row / 64 * groups + g) * 8 + row % 8) * bytes);
