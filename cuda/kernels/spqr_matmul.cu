@@ -7,6 +7,7 @@
 #include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/spqr_product.hpp"
+#include "kernels/stream_plan.hpp"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/trellis_product.hpp"
@@ -69,7 +70,7 @@ std::optional<std::string> why_not(const CudaProduct& product, const FragmentLay
 // What the streaming loop's time is estimated from, in us: of a stretch of a warp where all warps of a
 // processor are at work, and of teams of 1, 2, 4 and 8 blocks of threads, whose parts of sums meet in a
 // cluster, or in memory.
-constexpr double kStretchTime = 0.6;
+constexpr double kStretchTime = 2.0;
 constexpr double kTeamTimes[] = {2.0, 2.6, 3.2, 3.5};
 constexpr double kMemoryTime = 5.0;
 
@@ -109,7 +110,7 @@ StreamDeal stream_deal_of(const FragmentLayout& layout, const DeviceFacts& devic
     const double cost = rounds * (longest * kStretchTime * warps / 16 + overhead);
     if (cost < least) {
       least = cost;
-      deal.spare = static_cast<int>(spare());
+      deal.spare = spare_for_outliers(spare() - 16, layout.k, m);
       best = deal;
     }
   };

@@ -25,6 +25,13 @@ inline StreamCosts stream_costs(int bits, bool digits) {
   return {std::max(0.25 * bits, 0.6), {2.0, 2.6, 3.2, 3.5}, 5.0};
 }
 
+// Of `bytes` of shared memory that are left, those for the activations that outliers meet: none if the tokens
+// would not fit in two rounds, where it is faster to read them from memory.
+inline int spare_for_outliers(int64_t bytes, int64_t k, int m) {
+  const int64_t tokens = std::max<int64_t>(bytes, 0) / std::max<int64_t>(checked_pad(k, 8) * 2, 1);
+  return 2 * tokens >= m ? static_cast<int>(bytes) : 0;
+}
+
 // From so many blocks of 64 x 64 of each warp on, a product of one token is faster on digits, which take some
 // time to make: measured.
 constexpr int kDigitsFromBlocks = 5;
@@ -74,7 +81,7 @@ inline StreamPlan stream_plan(const FragmentLayout& layout, const DeviceFacts& d
     const double cost = rounds * (longest * costs.of_block * warps / 16 + overhead);
     if (cost < least) {
       least = cost;
-      deal.spare = static_cast<int>(std::max<int64_t>(device.shared_memory - bytes_of(deal), 0));
+      deal.spare = spare_for_outliers(device.shared_memory - bytes_of(deal) - 16, layout.k, m);
       best = {deal, longest};
     }
   };

@@ -27,7 +27,8 @@ namespace quantloom {
 //   group_index  as in the packed tensor, where it has one
 //   outlier_*    as in the packed tensor, where its format has outliers; columns are inputs, not padded
 //   place        int32 [k], only if there are planes source and outlier_*: the padded column of each input
-// In place of scales and zeros, spqr, whose column_blocks are an even number, has
+// Codes of spqr, whose column_blocks are an even number, lie in halves of words (src/formats/half_order.hpp);
+// in place of scales and zeros it has
 //   parameters   uint8 [ceil(n/64), groups, 8, 8 or 16]: codes of the scales of rows i, i + 8, ..., i + 56 of
 //                a block, in 4 bits each if both widths of codes fit, else in 8, then those of zero points
 //   grids        float16 [ceil(n/block), groups, 4]: a scale grid, then a zero grid
