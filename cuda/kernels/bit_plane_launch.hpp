@@ -11,9 +11,9 @@ constexpr int kBitStretchBytes = 416;
 // Most tokens of a launch.
 constexpr int kMostBitPlaneTokens = 16;
 
-// Warps of a block of threads.
-QUANTLOOM_HOST_DEVICE constexpr int bit_plane_warps(int planes, int tokens) {
-  return planes <= 4 && tokens <= 8 ? 16 : 8;
+// Warps of a block of threads. fine: groups are no multiples of 128 columns, or scales are float32.
+QUANTLOOM_HOST_DEVICE constexpr int bit_plane_warps(int planes, int tokens, bool fine) {
+  return planes <= (fine ? 2 : 4) && tokens <= 8 ? 16 : 8;
 }
 
 // In `matrix` the codes are signs, and column blocks of 128.

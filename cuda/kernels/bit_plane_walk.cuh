@@ -21,8 +21,8 @@ __device__ __forceinline__ void count_bits(uint32_t (&d)[4], uint32_t a0, uint32
       : "r"(a0), "r"(a1), "r"(b), "r"(0U));
 }
 
-// Where a walk is, and its signs on their way. kFine: groups are no multiples of 128 columns, or scales are
-// float32; parameters are then loaded when they are used.
+// Where a walk is, and its signs and parameters on their way. kFine: groups are no multiples of 128 columns,
+// or scales are float32; those are loaded when they are used.
 template <int kPlanes, bool kFine>
 class BitPlaneRun {
  public:
@@ -40,17 +40,14 @@ class BitPlaneRun {
     ask_all_signs();
     const auto group =
         static_cast<int>(deal.by_group.divide(static_cast<uint32_t>(kFine ? 4 * column_ : column_)));
-    const int64_t first = static_cast<int64_t>(first_row + row_) * w.group_count;
-    if constexpr (kFine) {
-      parameters_of_row_ = first * launch_.parameters * 64 + lane_ / 4 * 8;
-    } else {
-      until_group_ = (group + 1) * (launch_.group_words / 4) - column_;
-      parameters_ =
-          static_cast<const uint4*>(w.scales) + (first + group) * launch_.parameters * 8 + lane_ / 4;
+    const int64_t first = static_cast<int64_t>(first_row + row_) * w.group_count + group;
+    if constexpr (!kFine) until_group_ = (group + 1) * (launch_.group_words / 4) - column_;
+    parameters_ = static_cast<const uint4*>(w.scales) + first * launch_.parameters * parameter_pieces() +
+                  lane_ / 4 * (parameter_pieces() / 8);
+    if (w.scale_dtype == DType::f32) return;
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) ask_parameters(plane);
-      if (launch_.parameters > kPlanes) ask_parameters(kPlanes);
-    }
+    for (int plane = 0; plane < kPlanes; ++plane) ask_parameters(plane);
+    if (launch_.parameters > kPlanes) ask_parameters(kPlanes);
   }
 
   __device__ __forceinline__ bool any() const {
@@ -106,15 +103,28 @@ class BitPlaneRun {
       raw.all_scales(DType::bf16, values);
     }
   }
-  // The same of group `group` of the row block, from memory.
-  __device__ __forceinline__ void parameters_of(int group, int i, float (&values)[8]) const {
-    RawParameters raw;
+  // Fine: the next group is `count` further; from now on, the parameters that are asked for are its.
+  __device__ __forceinline__ void advance_group(int count) {
+    here_ = parameters_;
+    parameters_ += static_cast<int64_t>(count) * launch_.parameters * parameter_pieces();
+  }
+  // The next group from group `group` on, the last that meets this block: 0 if it meets the next as well.
+  __device__ __forceinline__ int groups_to_next_block(const Divider& by_group, int group) const {
     const FragmentMatrix& w = launch_.arguments.w;
-    FragmentMatrix scales;
-    scales.scales = w.scales;
-    scales.scale_dtype = w.scale_dtype;
-    raw.load(scales, parameters_of_row_ + (int64_t{group} * launch_.parameters + i) * 64);
-    raw.all_scales(w.scale_dtype, values);
+    if (column_ + 1 == w.column_blocks) return w.group_count - group;
+    return static_cast<int>(by_group.divide(static_cast<uint32_t>(4 * column_ + 4))) - group;
+  }
+  // Fine: parameter `i` of the group; asks for that of the next, if there is one.
+  __device__ __forceinline__ void take_parameters(int i, bool more, float (&values)[8]) {
+    if (launch_.arguments.w.scale_dtype != DType::f32) {
+      parameters(i, values);
+      if (more) ask_parameters(i);
+      return;
+    }
+    RawParameters raw;
+    raw.scales[0] = __ldg(here_ + i * 16);
+    raw.scales[1] = __ldg(here_ + i * 16 + 1);
+    raw.all_scales(DType::f32, values);
   }
   // To the next block.
   __device__ __forceinline__ void advance() {
@@ -122,21 +132,23 @@ class BitPlaneRun {
     if (++column_ < launch_.arguments.w.column_blocks) return;
     column_ = 0;
     ++row_;
-    if constexpr (kFine) {
-      parameters_of_row_ += int64_t{launch_.arguments.w.group_count} * launch_.parameters * 64;
-    }
   }
 
  private:
+  // 16-byte pieces of a row block's parameters of one kind.
+  __device__ __forceinline__ int parameter_pieces() const {
+    return launch_.arguments.w.scale_dtype == DType::f32 ? 16 : 8;
+  }
+
   const BitPlaneLaunch& launch_;
   int lane_;
   int left_ = 0;
   int row_ = 0;  // row block of the team
   int column_ = 0;
   int until_group_ = 0;
-  int64_t parameters_of_row_ = 0;
   const uint4* signs_ = nullptr;
-  const uint4* parameters_ = nullptr;
+  const uint4* parameters_ = nullptr;  // that are asked for next
+  const uint4* here_ = nullptr;        // of float32, those in use
   uint4 ring_[kPlanes][2];
   uint4 raw_[kPlanes + 1];
 };
@@ -163,7 +175,7 @@ class BitPlaneCounts {
       const bool more = run_.more();
       run_.turn();
       if constexpr (kFine) {
-        multiply_groups();
+        multiply_groups(more);
         if (more) run_.ask_all_signs();
       } else {
         multiply(more);
@@ -247,7 +259,7 @@ class BitPlaneCounts {
     return static_cast<int>(by_group_.divide(static_cast<uint32_t>(4 * run_.column() + word)));
   }
 
-  __device__ __forceinline__ void multiply_groups() {
+  __device__ __forceinline__ void multiply_groups(bool more) {
     const uint32_t x[3] = {reader_.template bits<0>(), reader_.template bits<1>(),
                            reader_.template bits<2>()};
     const int groups[4] = {group_of(0), group_of(1), group_of(2), group_of(3)};
@@ -258,6 +270,8 @@ class BitPlaneCounts {
     const float unit = reader_.twice_unit();
 #pragma unroll 1
     for (int group = groups[0]; group <= last; ++group) {
+      const bool next = more || group < last;
+      run_.advance_group(group < last ? 1 : run_.groups_to_next_block(by_group_, group));
       const uint32_t mask = mine == group ? ~0U : 0U;
       const uint32_t masked[3] = {x[0] & mask, x[1] & mask, x[2] & mask};
       const float x_sum =
@@ -268,7 +282,7 @@ class BitPlaneCounts {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
         float scales[8];
-        run_.parameters_of(group, plane, scales);
+        run_.take_parameters(plane, next, scales);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float four[4];
@@ -283,7 +297,7 @@ class BitPlaneCounts {
       }
       if (launch_.parameters > kPlanes) {
         float offsets[8];
-        run_.parameters_of(group, kPlanes, offsets);
+        run_.take_parameters(kPlanes, next, offsets);
         minus[0] += own(offsets, 0);
         minus[1] += own(offsets, 1);
       }
@@ -350,7 +364,7 @@ class BitPlaneHalves {
       load_activations();
       run_.turn();
       if constexpr (kFine) {
-        multiply_groups();
+        multiply_groups(more);
         if (more) run_.ask_all_signs();
       } else {
         multiply(more);
@@ -496,12 +510,14 @@ class BitPlaneHalves {
     return static_cast<int>(by_group_.divide(static_cast<uint32_t>(4 * run_.column() + word)));
   }
 
-  __device__ __forceinline__ void multiply_groups() {
+  __device__ __forceinline__ void multiply_groups(bool more) {
     const int mine = group_of(lane_ % 4);
     // Columns past the last group are padding: activations are 0 there.
     const int last = min(group_of(3), launch_.arguments.w.group_count - 1);
 #pragma unroll 1
     for (int group = group_of(0); group <= last; ++group) {
+      const bool next = more || group < last;
+      run_.advance_group(group < last ? 1 : run_.groups_to_next_block(by_group_, group));
       const uint32_t mask = mine == group ? ~0U : 0U;
       Activations b;
 #pragma unroll
@@ -509,13 +525,13 @@ class BitPlaneHalves {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
         float scales[8];
-        run_.parameters_of(group, plane, scales);
+        run_.take_parameters(plane, next, scales);
         multiply_half(plane, 0, scales, b);
         multiply_half(plane, 1, scales, b);
       }
       if (launch_.parameters > kPlanes) {
         float offsets[8];
-        run_.parameters_of(group, kPlanes, offsets);
+        run_.take_parameters(kPlanes, next, offsets);
         add_offsets(offsets, b);
       }
     }

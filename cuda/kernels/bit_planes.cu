@@ -64,7 +64,9 @@ StreamDeal deal_of(const BitPlaneLayout& layout, int m, const DeviceFacts& devic
   const double block_time = 0.15 + 0.45 * layout.planes;
   constexpr double kStretch = 0.12;
   constexpr double kMeeting[4] = {0.0, 0.5, 0.7, 0.9};
-  const int warps = bit_plane_warps(layout.planes, m);
+  const auto group_words = static_cast<int>(layout.group_columns / bit_planes::kWordColumns);
+  const bool fine = group_words % 4 != 0 || layout.scale_dtype == DType::f32;
+  const int warps = bit_plane_warps(layout.planes, m, fine);
   const int row_blocks = static_cast<int>(layout.row_blocks);
   const int column_blocks = static_cast<int>(layout.column_blocks);
   StreamDeal best;
@@ -108,8 +110,6 @@ StreamDeal deal_of(const BitPlaneLayout& layout, int m, const DeviceFacts& devic
       best = deal;
     }
   }
-  const auto group_words = static_cast<int>(layout.group_columns / bit_planes::kWordColumns);
-  const bool fine = group_words % 4 != 0 || layout.scale_dtype == DType::f32;
   best.by_group = Divider(static_cast<uint32_t>(fine ? group_words : group_words / 4));
   return best;
 }

@@ -9,7 +9,7 @@ namespace quantloom::cuda {
 
 // Grid: [deal.teams * deal.blocks]; the blocks of a team are a cluster. kTokens: 1, 8 or 16.
 template <class T, int kPlanes, int kTokens, bool kFine>
-__global__ void __launch_bounds__(32 * bit_plane_warps(kPlanes, kTokens), 1)
+__global__ void __launch_bounds__(32 * bit_plane_warps(kPlanes, kTokens, kFine), 1)
     multiply_bit_planes(const __grid_constant__ BitPlaneLaunch launch) {
   // The bits of the activations, and the parts of the sums.
   extern __shared__ __align__(128) unsigned char memory[];
@@ -59,7 +59,7 @@ void launch_bit_plane_kernel(const BitPlaneLaunch& launch) {
   const auto shared = static_cast<int>(int64_t{deal.stretches} * kBitStretchBytes +
                                        stream_parts_bytes(deal, launch.arguments.m));
   LaunchSettings settings(dim3(static_cast<unsigned>(deal.teams * deal.blocks)),
-                          dim3(32 * bit_plane_warps(kPlanes, kTokens)), launch.stream, launch.overlap,
+                          dim3(32 * bit_plane_warps(kPlanes, kTokens, kFine)), launch.stream, launch.overlap,
                           deal.blocks);
   const auto kernel = multiply_bit_planes<T, kPlanes, kTokens, kFine>;
   settings.config.dynamicSmemBytes = static_cast<size_t>(shared);
