@@ -13,7 +13,7 @@ constexpr int kMostBitPlaneTokens = 16;
 
 // Warps of a block of threads. fine: groups are no multiples of 128 columns, or scales are float32.
 QUANTLOOM_HOST_DEVICE constexpr int bit_plane_warps(int planes, int tokens, bool fine) {
-  return planes <= (fine ? 2 : 4) && tokens <= 8 ? 16 : 8;
+  return planes <= (fine && tokens > 1 ? 2 : 4) && tokens <= 8 ? 16 : 8;
 }
 
 // In `matrix` the codes are signs, and column blocks of 128.

@@ -181,44 +181,49 @@ __device__ __forceinline__ float parameter_at(const DecodedRows& w, int64_t at) 
   return __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
 }
 
-// A thread decodes as many columns of a row as fill one 16-byte store. Offset first, then the planes in
-// order, as the CPU adds them.
+// A block of threads decodes a block of 64 x 128, a thread as many columns of a row at a time as fill one
+// 16-byte store. Offset first, then the planes in order, as the CPU adds them.
 template <class Out>
 __global__ void __launch_bounds__(kThreads) decode_signs(const __grid_constant__ DecodedRows w, Out* out) {
   constexpr int kPiece = 16 / sizeof(Out);
-  const int64_t pieces = w.column_blocks * (bit_planes::kBlockColumns / kPiece);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / pieces;
-  if (row >= w.rows) return;
-  const int64_t column = (i - row * pieces) * kPiece;
-  const int64_t word = column / bit_planes::kWordColumns;
-  const int64_t row_block = (w.first_row + row) / bit_planes::kBlockRows;
-  const auto in_block = static_cast<int>(row % bit_planes::kBlockRows);
+  constexpr int kPieces = bit_planes::kBlockColumns / kPiece;
+  const int64_t in_rows = static_cast<int64_t>(blockIdx.x) / w.column_blocks;
+  const int64_t block_column = static_cast<int64_t>(blockIdx.x) - in_rows * w.column_blocks;
+  const int64_t row_block = w.first_row / bit_planes::kBlockRows + in_rows;
+  const int column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
+  const int64_t word = block_column * 4 + column / bit_planes::kWordColumns;
   const int64_t group = min(word / w.group_words, w.group_count - 1);
-  int64_t parameter = (row_block * w.group_count + group) * w.parameters * bit_planes::kBlockRows +
-                      fragments::parameter_in_block(in_block);
-  int64_t at = (row_block * w.column_blocks + word / 4) * w.planes * bit_planes::kPlaneWords +
-               bit_planes::word_of(in_block, static_cast<int>(word % 4) * bit_planes::kWordColumns);
+  const int64_t parameters = (row_block * w.group_count + group) * w.parameters * bit_planes::kBlockRows;
+  const int64_t block = (row_block * w.column_blocks + block_column) * w.planes * bit_planes::kPlaneWords;
   const bool has_offset = w.parameters > w.planes;
-  const float offset = has_offset ? parameter_at(w, parameter + w.planes * bit_planes::kBlockRows) : 0.0F;
-  float values[kPiece];
+#pragma unroll 1
+  for (int in_block = static_cast<int>(threadIdx.x) / kPieces; in_block < bit_planes::kBlockRows;
+       in_block += kThreads / kPieces) {
+    const int64_t row = in_rows * bit_planes::kBlockRows + in_block;
+    if (row >= w.rows) return;
+    int64_t parameter = parameters + fragments::parameter_in_block(in_block);
+    int64_t at = block + bit_planes::word_of(in_block, column);
+    const float offset = has_offset ? parameter_at(w, parameter + w.planes * bit_planes::kBlockRows) : 0.0F;
+    float values[kPiece];
 #pragma unroll
-  for (int c = 0; c < kPiece; ++c) values[c] = offset;
+    for (int c = 0; c < kPiece; ++c) values[c] = offset;
 #pragma unroll 4
-  for (int plane = 0; plane < w.planes; ++plane) {
-    const uint32_t minus = ~(__ldg(w.signs + at) >> (column % bit_planes::kWordColumns));
-    const uint32_t scale = __float_as_uint(parameter_at(w, parameter));
+    for (int plane = 0; plane < w.planes; ++plane) {
+      const uint32_t minus = ~(__ldg(w.signs + at) >> (column % bit_planes::kWordColumns));
+      const uint32_t scale = __float_as_uint(parameter_at(w, parameter));
 #pragma unroll
-    for (int c = 0; c < kPiece; ++c) {
-      values[c] = __fadd_rn(values[c], __uint_as_float((minus << (31 - c) & 0x80000000U) ^ scale));
+      for (int c = 0; c < kPiece; ++c) {
+        values[c] = __fadd_rn(values[c], __uint_as_float((minus << (31 - c) & 0x80000000U) ^ scale));
+      }
+      at += bit_planes::kPlaneWords;
+      parameter += bit_planes::kBlockRows;
     }
-    at += bit_planes::kPlaneWords;
-    parameter += bit_planes::kBlockRows;
-  }
-  alignas(16) Out stored[kPiece];
+    alignas(16) Out stored[kPiece];
 #pragma unroll
-  for (int c = 0; c < kPiece; ++c) store(values[c], stored + c);
-  *reinterpret_cast<uint4*>(out + row * w.stride + column) = *reinterpret_cast<const uint4*>(stored);
+    for (int c = 0; c < kPiece; ++c) store(values[c], stored + c);
+    *reinterpret_cast<uint4*>(out + row * w.stride + block_column * bit_planes::kBlockColumns + column) =
+        *reinterpret_cast<const uint4*>(stored);
+  }
 }
 
 }  // namespace
@@ -270,11 +275,10 @@ void decode_bit_planes(const BitPlaneLayout& layout, const PreparedPlanes& w, in
                             layout.group_count,
                             layout.group_columns / bit_planes::kWordColumns,
                             stride};
-  const int64_t columns = decoded.rows * decoded.column_blocks * bit_planes::kBlockColumns;
-  if (columns <= 0) return;
+  if (decoded.rows <= 0 || decoded.column_blocks == 0) return;
+  const int64_t blocks = ceil_div(decoded.rows, bit_planes::kBlockRows) * decoded.column_blocks;
   const auto launch = [&]<class Out>(Out* to) {
-    constexpr int64_t kPiece = 16 / sizeof(Out);
-    decode_signs<Out><<<grid_for(columns / kPiece), kThreads, 0, stream>>>(decoded, to);
+    decode_signs<Out><<<grid_for(blocks * kThreads), kThreads, 0, stream>>>(decoded, to);
   };
   if (dtype == DType::f16) {
     launch(static_cast<__half*>(out));
