@@ -39,6 +39,12 @@ namespace quantloom {
 //                words g * bits ... of the ring of tile t along the columns, for four tiles of 16 rows;
 //                at half bits [row_blocks, column_blocks, 16, words of a ring], with tile 4 i + t that of
 //                rows 16 i ...
+//
+// Binary coding has its signs in blocks of 64 rows x 128 columns, groups padded to multiples of 32 columns:
+//   signs        int32 [ceil(n/64), column_blocks, bits, 2, 32, 4]: of each plane, lane 4 g + t of a warp has
+//                columns 32 t ... of the rows g + 8 i, i = 0 ... 7
+//   scales       scale_dtype [ceil(n/64), groups, bits, 8, 8], and a place more, after the planes', for
+//                offsets; source, with 128 * column_blocks, and group_index as above
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;
@@ -113,14 +119,15 @@ struct CudaMatmulArguments {
 // bits), and weights without their last rounding to float16, "trellis_exact" 22 bits and the weights as they
 // are; "trellis_panels" and "trellis_tiles" round rotated activations to float16, the latter sums as well;
 // "trellis_dense" rounds weights to float16 before their second rotation. An activation that is not finite
-// makes NaN. Throws Unsupported where no kernel takes the format, dtype or device, InvalidArgument /
+// makes NaN. So it does in "bit_planes" with one token, which are rounded to 2^-21 of the largest of their
+// 128 columns or less. Throws Unsupported where no kernel takes the format, dtype or device, InvalidArgument /
 // TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});
 
 // Decodes to `out` [n, stride] of `dtype` (float16, bfloat16, float32) on the current device: column c of the
 // padded columns holds input source[c], or input c where there is no plane "source"; columns of padding are
-// undefined. `stride` >= 64 * column_blocks and a multiple of 8 elements, `out` aligned to 16 bytes. Values
+// undefined. `stride` >= all padded columns and a multiple of 8 elements, `out` aligned to 16 bytes. Values
 // are those of dequantize(), rounded to `dtype`; where there is an outlier, the dense value is rounded first.
 // Asynchronous, as matmul_cuda(); throws as it does.
 void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int64_t stride, void* stream);
