@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -47,12 +48,9 @@ def settings_of(names: list[str]):
             ]
         elif "=" in name:
             format, _, rest = name.partition("=")
-            # Options of roundings have "=" as well: activations come after the last one, if they are some.
-            rounding, _, activations = rest.rpartition("=")
-            if activations.startswith(("int", "sdr")):
-                found.append(Setting(format, rounding, activations))
-            else:
-                found.append(Setting(format, rest))
+            # Options of roundings and activations have "=" as well.
+            rounding, *activations = re.split("=(?=int[0-9]|sdr[0-9])", rest, maxsplit=1)
+            found.append(Setting(format, rounding, *activations))
         else:
             raise SystemExit(
                 f"--settings: got {name!r}, expected base, search, sym, FORMAT=ROUNDING[=ACTIVATIONS]"

@@ -48,6 +48,7 @@ from quantloom.formats import (
 )
 from quantloom.info import build_info
 from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
+from quantloom.outlier_columns import keep_columns
 from quantloom.quantizing import quantize
 from quantloom.recipes import Recipe
 from quantloom.rounding import (
@@ -112,6 +113,7 @@ __all__ = [
     "hadamard",
     "hadamard_matrix",
     "hadamard_signs",
+    "keep_columns",
     "kernel_table",
     "largest_hadamard_block",
     "layouts",

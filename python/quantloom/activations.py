@@ -53,7 +53,8 @@ class ActivationFormat:
             al., 2022; there 6): every input that reaches it in any token of a batch is kept as it is in all
             of them, multiplied with the decoded weights, and counts for no scale. Without base_bits.
         static_outliers: the outliers are those that calibration found (or ``with_columns``), so that the
-            result of a token does not depend on the others.
+            result of a token does not depend on the others. In models, the columns of weights that read them
+            stay in float16 (``keep_columns``).
         outlier_columns: those, rising.
 
     Raises TypeError or ValueError naming the argument.

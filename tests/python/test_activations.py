@@ -187,6 +187,41 @@ def test_outlier_columns(factor):
         ql.round_activations(x[:, :50], static)
 
 
+def test_columns_in_float16():
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((40, 96)).astype(np.float32)
+    w[:, [5, 60]] /= 64  # what codes of whole rows cannot resolve
+    x = rng.standard_normal((9, 96)).astype(np.float32)
+    x[:, [5, 60]] *= 64
+    for spec, transform in (
+        ("uniform:8:channel", None),
+        ("codebook:nf4:g32", None),
+        ("sdr:4:g16", "hadamard:b32"),
+    ):
+        q = ql.quantize(w, spec, transform=transform)
+        kept = ql.keep_columns(q, w, [60, 5])
+        assert isinstance(kept.format, ql.Outliers) and kept.report.outliers == 80
+        assert kept.size_in_bits == q.size_in_bits + 80 * 32 + 41 * 32
+        own = w if transform is None else q.transform.rotate_weight(w)
+        basis = ql.PackedTensor(kept.format, kept.shape, kept.planes).dequantize()
+        assert np.allclose(basis[:, [5, 60]], own[:, [5, 60]], rtol=2e-3, atol=1e-5)
+        assert np.array_equal(
+            np.delete(basis, [5, 60], 1),
+            np.delete(ql.PackedTensor(q.format, q.shape, q.planes).dequantize(), [5, 60], 1),
+        )
+        assert ql.keep_columns(q, w, []) is q
+    q = ql.quantize(w, "uniform:8:channel")
+    static = "int8:token:outliers=6:columns=5,60"
+    exact = x.astype(np.float64) @ w.T.astype(np.float64)
+
+    def error(q):
+        return np.square(ql.matmul(x, q, activations=static) - exact).sum()
+
+    assert error(ql.keep_columns(q, w, [5, 60])) < 0.1 * error(q)
+    with pytest.raises(ValueError, match="without outliers"):
+        ql.keep_columns(ql.keep_columns(q, w, [5]), w, [6])
+
+
 def test_bad_input_is_named():
     x = sample(3, 8)
     with pytest.raises(ValueError, match="activations: got int9:token"):

@@ -100,6 +100,14 @@ def test_spqr_matrix():
     assert "stored" in lines[-1]
 
 
+def test_outlier_channels():
+    done = run(ROOT / "examples" / "scripts" / "outlier_channels.py", "64")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    plain, smooth, _, columns, exact_columns = (float(row[-2].rstrip("%")) for row in rows)
+    assert smooth < 0.2 * plain and columns < 0.5 * plain and exact_columns < 0.2 * plain
+
+
 def test_quantize_a_matrix():
     done = run(ROOT / "examples" / "scripts" / "quantize_a_matrix.py")
     assert done.returncode == 0, done.stderr

@@ -472,6 +472,17 @@ class InputRange:
         return form
 
 
+def settle_activations(
+    packed: Any, weight: torch.Tensor, form: Any, span: InputRange | None, threads: int
+) -> tuple[Any, Any]:
+    """A packed Linear, with the columns of outliers in float16, and how its inputs are rounded, with what
+    calibration found."""
+    form = form if form.calibrated else span.calibrate(form)
+    if form.outlier_columns:
+        packed = ql.keep_columns(packed, weight, form.outlier_columns, threads)
+    return packed, form
+
+
 def gather_hessians(
     block: Block,
     call: BlockCall,

@@ -32,6 +32,7 @@ from quantloom.models.calibration import (
     float_block,
     gather_hessians,
     run_block,
+    settle_activations,
 )
 from quantloom.models.checkpoint import assemble, final_files, install
 from quantloom.models.costs import forward_flops, loss_flops, rounding_flops
@@ -474,12 +475,12 @@ class _Run:
                 packed = ql.quantize(
                     weight, form, rounding=rounding, transform=self.recipe.transform, threads=self.threads
                 )
+            activations = self.recipe.activations_for(name)
+            if activations is not None:
+                packed, activations = settle_activations(packed, weight, activations, span, self.threads)
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {error}") from error
-        activations = self.recipe.activations_for(name)
-        if activations is not None and not activations.calibrated:
-            activations = span.calibrate(activations)
         smoothing = {}
         if isinstance(rounding, ql.SmoothQuant) and scaling.loss_unscaled > 0:
             smoothing = {"output_error": scaling.loss, "output_error_unscaled": scaling.loss_unscaled}
