@@ -207,7 +207,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
     const int tokens = std::max(static_cast<int>(m), 1);
     const auto plan_with = [&](bool digits) {
       return cuda::stream_plan(layout, device, tokens, launchers.table_bytes, options.splits,
-                         product.needs_clusters, digits);
+                               product.needs_clusters, digits);
     };
     cuda::StreamPlan stream;
     if (tokens == 1 && launchers.quads && options.digits.value_or(true) && layout.column_blocks > 0 &&
