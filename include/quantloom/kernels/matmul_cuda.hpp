@@ -119,9 +119,9 @@ struct CudaMatmulArguments {
 // bits), and weights without their last rounding to float16, "trellis_exact" 22 bits and the weights as they
 // are; "trellis_panels" and "trellis_tiles" round rotated activations to float16, the latter sums as well;
 // "trellis_dense" rounds weights to float16 before their second rotation. An activation that is not finite
-// makes NaN. So it does in "bit_planes" with one token, which are rounded to 2^-21 of the largest of their
-// 128 columns or less. Throws Unsupported where no kernel takes the format, dtype or device, InvalidArgument
-// / TypeMismatch for bad arguments, before anything is launched.
+// makes NaN. So it does in "bit_planes" with one token, whose activations are rounded to 2^-21 of the largest
+// of 128 columns or less. Throws Unsupported where no kernel takes the format, dtype or device,
+// InvalidArgument / TypeMismatch for bad arguments, before anything is launched.
 void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                  const CudaMatmulOptions& options = {});
 
