@@ -62,6 +62,8 @@ def decode(q) -> np.ndarray:
         return scales[:, group] * (codes(q).astype(np.float32) - zeros[:, group])
     if "signs" in q.planes:
         return binary_sums(q, group)
+    if "shifts" in q.planes:
+        return significant_digits(q, group)
     if hasattr(q.format, "codebooks"):
         return scales_of(q)[:, group] * vectors(q)
     if "codebook" in q.planes:
@@ -81,6 +83,21 @@ def binary_sums(q, group: np.ndarray) -> np.ndarray:
         scale = scales.astype(np.float32)[:, group]
         total = total + np.where(added, scale, -scale)
     return total
+
+
+def significant_digits(q, group: np.ndarray) -> np.ndarray:
+    """The row's scale times the code, two's complement, at the group's shift, float32, [n, k]."""
+    n, k = q.shape
+    bits = q.format.bits
+    digits = (codes(q).astype(np.int32) ^ 1 << (bits - 1)) - (1 << (bits - 1))
+    # Shifts of 0 to 8 - bits, a stream for each row.
+    groups = int(group.max()) + 1 if k else 0
+    stored = np.asarray(q.planes["shifts"])
+    fields = [unpack_bits(stored[r], (8 - bits).bit_length(), groups) for r in range(n)]
+    shifts = np.array(fields, dtype=np.int32).reshape(n, groups)
+    if k == 0:
+        return np.zeros((n, k), dtype=np.float32)
+    return scales_of(q) * (digits << shifts[:, group]).astype(np.float32)
 
 
 def codes_of_spqr(q) -> np.ndarray:
