@@ -16,7 +16,7 @@ QUANTLOOM_HOST_DEVICE constexpr int bit_plane_warps(int planes, int tokens, bool
   return planes <= (fine && tokens > 1 ? 2 : 4) && tokens <= 8 ? 16 : 8;
 }
 
-// In `matrix` the codes are signs, and column blocks of 128.
+// The codes of arguments.w are signs, its column blocks of 128 columns.
 struct BitPlaneLaunch {
   ProductArguments arguments;
   int parameters = 1;   // of a row and group
