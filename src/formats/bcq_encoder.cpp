@@ -45,16 +45,7 @@ class BcqEncoder final : public ColumnEncoder, public WeightedFit {
         groups_(format.group_count(k)),
         group_size_(std::min(format.columns_per_group(k), std::max<int64_t>(k, 1))),
         entries_(int64_t{1} << format.bits) {
-    if (!group_of_column.empty()) {
-      if (std::ssize(group_of_column) != k) {
-        throw InvalidArgument("group_of_column", text_of(group_of_column.size(), " entries"),
-                              text_of(k, ", one for each column"));
-      }
-      require_group_index(group_of_column, groups_, group_size_, "group_of_column");
-      bool consecutive = true;
-      for (int64_t c = 0; c < k; ++c) consecutive = consecutive && group_of_column[c] == c / group_size_;
-      if (!consecutive) group_of_column_.assign(group_of_column.begin(), group_of_column.end());
-    }
+    group_of_column_ = permuted_groups(group_of_column, k, groups_, group_size_);
     const int64_t cells = checked_mul(groups_, n);
     grids_.resize(static_cast<size_t>(cells));
     values_.resize(static_cast<size_t>(checked_mul(cells, entries_)));

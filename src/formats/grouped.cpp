@@ -166,6 +166,22 @@ void require_group_index(std::span<const int32_t> group_of_column, int64_t group
   }
 }
 
+std::vector<int32_t> permuted_groups(std::span<const int32_t> group_of_column, int64_t k, int64_t groups,
+                                     int64_t columns_per_group) {
+  if (group_of_column.empty()) return {};
+  if (std::ssize(group_of_column) != k) {
+    throw InvalidArgument("group_of_column", text_of(group_of_column.size(), " entries"),
+                          text_of(k, ", one for each column"));
+  }
+  require_group_index(group_of_column, groups, columns_per_group, "group_of_column");
+  bool consecutive = true;
+  for (int64_t c = 0; c < k; ++c) {
+    consecutive = consecutive && group_of_column[static_cast<size_t>(c)] == c / columns_per_group;
+  }
+  if (consecutive) return {};
+  return {group_of_column.begin(), group_of_column.end()};
+}
+
 float scale_at(const Tensor& scales, int64_t index) {
   const auto i = static_cast<size_t>(index);
   switch (scales.dtype()) {

@@ -42,6 +42,11 @@ void require_zero_padding(const Tensor& plane, const std::string& name, int64_t 
 // than `columns_per_group` columns.
 void require_group_index(std::span<const int32_t> group_of_column, int64_t groups, int64_t columns_per_group,
                          std::string_view argument);
+// What a column encoder keeps of the groups it is given: nothing if none are given or if they are of
+// consecutive columns. Throws InvalidArgument naming group_of_column unless it has a group for each of the
+// `k` columns, as require_group_index() wants them.
+std::vector<int32_t> permuted_groups(std::span<const int32_t> group_of_column, int64_t k, int64_t groups,
+                                     int64_t columns_per_group);
 
 // The stored scale at `index` as float32.
 float scale_at(const Tensor& scales, int64_t index);

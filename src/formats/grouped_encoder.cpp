@@ -43,16 +43,7 @@ GroupedEncoder::GroupedEncoder(std::shared_ptr<const Format> self, const Grouped
       per_tensor_(format.group_size == GroupedFormat::kPerTensor),
       groups_(per_tensor_ ? 1 : format.group_count(k)),
       group_size_(std::min(format.columns_per_group(k), std::max<int64_t>(k, 1))) {
-  if (!group_of_column.empty()) {
-    if (static_cast<int64_t>(group_of_column.size()) != k) {
-      throw InvalidArgument("group_of_column", text_of(group_of_column.size(), " entries"),
-                            text_of(k, ", one for each column"));
-    }
-    require_group_index(group_of_column, groups_, group_size_, "group_of_column");
-    bool consecutive = true;
-    for (int64_t c = 0; c < k; ++c) consecutive = consecutive && group_of_column[c] == c / group_size_;
-    if (!consecutive) group_of_column_.assign(group_of_column.begin(), group_of_column.end());
-  }
+  group_of_column_ = permuted_groups(group_of_column, k, groups_, group_size_);
   scales_.assign(static_cast<size_t>(per_tensor_ ? kRowTile : checked_mul(groups_, n)), 1.0F);
   codes_.resize(static_cast<size_t>(checked_mul(checked_pad(n, kRowTile), k)));
 }

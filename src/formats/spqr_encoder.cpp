@@ -151,17 +151,7 @@ class SpqrEncoder final : public ColumnEncoder {
         scales_(format.scale_bits, format.group_count(k), n, format.block),
         zeros_(format.zero_bits, format.group_count(k), n, format.block),
         codes_(static_cast<size_t>(checked_mul(checked_pad(n, kRowTile), k))) {
-    if (group_of_column.empty()) return;
-    if (std::ssize(group_of_column) != k) {
-      throw InvalidArgument("group_of_column", text_of(group_of_column.size(), " entries"),
-                            text_of(k, ", one for each column"));
-    }
-    require_group_index(group_of_column, group_count(), group_size(), "group_of_column");
-    bool consecutive = true;
-    for (int64_t c = 0; c < k; ++c) {
-      consecutive = consecutive && group_of_column[static_cast<size_t>(c)] == c / group_size();
-    }
-    if (!consecutive) group_of_column_.assign(group_of_column.begin(), group_of_column.end());
+    group_of_column_ = permuted_groups(group_of_column, k, group_count(), group_size());
   }
 
   int64_t columns_per_step() const override { return 1; }
