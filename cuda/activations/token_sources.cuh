@@ -1,0 +1,26 @@
+// Where the values of tokens come from.
+#pragma once
+
+#include <cstdint>
+
+#include "activations/token_values.cuh"
+
+namespace quantloom::cuda {
+
+// A matrix in memory.
+template <class T>
+struct MatrixSource {
+  using Value = T;
+  using Raw = TokenVector<T>;
+  struct Terms {};
+  TokenMatrix<T> x;
+
+  __device__ __forceinline__ Raw load(int64_t row, int v) const { return x.load(row, v); }
+  template <class Each>
+  __device__ __forceinline__ Terms measure(int64_t, const Each&) const {
+    return {};
+  }
+  __device__ __forceinline__ TokenVector<T> finish(const Raw& raw, int, Terms) const { return raw; }
+};
+
+}  // namespace quantloom::cuda

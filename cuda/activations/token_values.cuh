@@ -1,0 +1,138 @@
+// Eight values of a token in registers, as float16, bfloat16 or float32: reading them, their range as
+// integers, and their floats.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace quantloom::cuda {
+
+inline constexpr int kVectorValues = 8;
+
+// What bits mean in a dtype. Magnitudes without their sign compare as integers, and those that are not finite
+// are above all others.
+template <class T>
+struct ValueBits;
+template <>
+struct ValueBits<__half> {
+  static constexpr uint32_t kSign = 0x8000U;
+  static constexpr uint32_t kRefused = 0x7C00U;  // Inf: all finite values are below 2^127
+  static __device__ __forceinline__ float to_float(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
+  static __device__ __forceinline__ uint32_t from_float(float value) {
+    return __half_as_ushort(__float2half_rn(value));
+  }
+};
+template <>
+struct ValueBits<__nv_bfloat16> {
+  static constexpr uint32_t kSign = 0x8000U;
+  static constexpr uint32_t kRefused = 0x7F00U;
+  static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
+  static __device__ __forceinline__ uint32_t from_float(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+};
+template <>
+struct ValueBits<float> {
+  static constexpr uint32_t kSign = 0x80000000U;
+  static constexpr uint32_t kRefused = 0x7F000000U;
+  static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits); }
+  static __device__ __forceinline__ uint32_t from_float(float value) { return __float_as_uint(value); }
+};
+
+template <class T>
+struct TokenVector {
+  static constexpr bool kPairs = sizeof(T) == 2;  // two values in a word
+  static constexpr int kWords = kVectorValues / (kPairs ? 2 : 1);
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ uint32_t bits(int i) const {
+    return kPairs ? words[i / 2] >> i % 2 * 16 & 0xFFFFU : words[i];
+  }
+  __device__ __forceinline__ float value(int i) const { return ValueBits<T>::to_float(bits(i)); }
+  __device__ __forceinline__ void put(int i, uint32_t value) {
+    if constexpr (kPairs) {
+      words[i / 2] =
+          i % 2 == 0 ? (words[i / 2] & 0xFFFF0000U) | value : (words[i / 2] & 0xFFFFU) | value << 16;
+    } else {
+      words[i] = value;
+    }
+  }
+  static __device__ __forceinline__ TokenVector zeros() {
+    TokenVector v;
+#pragma unroll
+    for (uint32_t& word : v.words) word = 0;
+    return v;
+  }
+};
+
+// A row-major matrix of tokens.
+template <class T>
+struct TokenMatrix {
+  const T* data;
+  int64_t stride;  // elements
+  int64_t cols;
+  bool wide;  // rows begin at multiples of 16 bytes
+
+  // Values 8 v to 8 v + 7 of a row, zeros beyond its end.
+  __device__ __forceinline__ TokenVector<T> load(int64_t row, int v) const {
+    const int64_t first = int64_t{v} * kVectorValues;
+    const T* from = data + row * stride + first;
+    const int64_t left = cols - first;
+    TokenVector<T> found = TokenVector<T>::zeros();
+    if (wide && left >= kVectorValues) {
+#pragma unroll
+      for (int i = 0; i < TokenVector<T>::kWords; i += 4) {
+        const uint4 piece = reinterpret_cast<const uint4*>(from)[i / 4];
+        found.words[i] = piece.x;
+        found.words[i + 1] = piece.y;
+        found.words[i + 2] = piece.z;
+        found.words[i + 3] = piece.w;
+      }
+      return found;
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      if (i < left) {
+        if constexpr (TokenVector<T>::kPairs) {
+          found.put(i, reinterpret_cast<const unsigned short*>(from)[i]);
+        } else {
+          found.put(i, reinterpret_cast<const unsigned int*>(from)[i]);
+        }
+      }
+    }
+    return found;
+  }
+};
+
+// The largest magnitudes below and above 0, as bits; 0 where there is none.
+template <class T>
+struct TokenRange {
+  uint32_t low = 0;
+  uint32_t high = 0;
+
+  __device__ __forceinline__ void take(const TokenVector<T>& v) {
+#pragma unroll
+    for (const uint32_t word : v.words) {
+      if constexpr (TokenVector<T>::kPairs) {
+        high = __vmaxs2(high, word);
+        low = __vmaxs2(low, word ^ 0x80008000U);
+      } else {
+        high = static_cast<uint32_t>(max(static_cast<int>(high), static_cast<int>(word)));
+        low = static_cast<uint32_t>(max(static_cast<int>(low), static_cast<int>(word ^ 0x80000000U)));
+      }
+    }
+  }
+  // One of each, where words held two.
+  __device__ __forceinline__ void fold() {
+    if constexpr (TokenVector<T>::kPairs) {
+      low = max(low & 0xFFFFU, low >> 16);
+      high = max(high & 0xFFFFU, high >> 16);
+    }
+  }
+};
+
+}  // namespace quantloom::cuda
