@@ -26,6 +26,7 @@
 #include "quantloom/fit/kmeans.hpp"
 #include "quantloom/fit/lloyd_max.hpp"
 #include "quantloom/fit/scale_search.hpp"
+#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/coded_matrix.hpp"

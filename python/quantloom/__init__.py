@@ -35,6 +35,7 @@ from quantloom.coded import CodedTensor, code
 from quantloom.formats import (
     BCQ,
     SDR,
+    Additive,
     Codebook,
     Format,
     Outliers,
@@ -80,6 +81,7 @@ __all__ = [
     "GPTQ",
     "SDR",
     "ActivationFormat",
+    "Additive",
     "ChannelScales",
     "Codebook",
     "CodedTensor",

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "formats/description.hpp"
+#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -61,6 +62,11 @@ const std::vector<FormatEntry>& format_table() {
        &Sdr::from_json,
        &Sdr::from_spec,
        {"sdr:4:g16", "sdr:4:g128:bf16", "sdr:3:g8:f32", "sdr:6:g24"}},
+      {"additive",
+       "additive quantization (AQLM): sums of entries of tables, fitted to the matrix, for blocks of weights",
+       &Additive::from_json,
+       &Additive::from_spec,
+       {"additive:2x6:g8", "additive:1x8:g4:scale64:bf16", "additive:3x4:g2x3:f32"}},
       {"bcq",
        "binary coding: 1 to 8 planes of signs with a scale each for every group, optionally an offset",
        &Bcq::from_json,

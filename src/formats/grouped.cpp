@@ -182,6 +182,16 @@ std::vector<int32_t> permuted_groups(std::span<const int32_t> group_of_column, i
   return {group_of_column.begin(), group_of_column.end()};
 }
 
+void store_scale(Tensor& scales, int64_t index, float scale) {
+  const auto at = static_cast<size_t>(index);
+  if (scales.dtype() == DType::f32) {
+    scales.values<float>()[at] = scale;
+  } else {
+    scales.values<uint16_t>()[at] =
+        scales.dtype() == DType::f16 ? f16_from_float(scale) : bf16_from_float(scale);
+  }
+}
+
 float scale_at(const Tensor& scales, int64_t index) {
   const auto i = static_cast<size_t>(index);
   switch (scales.dtype()) {

@@ -50,6 +50,7 @@ std::vector<int32_t> permuted_groups(std::span<const int32_t> group_of_column, i
 
 // The stored scale at `index` as float32.
 float scale_at(const Tensor& scales, int64_t index);
+void store_scale(Tensor& scales, int64_t index, float scale);
 std::span<const uint32_t> packed_row(const Tensor& plane, int64_t row);
 
 }  // namespace quantloom

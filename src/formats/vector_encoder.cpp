@@ -3,53 +3,15 @@
 #include <algorithm>
 #include <cmath>
 
-#include "fit/codebook_finder.hpp"
 #include "formats/grouped.hpp"
 #include "formats/grouped_encoder.hpp"
+#include "formats/table_search.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/parallel.hpp"
 #include "quantloom/random.hpp"
 
 namespace quantloom {
 namespace {
-
-// Normalized values up to so many times the largest of a table are looked for in prepared tables; feedback
-// may push a value further.
-constexpr float kReach = 1024;
-
-float largest_of(std::span<const float> values) {
-  float largest = 0;
-  for (const float value : values) largest = std::max(largest, std::abs(value));
-  return largest;
-}
-
-// The tables of a format, ready to be searched.
-class TableSearch {
- public:
-  explicit TableSearch(const VectorCodebook& format)
-      : format_(format), reach_(kReach * std::max(largest_of(format.table), 0x1p-24F)) {
-    for (int64_t book = 0; book < format.codebooks; ++book) finders_.emplace_back(table(book), 2 * reach_);
-  }
-
-  MatrixView<const float> table(int64_t book) const {
-    return {format_.table.data() + book * format_.entries * format_.dim, format_.entries, format_.dim};
-  }
-
-  // Codes [rows] of one table, for rows of x.
-  void find(int64_t book, MatrixView<const float> x, int32_t* codes) const {
-    const float largest = largest_of({x.data(), static_cast<size_t>(x.rows() * x.cols())});
-    if (largest <= reach_) {
-      finders_[static_cast<size_t>(book)].find(x, 0, x.rows(), codes);
-    } else {
-      fit::CodebookFinder(table(book), std::max(largest, reach_)).find(x, 0, x.rows(), codes);
-    }
-  }
-
- private:
-  const VectorCodebook& format_;
-  float reach_;
-  std::vector<fit::CodebookFinder> finders_;
-};
 
 class VectorEncoder final : public ColumnEncoder {
  public:
@@ -64,13 +26,9 @@ class VectorEncoder final : public ColumnEncoder {
         // A group that is the whole row is as long as its vectors, so that each step is a whole vector.
         group_size_(std::min(format.columns_per_group(k), std::max<int64_t>(k, 1))),
         row_codes_(format.code_count(k)),
-        search_(format) {
+        search_(format.table, format.codebooks, format.entries, format.dim) {
     scales_.assign(static_cast<size_t>(per_tensor_ ? 1 : checked_mul(groups_, n)), 1.0F);
     codes_.resize(static_cast<size_t>(checked_mul(n, row_codes_)));
-    for (int64_t book = 0; book < format.codebooks; ++book) {
-      const MatrixView<const float> table = search_.table(book);
-      outermost_ += largest_of({table.data(), static_cast<size_t>(table.rows() * table.cols())});
-    }
   }
 
   int64_t columns_per_step() const override { return format_.dim; }
@@ -113,25 +71,15 @@ class VectorEncoder final : public ColumnEncoder {
     const int64_t group = column / group_size_;
     std::vector<float> left(static_cast<size_t>(rows * dim), 0.0F);  // beyond a row's end: nothing is wanted
     std::vector<float> sum(left.size(), 0.0F);
-    std::vector<int32_t> found(static_cast<size_t>(rows));
+    std::vector<uint16_t> found(static_cast<size_t>(rows * format_.codebooks));
     for (int64_t r = 0; r < rows; ++r) {
       const float scale = scale_at(group, first_row + r);
       for (int64_t c = 0; c < width; ++c) left[static_cast<size_t>(r * dim + c)] = values(c, r) / scale;
     }
-    for (int64_t book = 0; book < format_.codebooks; ++book) {
-      search_.find(book, {left.data(), rows, dim}, found.data());
-      for (int64_t r = 0; r < rows; ++r) {
-        const int32_t code = found[static_cast<size_t>(r)];
-        const auto at =
-            static_cast<size_t>((first_row + r) * row_codes_ + column / dim * format_.codebooks + book);
-        codes_[at] = static_cast<uint16_t>(code);
-        const float* const entry = search_.table(book).row(code);
-        for (int64_t c = 0; c < width; ++c) {
-          const auto i = static_cast<size_t>(r * dim + c);
-          sum[i] = book == 0 ? entry[c] : sum[i] + entry[c];
-          left[i] -= entry[c];
-        }
-      }
+    search_.encode({left.data(), rows, dim}, dim, width, sum.data(), found.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(found.data() + r * format_.codebooks, format_.codebooks,
+                  codes_.data() + (first_row + r) * row_codes_ + column / dim * format_.codebooks);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float scale = scale_at(group, first_row + r);
@@ -173,19 +121,9 @@ class VectorEncoder final : public ColumnEncoder {
     const double largest = std::max(-range.low, range.high);
     if (largest == 0) return 1.0F;
     const float scale = stored_scale(format_.scale_dtype, shrink * largest);
-    require_finite_grid(scale, std::max(outermost_, 1.0F), format_.scale_dtype, shrink * largest, range, row,
-                        group);
+    require_finite_grid(scale, std::max(search_.outermost(), 1.0F), format_.scale_dtype, shrink * largest,
+                        range, row, group);
     return scale;
-  }
-
-  static void store_scale(Tensor& scales, int64_t i, float scale) {
-    const auto at = static_cast<size_t>(i);
-    if (scales.dtype() == DType::f32) {
-      scales.values<float>()[at] = scale;
-    } else {
-      scales.values<uint16_t>()[at] =
-          scales.dtype() == DType::f16 ? f16_from_float(scale) : bf16_from_float(scale);
-    }
   }
 
   std::shared_ptr<const Format> self_;  // keeps format_ alive
@@ -198,7 +136,6 @@ class VectorEncoder final : public ColumnEncoder {
   int64_t group_size_;
   int64_t row_codes_;
   TableSearch search_;
-  float outermost_ = 0;          // no decoded value is larger, in units of a scale
   std::vector<float> scales_;    // [group][row]
   std::vector<uint16_t> codes_;  // [row][vector][codebook]
 };
@@ -227,7 +164,7 @@ Sample sample_vectors(const VectorCodebook& format, const FloatMatrix& w, int64_
   std::vector<float> row_scales(static_cast<size_t>(n));
   const int64_t width = std::min(format.columns_per_group(k), k);
   const auto largest_in = [](const float* values, int64_t size) {
-    return largest_of({values, static_cast<size_t>(size)});
+    return largest_magnitude({values, static_cast<size_t>(size)});
   };
   float whole = 0;
   if (per_tensor) {
@@ -236,7 +173,7 @@ Sample sample_vectors(const VectorCodebook& format, const FloatMatrix& w, int64_
       w.read(row, 0, k, values.data());
       row_scales[static_cast<size_t>(row)] = largest_in(values.data(), k);
     });
-    whole = largest_of(row_scales);
+    whole = largest_magnitude(row_scales);
   }
   parallel_for(n, threads, [&](int64_t row) {
     std::vector<float> values(static_cast<size_t>(k));
@@ -258,7 +195,7 @@ Sample sample_vectors(const VectorCodebook& format, const FloatMatrix& w, int64_
       sample.weights[static_cast<size_t>(i)] = largest;
     }
   });
-  const float most_weight = largest_of(sample.weights);
+  const float most_weight = largest_magnitude(sample.weights);
   for (float& weight : sample.weights) {
     const float relative = most_weight > 0 ? weight / most_weight : 1.0F;
     weight = relative * relative;
@@ -278,33 +215,13 @@ std::vector<float> fit_tables(const VectorCodebook& format, const FloatMatrix& w
   constexpr int64_t kVectorsPerEntry = 32;
   constexpr int64_t kLeastVectors = int64_t{1} << 14;
   constexpr int64_t kMostVectors = int64_t{1} << 17;
-  const int64_t dim = format.dim;
-  std::vector<float> tables(static_cast<size_t>(format.codebooks * format.entries * dim), 0.0F);
-  if (w.rows() == 0 || w.cols() == 0) return tables;
+  if (w.rows() == 0 || w.cols() == 0) {
+    return std::vector<float>(static_cast<size_t>(format.codebooks * format.entries * format.dim), 0.0F);
+  }
   Sample sample = sample_vectors(
       format, w, std::clamp(kVectorsPerEntry * format.entries, kLeastVectors, kMostVectors), threads);
-  const auto count = std::ssize(sample.weights);
-  const MatrixView<const float> x(sample.vectors.data(), count, dim);
-  KMeansOptions options;
-  options.max_sweeps = kSweeps;
-  options.reseed_empty = true;
-  options.threads = threads;
-  std::vector<int32_t> codes(static_cast<size_t>(count));
-  for (int64_t book = 0; book < format.codebooks; ++book) {
-    float* const table = tables.data() + book * format.entries * dim;
-    if (count <= format.entries) {
-      std::ranges::copy(sample.vectors, table);
-    } else {
-      std::ranges::copy(kmeans(x, format.entries, options, sample.weights).centroids, table);
-    }
-    if (book + 1 == format.codebooks) break;
-    for (int64_t i = 0; i < format.entries * dim; ++i) table[i] = float_from_f16(f16_from_float(table[i]));
-    nearest_neighbour(x, {table, format.entries, dim}, codes, threads);
-    for (int64_t i = 0; i < count * dim; ++i) {
-      sample.vectors[static_cast<size_t>(i)] -= table[codes[static_cast<size_t>(i / dim)] * dim + i % dim];
-    }
-  }
-  return tables;
+  return fit_residual_tables({sample.vectors.data(), std::ssize(sample.weights), format.dim}, sample.weights,
+                             format.codebooks, format.entries, kSweeps, 0, threads);
 }
 
 }  // namespace quantloom

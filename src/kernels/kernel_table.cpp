@@ -24,8 +24,10 @@ std::vector<KernelEntry> kernel_table() {
     table.push_back({"matmul", "codebook", std::to_string(bits), "any", "cpu", "float32", "any",
                      "float32 strip loop with table, " + width, cpu_target()});
   }
-  table.push_back({"matmul", "vector_codebook", "1-16", "any", "cpu", "float32", "any",
-                   "rows decoded, then multiplied", algebra::instruction_set()});
+  for (const char* format : {"vector_codebook", "additive"}) {
+    table.push_back({"matmul", format, "1-16", "any", "cpu", "float32", "any",
+                     "rows decoded, then multiplied", algebra::instruction_set()});
+  }
   table.push_back({"matmul", "bcq", "1-8", "any", "cpu", "float32", "any",
                    "tables of sums of 4 inputs, looked up in registers by nibbles of signs", cpu_target()});
   table.push_back({"matmul", "trellis", "1-8", "any", "cpu", "float32", "any",
@@ -48,8 +50,9 @@ std::vector<KernelEntry> kernel_table() {
   for (const char* format : {"uniform", "codebook"}) {
     table.push_back({"dequantize", format, "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   }
-  table.push_back(
-      {"dequantize", "vector_codebook", "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
+  for (const char* format : {"vector_codebook", "additive"}) {
+    table.push_back({"dequantize", format, "1-16", "any", "cpu", "", "any", "row decoder", "portable"});
+  }
   table.push_back({"dequantize", "spqr", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "sdr", "2-7", "any", "cpu", "", "any", "row decoder", "portable"});
   table.push_back({"dequantize", "bcq", "1-8", "any", "cpu", "", "any", "row decoder", "portable"});

@@ -11,6 +11,7 @@
 #include "kernels/prepared_strips.hpp"
 #include "kernels/prepared_trellis.hpp"
 #include "kernels/strip_product.hpp"
+#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/sdr.hpp"
@@ -112,7 +113,8 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
   resolve_threads(threads);
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a packed tensor with a format");
   const bool with_outliers = dynamic_cast<const Outliers*>(packed.format.get()) != nullptr;
-  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr;
+  const bool by_rows = dynamic_cast<const VectorCodebook*>(packed.format.get()) != nullptr ||
+                       dynamic_cast<const Additive*>(packed.format.get()) != nullptr;
   const bool by_signs = dynamic_cast<const Bcq*>(packed.format.get()) != nullptr;
   const bool by_rings = dynamic_cast<const Trellis*>(packed.format.get()) != nullptr;
   if (!with_outliers && !by_rows && !by_signs && !by_rings &&

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "algebra/dense_tiles.hpp"
 #include "calibration/error_statistics.hpp"
+#include "formats/shared_scales.hpp"
 #include "quantloom/checked_math.hpp"
 
 namespace quantloom {
@@ -49,6 +51,7 @@ std::vector<float> search_shrink(ColumnEncoder& encoder, int64_t group, int64_t 
   const int64_t rows = columns.cols();
   const int64_t step = encoder.columns_per_step();
   const bool shared = encoder.parameters_span_rows();
+  const int64_t run = dynamic_cast<const SharedScales*>(&encoder) != nullptr ? encoder.rows_per_step() : 1;
   const auto row_count = static_cast<size_t>(rows);
   const size_t factor_count = shared ? 1 : row_count;
   std::vector<float> best(factor_count, 1.0F);
@@ -95,6 +98,11 @@ std::vector<float> search_shrink(ColumnEncoder& encoder, int64_t group, int64_t 
       double total = 0;
       for (const double error : row_error) total += error;
       row_error.assign(row_count, total);
+    }
+    for (int64_t first = 0; run > 1 && first < rows; first += run) {
+      const auto own = std::span(row_error).subspan(static_cast<size_t>(first),
+                                                    static_cast<size_t>(std::min(run, rows - first)));
+      std::ranges::fill(own, std::accumulate(own.begin(), own.end(), 0.0));
     }
     for (size_t f = 0; f < std::min(factor_count, row_count); ++f) {
       if (row_error[f] < best_error[f]) {

@@ -56,6 +56,8 @@ def decode(q) -> np.ndarray:
     """W', float32: scale * (code - zero_point), scale * table[code], or scale * a sum of vectors."""
     if hasattr(q.format, "dense"):
         return with_outliers(q)
+    if hasattr(q.format, "scale_group"):
+        return additive_sums(q)
     group = group_of_column(q)
     if hasattr(q.format, "zero_bits"):
         scales, zeros = (bilevel(q, name) for name in ("scale", "zero"))
@@ -141,6 +143,26 @@ def vectors(q) -> np.ndarray:
     for book in range(form.codebooks):
         total = total + tables[book][codes[:, :, book]]
     return total.reshape(n, count * form.dim)[:, :k]
+
+
+def additive_sums(q) -> np.ndarray:
+    """The scale of a block times the sum of its entries, float32, [n, k]."""
+    n, k = q.shape
+    form, stream = q.format, np.asarray(q.planes["codes"])
+    count, rows = -(-k // form.in_group), stream.shape[0]
+    tables = np.asarray(q.planes["codebook"]).astype(np.float32)
+    fields = [unpack_bits(stream[r], form.bits, count * form.codebooks) for r in range(rows)]
+    codes = np.array(fields, dtype=np.int64).reshape(rows, count, form.codebooks)
+    total = np.zeros((rows, count, form.out_group, form.in_group), dtype=np.float32)
+    for book in range(form.codebooks):
+        total = total + tables[book][codes[:, :, book]]
+    scales = np.asarray(q.planes["scales"]).astype(np.float32)
+    if k == 0:
+        return np.zeros((n, k), dtype=np.float32)
+    per_scale = count if form.scale_group == "channel" else form.scale_group // form.in_group
+    total = scales[:, np.arange(count) // per_scale, None, None] * total
+    whole = total.transpose(0, 2, 1, 3).reshape(rows * form.out_group, count * form.in_group)
+    return whole[:n, :k]
 
 
 def nearest_column(

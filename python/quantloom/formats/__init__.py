@@ -1,10 +1,10 @@
 """Formats: what is stored for a matrix, and how it decodes.
 
-Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``BCQ``, ``SpQR``, ``SDR``, ``Trellis`` and
-``Outliers`` are the formats that ``ql.quantize`` packs matrices to and that kernels multiply with; they need
-NumPy only. The others are a vocabulary to compare formats with, for torch tensors of any shape: element
-formats (floats, integers, tables, vector tables), density-based tables, Lloyd-Max, and wrappers that add
-block scales, outliers, rotations and entropy coding::
+Two families. ``Uniform``, ``Codebook``, ``VectorCodebook``, ``Additive``, ``BCQ``, ``SpQR``, ``SDR``,
+``Trellis`` and ``Outliers`` are the formats that ``ql.quantize`` packs matrices to and that kernels multiply
+with; they need NumPy only. The others are a vocabulary to compare formats with, for torch tensors of any
+shape: element formats (floats, integers, tables, vector tables), density-based tables, Lloyd-Max, and
+wrappers that add block scales, outliers, rotations and entropy coding::
 
     import quantloom.formats as Q
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import Any as _Any
 
+from quantloom.formats.additive import Additive
 from quantloom.formats.packed import (
     BCQ,
     SDR,
@@ -73,6 +74,7 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
+    "Additive",
     "BCQ",
     "Codebook",
     "Format",

@@ -532,6 +532,7 @@ def parse_format(spec: str | Format) -> Format:
       g64, f16
     - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
       each matrix; defaults: g64 (or the next multiple of DIM), f16
+    - ``additive:TABLESxBITS[:gIN|:gOUTxIN][:scaleN|:channel][:f16|:bf16|:f32]``; defaults: g8, channel, f16
     - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
     - ``spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]``; defaults: g16, s3, z3, b16
     - ``sdr:BITS[:gN][:f16|:bf16|:f32]`` with 2 to 7 BITS; defaults: g16, f16
@@ -564,6 +565,11 @@ def _from_fields(entry: dict[str, Any]) -> Format:
         if table is not None:
             table = np.array(table, dtype=np.float16).reshape(codebooks, entries, dim)
         return VectorCodebook(entries, dim, entry["group_size"], codebooks, entry["scale_dtype"], table)
+    if entry["format"] == "additive":
+        from quantloom.formats.additive import Additive
+
+        names = ("codebooks", "bits", "in_group", "out_group", "scale_group", "scale_dtype")
+        return Additive(*(entry[name] for name in names))
     if entry["format"] == "outliers":
         return Outliers(_from_fields(entry["dense"]), entry.get("percent"), entry.get("count"))
     if entry["format"] == "spqr":

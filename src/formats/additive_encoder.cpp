@@ -1,0 +1,278 @@
+#include "formats/additive_encoder.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "formats/grouped.hpp"
+#include "formats/grouped_encoder.hpp"
+#include "formats/shared_scales.hpp"
+#include "formats/table_search.hpp"
+#include "quantloom/formats/bit_packing.hpp"
+#include "quantloom/parallel.hpp"
+#include "quantloom/random.hpp"
+
+namespace quantloom {
+namespace {
+
+class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
+ public:
+  AdditiveEncoder(std::shared_ptr<const Format> self, const Additive& format, int64_t n, int64_t k)
+      : self_(std::move(self)),
+        format_(format),
+        n_(n),
+        k_(k),
+        group_size_(format.scale_columns(k)),
+        groups_(k > 0 ? format.scale_count(k) : 0),
+        row_codes_(format.code_count(k)),
+        search_(format.tables, format.codebooks, format.entries(), format.dim()) {
+    static_cast<void>(format.planes(n, k));
+    parts_.tables = format.tables;
+    parts_.scales.assign(static_cast<size_t>(checked_mul(groups_, format.row_groups(n))), 1.0F);
+    parts_.codes.resize(static_cast<size_t>(checked_mul(format.row_groups(n), row_codes_)));
+  }
+
+  int64_t columns_per_step() const override { return format_.in_group; }
+  int64_t group_count() const override { return groups_; }
+  int64_t group_size() const override { return group_size_; }
+  bool parameters_span_rows() const override { return false; }
+  int64_t rows_per_step() const override { return format_.out_group; }
+
+  void fit(int64_t group, int64_t first_row, MatrixView<const float> values,
+           std::span<const float> shrink) override {
+    const int64_t rows = values.cols();
+    const auto count = static_cast<size_t>(ceil_div(rows, format_.out_group));
+    std::vector<double> squares(count, 0.0);
+    std::vector<GroupRange> ranges(count);
+    for (int64_t c = 0; c < values.rows(); ++c) {
+      const float* const value = values.row(c);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto at = static_cast<size_t>(r / format_.out_group);
+        const auto number = static_cast<double>(value[r]);
+        squares[at] += number * number;
+        ranges[at].low = std::min(ranges[at].low, number);
+        ranges[at].high = std::max(ranges[at].high, number);
+      }
+    }
+    for (size_t i = 0; i < count; ++i) {
+      if (squares[i] == 0) {
+        set_scale(first_row, i, group, 1.0F);
+        continue;
+      }
+      const int64_t first = static_cast<int64_t>(i) * format_.out_group;
+      const int64_t own = std::min(format_.out_group, rows - first);
+      double factor = shrink.empty() ? 1.0 : 0.0;
+      for (int64_t r = 0; !shrink.empty() && r < own; ++r) {
+        factor += static_cast<double>(shrink[static_cast<size_t>(first + r)]) / static_cast<double>(own);
+      }
+      const double wanted = factor * std::sqrt(squares[i] / static_cast<double>(own * values.rows()));
+      const float scale = stored_scale(format_.scale_dtype, wanted);
+      require_finite_grid(scale, std::max(search_.outermost(), 1.0F), format_.scale_dtype, wanted, ranges[i],
+                          first_row + first, group);
+      set_scale(first_row, i, group, scale);
+    }
+  }
+
+  void encode(int64_t column, int64_t first_row, MatrixView<const float> values,
+              MatrixView<float> decoded) override {
+    const int64_t rows = values.cols();
+    const int64_t width = values.rows();
+    const int64_t dim = format_.dim();
+    const int64_t count = ceil_div(rows, format_.out_group);
+    const int64_t group = column / group_size_;
+    // Beyond the matrix nothing is wanted.
+    std::vector<float> left(static_cast<size_t>(count * dim), 0.0F);
+    std::vector<float> sum(left.size(), 0.0F);
+    std::vector<uint16_t> found(static_cast<size_t>(count * format_.codebooks));
+    const auto at = [&](int64_t r, int64_t c) {
+      return static_cast<size_t>(r / format_.out_group * dim + r % format_.out_group * format_.in_group + c);
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = scale_of(first_row + r, group);
+      for (int64_t c = 0; c < width; ++c) left[at(r, c)] = values(c, r) / scale;
+    }
+    search_.encode({left.data(), count, dim}, format_.in_group, width, sum.data(), found.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row_group = first_row / format_.out_group + i;
+      std::copy_n(
+          found.data() + i * format_.codebooks, format_.codebooks,
+          parts_.codes.data() + row_group * row_codes_ + column / format_.in_group * format_.codebooks);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = scale_of(first_row + r, group);
+      for (int64_t c = 0; c < width; ++c) decoded(c, r) = sum[at(r, c)] * scale;
+    }
+  }
+
+  PackedTensor finish(int threads) override { return pack_additive(format_, parts_, n_, k_, threads); }
+
+ private:
+  float scale_of(int64_t row, int64_t group) const {
+    return parts_.scales[static_cast<size_t>(row / format_.out_group * groups_ + group)];
+  }
+  void set_scale(int64_t first_row, size_t i, int64_t group, float scale) {
+    const int64_t row_group = first_row / format_.out_group + static_cast<int64_t>(i);
+    parts_.scales[static_cast<size_t>(row_group * groups_ + group)] = scale;
+  }
+
+  std::shared_ptr<const Format> self_;  // keeps format_ alive
+  const Additive& format_;
+  int64_t n_;
+  int64_t k_;
+  int64_t group_size_;
+  int64_t groups_;
+  int64_t row_codes_;
+  TableSearch search_;
+  AdditiveParts parts_;
+};
+
+// Blocks of w over their scales, one of each of an even number of parts of all, and what each counts.
+struct Sample {
+  std::vector<float> blocks;
+  std::vector<float> weights;
+};
+
+Sample sample_blocks(const Additive& format, const FloatMatrix& w, const AdditiveFitOptions& options,
+                     int64_t most) {
+  const int64_t n = w.rows();
+  const int64_t k = w.cols();
+  const int64_t dim = format.dim();
+  // Where there are whole blocks, those that reach beyond the matrix do not count.
+  const int64_t of_row = std::max<int64_t>(k / format.in_group, 1);
+  const int64_t row_groups = std::max<int64_t>(n / format.out_group, 1);
+  const int64_t all = checked_mul(row_groups, of_row);
+  const int64_t part = ceil_div(all, std::min(all, most));
+  const int64_t count = ceil_div(all, part);
+  const int64_t width = format.scale_columns(k);
+  const CounterRandom random(options.seed);
+  Sample sample;
+  sample.blocks.assign(static_cast<size_t>(count * dim), 0.0F);
+  std::vector<double> weights(static_cast<size_t>(count), 0.0);
+  parallel_for(row_groups, options.threads, [&](int64_t row_group) {
+    const int64_t rows = std::min(format.out_group, n - row_group * format.out_group);
+    std::vector<float> values(static_cast<size_t>(rows * k));
+    for (int64_t r = 0; r < rows; ++r) w.read(row_group * format.out_group + r, 0, k, values.data() + r * k);
+    const auto scale_of = [&](int64_t first, int64_t columns) {
+      double squares = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = first; c < first + columns; ++c) {
+          squares += static_cast<double>(values[static_cast<size_t>(r * k + c)]) *
+                     static_cast<double>(values[static_cast<size_t>(r * k + c)]);
+        }
+      }
+      return std::sqrt(squares / static_cast<double>(rows * columns));
+    };
+    std::vector<double> scales;
+    for (int64_t first = 0; first < k; first += width)
+      scales.push_back(scale_of(first, std::min(width, k - first)));
+    for (int64_t i = row_group * of_row / part; i < count && i * part < (row_group + 1) * of_row; ++i) {
+      const int64_t span = std::min(part, all - i * part);
+      const auto at = i * part + static_cast<int64_t>(
+                                     random.below(static_cast<uint64_t>(i), static_cast<uint64_t>(span)));
+      if (at / of_row != row_group) continue;
+      const int64_t first = at % of_row * format.in_group;
+      const double wanted = scales[static_cast<size_t>(first / width)];
+      const float scale = wanted == 0 ? 1.0F : stored_scale(format.scale_dtype, wanted);
+      if (!std::isfinite(scale)) continue;  // its group is refused when it is fitted
+      const int64_t columns = std::min(format.in_group, k - first);
+      double weight = options.column_weights.empty() ? 1.0 : 0.0;
+      for (int64_t c = 0; c < columns; ++c) {
+        if (!options.column_weights.empty())
+          weight += options.column_weights[static_cast<size_t>(first + c)] / static_cast<double>(columns);
+        for (int64_t r = 0; r < rows; ++r) {
+          sample.blocks[static_cast<size_t>(i * dim + r * format.in_group + c)] =
+              values[static_cast<size_t>(r * k + first + c)] / scale;
+        }
+      }
+      weights[static_cast<size_t>(i)] = wanted * wanted * weight;
+    }
+  });
+  const double largest = *std::ranges::max_element(weights);
+  for (const double weight : weights) {
+    sample.weights.push_back(largest > 0 ? static_cast<float>(weight / largest) : 1.0F);
+  }
+  return sample;
+}
+
+}  // namespace
+
+std::unique_ptr<ColumnEncoder> make_additive_encoder(std::shared_ptr<const Format> self,
+                                                     const Additive& format, int64_t n, int64_t k) {
+  return std::make_unique<AdditiveEncoder>(std::move(self), format, n, k);
+}
+
+AdditiveParts unpack_additive(const Additive& format, const PackedTensor& packed) {
+  AdditiveParts parts;
+  const auto stored = packed.plane("codebook").values<uint16_t>();
+  parts.tables.resize(stored.size());
+  std::ranges::transform(stored, parts.tables.begin(), float_from_f16);
+  const Tensor& scales = packed.plane("scales");
+  for (int64_t i = 0; i < scales.element_count(); ++i) parts.scales.push_back(scale_at(scales, i));
+  const int64_t row_codes = format.code_count(packed.k);
+  const int64_t rows = packed.k > 0 ? format.row_groups(packed.n) : 0;
+  parts.codes.resize(static_cast<size_t>(rows * row_codes));
+  for (int64_t row = 0; row < rows; ++row) {
+    unpack_wide_bits(packed_row(packed.plane("codes"), row), format.bits, 0,
+                     {parts.codes.data() + row * row_codes, static_cast<size_t>(row_codes)});
+  }
+  return parts;
+}
+
+PackedTensor pack_additive(const Additive& format, const AdditiveParts& parts, int64_t n, int64_t k,
+                           int threads) {
+  PackedTensor packed;
+  // The plane holds the tables; a description is small.
+  packed.format = std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group,
+                                                   format.out_group, format.scale_group, format.scale_dtype);
+  packed.n = n;
+  packed.k = k;
+  for (const PlaneSpec& spec : format.planes(n, k))
+    packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
+  std::ranges::transform(parts.tables, packed.planes.at("codebook").values<uint16_t>().begin(),
+                         f16_from_float);
+  Tensor& scales = packed.planes.at("scales");
+  for (int64_t i = 0; i < scales.element_count(); ++i)
+    store_scale(scales, i, parts.scales[static_cast<size_t>(i)]);
+  Tensor& codes = packed.planes.at("codes");
+  const int64_t words = codes.shape()[1];
+  uint32_t* const code_words = codes.values<uint32_t>().data();
+  const int64_t row_codes = format.code_count(k);
+  parallel_for(k > 0 ? format.row_groups(n) : 0, threads, [&](int64_t row) {
+    pack_wide_bits({parts.codes.data() + row * row_codes, static_cast<size_t>(row_codes)}, format.bits,
+                   {code_words + row * words, static_cast<size_t>(words)});
+  });
+  return packed;
+}
+
+std::shared_ptr<const Additive> fit_additive(const Additive& format, const FloatMatrix& w,
+                                             const AdditiveFitOptions& options) {
+  if (options.sweeps < 0) throw InvalidArgument("sweeps", text_of(options.sweeps), "0 or more");
+  if (options.vectors_per_entry < 0) {
+    throw InvalidArgument("vectors_per_entry", text_of(options.vectors_per_entry), "0 or more");
+  }
+  if (!options.column_weights.empty() && std::ssize(options.column_weights) != w.cols()) {
+    throw InvalidArgument("column_weights", text_of(options.column_weights.size(), " numbers"),
+                          text_of("none, or one for each of ", w.cols(), " columns"));
+  }
+  for (size_t c = 0; c < options.column_weights.size(); ++c) {
+    const double weight = options.column_weights[c];
+    if (std::isfinite(weight) && weight >= 0) continue;
+    throw NumericError(text_of("column_weights: got ", weight, " at column ", c, ", expected a number >= 0"));
+  }
+  std::vector<float> tables(static_cast<size_t>(format.codebooks * format.entries() * format.dim()), 0.0F);
+  if (w.rows() > 0 && w.cols() > 0) {
+    constexpr int64_t kLeast = int64_t{1} << 14;
+    constexpr int64_t kUsual = int64_t{1} << 18;
+    const int64_t most =
+        options.vectors_per_entry > 0
+            ? checked_mul(options.vectors_per_entry, format.entries())
+            : std::clamp(256 * format.entries(), kLeast, std::max(kUsual, 4 * format.entries()));
+    Sample sample = sample_blocks(format, w, options, most);
+    tables = fit_residual_tables({sample.blocks.data(), std::ssize(sample.weights), format.dim()},
+                                 sample.weights, format.codebooks, format.entries(), options.sweeps,
+                                 options.seed, options.threads);
+  }
+  return std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group, format.out_group,
+                                          format.scale_group, format.scale_dtype, tables);
+}
+
+}  // namespace quantloom
