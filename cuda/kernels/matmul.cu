@@ -15,6 +15,7 @@
 #include "kernels/launchers.hpp"
 #include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
+#include "kernels/product_memory.hpp"
 #include "kernels/products.cuh"
 #include "kernels/spqr_fragments.hpp"
 #include "kernels/spqr_product.hpp"
@@ -223,54 +224,6 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
     }
   }
   return plan;
-}
-
-bool aligned(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
-void require_aligned(const void* pointer, const char* argument, int64_t bytes) {
-  if (!aligned(pointer, bytes)) {
-    throw InvalidArgument(argument, text_of("an address that is not a multiple of ", bytes),
-                          "an aligned address");
-  }
-}
-
-void require_arguments(const PreparedPlanes& w, const CudaMatmulArguments& a) {
-  if (a.m < 0) throw InvalidArgument("m", text_of(a.m), "0 or more tokens");
-  if (a.m > std::numeric_limits<int32_t>::max()) {
-    throw Unsupported(text_of("matmul_cuda: no kernel for ", a.m, " tokens"));
-  }
-  if (a.m > 1 && a.x_stride < w.k)
-    throw InvalidArgument("x_stride", text_of(a.x_stride), text_of("at least k = ", w.k));
-  if (a.m > 1 && a.y_stride < w.n)
-    throw InvalidArgument("y_stride", text_of(a.y_stride), text_of("at least n = ", w.n));
-  static_cast<void>(checked_mul(checked_mul(a.m, std::max(a.x_stride, w.k)), 4));
-  static_cast<void>(checked_mul(checked_mul(a.m, std::max(a.y_stride, w.n)), 4));
-}
-
-void require_planes(const PreparedPlanes& w, int device) {
-  for (const auto& [name, plane] : w.planes) {
-    static_cast<void>(device_plane(plane, "w." + name, device));
-    require_aligned(plane.bytes(), ("w." + name).c_str(), name == "group_index" ? 4 : 16);
-  }
-}
-
-void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64_t workspace, int device) {
-  require_planes(w, device);
-  const auto require = [&](const void* pointer, const char* argument, int64_t alignment) {
-    if (pointer == nullptr)
-      throw InvalidArgument(argument, "a null pointer", "memory of the current CUDA device");
-    require_aligned(pointer, argument, alignment);
-    require_on_device(pointer, argument, device);
-  };
-  if (w.k > 0) require(a.x, "x", size_of(a.dtype));
-  require(a.y, "y", size_of(a.dtype));
-  if (a.bias != nullptr) require(a.bias, "bias", size_of(a.dtype));
-  if (a.workspace_bytes < workspace) {
-    throw InvalidArgument("workspace", text_of(a.workspace_bytes, " bytes"), text_of("at least ", workspace));
-  }
-  if (workspace > 0) require(a.workspace, "workspace", 256);
 }
 
 const uint8_t* plane_or_null(const PreparedPlanes& w, const char* name) {

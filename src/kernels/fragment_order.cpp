@@ -282,9 +282,7 @@ std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t 
   return specs;
 }
 
-void validate(const PreparedPlanes& prepared) {
-  if (prepared.format == nullptr) throw InvalidArgument("prepared", "no format", "prepared planes");
-  const auto specs = prepared_planes(*prepared.format, prepared.n, prepared.k, prepared.has("group_index"));
+void require_prepared_planes(const PreparedPlanes& prepared, const std::vector<PlaneSpec>& specs) {
   for (const PlaneSpec& spec : specs) {
     const Tensor& plane = prepared.plane(spec.name);
     const std::string argument = "prepared." + spec.name;
@@ -292,15 +290,20 @@ void validate(const PreparedPlanes& prepared) {
       throw TypeMismatch(argument, name_of(plane.dtype()), std::string(name_of(spec.dtype)));
     }
     if (plane.shape() != spec.shape) {
-      throw InvalidArgument(
-          argument, text_of("a plane of ", plane.element_count(), " elements"),
-          text_of("the shape that prepared_planes() gives, of ", checked_product(spec.shape), " elements"));
+      throw InvalidArgument(argument, text_of("a plane of ", plane.element_count(), " elements"),
+                            text_of("the shape of its order, of ", checked_product(spec.shape), " elements"));
     }
   }
   if (prepared.planes.size() != specs.size()) {
     throw InvalidArgument("prepared", text_of(prepared.planes.size(), " planes"),
                           text_of(specs.size(), " planes"));
   }
+}
+
+void validate(const PreparedPlanes& prepared) {
+  if (prepared.format == nullptr) throw InvalidArgument("prepared", "no format", "prepared planes");
+  require_prepared_planes(
+      prepared, prepared_planes(*prepared.format, prepared.n, prepared.k, prepared.has("group_index")));
 }
 
 std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index) {

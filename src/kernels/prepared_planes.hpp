@@ -5,7 +5,9 @@
 #include <map>
 #include <span>
 #include <string>
+#include <vector>
 
+#include "quantloom/kernels/matmul_cuda.hpp"
 #include "quantloom/tensor.hpp"
 
 namespace quantloom {
@@ -24,5 +26,8 @@ inline std::span<const int32_t> group_index_of(const std::map<std::string, Tenso
   const auto found = planes.find("group_index");
   return found == planes.end() ? std::span<const int32_t>{} : found->second.values<int32_t>();
 }
+
+// Throws InvalidArgument / TypeMismatch naming the plane unless the planes are those of `specs`.
+void require_prepared_planes(const PreparedPlanes& prepared, const std::vector<PlaneSpec>& specs);
 
 }  // namespace quantloom

@@ -1,0 +1,231 @@
+// matmul_integers_cuda(): checks the arguments, rounds the activations, picks a kernel, launches it.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "activations/token_rounding.hpp"
+#include "common/device.hpp"
+#include "kernels/integer_layout.hpp"
+#include "kernels/integer_product.hpp"
+#include "kernels/overlap.cuh"
+#include "kernels/product_memory.hpp"
+#include "kernels/tile_products.cuh"
+#include "kernels/tile_support.cuh"
+
+namespace quantloom {
+namespace {
+
+using cuda::IntegerArguments;
+using cuda::IntegerKernel;
+using cuda::IntegerShape;
+using integers::TokenTerms;
+
+std::string name_of_shape(const IntegerShape& shape) {
+  return text_of(shape.tokens, "x", shape.rows, "x", shape.columns, "x", shape.parts);
+}
+
+const IntegerKernel& kernel_for(const IntegerShape& shape, bool outliers) {
+  for (const IntegerKernel& kernel : cuda::integer_kernels()) {
+    if (kernel.shape == shape && kernel.outliers == outliers) return kernel;
+  }
+  throw Error("matmul_integers_cuda: no kernel of tiles " + name_of_shape(shape));
+}
+
+IntegerShape shape_of(const std::string& name, int64_t m, int64_t n, int64_t k, const DeviceFacts& device) {
+  if (name.empty()) return cuda::choose_integer_shape(m, n, k, device);
+  for (const IntegerKernel& kernel : cuda::integer_kernels()) {
+    if (name_of_shape(kernel.shape) == name) return kernel.shape;
+  }
+  throw InvalidArgument("tile", name, "one of integer_tiles()");
+}
+
+// Where the rounded activations lie in the workspace.
+struct TokenSpace {
+  int64_t terms = 0;
+  int64_t outliers = 0;
+  int64_t bytes = 0;
+};
+
+TokenSpace token_space(const IntegerLayout& layout, int64_t m, bool outliers) {
+  constexpr int64_t kAlignment = 1024;  // of slabs, as they lie in shared memory
+  TokenSpace space;
+  space.terms = checked_pad(integers::order_bytes(m, layout.k), kAlignment);
+  space.outliers = checked_pad(space.terms + checked_mul(m, sizeof(TokenTerms)), kAlignment);
+  space.bytes = space.outliers;
+  if (outliers) space.bytes += integers::order_bytes(m, 2 * layout.outliers);
+  return space;
+}
+
+// Of code - zero of activations: the largest magnitude.
+int64_t largest_code(const ActivationFormat& format) {
+  return format.symmetric ? int64_t{1} << (format.bits - 1) : (int64_t{1} << format.bits) - 1;
+}
+
+std::optional<std::string> why_not_activations(const ActivationFormat& format) {
+  if (format.scope == ActivationScope::group) {
+    return text_of("integer products take activations with one scale for each token, not ", format.spec());
+  }
+  if (format.has_shifts()) {
+    return text_of("integer products take activations of evenly spaced grids, not ", format.spec());
+  }
+  if (format.scope == ActivationScope::tensor && !format.is_static) {
+    return text_of("integer products take a scale of all tokens that is static, not ", format.spec());
+  }
+  if (format.has_outliers() && !format.static_outliers) {
+    return text_of("integer products take outliers that are static, not ", format.spec());
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> why_not_device(const DeviceFacts& device) {
+  if (device.architecture == 90 && device.code == 90 && cuda::runs_wgmma()) return std::nullopt;
+  return text_of(
+      "integer products need a device of compute capability 9.0 and a build for sm_90a, this device"
+      " has ",
+      device.architecture / 10, ".", device.architecture % 10);
+}
+
+std::optional<std::string> why_not_sums(const IntegerLayout& layout, const ActivationFormat& format) {
+  const int64_t product = layout.largest() * largest_code(format);
+  const int64_t most = std::numeric_limits<int32_t>::max() / product;
+  if (layout.k <= most) return std::nullopt;
+  return text_of("integer products of ", format.spec(), " take at most ", most,
+                 " inputs, whose sums int32 holds, not ", layout.k);
+}
+
+// The layout, once nothing speaks against the product.
+IntegerLayout layout_for(const PreparedPlanes& w, const ActivationFormat& activations, DType dtype) {
+  require_valid(activations);
+  if (const auto reason = why_not_matmul_integers_cuda(*w.format, activations, w.k, dtype)) {
+    throw Unsupported("matmul_integers_cuda: " + *reason);
+  }
+  IntegerLayout layout = integer_layout(*w.format, w.n, w.k);
+  if (activations.is_static && !activations.grid) {
+    throw InvalidArgument("activations", activations.spec(),
+                          "a static format with its scale, as calibration gives");
+  }
+  return layout;
+}
+
+int resident_clusters_of(const IntegerKernel& kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const IntegerKernel*, int>, int> known;
+  const std::scoped_lock lock(mutex);
+  const auto found = known.find({&kernel, device});
+  if (found != known.end()) return found->second;
+  return known.emplace(std::pair(&kernel, device), std::max(kernel.resident(), 1)).first->second;
+}
+
+const unsigned char* bytes_of(const PreparedPlanes& w, const char* name) {
+  return reinterpret_cast<const unsigned char*>(w.plane(name).bytes());
+}
+
+}  // namespace
+
+std::optional<std::string> why_not_matmul_integers_cuda(const Format& format,
+                                                        const ActivationFormat& activations, int64_t k,
+                                                        DType dtype) {
+  if (const auto reason = why_not_integers(format)) return reason;
+  if (const auto reason = why_not_activations(activations)) return reason;
+  if (const auto reason = why_not_sums(integer_layout(format, 0, k), activations)) return reason;
+  if (dtype != DType::f16 && dtype != DType::bf16) {
+    return text_of("integer products take no ", name_of(dtype), " activations");
+  }
+  return why_not_device(current_device());
+}
+
+std::string integer_tile(int64_t m, int64_t n, int64_t k) {
+  return name_of_shape(cuda::choose_integer_shape(m, n, k, current_device()));
+}
+
+std::vector<std::string> integer_tiles() {
+  std::vector<std::string> names;
+  for (const IntegerKernel& kernel : cuda::integer_kernels()) {
+    if (!kernel.outliers) names.push_back(name_of_shape(kernel.shape));
+  }
+  return names;
+}
+
+int64_t matmul_integers_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
+                                       const ActivationFormat& activations) {
+  validate_integers(w);
+  const IntegerLayout layout = layout_for(w, activations, dtype);
+  if (m < 0) throw InvalidArgument("m", text_of(m), "0 or more tokens");
+  return token_space(layout, m, layout.outliers > 0).bytes;
+}
+
+void matmul_integers_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+                          const ActivationFormat& activations, const CudaIntegerOptions& options) {
+  validate_integers(w);
+  const IntegerLayout layout = layout_for(w, activations, arguments.dtype);
+  require_arguments(w, arguments);
+  const DeviceFacts device = current_device();
+  const IntegerShape shape = shape_of(options.tile, std::max<int64_t>(arguments.m, 1), w.n, w.k, device);
+  if (arguments.m == 0 || w.n == 0) return;
+  const TokenSpace space = token_space(layout, arguments.m, layout.outliers > 0);
+  require_memory(w, arguments, space.bytes, device.index);
+
+  auto* const stream = static_cast<cudaStream_t>(arguments.stream);
+  if (layout.blocks == 0) {
+    cuda::ProductLaunch launch;
+    launch.arguments.w.n = w.n;
+    launch.arguments.bias = arguments.bias;
+    launch.arguments.y = arguments.y;
+    launch.arguments.y_stride = arguments.y_stride;
+    launch.arguments.m = static_cast<int>(arguments.m);
+    launch.dtype = arguments.dtype;
+    launch.overlap = false;
+    launch.stream = stream;
+    return cuda::launch_bias_alone(launch);
+  }
+  auto* const workspace = static_cast<unsigned char*>(arguments.workspace);
+  cuda::IntegerTokens tokens;
+  tokens.codes = reinterpret_cast<int8_t*>(workspace);
+  tokens.terms = reinterpret_cast<TokenTerms*>(workspace + space.terms);
+  if (layout.outliers > 0) {
+    tokens.places = reinterpret_cast<const int32_t*>(bytes_of(w, "outlier_place"));
+    tokens.outlier_values = workspace + space.outliers;
+    tokens.outliers = layout.outliers;
+  }
+  const CudaMatrix x{arguments.x, arguments.dtype, arguments.m, w.k,
+                     arguments.m > 1 ? arguments.x_stride : w.k};
+  cuda::round_tokens(x, activations, tokens, stream, options.overlap);
+
+  IntegerArguments p;
+  p.weights = bytes_of(w, "integers");
+  p.rows = reinterpret_cast<const cuda::RowTerms*>(bytes_of(w, "rows"));
+  p.tokens = workspace;
+  p.terms = tokens.terms;
+  if (layout.outliers > 0) {
+    p.outlier_weights = bytes_of(w, "outlier_weights");
+    p.outlier_tokens = workspace + space.outliers;
+    p.outlier_blocks = static_cast<int>(layout.outlier_blocks());
+  }
+  p.bias = arguments.bias;
+  p.y = arguments.y;
+  p.y_stride = arguments.m > 1 ? arguments.y_stride : w.n;
+  p.m = arguments.m;
+  p.m_padded = checked_pad(arguments.m, cuda::kTokenRows);
+  p.n = w.n;
+  p.blocks = static_cast<int>(layout.blocks);
+  p.row_tiles = static_cast<int>(layout.row_tiles);
+  p.row_groups = static_cast<int>(ceil_div(layout.row_tiles, int64_t{shape.rows}));
+  p.token_groups = static_cast<int>(ceil_div(arguments.m, int64_t{shape.tokens} * shape.columns));
+  p.band = std::max(1, 4096 / (shape.tokens * shape.columns));
+  p.has_zeros = layout.asymmetric || !activations.symmetric;
+  p.bfloat16 = arguments.dtype == DType::bf16;
+  p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
+  const IntegerKernel& kernel = kernel_for(shape, layout.outliers > 0);
+  const int64_t tiles = checked_mul(p.row_groups, p.token_groups);
+  if (tiles > std::numeric_limits<int32_t>::max() / 16) {
+    throw Unsupported(text_of("matmul_integers_cuda: no kernel for ", arguments.m, " tokens"));
+  }
+  const int clusters = static_cast<int>(
+      shape.parts > 1 ? tiles : std::min<int64_t>(tiles, resident_clusters_of(kernel, device.index)));
+  kernel.launch(p, clusters, true, stream);
+}
+
+}  // namespace quantloom

@@ -1,0 +1,71 @@
+// What the kernels of integer products take, and which of them suits.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <span>
+
+#include "activations/integer_order.hpp"
+#include "common/device.hpp"
+
+namespace quantloom::cuda {
+
+// What a product needs of each output beside its codes: value = scale * (code - zero).
+struct RowTerms {
+  float scale;
+  int32_t sum;  // of the codes
+  int32_t zero;
+  int32_t unused;
+};
+
+struct IntegerArguments {
+  const unsigned char* weights = nullptr;  // codes in integer order
+  const RowTerms* rows = nullptr;          // [128 * row_tiles]
+  const unsigned char* tokens = nullptr;   // codes in integer order
+  const integers::TokenTerms* terms = nullptr;
+  const unsigned char* outlier_weights = nullptr;  // float16 in integer order, or null
+  const unsigned char* outlier_tokens = nullptr;
+  const void* bias = nullptr;  // [n] of y's dtype, or null
+  void* y = nullptr;
+  int64_t y_stride = 0;
+  int64_t m = 0;
+  int64_t m_padded = 0;  // tokens whose codes are there
+  int64_t n = 0;
+  int blocks = 0;  // of 128 columns, > 0
+  int outlier_blocks = 0;
+  int row_tiles = 0;     // of 128 outputs
+  int row_groups = 0;    // tiles of a cluster
+  int token_groups = 0;  // likewise
+  int band = 1;          // token groups that are multiplied at about the same time
+  bool has_zeros = false;
+  bool bfloat16 = false;
+  bool y_in_pieces = false;  // y may be written 16 bytes at a time
+};
+
+// The sizes of a tile, see integer_product.cuh.
+struct IntegerShape {
+  int tokens = 0;
+  int rows = 1;
+  int columns = 1;
+  int parts = 1;
+
+  int cluster() const { return rows * columns * parts; }
+  friend bool operator==(const IntegerShape&, const IntegerShape&) = default;
+};
+
+struct IntegerKernel {
+  IntegerShape shape;
+  bool outliers = false;
+  void (*launch)(const IntegerArguments& arguments, int clusters, bool overlap,
+                 cudaStream_t stream) = nullptr;
+  int (*resident)() = nullptr;  // clusters that run at the same time
+};
+
+// All that are built.
+std::span<const IntegerKernel> integer_kernels();
+
+// The shape that is expected to be the fastest.
+IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceFacts& device);
+
+}  // namespace quantloom::cuda
