@@ -97,12 +97,16 @@ std::optional<std::string> why_not_sums(const IntegerLayout& layout, const Activ
 }
 
 // The layout, once nothing speaks against the product.
-IntegerLayout layout_for(const PreparedPlanes& w, const ActivationFormat& activations, DType dtype) {
+IntegerLayout layout_for(const IntegerPlanes& w, const ActivationFormat& activations, DType dtype) {
   require_valid(activations);
   if (const auto reason = why_not_matmul_integers_cuda(*w.format, activations, w.k, dtype)) {
     throw Unsupported("matmul_integers_cuda: " + *reason);
   }
-  IntegerLayout layout = integer_layout(*w.format, w.n, w.k);
+  if (activations.outlier_columns.value_or(std::vector<int32_t>()) != w.outlier_columns) {
+    throw InvalidArgument("activations", activations.spec(),
+                          text_of("one with the outlier columns of the weights, ", w.outlier_columns.size()));
+  }
+  const IntegerLayout layout = integer_layout(*w.format, w.n, w.k, std::ssize(w.outlier_columns));
   if (activations.is_static && !activations.grid) {
     throw InvalidArgument("activations", activations.spec(),
                           "a static format with its scale, as calibration gives");
@@ -119,7 +123,7 @@ int resident_clusters_of(const IntegerKernel& kernel, int device) {
   return known.emplace(std::pair(&kernel, device), std::max(kernel.resident(), 1)).first->second;
 }
 
-const unsigned char* bytes_of(const PreparedPlanes& w, const char* name) {
+const unsigned char* bytes_of(const IntegerPlanes& w, const char* name) {
   return reinterpret_cast<const unsigned char*>(w.plane(name).bytes());
 }
 
@@ -130,7 +134,7 @@ std::optional<std::string> why_not_matmul_integers_cuda(const Format& format,
                                                         DType dtype) {
   if (const auto reason = why_not_integers(format)) return reason;
   if (const auto reason = why_not_activations(activations)) return reason;
-  if (const auto reason = why_not_sums(integer_layout(format, 0, k), activations)) return reason;
+  if (const auto reason = why_not_sums(integer_layout(format, 0, k, 0), activations)) return reason;
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("integer products take no ", name_of(dtype), " activations");
   }
@@ -149,7 +153,7 @@ std::vector<std::string> integer_tiles() {
   return names;
 }
 
-int64_t matmul_integers_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
+int64_t matmul_integers_cuda_workspace(const IntegerPlanes& w, int64_t m, DType dtype,
                                        const ActivationFormat& activations) {
   validate_integers(w);
   const IntegerLayout layout = layout_for(w, activations, dtype);
@@ -157,7 +161,7 @@ int64_t matmul_integers_cuda_workspace(const PreparedPlanes& w, int64_t m, DType
   return token_space(layout, m, layout.outliers > 0).bytes;
 }
 
-void matmul_integers_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arguments,
                           const ActivationFormat& activations, const CudaIntegerOptions& options) {
   validate_integers(w);
   const IntegerLayout layout = layout_for(w, activations, arguments.dtype);

@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = columns[place];
     const int code = integers[integers::place_of(row, column, source.blocks)] - terms[row].zero;
     const float dense = __fmul_rn(terms[row].scale, static_cast<float>(code));
-    weight = __float2half_rn(__fadd_rn(dense, __half2float(values[row * outliers + place])));
+    const float own = values == nullptr ? 0.0F : __half2float(values[row * outliers + place]);
+    weight = __float2half_rn(__fadd_rn(dense, own));
   }
   weights[integers::place_of(row, 2 * place, outlier_blocks) / 2] = weight;
 }
@@ -183,7 +184,7 @@ void require_on_device(const std::map<std::string, Tensor>& planes, const std::s
   }
 }
 
-void require_same(const PackedTensor& packed, const PreparedPlanes& prepared) {
+void require_same(const PackedTensor& packed, const IntegerPlanes& prepared) {
   validate(packed);
   validate_integers(prepared);
   if (packed.n != prepared.n || packed.k != prepared.k ||
@@ -201,29 +202,27 @@ void require_same(const PackedTensor& packed, const PreparedPlanes& prepared) {
 
 // Waits for the stream.
 void prepare_outliers(const IntegerLayout& layout, const Source& source, const PackedTensor& packed,
-                      PreparedPlanes& prepared, cudaStream_t stream) {
-  const Tensor offsets = on_host(packed.plane("outlier_offsets"), stream);
-  const Tensor columns = on_host(packed.plane("outlier_columns"), stream);
-  check_cuda(cudaStreamSynchronize(stream), "prepare_integers_cuda: reading outliers");
-  const std::vector<int32_t> shared = shared_columns(offsets, columns, layout.n, layout.outliers);
+                      IntegerPlanes& prepared, cudaStream_t stream) {
+  const std::vector<int32_t>& shared = prepared.outlier_columns;
+  if (layout.own_outliers) {
+    const Tensor offsets = on_host(packed.plane("outlier_offsets"), stream);
+    const Tensor columns = on_host(packed.plane("outlier_columns"), stream);
+    check_cuda(cudaStreamSynchronize(stream), "prepare_integers_cuda: reading outliers");
+    require_outliers_at(shared, offsets, columns, layout.n);
+  }
+  if (shared.empty()) return;
   std::vector<int32_t> places(static_cast<size_t>(layout.k), -1);
   for (size_t i = 0; i < shared.size(); ++i) places[static_cast<size_t>(shared[i])] = static_cast<int32_t>(i);
-  if (!places.empty()) {
-    check_cuda(cudaMemcpyAsync(prepared.planes.at("outlier_place").bytes(), places.data(), 4 * places.size(),
-                               cudaMemcpyHostToDevice, stream),
-               "prepare_integers_cuda: places of outliers");
-  }
-  if (shared.empty()) {
-    check_cuda(cudaStreamSynchronize(stream), "prepare_integers_cuda: places of outliers");
-    return;
-  }
+  check_cuda(cudaMemcpyAsync(prepared.planes.at("outlier_place").bytes(), places.data(), 4 * places.size(),
+                             cudaMemcpyHostToDevice, stream),
+             "prepare_integers_cuda: places of outliers");
   cuda::DeviceBuffer<int32_t> on_device(std::ssize(shared), stream);
   on_device.upload(shared.data(), std::ssize(shared));
   const int64_t pieces = 128 * layout.row_tiles * 64 * layout.outlier_blocks();
   order_outliers<<<blocks_for(pieces), kThreads, 0, stream>>>(
       source, pieces, layout.outliers, layout.outlier_blocks(), data_of<int8_t>(prepared.plane("integers")),
       data_of<RowTerms>(prepared.plane("rows")), on_device.data(),
-      data_of<__half>(packed.plane("outlier_values")),
+      layout.own_outliers ? data_of<__half>(packed.plane("outlier_values")) : nullptr,
       reinterpret_cast<__half*>(prepared.planes.at("outlier_weights").bytes()));
   check_cuda(cudaGetLastError(), "prepare_integers_cuda: launch of order_outliers");
   check_cuda(cudaStreamSynchronize(stream), "prepare_integers_cuda: places of outliers");
@@ -231,10 +230,11 @@ void prepare_outliers(const IntegerLayout& layout, const Source& source, const P
 
 }  // namespace
 
-void prepare_integers_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream) {
+void prepare_integers_cuda(const PackedTensor& packed, IntegerPlanes& prepared, void* stream) {
   require_same(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
-  const IntegerLayout layout = integer_layout(*packed.format, packed.n, packed.k);
+  const IntegerLayout layout =
+      integer_layout(*packed.format, packed.n, packed.k, std::ssize(prepared.outlier_columns));
   const Source source = source_of(layout, packed.planes);
   copy_to(packed.planes, prepared.planes, cuda_stream);
   const int64_t rows = 128 * layout.row_tiles;
@@ -253,13 +253,14 @@ void prepare_integers_cuda(const PackedTensor& packed, PreparedPlanes& prepared,
                                static_cast<size_t>(prepared.plane("rows").byte_count()), cuda_stream),
                "prepare_integers_cuda: rows");
   }
-  if (layout.has_outliers) prepare_outliers(layout, source, packed, prepared, cuda_stream);
+  prepare_outliers(layout, source, packed, prepared, cuda_stream);
 }
 
-void unprepare_integers_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream) {
+void unprepare_integers_cuda(const IntegerPlanes& prepared, PackedTensor& packed, void* stream) {
   require_same(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
-  const IntegerLayout layout = integer_layout(*packed.format, packed.n, packed.k);
+  const IntegerLayout layout =
+      integer_layout(*packed.format, packed.n, packed.k, std::ssize(prepared.outlier_columns));
   copy_to(prepared.planes, packed.planes, cuda_stream);
   Tensor& codes = packed.planes.at("codes");
   if (codes.byte_count() == 0) return;

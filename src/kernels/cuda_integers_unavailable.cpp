@@ -12,11 +12,11 @@ namespace {
 
 }  // namespace
 
-void prepare_integers_cuda(const PackedTensor& /*packed*/, PreparedPlanes& /*prepared*/, void* /*stream*/) {
+void prepare_integers_cuda(const PackedTensor& /*packed*/, IntegerPlanes& /*prepared*/, void* /*stream*/) {
   refuse("prepare_integers_cuda");
 }
 
-void unprepare_integers_cuda(const PreparedPlanes& /*prepared*/, PackedTensor& /*packed*/, void* /*stream*/) {
+void unprepare_integers_cuda(const IntegerPlanes& /*prepared*/, PackedTensor& /*packed*/, void* /*stream*/) {
   refuse("unprepare_integers_cuda");
 }
 
@@ -34,12 +34,12 @@ std::vector<std::string> integer_tiles() {
   return {};
 }
 
-int64_t matmul_integers_cuda_workspace(const PreparedPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
+int64_t matmul_integers_cuda_workspace(const IntegerPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
                                        const ActivationFormat& /*activations*/) {
   refuse("matmul_integers_cuda_workspace");
 }
 
-void matmul_integers_cuda(const PreparedPlanes& /*w*/, const CudaMatmulArguments& /*arguments*/,
+void matmul_integers_cuda(const IntegerPlanes& /*w*/, const CudaMatmulArguments& /*arguments*/,
                           const ActivationFormat& /*activations*/, const CudaIntegerOptions& /*options*/) {
   refuse("matmul_integers_cuda");
 }

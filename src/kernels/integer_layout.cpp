@@ -53,6 +53,12 @@ void require_planes_on_cpu(const std::map<std::string, Tensor>& planes, const ch
   }
 }
 
+[[noreturn]] void refuse_outliers() {
+  throw Unsupported(
+      "integer products take weights whose outliers lie in the columns of the activations' static"
+      " outliers, in each row, not others");
+}
+
 }  // namespace
 
 std::optional<std::string> why_not_integers(const Format& format) {
@@ -69,7 +75,7 @@ std::optional<std::string> why_not_integers(const Format& format) {
   return std::nullopt;
 }
 
-IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k) {
+IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k, int64_t outlier_columns) {
   if (const auto reason = why_not_integers(format)) throw Unsupported(*reason);
   if (n < 0 || k < 0) throw InvalidArgument("shape", text_of("[", n, ", ", k, "]"), "sizes of 0 or more");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 128;
@@ -95,14 +101,10 @@ IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k) {
     layout.asymmetric = !uniform.symmetric;
     layout.per_tensor = uniform.group_size == Uniform::kPerTensor;
   }
+  layout.outliers = outlier_columns;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
-    const int64_t count = outliers->entry_count(n, k);
-    if (n > 0 && count % n != 0) {
-      throw Unsupported(
-          text_of("integer products take outliers in the same columns of all rows, not ", format.spec()));
-    }
-    layout.has_outliers = true;
-    layout.outliers = n > 0 ? count / n : 0;
+    layout.own_outliers = true;
+    if (outliers->entry_count(n, k) != checked_mul(n, outlier_columns)) refuse_outliers();
   }
   return layout;
 }
@@ -111,8 +113,9 @@ bool is_integer_plane(std::string_view name) {
   return name == "integers" || name == "rows" || name == "outlier_place" || name == "outlier_weights";
 }
 
-std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k, bool with_group_index) {
-  const IntegerLayout layout = integer_layout(format, n, k);
+std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k, int64_t outlier_columns,
+                                      bool with_group_index) {
+  const IntegerLayout layout = integer_layout(format, n, k, outlier_columns);
   std::vector<PlaneSpec> specs;
   for (const PlaneSpec& spec : format.planes(n, k)) {
     if (spec.name == "codes" || (spec.name == "group_index" && !with_group_index)) continue;
@@ -120,45 +123,53 @@ std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k
   }
   specs.push_back({"integers", DType::i8, {2 * layout.row_tiles, layout.blocks, 64, 128}});
   specs.push_back({"rows", DType::i32, {128 * layout.row_tiles, 4}});
-  if (layout.has_outliers) {
+  if (layout.outliers > 0) {
     specs.push_back({"outlier_place", DType::i32, {k}});
     specs.push_back({"outlier_weights", DType::f16, {2 * layout.row_tiles, layout.outlier_blocks(), 64, 64}});
   }
   return specs;
 }
 
-void validate_integers(const PreparedPlanes& prepared) {
+void validate_integers(const IntegerPlanes& prepared) {
   if (prepared.format == nullptr) throw InvalidArgument("prepared", "no format", "planes in integer order");
+  int64_t before = -1;
+  for (const int32_t column : prepared.outlier_columns) {
+    if (column <= before || column >= prepared.k) {
+      throw InvalidArgument("outlier_columns", text_of(column, " after ", before),
+                            text_of("rising numbers from 0 to ", prepared.k - 1));
+    }
+    before = column;
+  }
   require_prepared_planes(
-      prepared, integer_planes(*prepared.format, prepared.n, prepared.k, prepared.has("group_index")));
+      prepared, integer_planes(*prepared.format, prepared.n, prepared.k, std::ssize(prepared.outlier_columns),
+                               prepared.has("group_index")));
 }
 
-std::vector<int32_t> shared_columns(const Tensor& offsets, const Tensor& columns, int64_t n, int64_t count) {
-  std::vector<int32_t> shared(static_cast<size_t>(n > 0 ? count : 0));
+void require_outliers_at(const std::vector<int32_t>& wanted, const Tensor& offsets, const Tensor& columns,
+                         int64_t n) {
+  const int64_t count = std::ssize(wanted);
   const auto column_at = [&](int64_t i) {
     const auto at = static_cast<size_t>(i);
     return columns.dtype() == DType::i32 ? columns.values<int32_t>()[at]
                                          : static_cast<int32_t>(columns.values<uint16_t>()[at]);
   };
-  for (size_t i = 0; i < shared.size(); ++i) shared[i] = column_at(static_cast<int64_t>(i));
   for (int64_t row = 0; row < n; ++row) {
-    bool same = offsets.values<int32_t>()[static_cast<size_t>(row)] == row * count;
-    for (int64_t i = 0; i < count && same; ++i)
-      same = column_at(row * count + i) == shared[static_cast<size_t>(i)];
-    if (!same) {
-      throw Unsupported("integer products take outliers in the same columns of all rows, not other ones");
+    if (offsets.values<int32_t>()[static_cast<size_t>(row)] != row * count) refuse_outliers();
+    for (int64_t i = 0; i < count; ++i) {
+      if (column_at(row * count + i) != wanted[static_cast<size_t>(i)]) refuse_outliers();
     }
   }
-  return shared;
 }
 
-PreparedPlanes prepare_integers(const PackedTensor& packed) {
+IntegerPlanes prepare_integers(const PackedTensor& packed, std::vector<int32_t> outlier_columns) {
   validate(packed);
   require_planes_on_cpu(packed.planes, "prepare_integers");
-  const IntegerLayout layout = integer_layout(*packed.format, packed.n, packed.k);
-  PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
+  const int64_t outliers = std::ssize(outlier_columns);
+  const IntegerLayout layout = integer_layout(*packed.format, packed.n, packed.k, outliers);
+  IntegerPlanes prepared{{packed.format, packed.n, packed.k, {}}, std::move(outlier_columns)};
+  const std::vector<int32_t>& columns = prepared.outlier_columns;
   for (const PlaneSpec& spec :
-       integer_planes(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"))) {
+       integer_planes(*packed.format, packed.n, packed.k, outliers, packed.planes.contains("group_index"))) {
     Tensor plane(spec.dtype, spec.shape);
     if (!is_integer_plane(spec.name)) copy_plane(packed.plane(spec.name), plane);
     prepared.planes.emplace(spec.name, std::move(plane));
@@ -185,32 +196,38 @@ PreparedPlanes prepare_integers(const PackedTensor& packed) {
     rows[static_cast<size_t>(4 * row + 1)] = sum;
     rows[static_cast<size_t>(4 * row + 2)] = packed.k > 0 ? zero_of_row(layout, packed, row) : 0;
   }
-  if (!layout.has_outliers) return prepared;
-  const std::vector<int32_t> columns = shared_columns(
-      packed.plane("outlier_offsets"), packed.plane("outlier_columns"), packed.n, layout.outliers);
+  validate_integers(prepared);
+  if (layout.own_outliers) {
+    require_outliers_at(columns, packed.plane("outlier_offsets"), packed.plane("outlier_columns"), packed.n);
+  }
+  if (outliers == 0) return prepared;
   const auto places = prepared.planes.at("outlier_place").values<int32_t>();
   std::ranges::fill(places, -1);
   for (size_t i = 0; i < columns.size(); ++i)
     places[static_cast<size_t>(columns[i])] = static_cast<int32_t>(i);
   const auto weights = prepared.planes.at("outlier_weights").values<uint16_t>();
-  const auto values = packed.plane("outlier_values").values<uint16_t>();
+  const auto values =
+      layout.own_outliers ? packed.plane("outlier_values").values<uint16_t>() : std::span<const uint16_t>();
   for (int64_t row = 0; row < packed.n; ++row) {
     const float scale = std::bit_cast<float>(rows[static_cast<size_t>(4 * row)]);
     const int zero = rows[static_cast<size_t>(4 * row + 2)];
-    for (int64_t i = 0; i < layout.outliers; ++i) {
+    for (int64_t i = 0; i < outliers; ++i) {
       const int64_t at = place_of(row, columns[static_cast<size_t>(i)], layout.blocks);
       const float dense = scale * static_cast<float>(bytes[static_cast<size_t>(at)] - zero);
-      const float whole = dense + float_from_f16(values[static_cast<size_t>(row * layout.outliers + i)]);
-      weights[static_cast<size_t>(place_of(row, 2 * i, layout.outlier_blocks()) / 2)] = f16_from_float(whole);
+      const float own =
+          values.empty() ? 0.0F : float_from_f16(values[static_cast<size_t>(row * outliers + i)]);
+      weights[static_cast<size_t>(place_of(row, 2 * i, layout.outlier_blocks()) / 2)] =
+          f16_from_float(dense + own);
     }
   }
   return prepared;
 }
 
-PackedTensor unprepare_integers(const PreparedPlanes& prepared) {
+PackedTensor unprepare_integers(const IntegerPlanes& prepared) {
   validate_integers(prepared);
   require_planes_on_cpu(prepared.planes, "unprepare_integers");
-  const IntegerLayout layout = integer_layout(*prepared.format, prepared.n, prepared.k);
+  const IntegerLayout layout =
+      integer_layout(*prepared.format, prepared.n, prepared.k, std::ssize(prepared.outlier_columns));
   PackedTensor packed{prepared.format, prepared.n, prepared.k, {}};
   for (const PlaneSpec& spec : prepared.format->planes(prepared.n, prepared.k)) {
     if (spec.optional && !prepared.has(spec.name)) continue;

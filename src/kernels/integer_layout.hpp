@@ -15,10 +15,10 @@ struct IntegerLayout {
   int64_t group_columns = 1;  // columns that share a shift
   int64_t n = 0;
   int64_t k = 0;
-  int64_t row_tiles = 0;  // of 128 rows
-  int64_t blocks = 0;     // of 128 columns
-  int64_t outliers = 0;   // in each row
-  bool has_outliers = false;
+  int64_t row_tiles = 0;      // of 128 rows
+  int64_t blocks = 0;         // of 128 columns
+  int64_t outliers = 0;       // columns
+  bool own_outliers = false;  // W has outliers
 
   bool has_shifts() const { return shift_bits > 0; }
   int center() const { return has_shifts() ? 0 : 1 << (bits - 1); }
@@ -28,10 +28,11 @@ struct IntegerLayout {
 };
 
 // Throws Unsupported if integers of the format cannot be multiplied.
-IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k);
+IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k, int64_t outlier_columns);
 
-// The columns of a matrix's outliers, of rows of `count`; throws Unsupported unless all rows have the same.
-std::vector<int32_t> shared_columns(const Tensor& offsets, const Tensor& columns, int64_t n, int64_t count);
+// Throws Unsupported unless the outliers of each row lie at `wanted`.
+void require_outliers_at(const std::vector<int32_t>& wanted, const Tensor& offsets, const Tensor& columns,
+                         int64_t n);
 
 // The names of the planes that integer order adds.
 bool is_integer_plane(std::string_view name);

@@ -2,9 +2,9 @@
 // most 8 bits and weights of at most 8 bits with one scale for each output, on integer tensor cores.
 //
 // What is taken. Weights: `uniform` with one group of columns (per channel or per tensor), 2 to 8 bits,
-// symmetric or not; `sdr`; either with outliers, if all rows have theirs in the same columns (keep_columns in
-// Python). Activations: one scale for each token or for all, 2 to 8 bits, symmetric or not, or significant
-// digits of integers of 8 bits; with static outliers. Devices of compute capability 9.0.
+// symmetric or not; `sdr`; either with outliers in the columns of the activations' static outliers
+// (keep_columns in Python). Activations: one scale for each token or for all, 2 to 8 bits, symmetric or not,
+// or significant digits of integers of 8 bits; with static outliers. Devices of compute capability 9.0.
 //
 // The codes of both are multiplied exactly, in int32; sums are scaled in float32 and rounded once. Outliers
 // of activations are multiplied as float16 with W in float16. A token's result does not depend on the others,
@@ -27,27 +27,34 @@ namespace quantloom {
 //                    (src/activations/integer_order.hpp)
 //   rows             int32 [128 * tiles, 4]: the bits of the float32 scale, the sum of the integers, the zero
 //                    point - center, 0
-//   outlier_place    int32 [k], with outliers only: the place of an input among the outliers, or -1
-//   outlier_weights  float16 [2 * tiles, outlier_blocks, 64, 64], likewise: W at those inputs, as the
-//   integers
+//   outlier_place    int32 [k], with outlier columns only: the place of an input among them, or -1
+//   outlier_weights  float16 [2 * tiles, outlier_blocks, 64, 64], likewise: W at those inputs, in the order
+//   of
+//                    the integers
 // with center = 2^(bits-1).
+struct IntegerPlanes : PreparedPlanes {
+  // Inputs whose activations stay as they are: the static outliers of the activations' format.
+  std::vector<int32_t> outlier_columns = {};
+};
 
 // nullopt if integers of `format` can be multiplied; otherwise the reason why not. Looks at the description
-// alone; outliers in differing columns are found when planes are prepared.
+// alone; where outliers of W lie is found when planes are prepared.
 std::optional<std::string> why_not_integers(const Format& format);
-// Their planes. `outliers`: in each row. Throws Unsupported if there is a reason why not.
-std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k, bool with_group_index);
-// Throws InvalidArgument, naming the plane, unless the planes are those of integer_planes().
-void validate_integers(const PreparedPlanes& prepared);
+// Their planes. Throws Unsupported if there is a reason why not.
+std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k, int64_t outlier_columns,
+                                      bool with_group_index);
+// Throws InvalidArgument, naming the plane, unless the planes are those of integer_planes(), and outlier
+// columns rise from 0 to k - 1.
+void validate_integers(const IntegerPlanes& prepared);
 
 // The scalar reference, from planes on the CPU to planes on the CPU, and its inverse (bit for bit). Throws
-// Unsupported if there is a reason why not, or outliers are not in the same columns of all rows.
-PreparedPlanes prepare_integers(const PackedTensor& packed);
-PackedTensor unprepare_integers(const PreparedPlanes& prepared);
-// The same on the device; waits for the device if there are outliers. `prepared` comes with planes to be
-// filled.
-void prepare_integers_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream);
-void unprepare_integers_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream);
+// Unsupported if there is a reason why not, or if W has outliers but not in each row at `outlier_columns`.
+IntegerPlanes prepare_integers(const PackedTensor& packed, std::vector<int32_t> outlier_columns);
+PackedTensor unprepare_integers(const IntegerPlanes& prepared);
+// The same on the device; waits for the device if there are outlier columns. `prepared` comes with its
+// columns and with planes to be filled.
+void prepare_integers_cuda(const PackedTensor& packed, IntegerPlanes& prepared, void* stream);
+void unprepare_integers_cuda(const IntegerPlanes& prepared, PackedTensor& packed, void* stream);
 
 struct CudaIntegerOptions {
   // Lets the kernels start before the previous one in the stream has ended, see CudaMatmulOptions.
@@ -66,13 +73,13 @@ std::string integer_tile(int64_t m, int64_t n, int64_t k);
 std::vector<std::string> integer_tiles();
 
 // Bytes of device memory, 256-byte aligned, that the product needs as workspace: the rounded activations.
-int64_t matmul_integers_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
+int64_t matmul_integers_cuda_workspace(const IntegerPlanes& w, int64_t m, DType dtype,
                                        const ActivationFormat& activations);
 
 // Rounds x and multiplies; arguments as of matmul_cuda(). A token with a value that is not finite gives NaN.
 // Throws Unsupported where why_not_matmul_integers_cuda() has a reason, InvalidArgument / TypeMismatch for
 // bad arguments, before anything is launched.
-void matmul_integers_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
+void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arguments,
                           const ActivationFormat& activations, const CudaIntegerOptions& options = {});
 
 }  // namespace quantloom
