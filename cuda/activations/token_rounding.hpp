@@ -19,8 +19,8 @@ inline constexpr int kTokenRows = 16;
 struct IntegerTokens {
   int8_t* codes = nullptr;                // integers::order_bytes(m, k), at a multiple of 16 bytes
   integers::TokenTerms* terms = nullptr;  // [m]
-  // The inputs among the outliers, place[k] >= 0, as they are, float32 as float16: a matrix of two-byte
-  // elements [m, outliers], integers::order_bytes(m, 2 * outliers). Null: without.
+  // The inputs among the outliers, place[k] >= 0, as float16: a matrix of two-byte elements [m, outliers],
+  // integers::order_bytes(m, 2 * outliers). Null: without.
   const int32_t* places = nullptr;  // [k] on the device: the column of outlier_values, or -1
   void* outlier_values = nullptr;
   int64_t outliers = 0;

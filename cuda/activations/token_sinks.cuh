@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "activations/integer_order.hpp"
 #include "activations/token_grid.cuh"
@@ -9,7 +10,7 @@
 
 namespace quantloom::cuda {
 
-// Integer order, with outliers as a second matrix of float16 or bfloat16 in that order.
+// Integer order, with outliers as a second matrix of float16 in that order.
 template <class T>
 struct IntegerOrderSink {
   int8_t* codes;
@@ -34,7 +35,10 @@ struct IntegerOrderSink {
     put(row, v, eight);
   }
   __device__ __forceinline__ void keep(int64_t row, int64_t place, uint32_t bits) const {
-    if constexpr (sizeof(T) == 4) bits = ValueBits<__half>::from_float(__uint_as_float(bits));
+    // What is multiplied with them is float16, whatever x is.
+    if constexpr (!std::is_same_v<T, __half>) {
+      bits = ValueBits<__half>::from_float(ValueBits<T>::to_float(bits));
+    }
     put_outlier(row, place, static_cast<uint16_t>(bits));
   }
   __device__ __forceinline__ void put_outlier(int64_t row, int64_t place, uint16_t bits) const {

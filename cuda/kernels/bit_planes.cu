@@ -115,9 +115,8 @@ StreamDeal deal_of(const BitPlaneLayout& layout, int m, const DeviceFacts& devic
 }
 
 // Why the kernels that stream cannot run, beside the shape, or nothing.
-std::optional<std::string> why_no_stream(const CudaProduct& product, const BitPlaneLayout& layout, int64_t m,
-                                         DType dtype, const DeviceFacts& device,
-                                         const CudaMatmulOptions& options) {
+std::optional<std::string> why_no_stream(const CudaProduct& product, int64_t m, DType dtype,
+                                         const DeviceFacts& device, const CudaMatmulOptions& options) {
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
   }
@@ -188,7 +187,7 @@ BitPlanePlan bit_plane_plan(const BitPlaneLayout& layout, int64_t m, DType dtype
     if (options.kernel.empty() && product.name == kRepeated && m > repeated_tokens(layout.planes)) continue;
     std::optional<std::string> reason;
     if (product.needs_clusters) {
-      reason = why_no_stream(product, layout, std::max<int64_t>(m, 1), dtype, device, options);
+      reason = why_no_stream(product, std::max<int64_t>(m, 1), dtype, device, options);
       if (!reason && !empty) {
         const auto tokens = static_cast<int>(std::min<int64_t>(m, kMostBitPlaneTokens));
         plan.deal = deal_of(layout, tokens, device, options.splits);
