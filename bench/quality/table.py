@@ -26,7 +26,8 @@ ROUNDINGS = ("nearest", "gptq")
 
 
 def settings_of(names: list[str]):
-    """`base`, `search`, `sym`, or FORMAT=ROUNDING[=ACTIVATIONS] in short forms."""
+    """`base`, `search`, `sym`, FORMAT=ROUNDING[=ACTIVATIONS] or NAME, a published recipe, in short forms; the
+    last two with an =lkd... for distillation, if it is wanted."""
     from quantloom.experiments import Setting
 
     found = [Setting()]
@@ -46,14 +47,19 @@ def settings_of(names: list[str]):
                 for group in GROUPS
                 for rounding in ROUNDINGS
             ]
-        elif "=" in name:
-            format, _, rest = name.partition("=")
-            # Options of roundings and activations have "=" as well.
-            rounding, *activations = re.split("=(?=int[0-9]|sdr[0-9])", rest, maxsplit=1)
-            found.append(Setting(format, rounding, *activations))
+        elif "=" in name or name.startswith("zeroquant"):
+            # Options of roundings, activations and distillation have "=" as well.
+            described, *distillation = re.split("=(?=lkd)", name, maxsplit=1)
+            format, *rest = described.split("=", 1)
+            rounding, activations = None, []
+            if rest:
+                rounding, *activations = re.split("=(?=int[0-9]|sdr[0-9])", rest[0], maxsplit=1)
+            parts = [format, rounding, activations[0] if activations else None, *distillation]
+            found.append(Setting(*parts))
         else:
             raise SystemExit(
-                f"--settings: got {name!r}, expected base, search, sym, FORMAT=ROUNDING[=ACTIVATIONS]"
+                f"--settings: got {name!r}, expected base, search, sym, FORMAT=ROUNDING[=ACTIVATIONS] or"
+                " zeroquant..., the last two perhaps with =lkd..."
             )
     return list(dict.fromkeys(found))
 
@@ -88,21 +94,24 @@ def conditions(arguments, calibration, validation) -> dict:
 def markdown(document: dict) -> str:
     facts = document["conditions"]
     shown = any(row.get("activations") for row in document["measurements"])
+    trained = any(row.get("distillation") for row in document["measurements"])
+    columns = "| activations " * shown + "| distillation " * trained
     lines = [
         f"Model `{facts['model']}`; {facts['calibration_windows']} calibration windows of "
         f"`{facts['calibration']}`, {facts['evaluation_windows']} windows of `{facts['validation']}`, "
         f"{facts['window']} tokens each.",
         "",
-        f"| format | rounding {'| activations ' * shown}| bits/weight | perplexity | KL (nats) | top-1 "
+        f"| format | rounding {columns}| bits/weight | perplexity | KL (nats) | top-1 "
         "| loss/RTN | held out | s |",
-        f"| --- | --- {'| --- ' * shown}| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| --- | --- {'| --- ' * (shown + trained)}| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def ratio(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
     def activations(row: dict) -> str:
-        return f"| {row.get('activations') or ''} " if shown else ""
+        told = f"| {row.get('activations') or ''} " if shown else ""
+        return told + (f"| {row.get('distillation') or ''} " if trained else "")
 
     lines.extend(
         f"| {row['format']} | {row['rounding']} {activations(row)}"
@@ -125,7 +134,10 @@ def main() -> None:
         "-o", "--output", type=Path, required=True, help="JSON file to write; .md goes beside it"
     )
     parser.add_argument(
-        "--settings", nargs="+", default=["base"], help="base, search, sym, or FORMAT=ROUNDING[=ACTIVATIONS]"
+        "--settings",
+        nargs="+",
+        default=["base"],
+        help="base, search, sym, FORMAT=ROUNDING[=ACTIVATIONS][=lkd...], zeroquant...[=lkd...]",
     )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--calibration-windows", type=int, default=64)
@@ -137,7 +149,7 @@ def main() -> None:
 
     from quantloom import evaluate
     from quantloom.cli.common import progress_bar, quiet_libraries
-    from quantloom.experiments import measure
+    from quantloom.experiments import Setting, measure
 
     quiet_libraries()
     calibration = evaluate.tokens(arguments.model, arguments.calibration)
@@ -149,18 +161,16 @@ def main() -> None:
             sys.exit(f"error: {arguments.output} was measured under other conditions; choose another file")
         document = earlier
     known = {
-        (row["setting_format"], row["setting_rounding"], row.get("setting_activations"))
+        tuple(row.get(f"setting_{field.name}") for field in dataclasses.fields(Setting))
         for row in document["measurements"]
     }
-    settings = [
-        s for s in settings_of(arguments.settings) if (s.format, s.rounding, s.activations) not in known
-    ]
+    settings = [s for s in settings_of(arguments.settings) if dataclasses.astuple(s) not in known]
 
     pending = iter(settings)
 
     def keep(row) -> None:
         setting = next(pending)
-        names = {f"setting_{name}": getattr(setting, name) for name in ("format", "rounding", "activations")}
+        names = {f"setting_{name}": value for name, value in dataclasses.asdict(setting).items()}
         document["measurements"].append(names | dataclasses.asdict(row))
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         arguments.output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")

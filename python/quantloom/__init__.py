@@ -32,6 +32,7 @@ from quantloom.awq import AWQ, ScaleChoice, search_channel_scales
 from quantloom.calibration import Hessian, proxy_loss
 from quantloom.channel_scales import ChannelScales
 from quantloom.coded import CodedTensor, code
+from quantloom.distillation import LayerDistillation, distillation_from_json, parse_distillation
 from quantloom.formats import (
     BCQ,
     SDR,
@@ -88,6 +89,7 @@ __all__ = [
     "Format",
     "Hadamard",
     "Hessian",
+    "LayerDistillation",
     "Nearest",
     "OutlierSearch",
     "Outliers",
@@ -110,6 +112,7 @@ __all__ = [
     "build_info",
     "can_matmul",
     "code",
+    "distillation_from_json",
     "format_from_json",
     "format_table",
     "hadamard",
@@ -123,6 +126,7 @@ __all__ = [
     "load_tensors",
     "matmul",
     "parse_activations",
+    "parse_distillation",
     "parse_format",
     "parse_rounding",
     "parse_transform",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantloom import _arrays, _checks
+from quantloom._bit_rows import pack_rows, unpack_rows
 from quantloom.formats import Outliers, SpQR
 from quantloom.tensors import PackedTensor
 
@@ -26,15 +27,6 @@ def _array(tensors: Mapping[str, Any], name: str, dtype: str) -> np.ndarray:
     if value.ndim != 1:
         raise ValueError(f"tensor {name}: got {value.ndim} dimensions, expected 1")
     return value
-
-
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Rows of codes as rows of 32-bit words, lowest bits first."""
-    rows, count = codes.shape
-    flags = (codes[..., None] >> np.arange(bits)) & 1
-    stream = np.zeros((rows, -(-count * bits // 32) * 32), np.uint8)
-    stream[:, : count * bits] = flags.reshape(rows, -1)
-    return np.packbits(stream, axis=1, bitorder="little").view(np.int32)
 
 
 def from_spqr(tensors: Mapping[str, Any], shape: tuple[int, int]) -> PackedTensor:
@@ -79,7 +71,7 @@ def from_spqr(tensors: Mapping[str, Any], shape: tuple[int, int]) -> PackedTenso
         group_index[order] = np.arange(k) // _TILE
         planes["group_index"] = group_index
         columns = order[columns]
-    planes["codes"] = _pack(planes["codes"], 3)
+    planes["codes"] = pack_rows(planes["codes"], 3)
     places = rows * k + columns
     ranked = np.argsort(places, kind="stable")
     if (np.diff(places[ranked]) == 0).any():
@@ -115,7 +107,7 @@ def to_spqr(q: PackedTensor) -> dict[str, Any]:
         raise ValueError(f"q: {reason}")
     planes = q.to("cpu").to("numpy").planes
     groups = -(-k // _TILE)
-    codes = _unpack(planes["codes"], k)
+    codes = unpack_rows(planes["codes"], 3, k)
     order = np.arange(k)
     if "group_index" in planes:
         group_index = planes["group_index"]
@@ -130,7 +122,7 @@ def to_spqr(q: PackedTensor) -> dict[str, Any]:
     padded[:, :k] = codes
     fields[..., 2:] = padded.reshape(n // _TILE, _TILE, groups, _TILE).transpose(0, 2, 1, 3)
     for i, name in enumerate(("scales", "zeros")):
-        fields[..., i] = _unpack(planes[name], n).reshape(groups, n // _TILE, _TILE).transpose(1, 0, 2)
+        fields[..., i] = unpack_rows(planes[name], 3, n).reshape(groups, n // _TILE, _TILE).transpose(1, 0, 2)
     words = (fields << (np.arange(18, dtype=np.uint64) * 3)).sum(-1, dtype=np.uint64)
     # [groups, blocks, step or zero, of scales or of zero points], then a byte for two rows each.
     numbers = np.stack([planes["scale_grids"], planes["zero_grids"]], axis=-1)
@@ -156,12 +148,6 @@ def tiles_refusal(form: Any, n: int, k: int) -> str | None:
     if n % _TILE or not 0 < k <= 65536:
         return f"spqr needs out_features in multiples of 16 and at most 65536 in_features, got {n} and {k}"
     return None
-
-
-def _unpack(words: np.ndarray, count: int) -> np.ndarray:
-    """The codes of 3 bits in rows of 32-bit words; the inverse of ``_pack``."""
-    flags = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    return (flags[:, : 3 * count].reshape(len(words), count, 3) << np.arange(3)).sum(-1, dtype=np.uint64)
 
 
 def _stored_outliers(planes: Mapping[str, np.ndarray], n: int, order: np.ndarray) -> dict[str, np.ndarray]:
@@ -193,8 +179,8 @@ def _dense_planes(words: np.ndarray, n: int, k: int) -> dict[str, np.ndarray]:
     numbers = np.ascontiguousarray(parts[..., 0::2].transpose(1, 0, 2)).view(np.float16)
     return {
         "codes": codes,
-        "scales": _pack(by_group[0], 3),
-        "zeros": _pack(by_group[1], 3),
+        "scales": pack_rows(by_group[0], 3),
+        "zeros": pack_rows(by_group[1], 3),
         "scale_grids": np.ascontiguousarray(numbers[..., 0::2]),
         "zero_grids": np.ascontiguousarray(numbers[..., 1::2]),
     }

@@ -11,13 +11,17 @@ from typing import Any
 
 from quantloom import _checks
 from quantloom.activations import ActivationFormat, activations_from_json, parse_activations
-from quantloom.formats import Format, format_from_json, parse_format
+from quantloom.distillation import LayerDistillation, distillation_from_json, parse_distillation
+from quantloom.formats import Format, Uniform, format_from_json, parse_format
 from quantloom.rounding import Rounding, parse_rounding, rounding_from_json
 from quantloom.transforms import Transform, parse_transform, transform_from_json
 
 __all__ = ["Recipe"]
 
 _VERSION = 1
+
+# Linears of feed-forward parts, by the names that transformers gives their modules or the layers themselves.
+_MLP = r"re:.*\.(mlp|feed_forward|ffn|block_sparse_moe)\..*|.*\.(fc1|fc2)"
 
 
 def _check_pattern(argument: str, pattern: Any) -> str:
@@ -58,6 +62,8 @@ class Recipe:
             quantized layers are rounded at run time. Calibration finds the scales of static formats.
         activation_overrides: maps patterns to another format of activations, or to None for exact ones; the
             first pattern that matches counts.
+        distillation: None, a ``LayerDistillation`` or its short form (``"lkd:steps=100"``): every decoder
+            layer is trained towards the original one when its weights are rounded.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -69,6 +75,7 @@ class Recipe:
     transform: Transform | None = None
     activations: ActivationFormat | None = None
     activation_overrides: Mapping[str, ActivationFormat | None] = field(default_factory=dict)
+    distillation: LayerDistillation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_format(self.format))
@@ -107,15 +114,68 @@ class Recipe:
             for pattern, other in self.activation_overrides.items()
         }
         object.__setattr__(self, "activation_overrides", MappingProxyType(overrides))
+        object.__setattr__(self, "distillation", parse_distillation(self.distillation))
 
     @classmethod
     def parse(cls, format: str | Format, rounding: str | Rounding = "nearest", **settings: Any) -> Recipe:
         """A recipe of short forms: ``Recipe.parse("uniform:4:g128", "gptq")``.
 
-        ``settings`` are ``ignore``, ``overrides``, ``transform``, ``activations`` and
-        ``activation_overrides``.
+        ``settings`` are ``ignore``, ``overrides``, ``transform``, ``activations``, ``activation_overrides``
+        and ``distillation``.
         """
         return cls(parse_format(format), parse_rounding(rounding), **settings)
+
+    @classmethod
+    def zeroquant(
+        cls,
+        bits: int = 8,
+        mlp_bits: int | None = None,
+        activation_bits: int | None = 8,
+        group_size: int | str = 128,
+        distillation: LayerDistillation | str | None = None,
+    ) -> Recipe:
+        """The recipe of ZeroQuant (Yao et al., 2022): weights rounded to nearest on symmetric grids with a
+        scale for each group of a row, activations with one for each token, found at run time.
+
+        ``Recipe.zeroquant(8, 4)`` is its W4/8A8, with 4 bits for the MLPs and 8 for attention;
+        ``distillation="lkd"`` adds its training layer by layer. Groups lie within rows, unlike those of its
+        published code, which cuts the flattened matrix.
+
+        Args:
+            bits: of the weights, 1 to 8.
+            mlp_bits: of those of MLPs (names with ``.mlp.``, ``.feed_forward.``, ``.ffn.`` or
+                ``.block_sparse_moe.`` in them, or ``fc1`` and ``fc2``); None: `bits`.
+            activation_bits: 2 to 8; None: activations stay exact.
+            group_size: columns that share a scale, or ``"channel"``.
+            distillation: None, a ``LayerDistillation`` or its short form.
+        """
+        mlp = {} if mlp_bits is None or mlp_bits == bits else {_MLP: Uniform(mlp_bits, group_size)}
+        activations = None if activation_bits is None else ActivationFormat(activation_bits)
+        return cls(
+            Uniform(bits, group_size), overrides=mlp, activations=activations, distillation=distillation
+        )
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """A published recipe by its short form: ``zeroquant[:wBITS[/BITS]aBITS][:gN|:channel]``, such as
+        ``"zeroquant:w4/8a8:g64"``, in which the first number is that of MLPs; a16 leaves activations exact.
+        Without options ``"zeroquant:w8a8:g128"``.
+
+        Raises ValueError for other names.
+        """
+        _checks.string("recipe", name, "a short form such as 'zeroquant:w8a8'")
+        expected = "expected zeroquant[:wBITS[/BITS]aBITS][:gN|:channel], such as zeroquant:w4/8a8:g64"
+        form = r"zeroquant(?::w([1-8])(?:/([1-8]))?a(16|[2-8]))?(?::(?:g([1-9][0-9]{0,8})|(channel)))?"
+        found = re.fullmatch(form, name)
+        if found is None:
+            raise ValueError(f"recipe: got {name!r}, {expected}")
+        first, second, activation_bits, group, channel = found.groups()
+        return cls.zeroquant(
+            int(second or first or 8),
+            int(first or 8),
+            None if activation_bits == "16" else int(activation_bits or 8),
+            channel or int(group or 128),
+        )
 
     def format_for(self, name: str) -> Format | None:
         """The format of the layer `name`; None if it stays as it is."""
@@ -155,6 +215,8 @@ class Recipe:
                 [pattern, None if other is None else json.loads(other.to_json())]
                 for pattern, other in self.activation_overrides.items()
             ]
+        if self.distillation is not None:
+            fields["distillation"] = json.loads(self.distillation.to_json())
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -165,6 +227,7 @@ class Recipe:
         transform = fields.pop("transform", None)
         activations = fields.pop("activations", None)
         exceptions = fields.pop("activation_overrides", [])
+        distillation = fields.pop("distillation", None)
         if set(fields) != expected:
             raise ValueError(f"recipe: got keys {sorted(fields)}, expected {sorted(expected)}")
         if fields["version"] != _VERSION:
@@ -184,6 +247,7 @@ class Recipe:
                 p: None if other is None else activations_from_json(json.dumps(other))
                 for p, other in exceptions
             },
+            None if distillation is None else distillation_from_json(json.dumps(distillation)),
         )
 
     def __hash__(self) -> int:

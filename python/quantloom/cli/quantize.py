@@ -116,13 +116,24 @@ ActivationOverride = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--recipe",
-        metavar="FILE",
-        help="A recipe as JSON, in place of all other recipe options.",
+        metavar="NAME|FILE",
+        help="A published recipe as above, or a file with one as JSON, in place of all other recipe options.",
         show_default=False,
         rich_help_panel="Recipe",
+    ),
+]
+Distillation = Annotated[
+    str | None,
+    typer.Option(
+        "--distillation",
+        metavar="DISTILLATION",
+        help="Train every layer towards the original's when its weights are rounded: none, or lkd with"
+        " options as above. Takes the place of the recipe's.",
+        show_default=False,
+        rich_help_panel="Calibration",
     ),
 ]
 Calibration = Annotated[
@@ -132,7 +143,7 @@ Calibration = Annotated[
         "-c",
         metavar="FILE",
         help="Calibration text (UTF-8), or token ids (.u16). GPTQ, AWQ and SmoothQuant need it, and so do"
-        " static activations.",
+        " static activations and distillation.",
         show_default=False,
         rich_help_panel="Calibration",
     ),
@@ -141,7 +152,11 @@ Windows = Annotated[int, typer.Option(min=1, help="Calibration windows.", rich_h
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.", rich_help_panel="Calibration")]
 HeldOut = Annotated[
     int,
-    typer.Option(min=0, help="Further windows, only for the report's losses.", rich_help_panel="Calibration"),
+    typer.Option(
+        min=0,
+        help="Further windows, for the report's losses and for the steps that distillation keeps.",
+        rich_help_panel="Calibration",
+    ),
 ]
 
 
@@ -161,6 +176,7 @@ def quantize(
     activations: Activations = "exact",
     activation_override: ActivationOverride = None,
     recipe: RecipeFile = None,
+    distillation: Distillation = None,
     calibration: Calibration = None,
     windows: Windows = 64,
     window: Window = 512,
@@ -210,6 +226,8 @@ def quantize(
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
         intBITS:token|gN[:asym], intBITS:tensor[:static][:asym] (activations)
         intBITS:...:outliers=LIMIT[:static-outliers] (LLM.int8()), sdrBITS:gN[:bBASE][:tensor[:static]]
+        zeroquant[:wBITS[/BITS]aBITS][:gN|:channel] (recipe; of weights the first BITS are those of MLPs)
+        lkd[:steps=N][:batch=N][:rate=X][:weight-decay=X][:inputs=student][:checks=N][:seed=N] (distillation)
 
     **Examples**
 
@@ -220,6 +238,7 @@ def quantize(
             -c text.txt
         quantloom quantize MODEL -o OUT -f spqr:3:g16:s3:z3:b16 -r gptq:search:bits=4 -c text.txt
         quantloom quantize MODEL -o OUT -f uniform:8:channel -r nearest --override 're:.*down_proj=none'
+        quantloom quantize MODEL -o OUT --recipe zeroquant:w4/8a8 --distillation lkd -c text.txt
     """
     settings = _recipe(
         format,
@@ -235,6 +254,7 @@ def quantize(
         transform=transform,
         activations=activations,
         activation_override=activation_override,
+        distillation=distillation,
     )
     common.require_folder(model, "model")
     if calibration is not None:
@@ -291,6 +311,7 @@ def plan(
     activations: Activations = "exact",
     activation_override: ActivationOverride = None,
     recipe: RecipeFile = None,
+    distillation: Distillation = None,
     calibration: Calibration = None,
     windows: Windows = 64,
     window: Window = 512,
@@ -325,6 +346,7 @@ def plan(
         transform=transform,
         activations=activations,
         activation_override=activation_override,
+        distillation=distillation,
     )
     common.require_folder(model, "model")
     common.quiet_libraries()
@@ -393,6 +415,25 @@ def _show(report) -> None:
         out.print(f"{report.resumed_modules} layers taken over from an interrupted run")
     for fallback in report.fallbacks:
         out.print(f"fallback: {fallback}")
+    if report.distillation:
+        rows = [
+            [
+                block.block,
+                f"{block.best_step} of {block.steps}" if block.best_step else "none: start kept",
+                *(
+                    f"{value:.4g}"
+                    for value in (
+                        block.loss_before,
+                        block.loss_after,
+                        block.held_out_before,
+                        block.held_out_after,
+                    )
+                ),
+            ]
+            for block in report.distillation
+        ]
+        columns = ["distilled", "best step", "loss before", "after", "held out before", "after"]
+        out.print(common.table(None, columns, rows, set(columns[2:])))
 
 
 def _show_plan(result) -> None:
@@ -426,13 +467,16 @@ def _recipe(
     transform="none",
     activations="exact",
     activation_override=None,
+    distillation=None,
 ):
     """The recipe of the options; wrong ones are wrong usage (exit code 2)."""
     import quantloom
 
-    if recipe is not None:
-        common.require_file(recipe, "recipe")
-        result = quantloom.Recipe.from_json(recipe.read_text(encoding="utf-8"))
+    if recipe is not None and str(recipe).partition(":")[0] == "zeroquant":
+        result = _option("--recipe", quantloom.Recipe.named, str(recipe))
+    elif recipe is not None:
+        common.require_file(Path(recipe), "recipe")
+        result = quantloom.Recipe.from_json(Path(recipe).read_text(encoding="utf-8"))
     else:
         parsed = _option("--rounding", quantloom.parse_rounding, rounding)
         changes = {"damp": damp, "act_order": act_order, "static_groups": static_groups}
@@ -457,6 +501,13 @@ def _recipe(
             settings["ignore"] = tuple(ignore)
         changed = _option("--damp", lambda: dataclasses.replace(parsed, **changes))
         result = _option("--ignore", lambda: quantloom.Recipe(chosen, changed, **settings))
+    if distillation is not None:
+        trained = _option("--distillation", quantloom.parse_distillation, distillation)
+        result = dataclasses.replace(result, distillation=trained)
+    if check and calibration is None and result.distillation is not None:
+        raise typer.BadParameter(
+            "missing, but distillation needs a calibration text", param_hint="--calibration"
+        )
     if check and calibration is None and not isinstance(result.rounding, quantloom.Nearest):
         name = type(result.rounding).__name__.lower()
         raise typer.BadParameter(f"missing, but {name} needs a calibration text", param_hint="--calibration")

@@ -7,6 +7,7 @@ worth and nothing of the speed of any kernel. Needs torch and transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -24,16 +25,37 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """A format, a rounding and activations in their short forms; all None stand for the original."""
+    """A format, a rounding, activations and a distillation in their short forms; all None stand for the
+    original. In place of a format, rounding and activations the name of a recipe (``Recipe.named``)."""
 
     format: str | None = None
     rounding: str | None = None
     activations: str | None = None
+    distillation: str | None = None
 
     @property
     def label(self) -> str:
-        parts = (self.format, self.rounding, self.activations)
+        parts = (self.format, self.rounding, self.activations, self.distillation)
         return " ".join(part for part in parts if part) if self.format else "original"
+
+    def recipe(self) -> Any:
+        """The ``Recipe``. Raises ValueError for what is no short form."""
+        import quantloom
+
+        if self.format.partition(":")[0] == "zeroquant":
+            if self.rounding is not None or self.activations is not None:
+                raise ValueError(
+                    f"rounding, activations: got {self.rounding} and {self.activations} beside {self.format},"
+                    " expected None, as the recipe has its own"
+                )
+            named = quantloom.Recipe.named(self.format)
+            return dataclasses.replace(named, distillation=self.distillation)
+        return quantloom.Recipe.parse(
+            self.format,
+            self.rounding or "nearest",
+            activations=self.activations,
+            distillation=self.distillation,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Measurement:
     evaluate_seconds: float
     activations: str = ""
     """How inputs of layers are rounded; empty if they are not."""
+    distillation: str = ""
+    """How layers were trained after rounding; empty if they were not."""
 
 
 def measure(
@@ -106,11 +130,10 @@ def measure(
             )
         else:
             folder = Path(work_folder) / f"setting-{len(rows)}"
-            recipe = quantloom.Recipe.parse(
-                setting.format, setting.rounding or "nearest", activations=setting.activations
-            )
+            recipe = setting.recipe()
             rounding = recipe.rounding
             calibrated = not isinstance(rounding, quantloom.Nearest) or rounding.scale_search is not None
+            calibrated = calibrated or recipe.distillation is not None
             if recipe.activations is not None:
                 calibrated = calibrated or not recipe.activations.calibrated
 
@@ -210,8 +233,14 @@ def _row(setting, model, reference, validation, window, windows, report, folder,
         held_out_loss_ratio=_ratio(report.modules, "held_out_loss"),
         quantize_seconds=report.seconds,
         evaluate_seconds=comparison.seconds,
-        activations=setting.activations or "",
+        activations=_activations(setting),
+        distillation=setting.distillation or "",
     )
+
+
+def _activations(setting: Setting) -> str:
+    form = setting.recipe().activations
+    return "" if form is None else form.spec
 
 
 def _ratio(modules, name: str) -> float | None:

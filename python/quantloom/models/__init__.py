@@ -24,6 +24,7 @@ _HOMES = {
     "plan": "planning",
     "Plan": "planning",
     "ModulePlan": "planning",
+    "DistillationReport": "report",
     "ModuleReport": "report",
     "QuantizationReport": "report",
     "Progress": "report",
@@ -34,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DistillationReport",
     "ExportReport",
     "ModulePlan",
     "ModuleReport",

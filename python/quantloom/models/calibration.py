@@ -162,6 +162,14 @@ class HiddenStates:
                     filled += count
                 yield torch.from_numpy(array)
 
+    def window(self, index: int) -> torch.Tensor:
+        """One window, [1, window, hidden]. Raises ValueError if the file ends before it."""
+        array = np.fromfile(self.path, "<f4", self._bytes // 4, offset=index * self._bytes)
+        if array.nbytes != self._bytes:
+            expected = f"expected {self.shape[0] * self._bytes} bytes"
+            raise ValueError(f"{self.path}: ends before window {index}, {expected}")
+        return torch.from_numpy(array.reshape(1, *self.shape[1:]))
+
     @contextlib.contextmanager
     def writer(self) -> Iterator[Any]:
         """A function that appends one window; the file gets its name when the context ends well."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["forward_flops", "hessian_flops", "loss_flops", "rounding_flops"]
+__all__ = ["distillation_flops", "forward_flops", "hessian_flops", "loss_flops", "rounding_flops"]
 
 # A block with s stages is run up to each stage and once to its end: the first stage's Linears run s times,
 # the last one's once. 2.5 is the mean for four stages.
@@ -30,3 +30,8 @@ def rounding_flops(n: int, k: int, gptq: bool) -> float:
 def loss_flops(n: int, k: int, steps: int) -> float:
     """The output errors of a search for channel scales over `steps` exponents."""
     return 1.0 * n * k * k * steps
+
+
+def distillation_flops(n: int, k: int, window: int, passes: int) -> float:
+    """The share of a Linear [n, k] in the distillation of its block, by forward passes of a window."""
+    return 2.0 * n * k * window * passes

@@ -20,7 +20,7 @@ import torch
 import quantloom as ql
 from quantloom.models.costs import forward_flops, hessian_flops, loss_flops, rounding_flops
 from quantloom.models.layouts import LAYOUTS, refusal
-from quantloom.models.quantization import rounding_name
+from quantloom.models.report import rounding_name
 from quantloom.models.source import ModelFolder, build_skeleton, model_names
 from quantloom.models.structure import Block, check_integers, find_blocks, find_targets
 

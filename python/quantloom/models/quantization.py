@@ -2,8 +2,8 @@
 
 For each decoder block, stage by stage in the order its Linears run: gather the Hessian of the stage's
 input over the calibration windows, with all earlier stages and blocks already quantized; quantize the
-stage's Linears; put the decoded weights in their place. Then the block's outputs become the next block's
-inputs.
+stage's Linears; put the decoded weights in their place. Then the block is distilled, if the recipe says so,
+and its outputs become the next block's inputs.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from quantloom.models.calibration import (
     settle_activations,
 )
 from quantloom.models.checkpoint import assemble, final_files, install
-from quantloom.models.costs import forward_flops, loss_flops, rounding_flops
+from quantloom.models.distillation import Distiller, check_distillation
 from quantloom.models.gradients import checked_outputs
+from quantloom.models.meter import Meter
 from quantloom.models.records import WORK, WorkFolder, file_hash
-from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report
+from quantloom.models.report import ModuleReport, Progress, QuantizationReport, read_report, rounding_name
 from quantloom.models.scaling import (
     StageScaling,
     apply_scaling,
@@ -128,6 +129,7 @@ def quantize(
     if device != "cpu":
         require_cuda_rounding(targets, device, recipe.rounding)
     output_hessians = checked_outputs(output_hessians, blocks, targets, recipe)
+    check_distillation(recipe, targets, held_out_windows)
     tokens = None
     if calibration is not None:
         tokens = TokenWindows.read(calibration, folder.path, model.config, windows, window, held_out_windows)
@@ -183,16 +185,12 @@ def _check_arguments(
         raise ValueError(
             f"calibration: got None, expected a text file or token ids, which {uncalibrated[0]} needs"
         )
+    if calibration is None and recipe.distillation is not None:
+        raise ValueError("calibration: got None, expected a text file or token ids, which distillation needs")
     if calibration is None and not isinstance(recipe.rounding, ql.Nearest):
         method = rounding_name(recipe.rounding)
         raise ValueError(f"calibration: got None, expected a text file or token ids, which {method} needs")
     return recipe, Path(output)
-
-
-def rounding_name(rounding: Any) -> str:
-    """The word by which reports know a rounding: "nearest", "gptq", "awq+nearest"."""
-    name = json.loads(rounding.to_json())["rounding"]
-    return f"{name}+{rounding_name(rounding.then)}" if isinstance(rounding, ChannelScaling) else name
 
 
 def check_output(model_path: Path, output: Path, overwrite: bool) -> None:
@@ -224,7 +222,12 @@ class _Run:
         self.reports: dict[str, ModuleReport] = {}
         self.scalings: dict[str, StageScaling] = {}  # by module
         self.resumed = 0
-        self.meter = _Meter(self, progress)
+        self.meter = Meter(self, progress)
+        self.distiller = None
+        if recipe.distillation is not None:
+            self.distiller = Distiller(
+                recipe.distillation, model, targets, tokens, work, threads, device, self.meter.distilled
+            )
 
     # -- the whole run -------------------------------------------------------------------------------
 
@@ -335,7 +338,9 @@ class _Run:
     # -- with calibration ----------------------------------------------------------------------------
 
     def _quantize_calibrated(self) -> None:
-        if len(self.reports) == len(self.targets.formats):
+        distiller = self.distiller
+        distilled = distiller is None or distiller.finished(self.blocks)
+        if distilled and len(self.reports) == len(self.targets.formats):
             return
         tokens = self.tokens
         self.meter.report("calibrate")
@@ -354,6 +359,8 @@ class _Run:
             self._quantize_block(block, calls[block.index], states(block.index), states(block.index + 1))
             if block.index > 0:
                 states(block.index - 1).path.unlink(missing_ok=True)
+                if distiller is not None:
+                    distiller.forget(block.index - 1)
 
     def _quantize_block(
         self, block: Block, call: BlockCall, inputs: HiddenStates, outputs: HiddenStates
@@ -361,14 +368,21 @@ class _Run:
         wanted = {name for name in block.linears if name in self.targets.formats}
         call = call.to(self.device)
         dtypes = {f"{block.name}.{name}": p.dtype for name, p in block.module.named_parameters()}
+        distiller = self.distiller
         with float_block(block.module, self.device), torch.no_grad():
+            if distiller is not None:
+                distiller.teach(block, call, inputs)
             if wanted and isinstance(self.recipe.rounding, ChannelScaling):
                 self._scale(block, call, inputs, dtypes)
+            if distiller is not None:
+                distiller.remember(block)
             if wanted:
                 probe = next(inputs.read()).to(self.device)
                 stages = find_stages(block, lambda: run_block(block, call, probe), wanted)
                 for stage, names in enumerate(stages):
                     self._quantize_stage(block, call, inputs, stage, names)
+            if distiller is not None:
+                distiller.distil(block, call, inputs, dtypes)
             if block.index + 1 < len(self.blocks):
                 with outputs.writer() as append:
                     for hidden in inputs.read():
@@ -403,12 +417,14 @@ class _Run:
         self.scalings |= {name: stage for stage in stages for name in stage.modules}
 
     def _replaced(self) -> dict[str, torch.Tensor]:
-        """Parameters of the model into which scales went, by name."""
+        """Parameters of the model into which scales went or that were trained, by name."""
         found: dict[str, torch.Tensor] = {}
         for block in self.blocks:
             kept = self.work.scaling(block.name)
             for stage in [] if kept is None else read_scaling(*kept):
                 found |= stage.replaced
+            if self.work.distilled(block.name) is not None:
+                found |= self.work.distilled_vectors(block.name)
         return found
 
     def _quantize_stage(
@@ -525,66 +541,9 @@ class _Run:
                 for report in modules
                 if report.scale_exponent and not report.scaled_by
             ),
+            distillation=tuple(
+                report for block in self.blocks if (report := self.work.distilled(block.name)) is not None
+            ),
             seconds=seconds,
             resumed_modules=self.resumed,
-        )
-
-
-class _Meter:
-    """Measures how much of the work is done and tells the caller."""
-
-    def __init__(self, run: _Run, progress: Callable[[Progress], None] | None) -> None:
-        self.run, self.progress = run, progress
-        tokens = 0 if run.tokens is None else run.tokens.ids.size
-        gptq = "gptq" in rounding_name(run.recipe.rounding)
-        sizes = {
-            name: (linear.out_features, linear.in_features)
-            for block in run.blocks
-            for name, linear in block.linears.items()
-            if name in run.targets.formats
-        }
-        self.calibrate = {name: forward_flops(n, k, tokens) for name, (n, k) in sizes.items()}
-        steps = getattr(run.recipe.rounding, "steps", 0)
-        self.quantize = {
-            name: rounding_flops(n, k, gptq) + loss_flops(n, k, steps) for name, (n, k) in sizes.items()
-        }
-        self.total = sum(self.calibrate.values()) + sum(self.quantize.values())
-        self.taken_over = self.done = 0.0
-        self.begun = time.monotonic()
-
-    def start(self) -> None:
-        """Takes note of what an earlier run has done."""
-        self.taken_over = sum(self.calibrate[name] + self.quantize[name] for name in self.run.reports)
-        self.done = self.taken_over
-        self.begun = time.monotonic()
-
-    def window(self, names: tuple[str, ...], block: int, stage: int) -> None:
-        """One window of a stage's calibration is done."""
-        self.done += sum(self.calibrate[name] for name in names) / len(self.run.tokens.ids)
-        self.report("calibrate", block, stage)
-
-    def module(self, name: str, block: int, stage: int) -> None:
-        self.done += self.quantize[name]
-        self.report("quantize", block, stage, name)
-
-    def report(self, phase: str, block: int = 0, stage: int = 0, module: str = "") -> None:
-        if self.progress is None:
-            return
-        run, worked = self.run, self.done - self.taken_over
-        eta = None
-        if worked > 0:
-            eta = (time.monotonic() - self.begun) * max(0.0, self.total - self.done) / worked
-        fraction = min(1.0, self.done / self.total) if self.total else 1.0
-        self.progress(
-            Progress(
-                phase,
-                block,
-                len(run.blocks),
-                stage,
-                module,
-                len(run.reports),
-                len(run.targets.formats),
-                fraction,
-                eta,
-            )
         )

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import quantloom as ql
-from quantloom.models.report import ModuleReport
+from quantloom.models.report import DistillationReport, ModuleReport
 from quantloom.models.source import file_metadata, mapped_tensors
 from quantloom.tensors import stored_transforms
 
@@ -27,6 +27,8 @@ __all__ = ["WorkFolder", "file_hash", "write_json"]
 
 WORK = ".work"
 _CHUNK = 8 << 20
+_DISTILLED = ".distilled"  # ends the names of a block's records, before their suffixes
+_VECTORS = "vector."  # begins the names of a distilled block's other parameters
 
 
 def file_hash(path: Path, tick: Callable[[int], None] | None = None) -> str:
@@ -171,9 +173,16 @@ class WorkFolder:
         Raises ValueError if the file is damaged.
         """
         file, entry = self.record_file(module), self._entry(module)
+        distilled = self._distilled_file(module)
+        if distilled is not None:
+            file, entry = distilled, {**entry, "sha256": self._read(self._json_of(distilled))["sha256"]}
         if not file.is_file() or file_hash(file) != entry["sha256"]:
             raise ValueError(f"{file}: the record of {module} is damaged; pass resume=False to start over")
-        planes = {name.removeprefix(f"{module}."): view for name, view in mapped_tensors(file).items()}
+        planes = {
+            name.removeprefix(f"{module}."): view
+            for name, view in mapped_tensors(file).items()
+            if name.startswith(f"{module}.")
+        }
         transform = stored_transforms(file_metadata(file)).get(module)
         form = self.stored_format(module, form)
         return ql.PackedTensor(form, tuple(entry["report"]["shape"]), planes, None, transform)
@@ -185,6 +194,44 @@ class WorkFolder:
         if isinstance(form, ql.Outliers) or not report["format"].startswith("outliers:"):
             return form
         return ql.Outliers(form, count=report["outliers"])
+
+    # -- distilled blocks ----------------------------------------------------------------------------
+
+    def save_distilled(
+        self, block: str, packed: dict[str, Any], vectors: dict[str, Any], report: DistillationReport,
+        seconds: float,
+    ) -> None:  # fmt: skip
+        """Keeps what became of a block: its modules, which from now on stand for their own records, and
+        other parameters by name."""
+        file = self.records / f"{block}{_DISTILLED}.safetensors"
+        ql.save_tensors(str(file), packed | {f"{_VECTORS}{name}": value for name, value in vectors.items()})
+        entry = {"sha256": file_hash(file), "report": report.to_json(), "seconds": seconds}
+        write_json(self._json_of(file), entry)
+
+    def distilled(self, block: str) -> DistillationReport | None:
+        """The report of a block that was distilled; None if it was not."""
+        file = self.records / f"{block}{_DISTILLED}.json"
+        if not file.is_file():
+            return None
+        entry = self._read(file)
+        return DistillationReport(**entry["report"], seconds=entry["seconds"])
+
+    def distilled_vectors(self, block: str) -> dict[str, Any]:
+        """The other parameters of a distilled block, by name."""
+        file = self.records / f"{block}{_DISTILLED}.safetensors"
+        found = {name: value for name, value in mapped_tensors(file).items() if name.startswith(_VECTORS)}
+        return {name.removeprefix(_VECTORS): value for name, value in found.items()}
+
+    def _distilled_file(self, module: str) -> Path | None:
+        """Where a module of a distilled block is."""
+        for entry in self.records.glob(f"*{_DISTILLED}.json"):
+            if module.startswith(f"{entry.name.removesuffix(f'{_DISTILLED}.json')}."):
+                return entry.with_name(f"{entry.name.removesuffix('.json')}.safetensors")
+        return None
+
+    @staticmethod
+    def _json_of(file: Path) -> Path:
+        return file.with_name(f"{file.name.removesuffix('.safetensors')}.json")
 
     # -- scales of channels --------------------------------------------------------------------------
 
@@ -202,7 +249,10 @@ class WorkFolder:
         return self.records / f"{block}.scaling.safetensors"
 
     def _entry(self, module: str) -> dict[str, Any]:
-        file = self._entry_file(module)
+        return self._read(self._entry_file(module))
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        """An entry beside a record. Raises ValueError if it is damaged."""
         try:
             entry = json.loads(file.read_text(encoding="utf-8"))
             if set(entry) != {"sha256", "report", "seconds"}:

@@ -10,7 +10,14 @@ from typing import Any
 
 from quantloom import _checks
 
-__all__ = ["ModuleReport", "Progress", "QuantizationReport", "read_report"]
+__all__ = [
+    "DistillationReport",
+    "ModuleReport",
+    "Progress",
+    "QuantizationReport",
+    "read_report",
+    "rounding_name",
+]
 
 REPORT_FILE = "report.json"
 TIMINGS_FILE = "timings.json"
@@ -23,7 +30,8 @@ class Progress:
 
     Attributes:
         phase: "check" (weights are hashed and scanned), "calibrate" (activations are gathered),
-            "quantize" (a module is done), "propagate" (a block's outputs are computed), "save".
+            "quantize" (a module is done), "distil" (a rounded block is trained), "propagate" (a block's
+            outputs are computed), "save".
         block, blocks: the decoder block at work, counted from 0, and their number.
         stage: the stage inside the block, counted from 0: modules that share their input.
         module: the module at work, or "".
@@ -147,6 +155,45 @@ class ModuleReport:
         )
 
 
+@dataclass(frozen=True)
+class DistillationReport:
+    """What the distillation of one decoder block did.
+
+    Losses are as ``LayerDistillation`` defines them: the mean squared error of the block's outputs over the
+    mean square of what the original adds to its inputs, on calibration and on held-out tokens.
+
+    Attributes:
+        block: its name.
+        steps: of the optimizer; fewer than asked for if the loss was not finite any more.
+        best_step: the one whose weights were kept; 0: none was better than the start, which was kept.
+        relative_rate: the first step's size over the RMS of a tensor.
+        loss_before, loss_after, held_out_before, held_out_after: of what is stored.
+    """
+
+    block: str
+    steps: int
+    best_step: int
+    relative_rate: float
+    loss_before: float
+    loss_after: float
+    held_out_before: float
+    held_out_after: float
+    seconds: float = field(default=0.0, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields except `seconds`, which differ from run to run."""
+        fields = asdict(self)
+        del fields["seconds"]
+        return fields
+
+
+def rounding_name(rounding: Any) -> str:
+    """The word by which reports know a rounding: "nearest", "gptq", "awq+nearest"."""
+    name = json.loads(rounding.to_json())["rounding"]
+    then = getattr(rounding, "then", None)
+    return name if then is None else f"{name}+{rounding_name(then)}"
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -165,6 +212,8 @@ class QuantizationReport:
         fallbacks: modules that got another method than the recipe's, with the reason; empty unless asked.
         seconds: wall time of the whole work, killed runs that were resumed included up to their last record.
         resumed_modules: modules taken over from an earlier, killed run.
+        distillation: one entry for each distilled block. Errors and losses of its `modules` are those of the
+            rounding before.
     """
 
     output: Path
@@ -175,12 +224,13 @@ class QuantizationReport:
     bits_per_weight: float
     model_bits_per_weight: float
     fallbacks: tuple[str, ...] = ()
+    distillation: tuple[DistillationReport, ...] = ()
     seconds: float = field(default=0.0, compare=False)
     resumed_modules: int = field(default=0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """What ``report.json`` holds: everything that is the same in every run."""
-        return {
+        fields = {
             "version": _VERSION,
             "recipe": json.loads(self.recipe),
             "bits_per_weight": self.bits_per_weight,
@@ -190,14 +240,20 @@ class QuantizationReport:
             "unused_tensors": list(self.unused_tensors),
             "modules": [module.to_json() for module in self.modules],
         }
+        if self.distillation:
+            fields["distillation"] = [block.to_json() for block in self.distillation]
+        return fields
 
     def timings(self) -> dict[str, Any]:
         """What ``timings.json`` holds: the seconds, which differ from run to run."""
-        return {
+        fields = {
             "seconds": self.seconds,
             "resumed_modules": self.resumed_modules,
             "modules": {module.name: module.seconds for module in self.modules},
         }
+        if self.distillation:
+            fields["distillation"] = {block.block: block.seconds for block in self.distillation}
+        return fields
 
 
 def read_report(path: str | Path) -> QuantizationReport:
@@ -223,6 +279,10 @@ def read_report(path: str | Path) -> QuantizationReport:
         bits_per_weight=fields["bits_per_weight"],
         model_bits_per_weight=fields["model_bits_per_weight"],
         fallbacks=tuple(fields["fallbacks"]),
+        distillation=tuple(
+            DistillationReport(**entry, seconds=timings.get("distillation", {}).get(entry["block"], 0.0))
+            for entry in fields.get("distillation", ())
+        ),
         seconds=timings["seconds"],
         resumed_modules=timings["resumed_modules"],
     )
