@@ -29,6 +29,9 @@ struct GridRule {
   }
 };
 
+// NaN, the scale of values that cannot be rounded.
+inline constexpr uint32_t kRefusedScale = 0x7FC00000U;
+
 struct DeviceGrid {
   float scale;
   int zero;
@@ -86,6 +89,10 @@ class Coder {
     // Its low bits are the nearest integer, ties to even, from -2^22 to 2^22.
     constexpr float kMagic = 0x1.8p23F;
     return __float_as_uint(__fadd_rn(steps, kMagic)) + static_cast<uint32_t>(zero_);
+  }
+  // The whole integer, from -2^21 to 2^21.
+  __device__ __forceinline__ int integer(float value) const {
+    return static_cast<int>((quick_ ? code<true>(value) : code<false>(value)) << 10) >> 10;
   }
 
   // Eight bytes; those from `count` on are 0.

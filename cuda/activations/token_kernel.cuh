@@ -10,10 +10,12 @@
 // Sink says where codes go:
 //   vectors(cols)                                  of eight values in a row of the result
 //   begin(row)                                     by all threads
-//   store(row, v, values, codes, grid, count, good) eight codes, of which `count` are inputs
-//   keep(row, place, bits)                         an outlier
-//   end(row, grid, sum, good)                      by one thread; sum: of code - zero
+//   store(row, v, values, codes, grid, count, kept) eight codes, of which `count` are inputs; bits of `kept`:
+//                                                  the outliers among them
+//   keep(row, column, place, bits)                 an outlier, before or after its code is stored
+//   end(row, grid, sum)                            by one thread; sum: of code - zero
 //   pad(row)                                       by all threads: a row of padding
+// The scale of a grid is NaN, and codes are 0, where a value that shares it is refused.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -96,7 +98,8 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
 #pragma unroll
     for (int i = 0; i < kVectorValues; ++i) {
       if ((mask >> i & 1U) == 0) continue;
-      sink.keep(row, task.places[int64_t{v} * kVectorValues + i], values.bits(i));
+      const int64_t column = int64_t{v} * kVectorValues + i;
+      sink.keep(row, column, task.places[column], values.bits(i));
       values.put(i, 0);
     }
   };
@@ -130,24 +133,28 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
         if (mask != 0) take_outliers(kept[i], row, v, mask);
       }
     }
-    // Calls visit(values, v) for this thread's vectors.
+    // Calls visit(values, v, kept) for this thread's vectors.
     const auto each = [&](const auto& visit) {
       if constexpr (kVectors > 0) {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
           const int v = thread + i * threads;
-          if (v < vectors) visit(kept[i], v);
+          if (v < vectors) visit(kept[i], v, kOutliers ? static_cast<uint32_t>(masks >> 8 * i) & 0xFFU : 0U);
         }
       } else {
         for (int v = thread; v < vectors; v += threads) {
           TokenVector<T> values = source.finish(source.load(row, v), v, terms);
-          if constexpr (kOutliers) take_outliers(values, row, v, outliers_of(v));
-          visit(values, v);
+          uint32_t mask = 0;
+          if constexpr (kOutliers) {
+            mask = outliers_of(v);
+            take_outliers(values, row, v, mask);
+          }
+          visit(values, v, mask);
         }
       }
     };
     TokenRange<T> range;
-    each([&](const TokenVector<T>& values, int) { range.take(values); });
+    each([&](const TokenVector<T>& values, int, uint32_t) { range.take(values); });
     range.fold();
     const uint2 own = block_largest({range.low, range.high});
     bool good = max(own.x, own.y) < ValueBits<T>::kRefused;
@@ -158,20 +165,21 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
       high = __uint_as_float(task.range[1]);
       good = task.range[2] == 0;
     }
-    const DeviceGrid grid = good ? grid_between(task.rule, low, high) : DeviceGrid{1.0F, 0};
+    DeviceGrid grid = good ? grid_between(task.rule, low, high) : DeviceGrid{1.0F, 0};
     const Coder coder(task.rule, grid);
+    if (!good) grid.scale = __uint_as_float(kRefusedScale);
     int sum = 0;
-    each([&](const TokenVector<T>& values, int v) {
+    each([&](const TokenVector<T>& values, int v, uint32_t mask) {
       const int64_t left = task.cols - int64_t{v} * kVectorValues;
       const int count = left >= kVectorValues ? kVectorValues : left > 0 ? static_cast<int>(left) : 0;
       uint2 codes = coder.codes(values, count);
       if (!good) codes = {0, 0};
       sum = __dp4a(static_cast<int>(codes.x), 0x01010101, sum);
       sum = __dp4a(static_cast<int>(codes.y), 0x01010101, sum);
-      sink.store(row, v, values, codes, grid, count, good);
+      sink.store(row, v, values, codes, grid, count, mask);
     });
     sum = block_total(sum);
-    if (thread == 0) sink.end(row, grid, sum - static_cast<int>(task.cols) * grid.zero, good);
+    if (thread == 0) sink.end(row, grid, sum - static_cast<int>(task.cols) * grid.zero);
   };
   if constexpr (kOutliers) {
 #pragma unroll 1

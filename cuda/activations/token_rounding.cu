@@ -11,15 +11,8 @@ namespace {
 constexpr int64_t kMostInputs = int64_t{1} << 23;
 
 template <class T>
-TokenMatrix<T> matrix_of(const CudaMatrix& x) {
-  const bool wide =
-      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  return {static_cast<const T*>(x.data), x.stride, x.cols, wide};
-}
-
-template <class T>
-void round_matrix(const CudaMatrix& x, const TokenTask& task, const IntegerTokens& out, cudaStream_t stream,
-                  bool overlap) {
+void round_matrix(const TokenMatrix<T>& x, const TokenTask& task, const IntegerTokens& out,
+                  cudaStream_t stream, bool overlap) {
   const IntegerOrderSink<T> sink{out.codes,
                                  out.terms,
                                  static_cast<uint16_t*>(out.places == nullptr ? nullptr : out.outlier_values),
@@ -27,7 +20,7 @@ void round_matrix(const CudaMatrix& x, const TokenTask& task, const IntegerToken
                                  out.outliers,
                                  ceil_div(x.cols, int64_t{integers::kBlockBytes}),
                                  ceil_div(2 * out.outliers, int64_t{integers::kBlockBytes})};
-  launch_token_kernel(MatrixSource<T>{matrix_of<T>(x)}, sink, task, stream, overlap);
+  launch_token_kernel(MatrixSource<T>{x}, sink, task, stream, overlap);
 }
 
 }  // namespace
@@ -50,16 +43,7 @@ void round_tokens(const CudaMatrix& x, const ActivationFormat& format, const Int
   task.rule = GridRule::of(format);
   task.range = range;
   task.places = out.places;
-  switch (x.dtype) {
-    case DType::f16:
-      return round_matrix<__half>(x, task, out, stream, overlap);
-    case DType::bf16:
-      return round_matrix<__nv_bfloat16>(x, task, out, stream, overlap);
-    case DType::f32:
-      return round_matrix<float>(x, task, out, stream, overlap);
-    default:
-      throw TypeMismatch("x", text_of(name_of(x.dtype)), "float16, bfloat16 or float32");
-  }
+  with_token_matrix(x, [&](const auto& matrix) { round_matrix(matrix, task, out, stream, overlap); });
 }
 
 }  // namespace quantloom::cuda

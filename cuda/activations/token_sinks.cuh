@@ -31,15 +31,15 @@ struct IntegerOrderSink {
         eight;
   }
   __device__ __forceinline__ void store(int64_t row, int v, const TokenVector<T>&, uint2 eight, DeviceGrid,
-                                        int, bool) const {
+                                        int, uint32_t) const {
     put(row, v, eight);
   }
-  __device__ __forceinline__ void keep(int64_t row, int64_t place, uint32_t bits) const {
+  __device__ __forceinline__ void keep(int64_t row, int64_t, int64_t place, uint32_t bits) const {
     // What is multiplied with them is float16, whatever x is.
     if constexpr (!std::is_same_v<T, __half>) {
       bits = ValueBits<__half>::from_float(ValueBits<T>::to_float(bits));
     }
-    put_outlier(row, place, static_cast<uint16_t>(bits));
+    if (place < outlier_columns) put_outlier(row, place, static_cast<uint16_t>(bits));
   }
   __device__ __forceinline__ void put_outlier(int64_t row, int64_t place, uint16_t bits) const {
     outliers[integers::place_of(row, 2 * place, outlier_blocks) / 2] = bits;
@@ -54,8 +54,8 @@ struct IntegerOrderSink {
   __device__ __forceinline__ void begin(int64_t row) const {
     if (outliers != nullptr) pad_outliers(row, -1);
   }
-  __device__ __forceinline__ void end(int64_t row, DeviceGrid grid, int sum, bool good) const {
-    const integers::TokenTerms found{good ? grid.scale : __uint_as_float(0x7FC00000U), grid.zero, sum, 0};
+  __device__ __forceinline__ void end(int64_t row, DeviceGrid grid, int sum) const {
+    const integers::TokenTerms found{grid.scale, grid.zero, sum, 0};
     *reinterpret_cast<int4*>(terms + row) = *reinterpret_cast<const int4*>(&found);
   }
   __device__ __forceinline__ void pad(int64_t row) const {
@@ -65,6 +65,90 @@ struct IntegerOrderSink {
     }
     if (outliers != nullptr) pad_outliers(row, 0);
   }
+};
+
+// The planes of QuantizedActivations. `scales` and `zeros` are null where one serves all tokens.
+template <class T>
+struct PlaneSink {
+  int8_t* codes;
+  float* scales;
+  int8_t* zeros;
+  float* outliers;
+  int64_t outlier_columns;
+  int64_t cols;
+  bool wide;  // rows of codes begin at multiples of 8 bytes
+
+  __host__ __device__ __forceinline__ int64_t vectors(int64_t width) const {
+    return (width + kVectorValues - 1) / kVectorValues;
+  }
+  __device__ __forceinline__ void begin(int64_t) const {}
+  __device__ __forceinline__ void store(int64_t row, int v, const TokenVector<T>&, uint2 eight, DeviceGrid,
+                                        int count, uint32_t) const {
+    store_bytes(codes + row * cols + int64_t{v} * kVectorValues, eight, count, wide);
+  }
+  __device__ __forceinline__ void keep(int64_t row, int64_t, int64_t place, uint32_t bits) const {
+    if (place < outlier_columns) outliers[row * outlier_columns + place] = ValueBits<T>::to_float(bits);
+  }
+  __device__ __forceinline__ void end(int64_t row, DeviceGrid grid, int) const {
+    if (scales != nullptr) scales[row] = grid.scale;
+    if (zeros != nullptr) zeros[row] = static_cast<int8_t>(grid.zero);
+  }
+  __device__ __forceinline__ void pad(int64_t) const {}
+
+  static __device__ __forceinline__ void store_bytes(int8_t* to, uint2 eight, int count, bool wide) {
+    if (wide && count == kVectorValues) {
+      *reinterpret_cast<uint2*>(to) = eight;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      if (i < count) to[i] = static_cast<int8_t>((i < 4 ? eight.x : eight.y) >> i % 4 * 8);
+    }
+  }
+};
+
+// What the codes stand for, in the dtype of the values.
+template <class T>
+struct ValueSink {
+  T* out;
+  int64_t stride;
+  bool wide;  // rows begin at multiples of 16 bytes
+
+  __host__ __device__ __forceinline__ int64_t vectors(int64_t width) const {
+    return (width + kVectorValues - 1) / kVectorValues;
+  }
+  __device__ __forceinline__ void begin(int64_t) const {}
+  __device__ __forceinline__ void store(int64_t row, int v, const TokenVector<T>&, uint2 eight,
+                                        DeviceGrid grid, int count, uint32_t kept) const {
+    TokenVector<T> values = TokenVector<T>::zeros();
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      const int code = static_cast<int8_t>((i < 4 ? eight.x : eight.y) >> i % 4 * 8);
+      values.put(i, ValueBits<T>::from_float(__fmul_rn(grid.scale, static_cast<float>(code - grid.zero))));
+    }
+    values.store(out + row * stride + int64_t{v} * kVectorValues, count, wide, kept);
+  }
+  __device__ __forceinline__ void keep(int64_t row, int64_t column, int64_t, uint32_t bits) const {
+    put_value(out + row * stride + column, bits);
+  }
+  __device__ __forceinline__ void end(int64_t, DeviceGrid, int) const {}
+  __device__ __forceinline__ void pad(int64_t) const {}
+};
+
+// The scales of tokens alone.
+struct ScaleSink {
+  float* scales;
+
+  __host__ __device__ __forceinline__ int64_t vectors(int64_t width) const {
+    return (width + kVectorValues - 1) / kVectorValues;
+  }
+  __device__ __forceinline__ void begin(int64_t) const {}
+  template <class Vector>
+  __device__ __forceinline__ void store(int64_t, int, const Vector&, uint2, DeviceGrid, int, uint32_t) const {
+  }
+  __device__ __forceinline__ void keep(int64_t, int64_t, int64_t, uint32_t) const {}
+  __device__ __forceinline__ void end(int64_t row, DeviceGrid grid, int) const { scales[row] = grid.scale; }
+  __device__ __forceinline__ void pad(int64_t) const {}
 };
 
 }  // namespace quantloom::cuda

@@ -7,6 +7,9 @@
 
 #include <cstdint>
 
+#include "quantloom/cuda_matrix.hpp"
+#include "quantloom/error.hpp"
+
 namespace quantloom::cuda {
 
 inline constexpr int kVectorValues = 8;
@@ -44,6 +47,23 @@ struct ValueBits<float> {
 };
 
 template <class T>
+__device__ __forceinline__ uint32_t get_bits(const T* from) {
+  if constexpr (sizeof(T) == 2) {
+    return *reinterpret_cast<const unsigned short*>(from);
+  } else {
+    return *reinterpret_cast<const uint32_t*>(from);
+  }
+}
+template <class T>
+__device__ __forceinline__ void put_value(T* to, uint32_t bits) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<unsigned short*>(to) = static_cast<unsigned short>(bits);
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = bits;
+  }
+}
+
+template <class T>
 struct TokenVector {
   static constexpr bool kPairs = sizeof(T) == 2;  // two values in a word
   static constexpr int kWords = kVectorValues / (kPairs ? 2 : 1);
@@ -59,6 +79,20 @@ struct TokenVector {
           i % 2 == 0 ? (words[i / 2] & 0xFFFF0000U) | value : (words[i / 2] & 0xFFFFU) | value << 16;
     } else {
       words[i] = value;
+    }
+  }
+  // The first `count`, but for those of which `skipped` has a bit. wide: `to` is at a multiple of 16 bytes.
+  __device__ __forceinline__ void store(T* to, int count, bool wide, uint32_t skipped) const {
+    if (wide && count == kVectorValues && skipped == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorValues; ++i) {
+      if (i < count && (skipped >> i & 1U) == 0) put_value(to + i, bits(i));
     }
   }
   static __device__ __forceinline__ TokenVector zeros() {
@@ -96,17 +130,33 @@ struct TokenMatrix {
     }
 #pragma unroll
     for (int i = 0; i < kVectorValues; ++i) {
-      if (i < left) {
-        if constexpr (TokenVector<T>::kPairs) {
-          found.put(i, reinterpret_cast<const unsigned short*>(from)[i]);
-        } else {
-          found.put(i, reinterpret_cast<const unsigned int*>(from)[i]);
-        }
-      }
+      if (i < left) found.put(i, get_bits(from + i));
     }
     return found;
   }
 };
+
+template <class T>
+TokenMatrix<T> token_matrix(const CudaMatrix& x) {
+  const bool wide =
+      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  return {static_cast<const T*>(x.data), x.stride, x.cols, wide};
+}
+
+// Calls run(TokenMatrix<T>) for the dtype of x.
+template <class Run>
+void with_token_matrix(const CudaMatrix& x, const Run& run) {
+  switch (x.dtype) {
+    case DType::f16:
+      return run(token_matrix<__half>(x));
+    case DType::bf16:
+      return run(token_matrix<__nv_bfloat16>(x));
+    case DType::f32:
+      return run(token_matrix<float>(x));
+    default:
+      throw TypeMismatch("x", name_of(x.dtype), "float16, bfloat16 or float32");
+  }
+}
 
 // The largest magnitudes below and above 0, as bits; 0 where there is none.
 template <class T>

@@ -1,11 +1,78 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/activations/quantized_activations.hpp"
 
 namespace quantloom::python {
 
+namespace {
+
+void* pointer(uintptr_t address) {
+  return reinterpret_cast<void*>(address);
+}
+
+CudaActivationScratch scratch_of(uintptr_t places, uintptr_t workspace, int64_t workspace_bytes) {
+  return {static_cast<const int32_t*>(pointer(places)), pointer(workspace), workspace_bytes};
+}
+
+// Names, dtypes and shapes.
+py::list planes_of(const ActivationFormat& format, int64_t m, int64_t k, int64_t outliers) {
+  py::list result;
+  for (const PlaneSpec& spec : activation_planes(format, m, k, outliers)) {
+    result.append(
+        py::make_tuple(spec.name, std::string(name_of(spec.dtype)), py::tuple(py::cast(spec.shape))));
+  }
+  return result;
+}
+
+// On a CUDA device. Matrices are plain numbers, as for products: the Python side has checked the tensors that
+// they stand for, and a call must cost no more than a few microseconds.
+void bind_cuda_activations(py::module_& module) {
+  py::class_<ActivationFormat>(module, "ActivationDescription")
+      .def(py::init(&activation_format_from_json))
+      .def("planes", &planes_of)
+      .def("cuda_workspace", &activations_cuda_workspace);
+  module.def("find_activation_outliers_cuda",
+             [](uintptr_t x, int64_t stride, int64_t m, int64_t k, const std::string& dtype,
+                const ActivationFormat& format, uintptr_t places, uintptr_t count, uintptr_t stream) {
+               const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
+               const py::gil_scoped_release release;
+               find_activation_outliers_cuda(matrix, format, static_cast<int32_t*>(pointer(places)),
+                                             static_cast<int32_t*>(pointer(count)), pointer(stream));
+             });
+  module.def("quantize_activations_cuda", [](uintptr_t x, int64_t stride, int64_t m, int64_t k,
+                                             const std::string& dtype, const ActivationFormat& format,
+                                             const std::map<std::string, ArrayRef>& planes, uintptr_t places,
+                                             uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+    const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
+    QuantizedActivations out{format, m, k, to_tensors(planes, "plane")};
+    const py::gil_scoped_release release;
+    quantize_activations_cuda(matrix, out, scratch_of(places, workspace, workspace_bytes), pointer(stream));
+  });
+  module.def("round_activations_cuda",
+             [](uintptr_t x, int64_t stride, int64_t m, int64_t k, const std::string& dtype,
+                const ActivationFormat& format, uintptr_t out, int64_t out_stride, uintptr_t places,
+                uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+               const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
+               const py::gil_scoped_release release;
+               round_activations_cuda(matrix, format, pointer(out), out_stride,
+                                      scratch_of(places, workspace, workspace_bytes), pointer(stream));
+             });
+  module.def("dequantize_activations_cuda",
+             [](const std::map<std::string, ArrayRef>& planes, const ActivationFormat& format, int64_t m,
+                int64_t k, uintptr_t out, const std::string& dtype, uintptr_t stream) {
+               const QuantizedActivations x{format, m, k, to_tensors(planes, "plane")};
+               const DType type = dtype_from_name(dtype);
+               const py::gil_scoped_release release;
+               dequantize_activations_cuda(x, pointer(out), type, k, pointer(stream));
+             });
+}
+
+}  // namespace
+
 void bind_activations(py::module_& module) {
+  bind_cuda_activations(module);
   module.def("activations_from_spec",
              [](const std::string& spec) { return activation_format_from_spec(spec).to_json(); });
   module.def("activations_canonical",

@@ -226,6 +226,10 @@ class QuantizedActivations:
     def dequantize(self, dtype: Any = None, threads: int = 0) -> Any:
         """The values of the codes, of the kind and (by default) in the dtype of x."""
         name = self.dtype if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+        if _on_cuda(self.planes["codes"]):
+            from quantloom import _cuda_activations
+
+            return _cuda_activations.dequantize(self.planes, self.format, name).reshape(self.shape)
         arrays = {name: _arrays.plane(f"plane {name}", plane) for name, plane in self.planes.items()}
         kind = arrays["codes"].kind
         out = _arrays.empty(kind, arrays["codes"].shape, "float32")
@@ -238,21 +242,34 @@ class QuantizedActivations:
         return _arrays.cast(out, name).reshape(self.shape)
 
 
+def _on_cuda(x: Any) -> bool:
+    return _arrays.is_torch(x) and x.is_cuda
+
+
 def _tokens(x: Any) -> tuple[_arrays.Array, tuple[int, ...]]:
     shape = _arrays.describe("x", x).shape
     if not shape:
         raise ValueError("x: got shape [], expected [..., k]")
-    return _arrays.tokens("x", x, shape[-1]), tuple(shape)
+    return _arrays.tokens("x", x, shape[-1], cpu=not _on_cuda(x)), tuple(shape)
 
 
 def quantize_activations(x: Any, format: ActivationFormat | str, threads: int = 0) -> QuantizedActivations:
-    """The integer codes and scales of `x` ``[..., k]``, float32, float16 or bfloat16, on the CPU.
+    """The integer codes and scales of `x` ``[..., k]``, float32, float16 or bfloat16.
 
-    Raises ValueError naming token and input for values that are not finite (or 2**127 and more), and for a
-    static format without its scale.
+    Tensors on a CUDA device stay there, with the same planes as on the CPU, queued on torch's current stream;
+    only outliers that the batch itself decides make it wait for the device, as their number is a shape.
+
+    Raises ValueError for a static format without its scale, and on the CPU, naming token and input, for
+    values that are not finite (or 2**127 and more). A CUDA device cannot raise: there the scale that such a
+    value takes part in becomes NaN (a static scale with all its tokens), outliers apart.
     """
     tokens, shape = _tokens(x)
     format = parse_activations(format)
+    if tokens.device != "cpu":
+        from quantloom import _cuda_activations
+
+        planes = _cuda_activations.quantize(tokens.value, format)
+        return QuantizedActivations(format, shape, tokens.dtype, MappingProxyType(planes))
     found = _core.quantize_activations(tokens.core, format.to_json(), _checks.thread_count(threads))
     planes = {name: _arrays.to_kind(value, dtype, tokens.kind) for name, (dtype, value) in found.items()}
     return QuantizedActivations(format, shape, tokens.dtype, MappingProxyType(planes))
@@ -260,9 +277,17 @@ def quantize_activations(x: Any, format: ActivationFormat | str, threads: int = 
 
 def round_activations(x: Any, format: ActivationFormat | str, threads: int = 0) -> Any:
     """`x` rounded to the format, of its kind and dtype: what ``quantize_activations(x,
-    format).dequantize()`` gives, bit for bit. Raises as that does."""
+    format).dequantize()`` gives, bit for bit. Raises as that does.
+
+    On a CUDA device it never waits, and can be captured in a graph. Of a value that is not finite, all that
+    share its scale become NaN there; with a static scale those of its token.
+    """
     tokens, shape = _tokens(x)
     format = parse_activations(format)
+    if tokens.device != "cpu":
+        from quantloom import _cuda_activations
+
+        return _cuda_activations.round_values(tokens.value, format).reshape(shape)
     out = _arrays.empty(tokens.kind, tokens.shape, "float32")
     _core.round_activations(
         tokens.core, _arrays.describe("out", out).core, format.to_json(), _checks.thread_count(threads)

@@ -66,7 +66,7 @@ class RoundedLinear(torch.nn.Linear):
         self.transform = parse_transform(transform)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[..., in_features]`` on the CPU; returns ``[..., out_features]``."""
+        """``x`` ``[..., in_features]``; returns ``[..., out_features]``."""
         transform = self.transform
         if transform is not None and transform.has_input:
             x = transform.rotate_input(x)

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "activations/activation_checks.hpp"
 #include "activations/activation_rows.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/error.hpp"
@@ -21,31 +22,9 @@ constexpr int64_t kPieceTokens = 8;
 // Below this many values, another thread costs more than it brings.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 
-// Throws unless the format is calibrated, for tokens of k inputs.
-void require_grid(const ActivationFormat& format, int64_t k) {
-  require_valid(format);
-  if (format.is_static && !format.grid) {
-    throw InvalidArgument("activations", format.spec(),
-                          "a static format with its scale, as calibration gives");
-  }
-  if (format.static_outliers && !format.outlier_columns) {
-    throw InvalidArgument("activations", format.spec(),
-                          "static outliers with their columns, as calibration gives");
-  }
-  if (format.outlier_columns && !format.outlier_columns->empty() && format.outlier_columns->back() >= k) {
-    throw InvalidArgument("x", text_of(k, " inputs"),
-                          text_of("more than ", format.outlier_columns->back(), ", the last outlier column"));
-  }
-}
-
 int team_for(const FloatMatrix& x, int threads) {
   const int64_t values = checked_mul(x.rows(), x.cols());
   return static_cast<int>(std::clamp<int64_t>(values / kValuesPerThread, 1, resolve_threads(threads)));
-}
-
-// Scales of a token (or of the tensor) and groups of scales in a token.
-int64_t scales_per_token(const ActivationFormat& format, int64_t k) {
-  return format.scope == ActivationScope::group ? format.group_count(k) : 1;
 }
 
 [[noreturn]] void refuse_value(const float* x, int64_t count, int64_t token) {
@@ -199,20 +178,12 @@ QuantizedActivations empty_planes(int64_t m, int64_t k, const ActivationFormat& 
                                   std::span<const int32_t> columns) {
   QuantizedActivations result{format, m, k, {}};
   const bool shared = format.scope == ActivationScope::tensor;
-  const std::vector<int64_t> shape = {shared ? 1 : result.m, scales_per_token(format, result.k)};
-  result.planes.emplace("codes", Tensor(DType::i8, {result.m, result.k}));
-  result.planes.emplace("scales", Tensor(DType::f32, shape));
-  if (!format.symmetric) result.planes.emplace("zeros", Tensor(DType::i8, shape));
-  if (format.has_shifts()) {
-    result.planes.emplace("shifts", Tensor(DType::u8, {result.m, format.group_count(result.k)}));
+  for (const PlaneSpec& plane : activation_planes(format, m, k, std::ssize(columns))) {
+    result.planes.emplace(plane.name, Tensor(plane.dtype, plane.shape));
   }
   if (shared && result.m == 0) result.planes.at("scales").values<float>()[0] = 1.0F;
   if (format.has_outliers()) {
-    const auto count = std::ssize(columns);
-    Tensor index(DType::i32, {count});
-    std::ranges::copy(columns, index.values<int32_t>().begin());
-    result.planes.emplace("outlier_columns", std::move(index));
-    result.planes.emplace("outlier_values", Tensor(DType::f32, {result.m, count}));
+    std::ranges::copy(columns, result.planes.at("outlier_columns").values<int32_t>().begin());
   }
   return result;
 }
@@ -269,7 +240,7 @@ void require_planes(const QuantizedActivations& x) {
 }  // namespace
 
 QuantizedActivations quantize_activations(const FloatMatrix& x, const ActivationFormat& format, int threads) {
-  require_grid(format, x.cols());
+  require_calibrated(format, x.cols());
   const int team = team_for(x, threads);
   const int64_t k = x.cols();
   const std::vector<int32_t> columns = outliers_of(x, format, team);
@@ -325,7 +296,7 @@ void dequantize_activations(const QuantizedActivations& x, MatrixView<float> out
 
 void round_activations(const FloatMatrix& x, const ActivationFormat& format, MatrixView<float> out,
                        int threads) {
-  require_grid(format, x.cols());
+  require_calibrated(format, x.cols());
   const int64_t k = x.cols();
   if (out.rows() != x.rows() || out.cols() != k) {
     throw InvalidArgument("out", text_of("shape [", out.rows(), ", ", out.cols(), "]"),
@@ -354,7 +325,7 @@ void round_activations(const FloatMatrix& x, const ActivationFormat& format, Mat
 }
 
 QuantizedActivations quantize_activations_reference(const FloatMatrix& x, const ActivationFormat& format) {
-  require_grid(format, x.cols());
+  require_calibrated(format, x.cols());
   require_finite(x, "x", 1);
   const int64_t k = x.cols();
   std::vector<float> values(static_cast<size_t>(checked_mul(x.rows(), k)));

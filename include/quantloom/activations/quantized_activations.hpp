@@ -3,8 +3,10 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "quantloom/activations/activation_format.hpp"
+#include "quantloom/formats/format.hpp"
 #include "quantloom/matrix_view.hpp"
 #include "quantloom/tensor.hpp"
 
@@ -23,6 +25,10 @@ struct QuantizedActivations {
   int64_t k = 0;
   std::map<std::string, Tensor> planes;
 };
+
+// Their names, dtypes and shapes; `outliers`: columns that are kept.
+std::vector<PlaneSpec> activation_planes(const ActivationFormat& format, int64_t m, int64_t k,
+                                         int64_t outliers = 0);
 
 // Throws InvalidArgument for a static format without a grid, NumericError naming token and input unless all
 // values are finite and below 2^127. The same codes on every instruction set. threads 0: OpenMP's default.

@@ -1,0 +1,53 @@
+// Activations as integers on the current CUDA device: the codes, scales and values of
+// quantized_activations.hpp, bit for bit.
+//
+// Every `stream` is a cudaStream_t of that device. Work is queued on it: nothing waits, nothing is allocated,
+// and all of it can be captured in a graph. Arguments are checked before anything is queued: all functions
+// throw TypeMismatch or InvalidArgument naming the argument, and Unsupported in a CPU-only build.
+//
+// What a value is, only the device knows: where the CPU refuses one that is not finite, or 2^127 and more in
+// magnitude, here all values that share its scale become NaN (its scale is NaN, codes are 0). With a static
+// scale that is the token, or in planes, where one scale serves all, the batch. Outliers are kept whatever
+// they are.
+#pragma once
+
+#include <cstdint>
+
+#include "quantloom/activations/quantized_activations.hpp"
+#include "quantloom/cuda_matrix.hpp"
+
+namespace quantloom {
+
+// Memory on the device beside operands.
+struct CudaActivationScratch {
+  // int32 [k]: the number of each input among the outliers, or -1. As find_activation_outliers_cuda() gives
+  // it, or for a format's outlier_columns.
+  const int32_t* places = nullptr;
+  // activations_cuda_workspace() bytes, at a multiple of 16.
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+
+// Bytes of workspace for a batch [m, k].
+int64_t activations_cuda_workspace(const ActivationFormat& format, int64_t m, int64_t k);
+
+// The places of inputs that reach outlier_threshold in any token, in order, and how many they are, as one
+// int32 on the device. For formats with outliers that are not static.
+void find_activation_outliers_cuda(const CudaMatrix& x, const ActivationFormat& format, int32_t* places,
+                                   int32_t* count, void* stream);
+
+// Fills the planes of `out`, on the device, for its format, m and k (activation_planes()). With outliers,
+// scratch.places must be given, for as many as outlier_columns is long.
+void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
+                               const CudaActivationScratch& scratch, void* stream);
+
+// x rounded to the format and to its own dtype: row t of `out` at element t * out_stride. `out` may be x.
+// With static outliers scratch.places must be given; others are found on the way.
+void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format, void* out,
+                            int64_t out_stride, const CudaActivationScratch& scratch, void* stream);
+
+// The values that the codes of planes on the device stand for, in float32, float16 or bfloat16.
+void dequantize_activations_cuda(const QuantizedActivations& x, void* out, DType dtype, int64_t out_stride,
+                                 void* stream);
+
+}  // namespace quantloom

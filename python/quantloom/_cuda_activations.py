@@ -1,0 +1,145 @@
+"""Rounding of activations on a CUDA device, on torch's current stream.
+
+Imports torch; imported only where a tensor on a CUDA device is at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantloom import _core, _cuda
+
+if TYPE_CHECKING:
+    from quantloom.activations import ActivationFormat
+
+__all__ = ["dequantize", "quantize", "round_values"]
+
+
+@functools.lru_cache(maxsize=512)
+def _description(json: str) -> _core.ActivationDescription:
+    return _core.ActivationDescription(json)
+
+
+@functools.lru_cache(maxsize=512)
+def _places(columns: tuple[int, ...], k: int, device: torch.device) -> torch.Tensor:
+    """For each input its number among the outlier columns, or -1.
+
+    Made on the first call, which a graph cannot capture."""
+    places = torch.full((k,), -1, dtype=torch.int32)
+    inside = [column for column in columns if column < k]
+    places[inside] = torch.arange(len(inside), dtype=torch.int32)
+    return places.to(device)
+
+
+def _workspace(format: _core.ActivationDescription, m: int, k: int, device: torch.device) -> torch.Tensor:
+    # From torch's allocator: it keeps the memory for this stream, or for the graph being captured.
+    return torch.empty(format.cuda_workspace(m, k), dtype=torch.uint8, device=device)
+
+
+def _matrix(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int, str]]:
+    """x ``[m, k]`` with rows that go forward, and its address, stride, sizes and dtype."""
+    m, k = x.shape
+    if m > 1 and x.stride(0) < k:
+        x = x.contiguous()
+    stride = x.stride(0) if m > 1 else k
+    return x, (x.data_ptr(), stride, m, k, str(x.dtype).removeprefix("torch."))
+
+
+def _refs(planes: Mapping[str, torch.Tensor]) -> dict[str, _core.ArrayRef]:
+    refs = {}
+    for name, plane in planes.items():
+        if not plane.is_contiguous():
+            raise ValueError(f"plane {name}: got strides {plane.stride()}, expected a contiguous tensor")
+        dtype = str(plane.dtype).removeprefix("torch.")
+        shape, strides = tuple(plane.shape), tuple(plane.stride())
+        refs[name] = _core.ArrayRef(plane.data_ptr(), dtype, shape, strides, str(plane.device), None)
+    return refs
+
+
+def quantize(x: torch.Tensor, format: ActivationFormat) -> dict[str, torch.Tensor]:
+    """The planes of x ``[m, k]``."""
+    _cuda.require_kernels("quantize_activations")
+    description, device = _description(format.to_json()), x.device
+    x, matrix = _matrix(x)
+    m, k = x.shape
+    with _cuda.on(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        places, outliers = None, 0
+        if format.static_outliers and format.outlier_columns is not None:
+            places = _places(format.outlier_columns, k, device)
+            outliers = len(format.outlier_columns)
+        elif format.outlier_threshold is not None and not format.static_outliers:
+            places = torch.empty(k, dtype=torch.int32, device=device)
+            count = torch.empty(1, dtype=torch.int32, device=device)
+            _core.find_activation_outliers_cuda(
+                *matrix, description, places.data_ptr(), count.data_ptr(), stream
+            )
+            outliers = int(count)
+        planes = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for name, dtype, shape in description.planes(m, k, outliers)
+        }
+        workspace = _workspace(description, m, k, device)
+        _core.quantize_activations_cuda(
+            *matrix,
+            description,
+            _refs(planes),
+            0 if places is None else places.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            stream,
+        )
+    return planes
+
+
+def round_values(x: torch.Tensor, format: ActivationFormat) -> torch.Tensor:
+    """x ``[m, k]`` rounded to the format."""
+    _cuda.require_kernels("round_activations")
+    description, device = _description(format.to_json()), x.device
+    x, matrix = _matrix(x)
+    m, k = x.shape
+    out = torch.empty((m, k), dtype=x.dtype, device=device)
+    with _cuda.on(device):
+        places = None
+        if format.static_outliers and format.outlier_columns is not None:
+            places = _places(format.outlier_columns, k, device)
+        workspace = _workspace(description, m, k, device)
+        _core.round_activations_cuda(
+            *matrix,
+            description,
+            out.data_ptr(),
+            k,
+            0 if places is None else places.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return out
+
+
+def dequantize(planes: Mapping[str, torch.Tensor], format: ActivationFormat, dtype: str) -> torch.Tensor:
+    """The values ``[m, k]`` of planes on a CUDA device."""
+    _cuda.require_kernels("dequantize")
+    codes = planes["codes"]
+    if codes.dim() != 2:
+        raise ValueError(f"plane codes: got {codes.dim()} dimensions, expected [tokens, k]")
+    m, k = codes.shape
+    out = torch.empty((m, k), dtype=getattr(torch, dtype), device=codes.device)
+    for name, plane in planes.items():
+        if plane.device != codes.device:
+            raise TypeError(f"plane {name}: got a tensor on {plane.device}, expected one on {codes.device}")
+    with _cuda.on(codes.device):
+        _core.dequantize_activations_cuda(
+            _refs(planes),
+            _description(format.to_json()),
+            m,
+            k,
+            out.data_ptr(),
+            dtype,
+            torch.cuda.current_stream(codes.device).cuda_stream,
+        )
+    return out
