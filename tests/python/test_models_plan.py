@@ -15,11 +15,11 @@ import json, sys
 import numpy as np
 import quantloom as ql
 
-model, spec, rounding, output = sys.argv[1:]
-recipe = ql.Recipe.parse(spec, rounding)
+model, spec, rounding, output, distillation = sys.argv[1:]
+recipe = ql.Recipe.parse(spec, rounding, distillation=distillation)
 settings = {"windows": 2, "window": 32, "held_out_windows": 1}
 plan = ql.models.plan(model, recipe, **settings)
-ids = np.arange(96) % 97 if rounding == "gptq" else None
+ids = np.arange(96) % 97
 ql.models.quantize(model, recipe, ids, output=output, **settings)
 # VmHWM and not ru_maxrss, which a new program inherits from the process that started it.
 with open("/proc/self/status") as status:
@@ -33,7 +33,8 @@ def model(tmp_path_factory):
     return model_factory.write_model(tmp_path_factory.mktemp("model"), model_factory.llama())
 
 
-def test_peak_memory_is_what_a_process_needs(tmp_path):
+@pytest.mark.parametrize("distillation", ["none", "lkd:steps=2:checks=1:batch=1"])
+def test_peak_memory_is_what_a_process_needs(distillation, tmp_path):
     config = model_factory.llama(hidden=768, layers=1, intermediate=1536)
     model = model_factory.write_model(tmp_path / "model", config)
     command = [
@@ -44,6 +45,7 @@ def test_peak_memory_is_what_a_process_needs(tmp_path):
         "uniform:4:g128:asym",
         "gptq",
         str(tmp_path / "out"),
+        distillation,
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
@@ -66,6 +68,36 @@ def test_sizes_are_exact(spec, model, tmp_path):
     )
     assert plan.output_bytes == stored
     assert plan.seconds > 0 and plan.peak_bytes == sum(plan.parts.values()) and plan.refusals == {}
+
+
+def test_static_outliers_are_counted(model, tmp_path):
+    columns = "int8:token:outliers=6:columns=3,17"
+    recipe = ql.Recipe.parse(
+        "uniform:8:g32", activations="int8:token", activation_overrides={"re:.*q_proj": columns}
+    )
+    plan = models.plan(model, recipe)
+    report = models.quantize(model, recipe, output=tmp_path / "out")
+    assert [module.bits for module in plan.modules] == [module.bits for module in report.modules]
+    assert {m.name.rpartition(".")[2] for m in plan.modules if m.outlier_columns == 2} == {"q_proj"}
+    assert plan.outlier_share is None
+
+    recipe = ql.Recipe.parse("uniform:8:g32", activations="int8:token:outliers=6:static-outliers")
+    plain = models.plan(model, ql.Recipe.parse("uniform:8:g32"))
+    for share in (0.0, 0.02, 1.0):
+        plan = models.plan(model, recipe, outlier_share=share)
+        assert plan.outlier_share == share
+        for module, other in zip(plan.modules, plain.modules, strict=True):
+            n, k = module.shape
+            count = -(-round(share * 100) * k // 100)
+            assert module.outlier_columns == count
+            assert module.bits == other.bits + (32 * n * count + 32 * (n + 1) if count else 0)
+        assert plan.output_bytes - plain.output_bytes == sum(
+            (a.bits - b.bits) // 8 for a, b in zip(plan.modules, plain.modules, strict=True)
+        )
+    with pytest.raises(ValueError, match=r"outlier_share: got 2\.0"):
+        models.plan(model, recipe, outlier_share=2)
+    with pytest.raises(ValueError, match="calibrated: got False"):
+        models.plan(model, recipe, calibrated=False)
 
 
 def test_parts_follow_the_model(model, tmp_path):

@@ -319,6 +319,14 @@ def plan(
     layout: Annotated[
         common.Layout | None, typer.Option(help="Tell which layers this export layout cannot hold.")
     ] = None,
+    outlier_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Static outliers of activations: the share of the inputs that calibration is taken to find.",
+        ),
+    ] = 0.01,
     threads: common.Threads = 0,
     json: common.Json = False,
     traceback: common.Traceback = False,
@@ -361,6 +369,7 @@ def plan(
         held_out_windows=held_out_windows,
         threads=threads,
         layout=None if layout is None else layout.value,
+        outlier_share=outlier_share,
     )
     if json:
         common.print_json(common.plain(result) | {"refusals": result.refusals})
@@ -448,6 +457,11 @@ def _show_plan(result) -> None:
         ["left as they are", ", ".join(result.unquantized) or "none"],
     ]
     out.print(common.table(None, ["", ""], rows, show_header=False))
+    if result.outlier_share is not None:
+        out.print(
+            f"assumed: {result.outlier_share:.1%} of the inputs of a layer with static outliers are some, and"
+            " their weights stay in float16; calibration finds how many there are (--outlier-share)"
+        )
     for name, reason in result.refusals.items():
         out.print(f"cannot be exported: {name}: {reason}")
 

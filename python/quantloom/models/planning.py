@@ -7,6 +7,7 @@ although the system may drop them when memory is short.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ import numpy as np
 import torch
 
 import quantloom as ql
-from quantloom.models.costs import forward_flops, hessian_flops, loss_flops, rounding_flops
+from quantloom import _checks
+from quantloom.models.costs import (
+    distillation_flops,
+    forward_flops,
+    hessian_flops,
+    loss_flops,
+    rounding_flops,
+)
+from quantloom.models.distillation import check_distillation, window_passes
 from quantloom.models.layouts import LAYOUTS, refusal
 from quantloom.models.report import rounding_name
 from quantloom.models.source import ModelFolder, build_skeleton, model_names
@@ -35,7 +44,11 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One Linear: its format, the exact size it is stored in, and why an export layout refuses it, if so."""
+    """One Linear: its format, the exact size it is stored in, and why an export layout refuses it, if so.
+
+    `outlier_columns`: those in float16 beside the codes, for static outliers of activations. Unless the
+    recipe names them it is an assumption, as calibration finds them, and so are then the format and the bits.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -43,6 +56,7 @@ class ModulePlan:
     bits: int
     bits_per_weight: float
     refusal: str | None = None
+    outlier_columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,13 @@ class Plan:
         peak_bytes: peak resident memory of a process that makes this plan and then the run.
         parts: what `peak_bytes` consists of, in bytes by name, in the phase that needs most.
         seconds: estimated time, from rates measured just now.
-        output_bytes: tensor data of the checkpoint, exact.
+        output_bytes: tensor data of the checkpoint, exact but for `outlier_share`.
         work_bytes: disk space needed in the output folder while the run lasts, beside the checkpoint.
         bits_per_weight: of the quantized Linears, all side information included.
         modules: one entry for each Linear to be quantized.
         unquantized: the Linears that stay as they are.
+        outlier_share: the share of the columns of Linears with static outliers that were taken to be some;
+            None if none had to be assumed.
     """
 
     peak_bytes: int
@@ -68,6 +84,7 @@ class Plan:
     bits_per_weight: float
     modules: tuple[ModulePlan, ...]
     unquantized: tuple[str, ...] = field(default=())
+    outlier_share: float | None = None
 
     @property
     def refusals(self) -> dict[str, str]:
@@ -85,6 +102,7 @@ def plan(
     held_out_windows: int = 8,
     threads: int = 0,
     layout: str | None = None,
+    outlier_share: float = 0.01,
 ) -> Plan:
     """Predicts what ``quantize`` will take; arguments as there.
 
@@ -93,6 +111,9 @@ def plan(
     Args:
         calibrated: whether calibration is given; None: where the rounding needs it.
         layout: an export layout that every module must fit, see ``Plan.refusals``.
+        outlier_share: of the inputs of a Linear whose activations have static outliers: those taken to be
+            outliers, from 0 to 1, rounded up to whole columns. Calibration finds the real ones; a column of
+            them costs 32 bits for each of its weights.
 
     Raises ValueError, TypeError or OSError as ``quantize`` does.
     """
@@ -106,16 +127,23 @@ def plan(
         raise ValueError(f"layout: got {layout!r}, expected None or one of {', '.join(LAYOUTS)}")
     if not isinstance(recipe, ql.Recipe):
         raise TypeError(f"recipe: got {type(recipe).__name__}, expected a Recipe")
+    outlier_share = _checks.real("outlier_share", outlier_share)
+    if not 0 <= outlier_share <= 1:
+        raise ValueError(f"outlier_share: got {outlier_share}, expected a number from 0 to 1")
+    distillation = recipe.distillation
     gptq = "gptq" in rounding_name(recipe.rounding)
     steps = getattr(recipe.rounding, "steps", 0)
-    needed = not isinstance(recipe.rounding, ql.Nearest)
+    formats = [recipe.activations, *recipe.activation_overrides.values()]
+    needed = not isinstance(recipe.rounding, ql.Nearest) or distillation is not None
+    needed = needed or any(form is not None and not form.calibrated for form in formats)
     calibrated = needed if calibrated is None else calibrated
     if needed and not calibrated:
-        raise ValueError("calibrated: got False, expected True: the recipe's rounding needs calibration")
+        raise ValueError("calibrated: got False, expected True: the recipe needs calibration")
     folder = ModelFolder(model_path)
     model = build_skeleton(folder.path)
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, recipe)
+    check_distillation(recipe, targets, held_out_windows)
     sizes = {
         name: (linear.out_features, linear.in_features)
         for block in blocks
@@ -123,17 +151,27 @@ def plan(
         if name in targets.formats
     }
     modules = tuple(
-        _module(name, recipe.rounding.stored_format(targets.formats[name], *shape), *shape, layout)
+        _module(
+            name,
+            recipe.rounding.stored_format(targets.formats[name], *shape),
+            *shape,
+            layout,
+            _outlier_columns(recipe.activations_for(name), shape[1], outlier_share),
+        )
         for name, shape in sizes.items()
     )
     tokens = (windows + held_out_windows) * window if calibrated else 0
     seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads, steps)
+    passes = 0 if distillation is None else window_passes(distillation, windows, held_out_windows)
+    seconds += _distillation_seconds(sizes, window, passes)
     bits = sum(module.bits for module in modules)
     hessians = (2 if held_out_windows else 1) if calibrated else 0
     rotates = recipe.transform is not None
     phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads, rotates)
     if steps:
         phases["scale"] = _scaling(phases["quantize"], blocks, sizes, threads)
+    if passes:
+        phases["distil"] = _distillation(phases["quantize"], model, blocks, sizes, window)
     worst = max(phases.values(), key=lambda parts: sum(parts.values()))
     parts = {"process": _resident_bytes(), "scratch of libraries": _SCRATCH} | worst
     names, _ = model_names(model, folder.tensors)
@@ -144,23 +182,39 @@ def plan(
     )
     weights = sum(n * k for n, k in sizes.values())
     hidden = _hidden_size(model)
+    states = (tokens if distillation is None else 2 * tokens) * hidden * 4
     embeddings = sum(e.numel() * 4 for e in _embeddings(model)) if calibrated else 0
     return Plan(
         peak_bytes=sum(parts.values()),
         parts=parts,
         seconds=seconds,
         output_bytes=bits // 8 + kept,
-        work_bytes=bits // 8 + max(2 * tokens * hidden * 4, tokens * hidden * 4 + embeddings),
+        work_bytes=bits // 8 + max(2 * states, tokens * hidden * 4 + embeddings),
         bits_per_weight=bits / weights,
         modules=modules,
         unquantized=targets.left,
+        outlier_share=outlier_share if any(_assumed(recipe.activations_for(n)) for n in sizes) else None,
     )
 
 
-def _module(name: str, form: Any, n: int, k: int, layout: str | None) -> ModulePlan:
+def _assumed(activations: Any) -> bool:
+    """Whether calibration has outliers to find."""
+    return activations is not None and activations.static_outliers and activations.outlier_columns is None
+
+
+def _outlier_columns(activations: Any, k: int, share: float) -> int:
+    """Columns of weights that stay in float16."""
+    if _assumed(activations):
+        return math.ceil(round(share * k, 6))
+    return len((activations and activations.outlier_columns) or ())
+
+
+def _module(name: str, form: Any, n: int, k: int, layout: str | None, columns: int) -> ModulePlan:
+    if columns:
+        form = ql.Outliers(form, count=n * columns)
     bits = form.size_in_bits(n, k)
     reason = refusal(form, n, k, layout) if layout is not None else None
-    return ModulePlan(name, (n, k), form.spec, bits, bits / (n * k) if n * k else 0.0, reason)
+    return ModulePlan(name, (n, k), form.spec, bits, bits / (n * k) if n * k else 0.0, reason, columns)
 
 
 def _resident_bytes() -> int:
@@ -273,6 +327,22 @@ def _scaling(
     return quantize | {"Hessians of one stage": hessians, "working memory": working}
 
 
+def _distillation(
+    quantize: dict[str, int], model: torch.nn.Module, blocks: list[Block], sizes: dict[str, tuple[int, int]],
+    window: int,
+) -> dict[str, int]:  # fmt: skip
+    """Training a block: of its quantized weights, in float32 each, what they were, are, are trained to be and
+    as they are rounded, gradients, the optimizer's two moments and the best so far; of activations, what the
+    way back needs."""
+    trained = max(
+        4 * sum(math.prod(sizes[name]) for name in block.linears if name in sizes) for block in blocks
+    )
+    largest = max(4 * n * k for n, k in sizes.values())
+    activations = 3 * _activation_bytes(model, blocks, window)
+    rest = {name: count for name, count in quantize.items() if name != "Hessians of one stage"}
+    return rest | {"weights in training": 8 * trained + 3 * largest, "working memory": activations}
+
+
 def _activation_bytes(model: torch.nn.Module, blocks: list[Block], window: int) -> int:
     """One window through one block: every Linear's output, and the attention scores of all heads."""
     outputs = max(sum(linear.out_features for linear in block.linears.values()) for block in blocks)
@@ -312,6 +382,16 @@ def _seconds(
         nearest = _best(lambda: ql.quantize(w, "uniform:4:g128", threads=threads), repeats=2) / (n * k)
         seconds += nearest * steps * sum(n * k for n, k in sizes.values())
     return seconds
+
+
+def _distillation_seconds(sizes: dict[str, tuple[int, int]], window: int, passes: int) -> float:
+    """By the rate of a matrix product; rounding and attention take about as long again as they are small."""
+    if not passes:
+        return 0.0
+    n, k = (min(768, max(size[i] for size in sizes.values())) for i in (0, 1))
+    x, w = torch.ones(min(window, 512), k), torch.ones(n, k)
+    rate = _best(lambda: torch.nn.functional.linear(x, w)) / (2.0 * n * k * len(x))
+    return 2 * rate * sum(distillation_flops(*size, window, passes) for size in sizes.values())
 
 
 def _best(work: Any, repeats: int = 3) -> float:

@@ -110,6 +110,11 @@ def quantize(
             gathers them: those Linears are rounded with feedback along rows as well. For ``GPTQ`` and
             formats that are a trellis with its rotation.
 
+    Calibration runs with exact activations, as SmoothQuant's published one does: scales of channels, static
+    ranges, outlier columns and Hessians are of the inputs that a layer has behind quantized weights, without
+    the noise of rounded activations, which is no property of the inputs, and which a range found in a few
+    windows should not be widened by. Only distillation rounds activations, in the block it trains.
+
     Memory: the pages of the mapped model, one block in float32, the Hessians of one stage, and working
     copies of one weight matrix; ``plan`` predicts the peak.
 
