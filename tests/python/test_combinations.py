@@ -51,9 +51,8 @@ def test_combination(format, rounding, activations, plain, reference, tmp_path):
     assert ql.Recipe.from_json(json.dumps(settings["recipe"])) == recipe
     found = divergence(reference, out, True)
     assert divergence(reference, out, False) == pytest.approx(found, rel=0.02)
-    print(
-        f"{format} {rounding} {activations}: {models.read_report(out).bits_per_weight:.3f} bits, KL {found:.5f}"
-    )
+    bits = models.read_report(out).bits_per_weight
+    print(f"{format} {rounding} {activations}: {bits:.3f} bits, KL {found:.5f}")
     assert found < (0.002 if format.startswith("uniform:8") else 0.08)
     if plain is not None:
         activations = None if plain[1] == "exact" else plain[1]

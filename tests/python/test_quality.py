@@ -53,6 +53,16 @@ def test_settings(table):
     assert table.settings_of(["uniform:4:g32=gptq:damp=0.1"])[1].rounding == "gptq:damp=0.1"
     with pytest.raises(SystemExit, match="expected base, search, sym"):
         table.settings_of(["all"])
+    named, trained = table.settings_of(
+        ["zeroquant:w4/8a8=lkd:steps=5", "uniform:4=gptq:damp=0.1=int8:token=lkd:rate=0.1"]
+    )[1:]
+    assert named.recipe() == ql.Recipe.zeroquant(8, 4, distillation="lkd:steps=5")
+    assert trained.recipe() == ql.Recipe.parse(
+        "uniform:4", "gptq:damp=0.1", activations="int8:token", distillation="lkd:rate=0.1"
+    )
+    assert trained.label == "uniform:4 gptq:damp=0.1 int8:token lkd:rate=0.1"
+    with pytest.raises(ValueError, match="as the recipe has its own"):
+        table.settings_of(["zeroquant=gptq"])[1].recipe()
 
 
 def test_program(tmp_path):
@@ -83,10 +93,41 @@ def test_program(tmp_path):
     assert grown["measurements"][:2] == document["measurements"]
     assert len(grown["measurements"]) == 3
 
+    done = run(*arguments, "zeroquant:w4/8a8=lkd:steps=1:batch=1:checks=1")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "q.json").read_text())["measurements"][-1]
+    assert row["activations"] == "int8:token" and row["distillation"] == "lkd:steps=1:batch=1:checks=1"
+    assert "| int8:token | lkd:steps=1" in (tmp_path / "q.md").read_text()
+
     done = run(*arguments, "base", "--evaluation-windows", 3)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "other conditions" in done.stderr
+
+
+def test_alpha_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def row(format, rounding, kl, activations="int8:token"):
+        return {"format": format, "rounding": rounding, "activations": activations, "kl": kl}
+
+    rows = [row("uniform:8:channel", f"smoothquant:alpha={a}", 1e-3 + a / 1e3) for a in (0.25, 0.75)]
+    rows += [row("uniform:8:channel", "smoothquant", 2e-3), row("uniform:8:channel", "nearest", 5e-3)]
+    rows += [row("uniform:8:channel", "smoothquant:search", 1e-3), row("uniform:6:channel", "nearest", 0.1)]
+    rows += [row("uniform:4", "gptq", 0.2, "")]
+    file = tmp_path / "alpha.json"
+    file.write_text(json.dumps({"conditions": {}, "measurements": rows}))
+    program = ROOT / "bench" / "quality" / "alpha_plot.py"
+    for name in ("a.svg", "b.svg", "c.png"):
+        done = run(program, file, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    picture = (tmp_path / "a.svg").read_bytes()
+    assert picture == (tmp_path / "b.svg").read_bytes()
+    assert b"uniform:8:channel, int8:token" in picture and b"uniform:6" not in picture
+    file.write_text(json.dumps({"conditions": {}, "measurements": rows[-1:]}))
+    done = run(program, file, "-o", tmp_path / "none.svg")
+    assert done.returncode == 1 and "got none with smoothquant:alpha" in done.stderr
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_spqr_matrix():
