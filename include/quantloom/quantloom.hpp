@@ -51,6 +51,7 @@
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
 #include "quantloom/packed_tensor.hpp"
+#include "quantloom/rounding/beam_search.hpp"
 #include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/cuda.hpp"
 #include "quantloom/rounding/error_feedback.hpp"

@@ -73,6 +73,7 @@ void bind_arrays(py::module_& module);
 void bind_formats(py::module_& module);
 void bind_entropy(py::module_& module);
 void bind_calibration(py::module_& module);
+void bind_additive(py::module_& module);
 void bind_rounding(py::module_& module);
 void bind_channel_scales(py::module_& module);
 void bind_cuda_rounding(py::module_& module);

@@ -4,7 +4,6 @@
 #include <variant>
 
 #include "arrays.hpp"
-#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -99,19 +98,6 @@ void bind_formats(py::module_& module) {
                                         const std::string& scale_dtype, const std::vector<float>& table) {
     const DType dtype = dtype_from_name(scale_dtype);
     return VectorCodebook(entries, dim, group_size, dtype, codebooks, table).to_json();
-  });
-
-  // `scale_group`: columns, or -1 for one scale per channel.
-  module.def("additive_json", [](int64_t codebooks, int64_t bits, int64_t in_group, int64_t out_group,
-                                 int64_t scale_group, const std::string& scale_dtype) {
-    return Additive(to_int("codebooks", codebooks), to_int("bits", bits), in_group, out_group, scale_group,
-                    dtype_from_name(scale_dtype))
-        .to_json();
-  });
-  module.def("additive_average_bits", [](const std::string& json, int64_t n, int64_t k) {
-    const auto format = std::dynamic_pointer_cast<const Additive>(format_from_json(json));
-    if (format == nullptr) throw InvalidArgument("format", "another format", "additive");
-    return format->average_bits(n, k);
   });
 
   module.def("outliers_json", [](const std::string& dense, std::optional<double> percent, int64_t count) {

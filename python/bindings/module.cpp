@@ -34,6 +34,7 @@ PYBIND11_MODULE(_core, module) {
   bind_entropy(module);
   bind_calibration(module);
   bind_rounding(module);
+  bind_additive(module);
   bind_channel_scales(module);
   bind_cuda_rounding(module);
   bind_fit(module);

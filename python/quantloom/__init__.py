@@ -29,6 +29,7 @@ from quantloom.activations import (
     round_activations,
 )
 from quantloom.awq import AWQ, ScaleChoice, search_channel_scales
+from quantloom.beam_search import BeamSearch
 from quantloom.calibration import Hessian, proxy_loss
 from quantloom.channel_scales import ChannelScales
 from quantloom.coded import CodedTensor, code
@@ -83,6 +84,7 @@ __all__ = [
     "SDR",
     "ActivationFormat",
     "Additive",
+    "BeamSearch",
     "ChannelScales",
     "Codebook",
     "CodedTensor",

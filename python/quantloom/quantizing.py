@@ -32,8 +32,9 @@ def quantize(
             tensor on the CPU or a CUDA device, or anything with ``__dlpack__`` (then the planes are NumPy
             arrays). Rows may be strided, elements of a row must be next to each other.
         format: a ``Format`` or its short form.
-        rounding: ``Nearest()`` (the default), ``GPTQ(hessian)``, ``AWQ(hessian=...)`` or
-            ``SmoothQuant(inputs=...)``, Hessians on the device of `w`.
+        rounding: ``Nearest()`` (the default), ``GPTQ(hessian)``, ``AWQ(hessian=...)``,
+            ``SmoothQuant(inputs=...)``, or ``BeamSearch(hessian)`` for an ``additive`` format; Hessians on
+            the device of `w`.
         transform: None, a ``Transform`` such as ``Hadamard(block=128)`` or its short form: the basis in which
             codes are chosen. W is rotated in float32, Hessians in float64, on the CPU. The losses of the
             report are the same in either basis, up to roundings.
@@ -57,16 +58,17 @@ def quantize(
     format = parse_format(format)
     rounding = Nearest() if rounding is None else rounding
     from quantloom.awq import AWQ, ChannelScaling, quantize_scaled
+    from quantloom.beam_search import BeamSearch, quantize_searched, require_additive
 
-    if not isinstance(rounding, (Nearest, GPTQ, ChannelScaling)):
-        got = _checks.type_name(rounding)
-        raise TypeError(
-            f"rounding: got {got}, expected Nearest(...), GPTQ(...), AWQ(...) or SmoothQuant(...)"
-        )
+    if not isinstance(rounding, (Nearest, GPTQ, ChannelScaling, BeamSearch)):
+        names = "Nearest(...), GPTQ(...), AWQ(...), SmoothQuant(...) or BeamSearch(...)"
+        raise TypeError(f"rounding: got {_checks.type_name(rounding)}, expected {names}")
+    require_additive(rounding, format)
     threads = _checks.thread_count(threads)
     require_hessians(matrix, rounding)
-    if isinstance(rounding, GPTQ) and rounding.hessian is None:
-        raise ValueError("rounding: got GPTQ without a hessian, expected GPTQ(hessian)")
+    if isinstance(rounding, (GPTQ, BeamSearch)) and rounding.hessian is None:
+        name = type(rounding).__name__
+        raise ValueError(f"rounding: got {name} without a hessian, expected {name}(hessian)")
     transform = parse_transform(transform)
     if isinstance(rounding, ChannelScaling):
         if transform is not None:
@@ -86,6 +88,10 @@ def quantize(
                 " basis of its own"
             )
         return _quantize_transformed(matrix, format, rounding, transform, threads)
+    if isinstance(rounding, BeamSearch):
+        if matrix.device != "cpu":
+            _require_cuda_rounding(matrix, format, rounding)
+        return quantize_searched(matrix, format, rounding, threads)
     trellis = isinstance(format, Trellis) and format.rotation is not None
     if isinstance(rounding, GPTQ):
         if trellis and rounding.scale_search is None and rounding.outliers is None:

@@ -50,8 +50,8 @@ class Recipe:
 
     Args:
         format: a ``Format`` or its short form (``"uniform:4:g128"``).
-        rounding: ``Nearest(...)``, ``GPTQ(...)``, ``AWQ(...)`` or ``SmoothQuant(...)`` without Hessians and
-            inputs: calibration provides those.
+        rounding: ``Nearest(...)``, ``GPTQ(...)``, ``AWQ(...)``, ``SmoothQuant(...)`` or ``BeamSearch(...)``,
+            without Hessians and inputs: calibration provides those.
         ignore: patterns of layers that stay as they are. A pattern is the full name of a module, or
             ``"re:"`` and a regular expression that matches the whole name.
         overrides: maps patterns to another format, or to None for layers that stay as they are. The
@@ -98,6 +98,11 @@ class Recipe:
         object.__setattr__(self, "overrides", MappingProxyType(overrides))
         object.__setattr__(self, "transform", parse_transform(self.transform))
         name = json.loads(self.rounding.to_json())["rounding"]
+        if name == "beam_search":
+            from quantloom.beam_search import require_additive
+
+            for form in (self.format, *filter(None, self.overrides.values())):
+                require_additive(self.rounding, form)
         if self.transform is not None and name in ("awq", "smoothquant"):
             raise ValueError(
                 f"transform: got {self.transform.spec}, expected None: {name} makes transforms of its own"

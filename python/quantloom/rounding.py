@@ -129,6 +129,7 @@ class Rounding:
 
     hessian: Any
     held_out: Any
+    name = ""  # in descriptions; empty: that of the class
 
     @property
     def spec(self) -> str:
@@ -137,7 +138,7 @@ class Rounding:
 
     def to_json(self) -> str:
         """The settings, without Hessians, as a JSON object; ``rounding_from_json`` reads it back."""
-        settings: dict[str, Any] = {"rounding": type(self).__name__.lower()}
+        settings: dict[str, Any] = {"rounding": self.name or type(self).__name__.lower()}
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             if item.name in HESSIANS or (item.name in _LEFT_OUT and value is None):
@@ -311,8 +312,8 @@ class RoundingReport:
     """What a rounding really did. Losses are NaN where no Hessian was given.
 
     Attributes:
-        method: the method that made the codes, ``"nearest"`` or ``"gptq"``; ``"awq+..."`` if channels were
-            scaled before.
+        method: the method that made the codes, ``"nearest"``, ``"gptq"`` or ``"beam_search"``; ``"awq+..."``
+            if channels were scaled before.
         scale_search, act_order, static_groups: as used.
         damping: as used in the end, relative to mean(diag(H)).
         damping_tried: the values tried, up to and including `damping`.
@@ -325,6 +326,7 @@ class RoundingReport:
         outliers: that an ``OutlierSearch`` found; outlier_threshold: the threshold it found them by, infinite
             for none, NaN without a search.
         two_sided_loss, two_sided_loss_nearest: tr(H_out E H E^T), with a Hessian of the outputs.
+        losses: of ``BeamSearch``: tr(E H E^T), with its damping, of the start, after each round, in the end.
         trellis_ratio: of GPTQ to a rotated trellis: the standard deviation of the weights over the codebook's
             RMS, as used.
     """
@@ -347,6 +349,7 @@ class RoundingReport:
     two_sided_loss: float = math.nan
     two_sided_loss_nearest: float = math.nan
     trellis_ratio: float = math.nan
+    losses: tuple[float, ...] = ()
 
 
 def parse_rounding(spec: str | Rounding) -> Rounding:
@@ -355,8 +358,9 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
     ``nearest[:search[=STEPS]]``,
     ``gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:ratio=X[,X...]]``,
     ``awq[:steps=N][:folded][+ROUNDING]`` or ``smoothquant[:alpha=X|:search[=STEPS]][:folded][+ROUNDING]``
-    with one of the first two after the plus; ``output-search`` in place of
-    ``search`` is a search by output error; ``gptq`` takes ``:outliers=PERCENT%``, ``:bits=BITS`` or
+    with one of the first two after the plus, or ``beam_search`` with the options of ``BeamSearch``;
+    ``output-search`` in place of ``search`` is a search by output error; ``gptq`` takes
+    ``:outliers=PERCENT%``, ``:bits=BITS`` or
     ``:outlier-threshold=X`` for an ``OutlierSearch``.
     """
     if isinstance(spec, Rounding):
@@ -371,10 +375,13 @@ def parse_rounding(spec: str | Rounding) -> Rounding:
         from quantloom.smoothquant import SmoothQuant
 
         return SmoothQuant.parse(spec)
+    if name == "beam_search":
+        from quantloom.beam_search import BeamSearch
+
+        return BeamSearch.parse(spec)
     if name not in ("nearest", "gptq"):
-        raise ValueError(
-            f"rounding: got {spec!r}, expected nearest, gptq, awq or smoothquant, with options after colons"
-        )
+        names = "nearest, gptq, awq, smoothquant or beam_search"
+        raise ValueError(f"rounding: got {spec!r}, expected {names}, with options after colons")
     settings: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
@@ -421,11 +428,14 @@ def rounding_from_json(text: str) -> Rounding:
         from quantloom.smoothquant import SmoothQuant
 
         return SmoothQuant.from_fields(settings)
+    if name == "beam_search":
+        from quantloom.beam_search import BeamSearch
+
+        return BeamSearch.from_fields(settings)
     kind = kinds.get(name)
     if kind is None:
-        raise ValueError(
-            f"rounding: got {text!r}, expected a description with one of awq, gptq, nearest, smoothquant"
-        )
+        names = "awq, beam_search, gptq, nearest, smoothquant"
+        raise ValueError(f"rounding: got {text!r}, expected a description with one of {names}")
     known = {item.name for item in fields(kind)} - set(HESSIANS)
     unknown = sorted(settings.keys() - known)
     if unknown:

@@ -11,6 +11,7 @@ import pytest
 import quantloom as ql
 import torch
 from quantloom import models
+from quantloom.beam_search import refit_tables, search_codes
 from quantloom.cli import app
 from quantloom.nn import QuantLinear
 from typer.testing import CliRunner
@@ -102,3 +103,114 @@ def test_models_and_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
     assert "additive:1x4:g4:scale8" in result.stdout.replace("\n", "")
+
+
+def literal_sweep(w, q, h, beam):
+    """The search by its definition, in float64 and in the natural order, for blocks of one row: every
+    candidate's loss from the whole row anew. Codes [n, blocks, tables]."""
+    form = q.format
+    n, k = q.shape
+    blocks = k // form.in_group
+    tables = np.asarray(q.planes["codebook"])[:, :, 0].astype(np.float64)
+    scales = np.asarray(q.planes["scales"]).astype(np.float64)
+    found = []
+    for row in range(n):
+        stream = reference.unpack_bits(q.planes["codes"][row], form.bits, blocks * form.codebooks)
+        states = [stream.reshape(blocks, form.codebooks)]
+        for block in range(blocks):
+            for book in range(form.codebooks):
+                candidates = []
+                for rank, state in enumerate(states):
+                    for code in range(2**form.bits):
+                        codes = state.copy()
+                        codes[block, book] = code
+                        value = sum(tables[m][codes[:, m]] for m in range(form.codebooks)).ravel()
+                        error = w[row] - scales[row, 0] * value
+                        candidates.append((error @ h @ error, rank, code, codes))
+                states = [codes for *_, codes in sorted(candidates, key=lambda c: c[:3])[:beam]]
+        found.append(states[0])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_the_search_is_the_literal_one(beam):
+    rng = np.random.default_rng(beam)
+    w = rng.standard_normal((3, 24)).astype(np.float32)
+    h = hessian(rng, 24)
+    q = ql.quantize(w, "additive:2x3:g4")
+    found = search_codes(w, q, h, beam=beam, float64=True)
+    codes = [reference.unpack_bits(found.planes["codes"][r], 3, 12).reshape(6, 2) for r in range(3)]
+    assert np.array_equal(codes, literal_sweep(w, q, h.sum() / h.tokens, beam))
+    some = search_codes(w, q, h, beam=beam, float64=True, row_groups=[1])
+    assert np.array_equal(some.planes["codes"][1], found.planes["codes"][1])
+    assert np.array_equal(some.planes["codes"][0], q.planes["codes"][0])
+    assert search_codes(w, q, h, row_groups=[]) is q
+    dear = np.zeros((2, 8))
+    dear[:, 1:] = 1e6
+    cheap = search_codes(w, q, h, code_penalties=dear)
+    assert not cheap.planes["codes"].any()
+
+
+def test_losses_fall():
+    rng = np.random.default_rng(6)
+    w = rng.standard_normal((64, 128)).astype(np.float32)
+    h, held_out = hessian(rng, 128), hessian(rng, 128)
+    fed = ql.quantize(w, "additive:2x6:g8", ql.GPTQ(h)).report.proxy_loss
+    for options in (
+        {},
+        {"beam": 4, "order": "natural", "start": "gptq"},
+        {"damp": 0.1, "refit_scales": False},
+    ):
+        q = ql.quantize(w, "additive:2x6:g8", ql.BeamSearch(h, held_out=held_out, **options))
+        report = q.report
+        assert report.method == "beam_search" and len(report.losses) > 3
+        assert all(after < before for before, after in zip(report.losses, report.losses[1:], strict=False))
+        assert report.proxy_loss < 0.8 * min(fed, report.proxy_loss_nearest)
+        assert report.held_out_loss < 0.9 * report.held_out_loss_nearest
+        assert report.proxy_loss == pytest.approx(ql.proxy_loss(w, q, h), rel=1e-5)
+        if "damp" not in options:
+            assert report.losses[-1] == pytest.approx(report.proxy_loss)
+    start = ql.quantize(w, "additive:2x6:g8")
+    assert ql.proxy_loss(w, refit_tables(w, start, h), h) < 0.95 * ql.proxy_loss(w, start, h)
+    torch_q = ql.quantize(torch.from_numpy(w), "additive:2x6:g8", ql.BeamSearch(h, rounds=1), threads=1)
+    numpy_q = ql.quantize(w, "additive:2x6:g8", ql.BeamSearch(h, rounds=1), threads=2)
+    assert np.array_equal(torch_q.dequantize().numpy(), numpy_q.dequantize())
+
+
+def test_the_rounding_describes_itself():
+    rounding = ql.BeamSearch(
+        beam=4, order="natural", start="gptq", damp=0.01, rounds=7, refit=5, float64=True
+    )
+    assert rounding.spec == "beam_search:natural:float64:gptq:beam=4:damp=0.01:rounds=7:refit=5"
+    for other in (rounding, ql.BeamSearch(), ql.BeamSearch(refit_scales=False, sweeps=3)):
+        again = ql.rounding_from_json(other.to_json())
+        assert isinstance(again, ql.BeamSearch) and again.to_json() == other.to_json()
+    assert ql.parse_rounding(rounding.spec).to_json() == rounding.to_json()
+    assert ql.parse_rounding("beam_search").to_json() == ql.BeamSearch().to_json()
+    for bad in ("beam_search:beam", "beam_search:beam=9", "beam_search:beam=2:beam=3", "beam_search:x=1"):
+        with pytest.raises(ValueError, match="beam"):
+            ql.parse_rounding(bad)
+    with pytest.raises(ValueError, match="expected additive"):
+        ql.Recipe("additive:1x4", ql.BeamSearch(), overrides={"a": "uniform:4"})
+    recipe = ql.Recipe.parse("additive:2x4:g4", "beam_search:beam=2")
+    assert (
+        ql.Recipe.from_json(recipe.to_json()) == recipe
+        or recipe.to_json() == ql.Recipe.from_json(recipe.to_json()).to_json()
+    )
+
+
+def test_models_by_beam_search(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    ids = model_factory.token_ids(256)
+    recipe = ql.Recipe.parse("additive:2x4:g4", "beam_search:beam=2")
+    options = {"windows": 8, "window": 16, "held_out_windows": 2}
+    report = models.quantize(folder, recipe, ids, output=tmp_path / "out", **options)
+    assert {module.method for module in report.modules} == {"beam_search"}
+    assert all(module.proxy_loss < module.proxy_loss_nearest for module in report.modules)
+    assert models.load(tmp_path / "out") is not None
+    assert models.plan(folder, recipe, **options).seconds > 0
+    text = tmp_path / "text.txt"
+    text.write_text("in the beginning " * 400)
+    arguments = ["quantize", str(folder), "-o", str(tmp_path / "cli"), "-f", "uniform:4", "-r", "beam_search"]
+    result = CliRunner().invoke(app, [*arguments, "-c", str(text)])
+    assert result.exit_code != 0

@@ -221,6 +221,8 @@ def quantize(
         nearest[:search[=STEPS]]
         gptq[:search[=STEPS]][:damp=X][:no-act-order][:dynamic-groups][:outliers=PERCENT%|:bits=BITS]
             [:ratio=X[,X...]]
+        beam_search[:beam=N][:natural][:seed=N][:gptq][:rounds=N][:tolerance=X][:refit=N][:damp=X][:float64]
+            (additive)
         awq[:steps=N][:folded][+ROUNDING]
         smoothquant[:alpha=X|:search[=STEPS]][:folded][+ROUNDING]
         hadamard[:bN][:seed=N|:no-signs][:in|:out|:both]
@@ -498,6 +500,8 @@ def _recipe(
         if changes and not isinstance(parsed, quantloom.GPTQ):
             flags = ", ".join("--" + name.replace("_", "-") for name in changes)
             raise typer.BadParameter(f"{flags}: only gptq has this, but the rounding is {rounding!r}")
+        if scale_search is not None and isinstance(parsed, quantloom.BeamSearch):
+            raise typer.BadParameter("--scale-search: beam_search fits scales itself")
         if scale_search is not None and isinstance(parsed, (quantloom.AWQ, quantloom.SmoothQuant)):
             raise typer.BadParameter(
                 "--scale-search: the rounding after the scales has its own, as in awq+gptq:search"

@@ -1,0 +1,103 @@
+#include "quantloom/formats/additive.hpp"
+
+#include <pybind11/stl.h>
+
+#include "arrays.hpp"
+#include "calibration.hpp"
+#include "quantloom/rounding/beam_search.hpp"
+#include "reports.hpp"
+
+namespace quantloom::python {
+namespace {
+
+std::shared_ptr<const Additive> additive_from_json(const std::string& json) {
+  const auto format = std::dynamic_pointer_cast<const Additive>(format_from_json(json));
+  if (format == nullptr) throw InvalidArgument("format", format_from_json(json)->spec(), "additive");
+  return format;
+}
+
+// beam, shuffled, seed, float64, damping
+using Search = std::tuple<int64_t, bool, uint64_t, bool, double>;
+
+CodeSearchOptions to_options(const Search& search, int64_t threads) {
+  CodeSearchOptions options;
+  const auto& [beam, shuffled, seed, float64, damping] = search;
+  options.beam = to_int("beam", beam);
+  options.shuffled = shuffled;
+  options.seed = seed;
+  options.float64 = float64;
+  options.damping = damping;
+  options.threads = to_int("threads", threads);
+  return options;
+}
+
+py::tuple beam_search(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
+                      const Search& search, int64_t refit_steps, bool refit_scales, bool error_feedback,
+                      int64_t max_rounds, double tolerance, int64_t sweeps, const SharedHessian* held_out,
+                      int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  BeamSearched found;
+  {
+    const py::gil_scoped_release release;
+    const HessianLocks hessians(&hessian, held_out);
+    BeamSearchOptions options;
+    options.search = to_options(search, threads);
+    options.refit_steps = to_int("refit_steps", refit_steps);
+    options.refit_scales = refit_scales;
+    options.start = error_feedback ? CodeStart::error_feedback : CodeStart::nearest;
+    options.max_rounds = to_int("max_rounds", max_rounds);
+    options.tolerance = tolerance;
+    options.fit.sweeps = sweeps;
+    options.held_out = hessians.second();
+    found = round_beam_search(weights, additive_from_json(format), *hessians.first(), options);
+  }
+  py::dict fields = to_python(found.report);
+  fields["losses"] = found.losses;
+  return py::make_tuple(std::make_shared<PackedTensor>(std::move(found.tensor)), fields);
+}
+
+std::shared_ptr<PackedTensor> search(const ArrayRef& w, const PackedTensor& start,
+                                     const SharedHessian& hessian, const Search& search,
+                                     const std::vector<float>& penalties,
+                                     const std::vector<int64_t>& row_groups, int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  const py::gil_scoped_release release;
+  const HessianLocks hessians(&hessian, nullptr);
+  CodeSearchOptions options = to_options(search, threads);
+  options.code_penalties = penalties;
+  return std::make_shared<PackedTensor>(search_codes(weights, start, *hessians.first(), options, row_groups));
+}
+
+std::shared_ptr<PackedTensor> refit(const ArrayRef& w, const PackedTensor& start,
+                                    const SharedHessian& hessian, int64_t steps, bool tables, bool scales,
+                                    double damping, int64_t threads) {
+  const FloatMatrix weights = w.float_matrix("w");
+  const py::gil_scoped_release release;
+  const HessianLocks hessians(&hessian, nullptr);
+  return std::make_shared<PackedTensor>(refit_tables(weights, start, *hessians.first(),
+                                                     {.steps = to_int("steps", steps),
+                                                      .tables = tables,
+                                                      .scales = scales,
+                                                      .damping = damping,
+                                                      .threads = to_int("threads", threads)}));
+}
+
+}  // namespace
+
+void bind_additive(py::module_& module) {
+  // `scale_group`: columns, or -1 for one scale per channel.
+  module.def("additive_json", [](int64_t codebooks, int64_t bits, int64_t in_group, int64_t out_group,
+                                 int64_t scale_group, const std::string& scale_dtype) {
+    return Additive(to_int("codebooks", codebooks), to_int("bits", bits), in_group, out_group, scale_group,
+                    dtype_from_name(scale_dtype))
+        .to_json();
+  });
+  module.def("additive_average_bits", [](const std::string& json, int64_t n, int64_t k) {
+    return additive_from_json(json)->average_bits(n, k);
+  });
+  module.def("round_beam_search", &beam_search);
+  module.def("search_codes", &search);
+  module.def("refit_tables", &refit);
+}
+
+}  // namespace quantloom::python
