@@ -68,7 +68,7 @@ class WeightGrid:
             self._fixed = torch.from_numpy(fixed).to(self.device)
             codes = unpack_rows(planes["codes"], dense.bits, k)
             self._codes = torch.from_numpy(codes.astype(np.int16)).to(self.device)
-        self.values = packed.to("torch").to(str(self.device)).dequantize()
+        self.values = packed.to("torch").to("cpu").dequantize().to(self.device)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """The values ``[n, k]`` that the stored grid has for a float32 matrix on the device of the planes.

@@ -83,7 +83,7 @@ def test_settings_read_back():
         ("lkd:rate=0", "rate: got 0.0, expected a number > 0"),
         ("lkd:rate=nan", "rate: got nan"),
         ("lkd:weight-decay=-1", "weight_decay: got -1.0"),
-        ("lkd:inputs=both", "inputs: got 'both', expected 'teacher' or 'student'"),
+        ("lkd:inputs=all", "inputs: got 'all', expected 'teacher' or 'student' or 'both'"),
     ],
 )
 def test_bad_settings(spec, message):
@@ -143,6 +143,18 @@ def outputs(network, layer, ids):
             network(input_ids=torch.as_tensor(row[None]), use_cache=False)
     handle.remove()
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+
+def layer_output(network, layer, hidden):
+    """What a decoder layer makes of hidden states [windows, window, hidden]."""
+    places = torch.arange(hidden.shape[1])[None]
+    positions = network.model.rotary_emb(hidden, places)
+    return torch.cat(
+        [
+            network.model.layers[layer](row[None], position_embeddings=positions, attention_mask=None)
+            for row in hidden
+        ]
+    )
 
 
 def test_the_report_tells_what_is_stored(model, tmp_path):
@@ -261,6 +273,29 @@ def test_the_embedded_model_comes_closer(tmp_path):
     assert found["lkd:steps=25:batch=1:checks=2"] < 0.9 * found[None]
 
 
+def test_which_inputs(model, tmp_path):
+    """The second layer of a checkpoint: what enters the rounded one and the original one."""
+    rows, reference = IDS.reshape(6, 24), models.load_reference(model)
+    for inputs in ("teacher", "student", "both"):
+        given = recipe(f"{LKD}:inputs={inputs}", activations=None)
+        report = models.quantize(model, given, IDS, output=tmp_path / inputs, **SETTINGS)
+        network = models.load(tmp_path / inputs, torch.float32, dequantized=True)
+        losses = []
+        for part in (rows[:4], rows[4:]):
+            teacher, expected = outputs(reference, 1, part)
+            student, found = outputs(network, 1, part)
+            with torch.no_grad():
+                if inputs == "teacher":
+                    found = layer_output(network, 1, teacher)
+                if inputs == "student":
+                    expected = layer_output(reference, 1, student)
+            hidden = teacher if inputs == "teacher" else student
+            losses.append((float((found - expected).square().mean()), (expected - hidden).square().mean()))
+        entry = report.distillation[1]
+        assert entry.loss_after == pytest.approx(losses[0][0] / float(losses[0][1]), rel=1e-3)
+        assert entry.held_out_after == pytest.approx(losses[1][0] / float(losses[0][1]), rel=1e-3)
+
+
 # -- repeated and resumed ----------------------------------------------------------------------------
 
 
@@ -288,7 +323,7 @@ class _Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("inputs", ["teacher", "student"])
+@pytest.mark.parametrize("inputs", ["teacher", "both"])
 def test_interrupted_runs_end_the_same(inputs, model, tmp_path):
     given, events = recipe(f"{LKD}:inputs={inputs}"), []
     models.quantize(model, given, IDS, output=tmp_path / "whole", progress=events.append, **SETTINGS)

@@ -168,6 +168,15 @@ def test_quantize_a_model(tmp_path):
     assert ql.inspect(tmp_path / "out").layout == "quantloom"
 
 
+def test_distil_a_model():
+    pytest.importorskip("transformers")
+    done = run(ROOT / "examples" / "scripts" / "distil_a_model.py", "12")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    plain, distilled = (float(line.split("KL divergence ")[1].split()[0]) for line in (lines[0], lines[-1]))
+    assert len(lines) == 6 and distilled < plain
+
+
 def test_exl3_folder():
     pytest.importorskip("transformers")
     done = run(ROOT / "examples" / "scripts" / "exl3_folder.py")

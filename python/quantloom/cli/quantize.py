@@ -229,7 +229,8 @@ def quantize(
         intBITS:token|gN[:asym], intBITS:tensor[:static][:asym] (activations)
         intBITS:...:outliers=LIMIT[:static-outliers] (LLM.int8()), sdrBITS:gN[:bBASE][:tensor[:static]]
         zeroquant[:wBITS[/BITS]aBITS][:gN|:channel] (recipe; of weights the first BITS are those of MLPs)
-        lkd[:steps=N][:batch=N][:rate=X][:weight-decay=X][:inputs=student][:checks=N][:seed=N] (distillation)
+        lkd[:steps=N][:batch=N][:rate=X][:weight-decay=X][:inputs=student|both][:checks=N][:seed=N]
+            (distillation)
 
     **Examples**
 

@@ -86,8 +86,10 @@ class Distiller:
         path = self.work.path / f"teacher-{index}.f32"
         return HiddenStates(path, *self.tokens.ids.shape, self.hidden)
 
-    def _inputs(self, block: Block, inputs: HiddenStates) -> HiddenStates:
-        return self.states(block.index) if self.settings.inputs == "teacher" and block.index else inputs
+    def _inputs(self, block: Block, inputs: HiddenStates, teacher: bool) -> HiddenStates:
+        """What enters the original block or the rounded one; `inputs` is what calibration has."""
+        own = ("teacher", "both") if teacher else ("teacher",)
+        return self.states(block.index) if self.settings.inputs in own and block.index else inputs
 
     def teach(self, block: Block, call: BlockCall, inputs: HiddenStates) -> None:
         """Writes the outputs of the block as it was; `inputs` are the hidden states that calibration has."""
@@ -96,7 +98,7 @@ class Distiller:
         if targets.path.is_file():
             targets.check()
             return
-        source = self._inputs(block, inputs)
+        source = self._inputs(block, inputs, True)
         source.check()
         with targets.writer() as append:
             for hidden in source.read():
@@ -128,7 +130,8 @@ class Distiller:
         if self.work.distilled(block.name) is None:
             begun = time.monotonic()
             student = _Student(self, block, call, dtypes)
-            report, masters = self._train(student, self._inputs(block, inputs), self.states(block.index + 1))
+            source, targets = self._inputs(block, inputs, False), self.states(block.index + 1)
+            report, masters = self._train(student, source, targets)
             packed = {name: student.grids[name].packed(masters[_weight(block, name)]) for name in names}
             replaced = {
                 f"{block.name}.{inner}": masters[inner].to(dtypes[f"{block.name}.{inner}"]).cpu()
