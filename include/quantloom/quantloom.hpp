@@ -40,6 +40,7 @@
 #include "quantloom/formats/trellis_cuda.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
+#include "quantloom/io/aqlm.hpp"
 #include "quantloom/io/awq.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
 #include "quantloom/io/exl3.hpp"

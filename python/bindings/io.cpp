@@ -2,6 +2,7 @@
 
 #include "arrays.hpp"
 #include "quantloom/formats/format.hpp"
+#include "quantloom/io/aqlm.hpp"
 #include "quantloom/io/awq.hpp"
 #include "quantloom/io/compressed_tensors.hpp"
 #include "quantloom/io/exl3.hpp"
@@ -85,6 +86,22 @@ void bind_io(py::module_& module) {
     const auto tensors = to_tensors(arrays, "tensor");
     const py::gil_scoped_release release;
     return std::make_shared<PackedTensor>(from_awq(tensors, group_size));
+  });
+  module.def("aqlm_refusal", [](const std::string& json, int64_t n, int64_t k) {
+    return aqlm_refusal(*format_from_json(json), n, k);
+  });
+  module.def("to_aqlm", [](const PackedTensor& packed) {
+    std::map<std::string, Tensor> tensors;
+    {
+      const py::gil_scoped_release release;
+      tensors = to_aqlm(packed);
+    }
+    return to_numpy(tensors, false);  // the tables are shared with it
+  });
+  module.def("from_aqlm", [](const Arrays& arrays) {
+    const auto tensors = to_tensors(arrays, "tensor");
+    const py::gil_scoped_release release;
+    return std::make_shared<PackedTensor>(from_aqlm(tensors));
   });
   module.def("to_compressed_tensors", [](const PackedTensor& packed) {
     std::map<std::string, Tensor> tensors;

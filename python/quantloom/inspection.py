@@ -48,7 +48,7 @@ class TensorEntry:
 class Inspection:
     path: str
     layout: str
-    """"plain", "quantloom", "gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", or another
+    """"plain", "quantloom", "gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", "aqlm", or another
     library's quant_method."""
     architecture: str | None
     """From config.json, if there is one."""
@@ -247,8 +247,9 @@ def _layout(ours: bool, foreign: list[TensorEntry], quantization: dict[str, Any]
         if quantization.get("quant_method") == "awq":
             return "awq"
         return str(quantization.get("checkpoint_format", "gptq"))
-    if foreign and any("trellis" in entry.planes for entry in foreign):
-        return "exl3"
+    for plane, layout in (("trellis", "exl3"), ("codebooks", "aqlm")):
+        if foreign and any(plane in entry.planes for entry in foreign):
+            return layout
     if foreign:
         return "compressed-tensors"
     return str(quantization.get("quant_method", "plain"))
@@ -258,13 +259,14 @@ def _layout(ours: bool, foreign: list[TensorEntry], quantization: dict[str, Any]
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_AQLM = ("codes", "codebooks", "scales")
 _EXL3 = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
 
 
 def _foreign_matrices(
     stored: dict[str, tuple[str, _Stored]], quantization: dict[str, Any]
 ) -> list[TensorEntry]:
-    """Groups the tensors of each GPTQ, compressed-tensors or EXL3 layer."""
+    """Groups the tensors of each GPTQ, compressed-tensors, EXL3 or AQLM layer."""
     entries = []
     for name, (file, _) in stored.items():
         module, _, leaf = name.rpartition(".")
@@ -274,6 +276,8 @@ def _foreign_matrices(
             parts, describe = _COMPRESSED, _describe_compressed
         elif leaf == "trellis":
             parts, describe = _EXL3, _describe_exl3
+        elif leaf == "codebooks":
+            parts, describe = _AQLM, _describe_aqlm
         else:
             continue
         planes = {part: stored[f"{module}.{part}"][1] for part in parts if f"{module}.{part}" in stored}
@@ -293,6 +297,22 @@ def _foreign_matrices(
             )
         )
     return entries
+
+
+def _describe_aqlm(
+    planes: dict[str, _Stored], quantization: dict[str, Any]
+) -> tuple[str, tuple[int, int]] | None:
+    if len(planes) != len(_AQLM) or [len(planes[part].shape) for part in _AQLM] != [3, 4, 4]:
+        return None
+    from quantloom.formats import Additive
+
+    rows, blocks, _ = planes["codes"].shape
+    codebooks, entries, out_group, in_group = planes["codebooks"].shape
+    try:
+        form = Additive(codebooks, entries.bit_length() - 1, in_group, out_group)
+    except ValueError:
+        return None
+    return form.spec, (rows * out_group, blocks * in_group)
 
 
 def _describe_gptq(

@@ -15,6 +15,7 @@ from quantloom.formats import group_columns
 from quantloom.tensors import PackedTensor, load_tensors
 
 __all__ = [
+    "from_aqlm",
     "from_awq",
     "from_compressed_tensors",
     "from_exl3",
@@ -22,6 +23,7 @@ __all__ = [
     "from_spqr",
     "read_exl3",
     "sdr_to_uniform",
+    "to_aqlm",
     "to_awq",
     "to_bcq",
     "to_compressed_tensors",
@@ -233,6 +235,31 @@ def from_exl3(tensors: Mapping[str, Any], shape: tuple[int, int] | None = None) 
         n, k = (_checks.integer("shape", size, 1) for size in shape)
     cores, kind = _tensors(tensors)
     return PackedTensor._from_core(_core.from_exl3(cores, n, k), kind, shared=True)
+
+
+def to_aqlm(q: PackedTensor) -> dict[str, Any]:
+    """The arrays of AQLM's layout: ``codes, codebooks, scales``. Not a bit changes; codes are unpacked to
+    int8, or int16 above 8 bits.
+
+    Args:
+        q: of the format additive, with one float16 scale for each group of rows, of whole blocks.
+
+    Raises RuntimeError naming what the layout cannot hold.
+    """
+    q = _packed(q)
+    arrays = _core.to_aqlm(q._core())
+    return {name: _arrays.to_kind(array, dtype, q.kind) for name, (dtype, array) in arrays.items()}
+
+
+def from_aqlm(tensors: Mapping[str, Any]) -> PackedTensor:
+    """The packed tensor of the arrays ``codes, codebooks, scales`` of AQLM's layout, by name, without the
+    module's prefix.
+
+    Raises TypeError or ValueError naming the array with a wrong dtype or shape, or with codes beyond the
+    codebooks.
+    """
+    cores, kind = _tensors(tensors)
+    return PackedTensor._from_core(_core.from_aqlm(cores), kind)
 
 
 _EXL3_PARTS = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")

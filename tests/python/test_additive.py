@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import model_factory
 import numpy as np
@@ -22,6 +24,49 @@ FORMATS = [
     ql.Additive(3, 3, 3, 2, scale_dtype=np.float32),
     ql.Additive(2, 4, 2, 8, 6),
 ]
+W = np.ones((8, 16), np.float32)
+# Beside those of test_bad_input.py: call, arguments, options, error, words of its message.
+REFUSED = [
+    (ql.Additive, (2, 17), {}, ValueError, "bits 17 1 to 16"),
+    (ql.Additive, (2, 8, 8, 4), {}, ValueError, "out_group in_group 32 at most 16"),
+    (ql.Additive, (2, 8, 8, 1, 12), {}, ValueError, "scale_group 12 multiple 8"),
+    (ql.Additive, (2, 8, 8, 1, "tensor"), {}, ValueError, "scale_group tensor multiple 8"),
+    (ql.Additive, (2.5,), {}, TypeError, "codebooks float integer"),
+    (ql.BeamSearch, (), {"order": "random"}, ValueError, "order random natural shuffled"),
+    (ql.BeamSearch, (), {"tolerance": 1}, ValueError, "tolerance 1.0 below 1"),
+    (ql.BeamSearch, (), {"damp": -1}, ValueError, "damp -1.0 >= 0"),
+    (ql.BeamSearch, (), {"rounds": 1.5}, TypeError, "rounds float integer"),
+    (ql.quantize, (W, "additive:1x2", ql.BeamSearch()), {}, ValueError, "rounding BeamSearch hessian"),
+    (ql.quantize, (W, "uniform:4", ql.BeamSearch()), {}, ValueError, "format uniform:4 BeamSearch additive"),
+    (ql.layouts.to_aqlm, (ql.quantize(W, "uniform:4"),), {}, RuntimeError, "aqlm additive uniform"),
+    (ql.layouts.from_aqlm, ([],), {}, TypeError, "tensors list mapping"),
+    (search_codes, (W, W, np.eye(16)), {}, TypeError, "q ndarray PackedTensor"),
+    (search_codes, (W, ql.quantize(W, "additive:1x2:g4"), None), {}, ValueError, "hessian None"),
+    (search_codes, (W, ql.quantize(W, "uniform:4"), np.eye(16)), {}, ValueError, "start uniform:4 additive"),
+    (search_codes, (W, ql.quantize(W, "additive:1x2"), np.eye(16)), {"beam": 5}, ValueError, "beam 5 1 to 4"),
+    (
+        search_codes,
+        (W, ql.quantize(W, "additive:1x2"), np.eye(16)),
+        {"row_groups": [8]},
+        ValueError,
+        "row_groups 8",
+    ),
+    (refit_tables, (W, ql.quantize(W, "additive:1x2"), np.eye(16)), {"steps": -1}, ValueError, "steps -1"),
+    (
+        refit_tables,
+        (W[:4], ql.quantize(W, "additive:1x2"), np.eye(16)),
+        {},
+        ValueError,
+        "start [8, 16] [4, 16]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "options", "error", "words"), REFUSED)
+def test_refuses(call, arguments, options, error, words):
+    with pytest.raises(error) as refused:
+        call(*arguments, **options)
+    assert re.search(".*".join(map(re.escape, words.split())), str(refused.value), re.DOTALL), refused.value
 
 
 def hessian(rng, k, correlation=0.7):
@@ -214,3 +259,44 @@ def test_models_by_beam_search(tmp_path):
     arguments = ["quantize", str(folder), "-o", str(tmp_path / "cli"), "-f", "uniform:4", "-r", "beam_search"]
     result = CliRunner().invoke(app, [*arguments, "-c", str(text)])
     assert result.exit_code != 0
+
+
+def test_checkpoints_of_aqlm(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    for spec in ("additive:2x8:g8", "additive:1x9:g4"):
+        form = ql.parse_format(spec)
+        name = spec.replace(":", "-")
+        models.quantize(folder, ql.Recipe(form), output=tmp_path / name)
+        report = models.export(tmp_path / name, tmp_path / f"{name}-aqlm", "aqlm")
+        assert len(report.modules) == 14
+        config = json.loads((tmp_path / f"{name}-aqlm" / "config.json").read_text())["quantization_config"]
+        assert (
+            config["quant_method"] == "aqlm" and "lm_head.weight" in config["linear_weights_not_to_quantize"]
+        )
+        sizes = [
+            config[key] for key in ("num_codebooks", "nbits_per_codebook", "out_group_size", "in_group_size")
+        ]
+        assert sizes == [form.codebooks, form.bits, form.out_group, form.in_group]
+        seen = ql.inspect(tmp_path / f"{name}-aqlm")
+        assert seen.layout == "aqlm" and sum(entry.format == spec for entry in seen.tensors) == 14
+        models.import_(tmp_path / f"{name}-aqlm", tmp_path / f"{name}-back")
+        before, after = (
+            {
+                key: value
+                for file in sorted(path.glob("*.safetensors"))
+                for key, value in ql.load_tensors(file).items()
+            }
+            for path in (tmp_path / name, tmp_path / f"{name}-back")
+        )
+        for key, value in before.items():
+            if isinstance(value, ql.PackedTensor):
+                assert after[key].format == value.format
+                assert all(np.array_equal(plane, after[key].planes[n]) for n, plane in value.planes.items())
+    models.quantize(folder, ql.Recipe("additive:1x4:g4:scale8"), output=tmp_path / "scales")
+    with pytest.raises(ValueError, match="one scale"):
+        models.export(tmp_path / "scales", tmp_path / "no", "aqlm")
+    mixed = ql.Recipe("additive:1x4", overrides={"re:.*down_proj": "additive:1x5"})
+    models.quantize(folder, mixed, output=tmp_path / "mixed")
+    with pytest.raises(ValueError, match="one format"):
+        models.export(tmp_path / "mixed", tmp_path / "no", "aqlm")
+    assert not (tmp_path / "no").exists()

@@ -36,6 +36,7 @@ def export(
         quantloom export OUT -o OUT-vllm --layout compressed-tensors
         quantloom export OUT -o OUT-gptq --layout gptq
         quantloom export OUT-trellis -o OUT-exl3 --layout exl3
+        quantloom export OUT-additive -o OUT-aqlm --layout aqlm
         quantloom export OUT-spqr -o OUT-tiles --layout spqr
     """
     common.require_folder(model, "model")

@@ -36,6 +36,7 @@ class Layout(str, Enum):
     compressed_tensors = "compressed-tensors"
     exl3 = "exl3"
     spqr = "spqr"
+    aqlm = "aqlm"
 
 
 def reports_errors(function: Callable) -> Callable:

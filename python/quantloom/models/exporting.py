@@ -23,6 +23,7 @@ from quantloom.models.checkpoint import (
 )
 from quantloom.models.layouts import (
     LAYOUTS,
+    aqlm_config,
     awq_config,
     compressed_tensors_config,
     gptq_config,
@@ -38,6 +39,7 @@ __all__ = ["ExportReport", "export", "import_"]
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _AWQ = ("qweight", "qzeros", "scales")
+_AQLM = ("codes", "codebooks", "scales")
 _SPQR = ("dense_weights", "row_offsets", "col_vals", "in_perm")
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
@@ -74,7 +76,8 @@ def export(
         layout: ``"compressed-tensors"`` (pack-quantized: loaded by vLLM, and by transformers with the
             compressed-tensors package), ``"gptq"`` (zero points minus one, as most files have them),
             ``"gptq_v2"`` (zero points as they are), ``"awq"`` (AutoAWQ's "gemm"), ``"exl3"`` (trellises,
-            for exllamav3) or ``"spqr"`` (tiles of SpQR's kernels, for transformers with spqr_quant).
+            for exllamav3), ``"spqr"`` (tiles of SpQR's kernels, for transformers with spqr_quant) or
+            ``"aqlm"`` (for transformers with aqlm).
         overwrite: replace a checkpoint in `output`.
 
     Decoded values are those of the quantized checkpoint, bit for bit; a loader that casts scales to the
@@ -100,9 +103,9 @@ def export(
         raise ValueError(f"layout: {name}: {reason}{more}")
     if layout == exl3.QUANT_METHOD:
         return _export_exl3(folder, target, shapes)
-    left = _unquantized(model, folder, heads=layout in ("awq", "compressed-tensors", "spqr"))
-    if layout == "awq":
-        awq_config(folder.formats, left)  # refuses what it cannot say
+    left = _unquantized(model, folder, heads=layout in ("awq", "compressed-tensors", "spqr", "aqlm"))
+    if layout in ("awq", "aqlm"):  # refuse what they cannot say
+        (awq_config if layout == "awq" else aqlm_config)(folder.formats, left)
     permuted = False
     lengths: dict[str, int] = {}  # of the arrays of SpQR
 
@@ -116,6 +119,8 @@ def export(
                 tensors = ql.layouts.to_compressed_tensors(packed)
             elif layout == "awq":
                 tensors = ql.layouts.to_awq(packed)
+            elif layout == "aqlm":
+                tensors = ql.layouts.to_aqlm(packed)
             elif layout == "spqr":
                 tensors = ql.layouts.to_spqr(packed)
                 lengths.update({f"{name}.{key}": len(value) for key, value in tensors.items()})
@@ -139,6 +144,8 @@ def export(
             return compressed_tensors_config(folder.formats, left, ordered)
         if layout == "awq":
             return awq_config(folder.formats, left)
+        if layout == "aqlm":
+            return aqlm_config(folder.formats, left)
         if layout == "spqr":
             return spqr_config(lengths, left)
         return gptq_config(folder.formats, left, layout, act_order=permuted)
@@ -192,8 +199,8 @@ def _export_exl3(folder: QuantizedFolder, target: Path, shapes: dict[str, tuple[
 
 
 def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) -> ExportReport:
-    """Reads a GPTQ (v1, v2), AWQ ("gemm"), compressed-tensors (pack-quantized), EXL3 or SpQR checkpoint into
-    ours.
+    """Reads a GPTQ (v1, v2), AWQ ("gemm"), compressed-tensors (pack-quantized), EXL3, SpQR or AQLM checkpoint
+    into ours.
 
     The packed values are taken over as they are; nothing is quantized again. Raises ValueError naming file
     and module for tensors that contradict the checkpoint's settings, such as zero points by the other
@@ -215,6 +222,7 @@ def import_(path: str | Path, output: str | Path, *, overwrite: bool = False) ->
         "gptq": (_GPTQ, "qweight", ql.layouts.from_gptq),
         "awq": (_AWQ, "qweight", ql.layouts.from_awq),
         "spqr": (_SPQR, "dense_weights", ql.layouts.from_spqr),
+        "aqlm": (_AQLM, "codebooks", ql.layouts.from_aqlm),
     }.get(method, (_COMPRESSED, "weight_packed", ql.layouts.from_compressed_tensors))
     read_config(settings, [], str(source))
     target = _check_output(source, output, overwrite)
@@ -361,6 +369,8 @@ def _unquantized(model: Any, folder: QuantizedFolder, heads: bool) -> list[str]:
 def _notes(folder: QuantizedFolder, layout: str) -> list[str]:
     if layout == "spqr":
         return ["kernels of this layout compute in float16, with outliers added to decoded weights"]
+    if layout == "aqlm":
+        return ["codes take 8 or 16 bits each in this layout"]
     notes = []
     dtype = folder.config_json.get("dtype") or folder.config_json.get("torch_dtype")
     scales = {form.scale_dtype for form in folder.formats.values()}

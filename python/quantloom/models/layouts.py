@@ -15,6 +15,7 @@ from quantloom._spqr_tiles import tiles_refusal
 
 __all__ = [
     "LAYOUTS",
+    "aqlm_config",
     "awq_config",
     "compressed_tensors_config",
     "gptq_config",
@@ -23,7 +24,7 @@ __all__ = [
     "spqr_config",
 ]
 
-LAYOUTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", "spqr")
+LAYOUTS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "exl3", "spqr", "aqlm")
 
 
 def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
@@ -32,6 +33,8 @@ def refusal(form: Any, n: int, k: int, layout: str) -> str | None:
         return ql._core.exl3_refusal(form.to_json()) or None
     if layout == "spqr":
         return tiles_refusal(form, n, k)
+    if layout == "aqlm":
+        return ql._core.aqlm_refusal(form.to_json(), n, k) or None
     if not isinstance(form, ql.Uniform):
         return f"{layout} holds uniform formats only"
     if isinstance(form.group_size, int) and k % form.group_size:
@@ -98,6 +101,24 @@ def awq_config(formats: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     }
 
 
+def aqlm_config(formats: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
+    """The AQLM settings of a checkpoint. Raises ValueError if modules differ in their format."""
+    forms = {form: name for name, form in formats.items()}
+    if len(forms) > 1:
+        named = ", ".join(f"{form.spec} of {name}" for form, name in forms.items())
+        raise ValueError(f"layout: aqlm has one format for all modules, got {named}")
+    (form,) = forms
+    return {
+        "quant_method": "aqlm",
+        "in_group_size": form.in_group,
+        "out_group_size": form.out_group,
+        "num_codebooks": form.codebooks,
+        "nbits_per_codebook": form.bits,
+        # Some versions of transformers look for a weight's name, others for its module's.
+        "linear_weights_not_to_quantize": [f"{name}{end}" for name in left for end in (".weight", "")],
+    }
+
+
 def spqr_config(shapes: Mapping[str, int], left: list[str]) -> dict[str, Any]:
     """The SpQR settings of a checkpoint; `shapes`: of each array of each module, its length."""
     return {
@@ -160,7 +181,7 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
 
     Returns, by module, the arguments of ``from_gptq`` (bits, group_size, symmetric, version), of
     ``from_compressed_tensors`` (without version) or of ``from_awq`` (group_size); none for SpQR, whose
-    ``from_spqr`` wants sizes of the model. Raises ValueError naming what cannot be read.
+    ``from_spqr`` wants sizes of the model, and for AQLM. Raises ValueError naming what cannot be read.
     """
     method = settings.get("quant_method")
     if method == "gptq":
@@ -170,6 +191,8 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
     if method == "awq":
         group_size = _read_awq(settings, origin)
         return dict.fromkeys(modules, (group_size,))
+    if method == "aqlm":
+        return dict.fromkeys(modules, ())
     if method == "spqr":
         for name, expected in (("bits", 3), ("beta1", 16), ("beta2", 16)):
             if settings.get(name, expected) != expected:
@@ -177,8 +200,8 @@ def read_config(settings: Mapping[str, Any], modules: list[str], origin: str) ->
                 raise ValueError(f"{origin}: got {name} {got!r} of an SpQR checkpoint, expected {expected}")
         return {}
     raise ValueError(
-        f"{origin}: got quant_method {method!r}, expected 'gptq', 'awq', 'compressed-tensors', 'exl3' or "
-        "'spqr'"
+        f"{origin}: got quant_method {method!r}, expected 'gptq', 'awq', 'compressed-tensors', 'exl3', "
+        "'spqr' or 'aqlm'"
     )
 
 
