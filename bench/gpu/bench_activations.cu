@@ -11,6 +11,7 @@
 #include "gpu/device.cuh"
 #include "gpu/program.hpp"
 #include "gpu/streaming_floor.cuh"
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/kernels/dequantize.hpp"
 
 namespace quantloom {
@@ -64,11 +65,11 @@ void measure_tokens(const bench::Stream& stream, int64_t m, int64_t k, DType dty
   }
   const auto terms = bench::device_memory(16 * m);
   const auto kept = bench::device_memory(integers::order_bytes(m, 2 * outliers));
-  std::vector<int32_t> host(static_cast<size_t>(k), -1);
-  for (int64_t i = 0; i < outliers; ++i) host[static_cast<size_t>(i * 97 % k)] = static_cast<int32_t>(i);
-  const auto places = bench::device_memory(4 * k);
-  check_cuda(cudaMemcpy(places.get(), host.data(), static_cast<size_t>(4 * k), cudaMemcpyHostToDevice),
-             "places");
+  std::vector<int32_t> columns;
+  for (int64_t i = 0; i < outliers; ++i) columns.push_back(static_cast<int32_t>(i * k / outliers));
+  const std::vector<int32_t> host = outlier_index(columns, k);
+  const auto index = bench::device_memory(4 * std::ssize(host));
+  check_cuda(cudaMemcpy(index.get(), host.data(), 4 * host.size(), cudaMemcpyHostToDevice), "outliers");
   const double floor = bench::streaming_floor(stream, x_bytes + m * k, true, kReplays).seconds;
   const auto line = [&](const char* spec, bool with_outliers) {
     const ActivationFormat format = activation_format_from_spec(spec);
@@ -77,8 +78,9 @@ void measure_tokens(const bench::Stream& stream, int64_t m, int64_t k, DType dty
       cuda::IntegerTokens out;
       out.codes = reinterpret_cast<int8_t*>(codes[at].get());
       out.terms = reinterpret_cast<integers::TokenTerms*>(terms.get());
+      out.sums = !format.symmetric;
       if (with_outliers) {
-        out.places = reinterpret_cast<const int32_t*>(places.get());
+        out.outlier_index = index.get();
         out.outlier_values = kept.get();
         out.outliers = outliers;
       }

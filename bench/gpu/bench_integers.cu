@@ -13,6 +13,7 @@
 #include "gpu/device.cuh"
 #include "gpu/lt_integers.cuh"
 #include "gpu/program.hpp"
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
 #include "quantloom/kernels/dequantize.hpp"
@@ -56,13 +57,11 @@ Weights random_weights(const std::shared_ptr<const Format>& format, Shape shape,
                  "rows");
       check_cuda(cudaStreamSynchronize(stream), "rows");
     }
-    if (spec.name == "outlier_place") {
-      std::vector<int32_t> places(static_cast<size_t>(shape.k), -1);
-      for (size_t i = 0; i < columns.size(); ++i)
-        places[static_cast<size_t>(columns[i])] = static_cast<int32_t>(i);
-      check_cuda(cudaMemcpyAsync(memory, places.data(), places.size() * 4, cudaMemcpyHostToDevice, stream),
-                 "places");
-      check_cuda(cudaStreamSynchronize(stream), "places");
+    if (spec.name == "outlier_index") {
+      const std::vector<int32_t> index = outlier_index(columns, shape.k);
+      check_cuda(cudaMemcpyAsync(memory, index.data(), index.size() * 4, cudaMemcpyHostToDevice, stream),
+                 "outlier columns");
+      check_cuda(cudaStreamSynchronize(stream), "outlier columns");
     }
     w.planes.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape, memory, w.memory.back(), Device::cuda));
   }

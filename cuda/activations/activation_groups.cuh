@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "activations/token_grid.cuh"
+#include "activations/token_kernel.cuh"
 #include "activations/token_sinks.cuh"
 #include "activations/token_values.cuh"
 #include "common/check.cuh"
@@ -23,7 +24,6 @@ struct GroupPlanes {
   float* scales = nullptr;
   int8_t* zeros = nullptr;
   uint8_t* shifts = nullptr;
-  float* outliers = nullptr;
 };
 
 struct GroupTask {
@@ -37,8 +37,7 @@ struct GroupTask {
   bool vectors = false;                 // runs begin at multiples of 16 bytes, and are of whole vectors
   const float* token_scales = nullptr;  // of integers that are cut, [rows], or [1] for all
   bool one_scale = false;
-  const int32_t* places = nullptr;  // as TokenTask
-  int64_t outlier_columns = 0;
+  OutlierList outliers;
 };
 
 // Lanes that have a run together.
@@ -87,27 +86,10 @@ __global__ void __launch_bounds__(kGroupThreads)
       } else {
         values.put(0, get_bits(x.data + row * x.stride + first));
       }
-      if (task.places != nullptr) {
-#pragma unroll
-        for (int i = 0; i < kVectorValues; ++i) {
-          if (i < step && task.places[first + i] >= 0) kept |= 1U << i;
-        }
-        if (kept != 0) {
-#pragma unroll
-          for (int i = 0; i < kVectorValues; ++i) {
-            if ((kept >> i & 1U) == 0) continue;
-            const uint32_t bits = values.bits(i);
-            values.put(i, 0);
-            if constexpr (kValues) {
-              put_value(out + row * out_stride + first + i, bits);
-            } else {
-              const int64_t place = task.places[first + i];
-              if (place < task.outlier_columns) {
-                planes.outliers[row * task.outlier_columns + place] = ValueBits<T>::to_float(bits);
-              }
-            }
-          }
-        }
+      if (task.outliers.index != nullptr) {
+        kept = task.vectors ? task.outliers.mask(static_cast<int>(first / kVectorValues))
+                            : static_cast<uint32_t>(task.outliers.has(first));
+        values.clear(kept);
       }
       visit(values, first, step, kept);
     }
@@ -129,9 +111,8 @@ __global__ void __launch_bounds__(kGroupThreads)
   const float shown = good ? grid.scale : __uint_as_float(kRefusedScale);
   if (!good) grid.scale = 1.0F;
   const Coder coder(task.rule, grid);
-  int shift = 0;
+  uint32_t any = 0;
   if constexpr (kCut) {
-    uint32_t any = 0;
     each([&](const TokenVector<T>& values, int64_t, int n, uint32_t) {
 #pragma unroll
       for (int i = 0; i < kVectorValues; ++i) {
@@ -139,23 +120,20 @@ __global__ void __launch_bounds__(kGroupThreads)
       }
     });
     any = team.largest(any);
-    shift = good ? max(0, 32 - __clz(static_cast<int>(any)) - (task.bits - 1)) : 0;
+    if (!good) any = 0;
   }
-  const int most = (1 << (task.bits - 1)) - 1;
-  const int half = shift > 0 ? (1 << (shift - 1)) - 1 : 0;
-  const int odd = shift > 0 ? 1 : 0;
+  const CutRule cut(any, task.bits);
+  const int shift = kCut ? cut.shift : 0;
   each([&](const TokenVector<T>& values, int64_t first, int n, uint32_t kept) {
     uint2 codes = {0, 0};
     if constexpr (kCut) {
 #pragma unroll
       for (int i = 0; i < kVectorValues; ++i) {
-        const int q = coder.integer(values.value(i));
-        const uint32_t code =
-            static_cast<uint32_t>(min((q + half + (q >> shift & odd)) >> shift, most)) & 0xFFU;
+        const uint32_t code = static_cast<uint32_t>(cut.code(coder.integer(values.value(i)))) & 0xFFU;
         (i < 4 ? codes.x : codes.y) |= code << i % 4 * 8;
       }
     } else {
-      codes = coder.codes(values, n);
+      codes = first_codes(coder.codes(values), n);
     }
     if (!good) codes = {0, 0};
     if constexpr (kValues) {
@@ -168,8 +146,8 @@ __global__ void __launch_bounds__(kGroupThreads)
       }
       result.store(out + row * out_stride + first, n, wide_out && task.vectors, kept);
     } else {
-      PlaneSink<T>::store_bytes(planes.codes + row * task.cols + first, codes, n,
-                                planes.wide_codes && task.vectors);
+      PlaneSink::store_bytes(planes.codes + row * task.cols + first, codes, n,
+                             planes.wide_codes && task.vectors);
     }
   });
   if (kValues || !active || team.lane != 0) return;
@@ -200,6 +178,26 @@ void launch_groups(const TokenMatrix<T>& x, const GroupPlanes& planes, T* out, i
         x, planes, out, out_stride, wide_out, task);
   }
   check_cuda(cudaGetLastError(), "rounding of groups");
+}
+
+// The outliers of tokens, as they are, to planes [rows, columns] or to their own columns of `out`.
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads)
+    keep_outliers_kernel(const TokenMatrix<T> x, const int64_t rows, const OutlierList list,
+                         float* const planes, const int64_t plane_columns, T* const out,
+                         const int64_t out_stride) {
+  const int64_t count = list.size();
+  const int32_t* const columns = list.columns(x.cols);
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    for (int64_t i = threadIdx.x; i < count; i += kGroupThreads) {
+      const uint32_t bits = get_bits(x.data + row * x.stride + columns[i]);
+      if (out != nullptr) {
+        put_value(out + row * out_stride + columns[i], bits);
+      } else if (i < plane_columns) {
+        planes[row * plane_columns + i] = ValueBits<T>::to_float(bits);
+      }
+    }
+  }
 }
 
 }  // namespace quantloom::cuda

@@ -19,10 +19,10 @@ constexpr int kThreads = 256;
 
 // How the workspace is divided; offsets in bytes.
 struct WorkspacePlan {
-  int64_t range = 0;   // kRangeWords
-  int64_t count = 16;  // of outliers, which nobody reads
-  int64_t scales = 0;  // of tokens, whose integers are cut
-  int64_t places = 0;  // of outliers that are found on the way
+  int64_t range = 0;     // kRangeWords
+  int64_t count = 16;    // of outliers
+  int64_t scales = 0;    // of tokens, whose integers are cut
+  int64_t outliers = 0;  // that are found on the way
   int64_t bytes = 32;
 
   WorkspacePlan(const ActivationFormat& format, int64_t m, int64_t k) {
@@ -32,7 +32,7 @@ struct WorkspacePlan {
       return begin;
     };
     if (format.has_shifts()) scales = take(std::max<int64_t>(m, 1));
-    if (format.has_outliers() && !format.static_outliers) places = take(k);
+    if (format.has_outliers() && !format.static_outliers) outliers = take(outlier_index_words(k, k));
   }
 };
 
@@ -46,13 +46,6 @@ __global__ void tensor_grid_kernel(const uint32_t* const range, const GridRule r
   if (zero != nullptr) *zero = static_cast<int8_t>(grid.zero);
 }
 
-// columns [count]: the inverse of places.
-__global__ void columns_kernel(const int32_t* const places, const int64_t cols, int32_t* const columns,
-                               const int64_t count) {
-  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (c < cols && places[c] >= 0 && places[c] < count) columns[places[c]] = static_cast<int32_t>(c);
-}
-
 unsigned blocks_of(int64_t count) {
   return static_cast<unsigned>(ceil_div(count, int64_t{kThreads}));
 }
@@ -63,7 +56,7 @@ struct Batch {
   const ActivationFormat& format;
   TokenMatrix<T> x;
   int64_t rows;
-  const int32_t* places;
+  OutlierList outliers;
   std::byte* workspace;
   WorkspacePlan plan;
   cudaStream_t stream;
@@ -75,7 +68,7 @@ struct Batch {
     task.cols = x.cols;
     task.rule = GridRule::of(format);
     task.range = whole ? range() : nullptr;
-    task.places = places;
+    task.outliers = outliers;
     return task;
   }
   GroupTask group_task() const {
@@ -86,7 +79,7 @@ struct Batch {
     task.groups = x.cols == 0 ? 0 : format.group_count(x.cols);
     task.rule = GridRule::of(format);
     task.bits = format.bits;
-    task.places = places;
+    task.outliers = outliers;
     return task;
   }
   // The scales of tokens, or the one of all, whose integers are cut.
@@ -105,6 +98,16 @@ struct Batch {
   }
 };
 
+// Of formats with groups, after their codes.
+template <class T>
+void keep_outliers(const Batch<T>& batch, float* planes, T* out, int64_t out_stride) {
+  if (batch.outliers.index == nullptr || batch.rows == 0) return;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(batch.rows, 65535));
+  keep_outliers_kernel<T><<<blocks, kGroupThreads, 0, batch.stream>>>(
+      batch.x, batch.rows, batch.outliers, planes, batch.outliers.count, out, out_stride);
+  check_cuda(cudaGetLastError(), "outliers of activations");
+}
+
 template <class T>
 void quantize(const Batch<T>& batch, QuantizedActivations& out) {
   const ActivationFormat& format = batch.format;
@@ -117,11 +120,13 @@ void quantize(const Batch<T>& batch, QuantizedActivations& out) {
   auto* const scales = find("scales", static_cast<float*>(nullptr));
   auto* const zeros = find("zeros", static_cast<int8_t*>(nullptr));
   auto* const outliers = find("outlier_values", static_cast<float*>(nullptr));
-  const int64_t columns = batch.places == nullptr ? 0 : out.planes.at("outlier_columns").element_count();
+  const int64_t columns = batch.outliers.index == nullptr ? 0 : batch.outliers.count;
   if (columns > 0) {
-    columns_kernel<<<blocks_of(batch.x.cols), kThreads, 0, batch.stream>>>(
-        batch.places, batch.x.cols, find("outlier_columns", static_cast<int32_t*>(nullptr)), columns);
-    check_cuda(cudaGetLastError(), "columns of outliers");
+    const auto skipped = static_cast<size_t>(ceil_div(batch.x.cols, int64_t{32}));
+    check_cuda(cudaMemcpyAsync(find("outlier_columns", static_cast<int32_t*>(nullptr)),
+                               batch.outliers.index + skipped, static_cast<size_t>(columns) * 4,
+                               cudaMemcpyDeviceToDevice, batch.stream),
+               "columns of outliers");
   }
   const bool wide = reinterpret_cast<uintptr_t>(codes) % 8 == 0 && batch.x.cols % 8 == 0;
   const bool whole = format.scope == ActivationScope::tensor;
@@ -132,9 +137,8 @@ void quantize(const Batch<T>& batch, QuantizedActivations& out) {
     check_cuda(cudaGetLastError(), "scale of activations");
   }
   if (format.scope == ActivationScope::group || format.has_shifts()) {
-    GroupPlanes planes{codes, wide, scales, zeros, find("shifts", static_cast<uint8_t*>(nullptr)), outliers};
+    GroupPlanes planes{codes, wide, scales, zeros, find("shifts", static_cast<uint8_t*>(nullptr))};
     GroupTask task = format.has_shifts() ? batch.cut_task(whole) : batch.group_task();
-    task.outlier_columns = columns;
     if (format.has_shifts()) {
       if (!whole && batch.rows > 0) {
         check_cuda(cudaMemcpyAsync(scales, task.token_scales, static_cast<size_t>(batch.rows) * 4,
@@ -143,9 +147,10 @@ void quantize(const Batch<T>& batch, QuantizedActivations& out) {
       }
       return launch_groups<T, true>(batch.x, planes, nullptr, 0, false, task, batch.stream);
     }
-    return launch_groups<T, false>(batch.x, planes, nullptr, 0, false, task, batch.stream);
+    launch_groups<T, false>(batch.x, planes, nullptr, 0, false, task, batch.stream);
+    return keep_outliers<T>(batch, outliers, nullptr, 0);
   }
-  const PlaneSink<T> sink{
+  const PlaneSink sink{
       codes, whole ? nullptr : scales, whole ? nullptr : zeros, outliers, columns, batch.x.cols, wide};
   launch_token_kernel(MatrixSource<T>{batch.x}, sink, batch.task(whole), batch.stream, false);
 }
@@ -159,14 +164,15 @@ void round(const Batch<T>& batch, void* out, int64_t stride, bool whole) {
     return launch_groups<T, true>(batch.x, {}, values, stride, wide, batch.cut_task(whole), batch.stream);
   }
   if (batch.format.scope == ActivationScope::group) {
-    return launch_groups<T, false>(batch.x, {}, values, stride, wide, batch.group_task(), batch.stream);
+    launch_groups<T, false>(batch.x, {}, values, stride, wide, batch.group_task(), batch.stream);
+    return keep_outliers<T>(batch, nullptr, values, stride);
   }
   launch_token_kernel(MatrixSource<T>{batch.x}, ValueSink<T>{values, stride, wide}, batch.task(whole),
                       batch.stream, false);
 }
 
 void require_scratch(const CudaActivationScratch& scratch, const ActivationFormat& format, int64_t m,
-                     int64_t k, bool needs_places) {
+                     int64_t k, bool needs_index) {
   const WorkspacePlan plan(format, m, k);
   if (scratch.workspace == nullptr || scratch.workspace_bytes < plan.bytes ||
       reinterpret_cast<uintptr_t>(scratch.workspace) % 16 != 0) {
@@ -177,11 +183,11 @@ void require_scratch(const CudaActivationScratch& scratch, const ActivationForma
                           text_of("at least ", plan.bytes, " bytes at a multiple of 16"));
   }
   require_device_memory(scratch.workspace, "workspace");
-  if (!needs_places || k == 0) return;
-  if (scratch.places == nullptr) {
-    throw InvalidArgument("places", "a null pointer", text_of("int32 [", k, "] for ", format.spec()));
+  if (!needs_index || k == 0) return;
+  if (scratch.outlier_index == nullptr) {
+    throw InvalidArgument("outlier_index", "a null pointer", text_of("the columns of ", format.spec()));
   }
-  require_device_memory(scratch.places, "places");
+  require_device_memory(scratch.outlier_index, "outlier_index");
 }
 
 void require_out(const void* out, DType dtype, int64_t rows, int64_t cols, int64_t stride) {
@@ -219,10 +225,10 @@ void require_batch(const CudaMatrix& x, const ActivationFormat& format) {
 }
 
 template <class Run>
-void with_batch(const CudaMatrix& x, const ActivationFormat& format, const int32_t* places, void* workspace,
-                void* stream, const Run& run) {
+void with_batch(const CudaMatrix& x, const ActivationFormat& format, const OutlierList& outliers,
+                void* workspace, void* stream, const Run& run) {
   with_token_matrix(x, [&]<class T>(const TokenMatrix<T>& matrix) {
-    run(Batch<T>{format, matrix, x.rows, places, static_cast<std::byte*>(workspace),
+    run(Batch<T>{format, matrix, x.rows, outliers, static_cast<std::byte*>(workspace),
                  WorkspacePlan(format, x.rows, x.cols), static_cast<cudaStream_t>(stream)});
   });
 }
@@ -287,15 +293,15 @@ int64_t activations_cuda_workspace(const ActivationFormat& format, int64_t m, in
   return cuda::WorkspacePlan(format, m, k).bytes;
 }
 
-void find_activation_outliers_cuda(const CudaMatrix& x, const ActivationFormat& format, int32_t* places,
+void find_activation_outliers_cuda(const CudaMatrix& x, const ActivationFormat& format, int32_t* index,
                                    int32_t* count, void* stream) {
   cuda::require_batch(x, format);
   if (!format.has_outliers() || format.static_outliers) {
     throw InvalidArgument("activations", format.spec(), "a format with outliers that are not static");
   }
-  if (x.cols > 0) cuda::require_device_memory(places, "places");
+  if (x.cols > 0) cuda::require_device_memory(index, "index");
   cuda::require_device_memory(count, "count");
-  cuda::find_outliers(x, format.outlier_threshold, places, count, static_cast<cudaStream_t>(stream));
+  cuda::find_outliers(x, format.outlier_threshold, index, count, static_cast<cudaStream_t>(stream));
 }
 
 void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
@@ -314,9 +320,14 @@ void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
                           text_of(format.outlier_columns->size(), " columns, as the format"));
   }
   cuda::require_scratch(scratch, format, x.rows, x.cols, format.has_outliers());
-  const int32_t* const places = format.has_outliers() && x.cols > 0 ? scratch.places : nullptr;
-  cuda::with_batch(x, format, places, scratch.workspace, stream, [&](const auto& batch) {
-    if (format.scope == ActivationScope::tensor) cuda::find_range(x, places, batch.range(), batch.stream);
+  cuda::OutlierList outliers;
+  if (format.has_outliers() && x.cols > 0) {
+    outliers = {reinterpret_cast<const uint32_t*>(scratch.outlier_index),
+                out.planes.at("outlier_columns").element_count(), nullptr};
+  }
+  cuda::with_batch(x, format, outliers, scratch.workspace, stream, [&](const auto& batch) {
+    if (format.scope == ActivationScope::tensor)
+      cuda::find_range(x, outliers.index, batch.range(), batch.stream);
     cuda::quantize(batch, out);
   });
 }
@@ -331,16 +342,19 @@ void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format,
   const cuda::WorkspacePlan plan(format, x.rows, x.cols);
   auto* const workspace = static_cast<std::byte*>(scratch.workspace);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int32_t* places = format.has_outliers() ? scratch.places : nullptr;
+  cuda::OutlierList outliers;
   if (found) {
-    auto* const own = reinterpret_cast<int32_t*>(workspace + plan.places);
-    cuda::find_outliers(x, format.outlier_threshold, own, reinterpret_cast<int32_t*>(workspace + plan.count),
-                        cuda_stream);
-    places = own;
+    auto* const own = reinterpret_cast<int32_t*>(workspace + plan.outliers);
+    auto* const count = reinterpret_cast<int32_t*>(workspace + plan.count);
+    cuda::find_outliers(x, format.outlier_threshold, own, count, cuda_stream);
+    outliers = {reinterpret_cast<const uint32_t*>(own), x.cols, count};
+  } else if (format.has_outliers()) {
+    outliers = {reinterpret_cast<const uint32_t*>(scratch.outlier_index), std::ssize(*format.outlier_columns),
+                nullptr};
   }
   const bool whole = format.scope == ActivationScope::tensor && !format.grid;
-  cuda::with_batch(x, format, places, scratch.workspace, stream, [&](const auto& batch) {
-    if (whole) cuda::find_range(x, places, batch.range(), batch.stream);
+  cuda::with_batch(x, format, outliers, scratch.workspace, stream, [&](const auto& batch) {
+    if (whole) cuda::find_range(x, outliers.index, batch.range(), batch.stream);
     cuda::round(batch, out, out_stride, whole);
   });
 }

@@ -3,7 +3,7 @@
 #include "activations/batch_facts.hpp"
 #include "activations/token_values.cuh"
 #include "common/check.cuh"
-#include "quantloom/error.hpp"
+#include "quantloom/checked_math.hpp"
 
 namespace quantloom::cuda {
 namespace {
@@ -35,17 +35,12 @@ __device__ __forceinline__ void each_vector(const TokenMatrix<T>& x, int64_t row
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) range_kernel(const TokenMatrix<T> x, const int64_t rows,
-                                                         const int32_t* const places, uint32_t* const range) {
+__global__ void __launch_bounds__(kThreads)
+    range_kernel(const TokenMatrix<T> x, const int64_t rows, const uint8_t* const outliers,
+                 uint32_t* const range) {
   TokenRange<T> found;
   each_vector(x, rows, [&](TokenVector<T> values, int64_t, int64_t v) {
-    if (places != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kVectorValues; ++i) {
-        const int64_t c = v * kVectorValues + i;
-        if (c < x.cols && places[c] >= 0) values.put(i, 0);
-      }
-    }
+    if (outliers != nullptr) values.clear(outliers[v]);
     found.take(values);
   });
   found.fold();
@@ -61,27 +56,32 @@ __global__ void __launch_bounds__(kThreads) range_kernel(const TokenMatrix<T> x,
   if (high > 0) atomicMax(range + 1, __float_as_uint(ValueBits<T>::to_float(high)));
 }
 
+// Bits of columns that reach the threshold.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    reach_kernel(const TokenMatrix<T> x, const int64_t rows, const float threshold, int32_t* const reached) {
+    reach_kernel(const TokenMatrix<T> x, const int64_t rows, const float threshold, uint32_t* const words) {
   each_vector(x, rows, [&](const TokenVector<T>& values, int64_t, int64_t v) {
+    uint32_t reached = 0;
 #pragma unroll
     for (int i = 0; i < kVectorValues; ++i) {
       // Values of padding are 0, and the threshold is not.
-      if (fabsf(values.value(i)) >= threshold) reached[v * kVectorValues + i] = 1;
+      if (fabsf(values.value(i)) >= threshold) reached |= 1U << i;
     }
+    reached <<= v % 4 * 8;
+    if ((reached & ~words[v / 4]) != 0) atomicOr(words + v / 4, reached);
   });
 }
 
-// Numbers for the columns that were reached, in order. One block.
+// The columns that have bits, in order, and their number. One block.
 __global__ void __launch_bounds__(kScanThreads)
-    number_kernel(int32_t* const places, const int64_t cols, int32_t* const count) {
+    list_kernel(const uint32_t* const words, const int64_t word_count, int32_t* const columns,
+                int32_t* const count) {
   __shared__ int32_t sums[kScanThreads];
-  const int64_t each = (cols + kScanThreads - 1) / kScanThreads;
-  const int64_t begin = min(cols, threadIdx.x * each);
-  const int64_t end = min(cols, begin + each);
+  const int64_t each = (word_count + kScanThreads - 1) / kScanThreads;
+  const int64_t begin = min(word_count, threadIdx.x * each);
+  const int64_t end = min(word_count, begin + each);
   int32_t own = 0;
-  for (int64_t c = begin; c < end; ++c) own += places[c];
+  for (int64_t w = begin; w < end; ++w) own += __popc(words[w]);
   sums[threadIdx.x] = own;
   __syncthreads();
   for (int step = 1; step < kScanThreads; step *= 2) {
@@ -91,7 +91,11 @@ __global__ void __launch_bounds__(kScanThreads)
     __syncthreads();
   }
   int32_t next = sums[threadIdx.x] - own;
-  for (int64_t c = begin; c < end; ++c) places[c] = places[c] != 0 ? next++ : -1;
+  for (int64_t w = begin; w < end; ++w) {
+    for (uint32_t bits = words[w]; bits != 0; bits &= bits - 1) {
+      columns[next++] = static_cast<int32_t>(32 * w + __ffs(static_cast<int>(bits)) - 1);
+    }
+  }
   if (threadIdx.x == kScanThreads - 1) *count = sums[kScanThreads - 1];
 }
 
@@ -102,27 +106,31 @@ unsigned blocks_for(const CudaMatrix& x) {
 
 }  // namespace
 
-void find_range(const CudaMatrix& x, const int32_t* places, uint32_t* range, cudaStream_t stream) {
+void find_range(const CudaMatrix& x, const void* outlier_index, uint32_t* range, cudaStream_t stream) {
   check_cuda(cudaMemsetAsync(range, 0, kRangeWords * sizeof(uint32_t), stream), "range of activations");
   if (x.rows == 0 || x.cols == 0) return;
   with_token_matrix(x, [&]<class T>(const TokenMatrix<T>& matrix) {
-    range_kernel<T><<<blocks_for(x), kThreads, 0, stream>>>(matrix, x.rows, places, range);
+    range_kernel<T><<<blocks_for(x), kThreads, 0, stream>>>(
+        matrix, x.rows, static_cast<const uint8_t*>(outlier_index), range);
   });
   check_cuda(cudaGetLastError(), "range of activations");
 }
 
-void find_outliers(const CudaMatrix& x, float threshold, int32_t* places, int32_t* count,
+void find_outliers(const CudaMatrix& x, float threshold, int32_t* index, int32_t* count,
                    cudaStream_t stream) {
-  if (x.cols > 0)
-    check_cuda(cudaMemsetAsync(places, 0, static_cast<size_t>(x.cols) * sizeof(int32_t), stream),
+  const int64_t words = ceil_div(x.cols, int64_t{32});
+  auto* const bits = reinterpret_cast<uint32_t*>(index);
+  if (words > 0) {
+    check_cuda(cudaMemsetAsync(bits, 0, static_cast<size_t>(words) * sizeof(uint32_t), stream),
                "outlier columns");
+  }
   if (x.rows > 0 && x.cols > 0) {
     with_token_matrix(x, [&]<class T>(const TokenMatrix<T>& matrix) {
-      reach_kernel<T><<<blocks_for(x), kThreads, 0, stream>>>(matrix, x.rows, threshold, places);
+      reach_kernel<T><<<blocks_for(x), kThreads, 0, stream>>>(matrix, x.rows, threshold, bits);
     });
     check_cuda(cudaGetLastError(), "outlier columns");
   }
-  number_kernel<<<1, kScanThreads, 0, stream>>>(places, x.cols, count);
+  list_kernel<<<1, kScanThreads, 0, stream>>>(bits, words, index + words, count);
   check_cuda(cudaGetLastError(), "outlier columns");
 }
 

@@ -13,11 +13,10 @@ namespace quantloom::cuda {
 // 2^127 and more in magnitude.
 inline constexpr int kRangeWords = 3;
 
-// range [kRangeWords] of all values but outliers (places as in IntegerTokens, or null).
-void find_range(const CudaMatrix& x, const int32_t* places, uint32_t* range, cudaStream_t stream);
+// range [kRangeWords] of all values but outliers; outlier_index: an outlier_index(), or null.
+void find_range(const CudaMatrix& x, const void* outlier_index, uint32_t* range, cudaStream_t stream);
 
-// places [k]: the number of each column among those that reach `threshold` in any token, or -1; count [1].
-void find_outliers(const CudaMatrix& x, float threshold, int32_t* places, int32_t* count,
-                   cudaStream_t stream);
+// index [outlier_index_words(k, k)]: that of the columns that reach `threshold` in any token; count [1].
+void find_outliers(const CudaMatrix& x, float threshold, int32_t* index, int32_t* count, cudaStream_t stream);
 
 }  // namespace quantloom::cuda

@@ -55,9 +55,12 @@ __device__ __forceinline__ DeviceGrid grid_between(const GridRule& rule, float l
 
 // rne(value / scale) between bounds, plus the zero.
 //
-// The quotient is rounded correctly without a division for each value: y = rn(1 / scale) serves a token, one
-// step of correction by the remainder makes the quotient faithful, and a second one exact (Markstein, 1990).
-// That holds where neither y nor a remainder that matters is subnormal; other scales divide.
+// For nearly all values a product with y = rn(1 / scale) decides: it is within 255 * 2^-24 of the quotient,
+// and the quotient's own rounding to float32 moves it by 2^-17 at most, so that both round to the same
+// integer unless the product is nearer than kDoubt to a tie. Those values are divided. The division needs no
+// instruction sequence of its own: one step of correction by the remainder makes the product faithful, and a
+// second one the correctly rounded quotient (Markstein, 1990), where neither y nor a remainder that matters
+// is subnormal; other scales divide all their values.
 class Coder {
  public:
   __device__ __forceinline__ Coder(const GridRule& rule, DeviceGrid grid) : scale_(grid.scale) {
@@ -72,13 +75,33 @@ class Coder {
     zero_ = grid.zero;
   }
 
-  __device__ __forceinline__ bool quick() const { return quick_; }
+  // The integer itself, from -2^21 to 2^21.
+  __device__ __forceinline__ int integer(float value) const {
+    return static_cast<int>(divided(value) << 10) >> 10;
+  }
 
-  // An integer, of which only the lowest 22 bits count. kQuick: as quick() says.
-  template <bool kQuick>
-  __device__ __forceinline__ uint32_t code(float value) const {
+  // Eight bytes.
+  template <class Vector>
+  __device__ __forceinline__ uint2 codes(const Vector& v) const {
+    if (!quick_) return divided_codes(*this, v);
+    return quick_codes<true>(v);
+  }
+  // The same for values that the grid was made for, if it is symmetric: none is beyond its bounds.
+  template <class Vector>
+  __device__ __forceinline__ uint2 codes_within(const Vector& v) const {
+    if (!quick_) return divided_codes(*this, v);
+    return quick_codes<false>(v);
+  }
+
+ private:
+  // A float whose low bits are the nearest integer, ties to even, from -2^22 to 2^22.
+  static constexpr float kMagic = 0x1.8p23F;
+  static constexpr float kDoubt = 0x1p-15F;
+
+  // Only the lowest 22 bits count.
+  __device__ __forceinline__ uint32_t divided(float value) const {
     float steps;
-    if constexpr (kQuick) {
+    if (quick_) {
       const float v = fminf(fmaxf(value, low_), high_);
       steps = __fmul_rn(v, inverse_);
       steps = __fmaf_rn(__fmaf_rn(-scale_, steps, v), inverse_, steps);
@@ -86,38 +109,37 @@ class Coder {
     } else {
       steps = fminf(fmaxf(__fdiv_rn(value, scale_), low_), high_);
     }
-    // Its low bits are the nearest integer, ties to even, from -2^22 to 2^22.
-    constexpr float kMagic = 0x1.8p23F;
     return __float_as_uint(__fadd_rn(steps, kMagic)) + static_cast<uint32_t>(zero_);
   }
-  // The whole integer, from -2^21 to 2^21.
-  __device__ __forceinline__ int integer(float value) const {
-    return static_cast<int>((quick_ ? code<true>(value) : code<false>(value)) << 10) >> 10;
-  }
 
-  // Eight bytes; those from `count` on are 0.
   template <class Vector>
-  __device__ __forceinline__ uint2 codes(const Vector& v, int64_t count) const {
-    uint2 found = quick_ ? both<true>(v) : both<false>(v);
-    if (count < 8) {
-      const uint64_t keep = count <= 0 ? 0 : ~uint64_t{0} >> (8 - count) * 8;
-      found.x &= static_cast<uint32_t>(keep);
-      found.y &= static_cast<uint32_t>(keep >> 32);
+  static __device__ __noinline__ uint2 divided_codes(const Coder coder, const Vector v) {
+    uint2 found = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      (i < 4 ? found.x : found.y) |= (coder.divided(v.value(i)) & 0xFFU) << i % 4 * 8;
     }
     return found;
   }
 
- private:
-  template <bool kQuick, class Vector>
-  __device__ __forceinline__ uint2 both(const Vector& v) const {
-    return {four<kQuick>(v, 0), four<kQuick>(v, 4)};
-  }
-  template <bool kQuick, class Vector>
-  __device__ __forceinline__ uint32_t four(const Vector& v, int first) const {
-    const uint32_t low = __byte_perm(code<kQuick>(v.value(first)), code<kQuick>(v.value(first + 1)), 0x0040);
-    const uint32_t high =
-        __byte_perm(code<kQuick>(v.value(first + 2)), code<kQuick>(v.value(first + 3)), 0x0040);
-    return __byte_perm(low, high, 0x5410);
+  template <bool kBounded, class Vector>
+  __device__ __forceinline__ uint2 quick_codes(const Vector& v) const {
+    uint32_t bits[8];
+    float doubt = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float value = v.value(i);
+      if constexpr (kBounded) value = fminf(fmaxf(value, low_), high_);
+      const float shifted = __fmaf_rn(value, inverse_, kMagic);
+      const float rest = __fmaf_rn(value, inverse_, __fsub_rn(kMagic, shifted));
+      doubt = fmaxf(doubt, fabsf(rest));
+      bits[i] = __float_as_uint(shifted);
+      if constexpr (kBounded) bits[i] += static_cast<uint32_t>(zero_);
+    }
+    if (doubt > 0.5F - kDoubt) return divided_codes(*this, v);
+    return {
+        __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410),
+        __byte_perm(__byte_perm(bits[4], bits[5], 0x0040), __byte_perm(bits[6], bits[7], 0x0040), 0x5410)};
   }
 
   float scale_;
@@ -126,6 +148,30 @@ class Coder {
   float high_;
   int zero_;
   bool quick_;
+};
+
+// Eight codes, of which only the first `count` are not 0.
+__device__ __forceinline__ uint2 first_codes(uint2 codes, int count) {
+  const uint64_t keep = count >= 8 ? ~uint64_t{0} : count <= 0 ? 0 : ~uint64_t{0} >> (8 - count) * 8;
+  return {codes.x & static_cast<uint32_t>(keep), codes.y & static_cast<uint32_t>(keep >> 32)};
+}
+
+// Integers of a run cut to `bits` bits behind a shift; `any` has the bit length of the largest magnitude.
+struct CutRule {
+  int shift;
+  int half;
+  int odd;
+  int most;
+
+  __device__ __forceinline__ CutRule(uint32_t any, int bits) {
+    shift = max(0, 32 - __clz(static_cast<int>(any)) - (bits - 1));
+    half = shift > 0 ? (1 << (shift - 1)) - 1 : 0;
+    odd = shift > 0 ? 1 : 0;
+    most = (1 << (bits - 1)) - 1;
+  }
+  __device__ __forceinline__ int code(int q) const {
+    return min((q + half + (q >> shift & odd)) >> shift, most);
+  }
 };
 
 }  // namespace quantloom::cuda

@@ -1,19 +1,21 @@
-// The kernel that rounds tokens: a block of threads for one token at a time, whose values stay in registers
-// between finding their range and rounding them.
+// The kernel that rounds tokens: a block of threads for one token, whose values stay in registers between
+// finding their range and rounding them.
 //
 // Source says where values come from:
 //   using Value                                    float16, bfloat16 or float32
-//   Raw load(row, v)                               what eight values are made of
+//   load_all(row, thread, threads, Raw (&)[n])     what vectors thread, thread + threads, ... are made of
+//   Raw load(row, v)                               the same of one
 //   template <class Each> Terms measure(row, each) by all threads, after the loads: what the values need of
 //                                                  the whole token; each(visit) calls visit(raw, v)
 //   TokenVector<Value> finish(raw, v, terms)       zeros beyond the token's end
 // Sink says where codes go:
 //   vectors(cols)                                  of eight values in a row of the result
-//   begin(row)                                     by all threads
-//   store(row, v, values, codes, grid, count, kept) eight codes, of which `count` are inputs; bits of `kept`:
+//   Place at(row, thread), int64_t step(threads)   a thread's first vector, and from one to the next
+//   store(place, values, codes, grid, count, kept) eight codes, of which `count` are inputs; bits of `kept`:
 //                                                  the outliers among them
-//   keep(row, column, place, bits)                 an outlier, before or after its code is stored
-//   end(row, grid, sum)                            by one thread; sum: of code - zero
+//   keep(row, column, place, bits, Value{})        an outlier
+//   end_outliers(row, count, thread, threads)      by all threads
+//   end(row, grid, sum)                            by one thread; sum: of code - zero, if the task has it
 //   pad(row)                                       by all threads: a row of padding
 // The scale of a grid is NaN, and codes are 0, where a value that shares it is refused.
 #pragma once
@@ -27,12 +29,33 @@
 #include "activations/token_values.cuh"
 #include "common/check.cuh"
 #include "kernels/overlap.cuh"
+#include "quantloom/checked_math.hpp"
 
 namespace quantloom::cuda {
 
 inline constexpr int kMostTokenThreads = 1024;
 // Where they keep values.
 inline constexpr int kKeepingThreads = 512;
+
+// The outliers of a batch on the device: index is an outlier_index(), of `count` columns or, if that is not
+// null, *found.
+struct OutlierList {
+  const uint32_t* index = nullptr;  // null: none
+  int64_t count = 0;
+  const int32_t* found = nullptr;
+
+  __device__ __forceinline__ int64_t size() const {
+    return found == nullptr ? count : min(count, int64_t{*found});
+  }
+  // A bit for each of eight inputs.
+  __device__ __forceinline__ uint32_t mask(int v) const { return reinterpret_cast<const uint8_t*>(index)[v]; }
+  __device__ __forceinline__ bool has(int64_t column) const {
+    return (index[column / 32] >> column % 32 & 1U) != 0;
+  }
+  __device__ __forceinline__ const int32_t* columns(int64_t cols) const {
+    return reinterpret_cast<const int32_t*>(index) + (cols + 31) / 32;
+  }
+};
 
 struct TokenTask {
   int64_t rows = 0;
@@ -41,7 +64,10 @@ struct TokenTask {
   GridRule rule;
   const uint32_t* range = nullptr;  // of all tokens: bits of the largest float32 below and above 0, and 1 if
                                     // any value is refused; or null: each token has its own
-  const int32_t* places = nullptr;  // [cols] of inputs among the outliers, or -1; or null
+  OutlierList outliers;
+  bool sums = false;
+  int cut_bits = 0;   // significant digits of the integers; 0: all
+  int cut_lanes = 1;  // vectors, of neighbouring threads, that share a shift
 };
 
 // The largest of each over the block, for every thread. All threads of a block.
@@ -56,7 +82,7 @@ __device__ __forceinline__ uint2 block_largest(uint2 value) {
   return {__reduce_max_sync(~0U, value.x), __reduce_max_sync(~0U, value.y)};
 }
 
-// The sum over the block, for the threads of the first warp. A block_largest() lies between two of them.
+// The sum over the block, for the threads of the first warp.
 __device__ __forceinline__ int block_total(int value) {
   __shared__ int parts[kMostTokenThreads / 32];
   value = __reduce_add_sync(~0U, value);
@@ -67,126 +93,141 @@ __device__ __forceinline__ int block_total(int value) {
   return __reduce_add_sync(~0U, lane < blockDim.x / 32 ? parts[lane] : 0);
 }
 
+// Codes of integers that are cut to `bits` bits behind a shift that `lanes` neighbouring threads share, times
+// two to the shift. By whole warps.
+template <class Vector>
+__device__ __noinline__ uint2 cut_codes(const Coder coder, const Vector values, int bits, int lanes) {
+  int integers[kVectorValues];
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < kVectorValues; ++i) {
+    integers[i] = coder.integer(values.value(i));
+    any |= static_cast<uint32_t>(abs(integers[i]));
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) any |= __shfl_xor_sync(~0U, any, step);
+  const CutRule rule(any, bits);
+  uint2 codes = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kVectorValues; ++i) {
+    (i < 4 ? codes.x : codes.y) |= (static_cast<uint32_t>(rule.code(integers[i]) << rule.shift) & 0xFFU)
+                                   << i % 4 * 8;
+  }
+  return codes;
+}
+
 // kVectors: those that a thread keeps; 0: rows of any length, which are read twice.
-// kOutliers: a block takes several tokens, so that it reads the places of outliers once.
 template <class Source, class Sink, int kVectors, bool kOutliers>
 __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThreads)
     round_tokens_kernel(const Source source, const Sink sink, const TokenTask task) {
   using T = typename Source::Value;
   let_next_begin();
   wait_for_previous();
-  const auto vectors = static_cast<int>(sink.vectors(task.cols));
-  const auto first_thread = static_cast<int>(threadIdx.x);
-  const auto threads = static_cast<int>(blockDim.x);
-  const auto outliers_of = [&](int v) {
-    uint32_t mask = 0;
-    for (int i = 0; i < kVectorValues; ++i) {
-      const int64_t c = int64_t{v} * kVectorValues + i;
-      if (c < task.cols && task.places[c] >= 0) mask |= 1U << i;
-    }
-    return mask;
-  };
-  // Eight bits for each vector of this thread.
-  uint64_t masks = 0;
-  if constexpr (kOutliers) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      masks |= static_cast<uint64_t>(outliers_of(first_thread + i * threads)) << 8 * i;
-    }
+  const int64_t row = blockIdx.x;
+  if (row >= task.rows) {
+    sink.pad(row);
+    return;
   }
-  const auto take_outliers = [&](TokenVector<T>& values, int64_t row, int v, uint32_t mask) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto threads = static_cast<int>(blockDim.x);
+  const auto vectors = static_cast<int>(sink.vectors(task.cols));
+  // Vectors that hold inputs.
+  const auto filled = static_cast<int>((task.cols + kVectorValues - 1) / kVectorValues);
+
+  typename Source::Raw raw[kVectors > 0 ? kVectors : 1];
+  if constexpr (kVectors > 0) source.load_all(row, thread, threads, raw);
+  const auto terms = source.measure(row, [&](const auto& visit) {
+    if constexpr (kVectors > 0) {
 #pragma unroll
-    for (int i = 0; i < kVectorValues; ++i) {
-      if ((mask >> i & 1U) == 0) continue;
-      const int64_t column = int64_t{v} * kVectorValues + i;
-      sink.keep(row, column, task.places[column], values.bits(i));
-      values.put(i, 0);
+      for (int i = 0; i < kVectors; ++i) visit(raw[i], thread + i * threads);
+    } else {
+      for (int v = thread; v < filled; v += threads) visit(source.load(row, v), v);
     }
-  };
-  const auto round_token = [&](int64_t row) {
-    // Not `first_thread`: addresses that are found again for each token take no registers from values.
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    if (row >= task.rows) {
-      sink.pad(row);
-      return;
-    }
-    sink.begin(row);
-    typename Source::Raw raw[kVectors > 0 ? kVectors : 1];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) raw[i] = source.load(row, thread + i * threads);
-    const auto terms = source.measure(row, [&](const auto& visit) {
-      if constexpr (kVectors > 0) {
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) visit(raw[i], thread + i * threads);
-      } else {
-        for (int v = thread; v < vectors; v += threads) visit(source.load(row, v), v);
-      }
-    });
-    TokenVector<T> kept[kVectors > 0 ? kVectors : 1];
+  });
+  TokenVector<T> values[kVectors > 0 ? kVectors : 1];
+  if constexpr (kVectors > 0) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = thread + i * threads;
-      kept[i] = source.finish(raw[i], v, terms);
-      if constexpr (kOutliers) {
-        const uint32_t mask = static_cast<uint32_t>(masks >> 8 * i) & 0xFFU;
-        if (mask != 0) take_outliers(kept[i], row, v, mask);
-      }
+      values[i] = source.finish(raw[i], v, terms);
+      if (kOutliers && v < filled) values[i].clear(task.outliers.mask(v));
     }
-    // Calls visit(values, v, kept) for this thread's vectors.
-    const auto each = [&](const auto& visit) {
-      if constexpr (kVectors > 0) {
+  }
+  // Calls visit(values, v, i) for this thread's vectors, and in whole warps for some more of zeros.
+  const auto each = [&](const auto& visit) {
+    if constexpr (kVectors > 0) {
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          const int v = thread + i * threads;
-          if (v < vectors) visit(kept[i], v, kOutliers ? static_cast<uint32_t>(masks >> 8 * i) & 0xFFU : 0U);
+      for (int i = 0; i < kVectors; ++i) visit(values[i], thread + i * threads, i);
+    } else {
+      for (int v = thread; v - thread % 32 < vectors; v += threads) {
+        TokenVector<T> found = TokenVector<T>::zeros();
+        if (v < filled) {
+          found = source.finish(source.load(row, v), v, terms);
+          if (kOutliers) found.clear(task.outliers.mask(v));
         }
-      } else {
-        for (int v = thread; v < vectors; v += threads) {
-          TokenVector<T> values = source.finish(source.load(row, v), v, terms);
-          uint32_t mask = 0;
-          if constexpr (kOutliers) {
-            mask = outliers_of(v);
-            take_outliers(values, row, v, mask);
-          }
-          visit(values, v, mask);
-        }
+        visit(found, v, (v - thread) / threads);
       }
-    };
-    TokenRange<T> range;
-    each([&](const TokenVector<T>& values, int, uint32_t) { range.take(values); });
-    range.fold();
-    const uint2 own = block_largest({range.low, range.high});
-    bool good = max(own.x, own.y) < ValueBits<T>::kRefused;
-    float low = ValueBits<T>::to_float(own.x);
-    float high = ValueBits<T>::to_float(own.y);
-    if (task.range != nullptr) {
-      low = __uint_as_float(task.range[0]);
-      high = __uint_as_float(task.range[1]);
-      good = task.range[2] == 0;
     }
-    DeviceGrid grid = good ? grid_between(task.rule, low, high) : DeviceGrid{1.0F, 0};
-    const Coder coder(task.rule, grid);
-    if (!good) grid.scale = __uint_as_float(kRefusedScale);
-    int sum = 0;
-    each([&](const TokenVector<T>& values, int v, uint32_t mask) {
-      const int64_t left = task.cols - int64_t{v} * kVectorValues;
-      const int count = left >= kVectorValues ? kVectorValues : left > 0 ? static_cast<int>(left) : 0;
-      uint2 codes = coder.codes(values, count);
-      if (!good) codes = {0, 0};
-      sum = __dp4a(static_cast<int>(codes.x), 0x01010101, sum);
-      sum = __dp4a(static_cast<int>(codes.y), 0x01010101, sum);
-      sink.store(row, v, values, codes, grid, count, mask);
-    });
-    sum = block_total(sum);
-    if (thread == 0) sink.end(row, grid, sum - static_cast<int>(task.cols) * grid.zero);
   };
   if constexpr (kOutliers) {
-#pragma unroll 1
-    for (int64_t row = blockIdx.x; row < task.padded_rows; row += gridDim.x) round_token(row);
-  } else {
-    round_token(blockIdx.x);
+    const int64_t count = task.outliers.size();
+    const int32_t* const columns = task.outliers.columns(task.cols);
+    for (int64_t i = thread; i < count; i += threads) {
+      const int32_t column = columns[i];
+      const auto v = static_cast<int>(column / kVectorValues);
+      const uint32_t bits = source.finish(source.load(row, v), v, terms).pick(column % kVectorValues);
+      sink.keep(row, column, i, bits, T{});
+    }
+    sink.end_outliers(row, count, thread, threads);
   }
+
+  TokenRange<T> range;
+  each([&](const TokenVector<T>& found, int, int) { range.take(found); });
+  range.fold();
+  const uint2 own = block_largest({range.low, range.high});
+  bool good = max(own.x, own.y) < ValueBits<T>::kRefused;
+  float low = ValueBits<T>::to_float(own.x);
+  float high = ValueBits<T>::to_float(own.y);
+  if (task.range != nullptr) {
+    low = __uint_as_float(task.range[0]);
+    high = __uint_as_float(task.range[1]);
+    good = task.range[2] == 0;
+  }
+  DeviceGrid grid = good ? grid_between(task.rule, low, high) : DeviceGrid{1.0F, 0};
+  const Coder coder(task.rule, grid);
+  if (!good) grid.scale = __uint_as_float(kRefusedScale);
+
+  const auto place = sink.at(row, thread);
+  const int64_t step = sink.step(threads);
+  int sum = 0;
+  const auto store = [&](const TokenVector<T>& found, int v, int i, uint2 codes) {
+    if (v >= vectors) return;
+    int count = kVectorValues;
+    if (v + 1 >= filled) {
+      count = static_cast<int>(max(int64_t{0}, min(int64_t{8}, task.cols - int64_t{v} * kVectorValues)));
+      codes = first_codes(codes, count);
+    }
+    if (Sink::kSums && task.sums) {
+      sum = __dp4a(static_cast<int>(codes.x), 0x01010101, sum);
+      sum = __dp4a(static_cast<int>(codes.y), 0x01010101, sum);
+    }
+    const uint32_t kept = kOutliers && v < filled ? task.outliers.mask(v) : 0;
+    sink.store(place + i * step, found, codes, grid, count, kept);
+  };
+  if (!good) {
+    each([&](const TokenVector<T>& found, int v, int i) { store(found, v, i, {0, 0}); });
+  } else if (Sink::kCuts && task.cut_bits > 0) {
+    each([&](const TokenVector<T>& found, int v, int i) {
+      store(found, v, i, cut_codes(coder, found, task.cut_bits, task.cut_lanes));
+    });
+  } else if (task.rule.symmetric && !task.rule.fixed) {
+    each([&](const TokenVector<T>& found, int v, int i) { store(found, v, i, coder.codes_within(found)); });
+  } else {
+    each([&](const TokenVector<T>& found, int v, int i) { store(found, v, i, coder.codes(found)); });
+  }
+  if (Sink::kSums && task.sums) {
+    sum = block_total(sum) - static_cast<int>(task.cols) * grid.zero;
+  }
+  if (thread == 0) sink.end(row, grid, sum);
 }
 
 // Threads of a block and vectors that each keeps, for rows of so many vectors.
@@ -199,10 +240,10 @@ struct TokenShape {
       return std::max<int64_t>(32, (row_vectors + 32 * each - 1) / (32 * each) * 32);
     };
     // Few tokens: more threads for each, so that all processors have enough to wait for.
-    vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads ? 2
-              : threads_for(4) <= kKeepingThreads                         ? 4
-              : threads_for(8) <= kKeepingThreads                         ? 8
-                                                                          : 0;
+    vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2 ? 2
+              : threads_for(4) <= kKeepingThreads / 2                         ? 4
+              : threads_for(8) <= kKeepingThreads                             ? 8
+                                                                              : 0;
     threads = static_cast<int>(vectors == 0 ? kMostTokenThreads : threads_for(vectors));
   }
 };
@@ -211,18 +252,18 @@ template <class Source, class Sink>
 void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask& task, cudaStream_t stream,
                          bool overlap) {
   if (task.padded_rows == 0) return;
+  // Numbers of vectors are ints, and blocks are counted in 31 bits.
+  if (task.cols > (int64_t{1} << 31) || task.padded_rows >= (int64_t{1} << 31)) {
+    throw InvalidArgument("x", text_of("shape [", task.rows, ", ", task.cols, "]"), "sizes below 2^31");
+  }
   int device = 0;
   int processors = 0;
   check_cuda(cudaGetDevice(&device), "current CUDA device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
              "processors of the CUDA device");
   const TokenShape shape(sink.vectors(task.cols), task.rows, processors);
-  int64_t blocks = task.padded_rows;
-  if (task.places != nullptr) {
-    blocks = std::min(blocks, int64_t{processors} * std::max(1, 1536 / shape.threads));
-  }
   const auto launch = [&](auto kernel) {
-    const LaunchSettings settings(dim3(static_cast<unsigned>(blocks)),
+    const LaunchSettings settings(dim3(static_cast<unsigned>(task.padded_rows)),
                                   dim3(static_cast<unsigned>(shape.threads)), stream, overlap, 1);
     check_cuda(cudaLaunchKernelEx(&settings.config, kernel, source, sink, task), "rounding of tokens");
   };
@@ -238,7 +279,7 @@ void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask
         return launch(round_tokens_kernel<Source, Sink, 0, kOutliers>);
     }
   };
-  if (task.places != nullptr) return launch_for.template operator()<true>();
+  if (task.outliers.index != nullptr) return launch_for.template operator()<true>();
   launch_for.template operator()<false>();
 }
 

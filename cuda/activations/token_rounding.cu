@@ -1,3 +1,5 @@
+#include <bit>
+
 #include "activations/token_kernel.cuh"
 #include "activations/token_rounding.hpp"
 #include "activations/token_sinks.cuh"
@@ -13,25 +15,37 @@ constexpr int64_t kMostInputs = int64_t{1} << 23;
 template <class T>
 void round_matrix(const TokenMatrix<T>& x, const TokenTask& task, const IntegerTokens& out,
                   cudaStream_t stream, bool overlap) {
-  const IntegerOrderSink<T> sink{out.codes,
-                                 out.terms,
-                                 static_cast<uint16_t*>(out.places == nullptr ? nullptr : out.outlier_values),
-                                 out.outlier_count,
-                                 out.outliers,
-                                 ceil_div(x.cols, int64_t{integers::kBlockBytes}),
-                                 ceil_div(2 * out.outliers, int64_t{integers::kBlockBytes})};
+  const IntegerOrderSink sink{out.codes,
+                              out.terms,
+                              static_cast<uint16_t*>(out.outlier_values),
+                              out.outliers,
+                              ceil_div(x.cols, int64_t{integers::kBlockBytes}),
+                              ceil_div(2 * out.outliers, int64_t{integers::kBlockBytes})};
   launch_token_kernel(MatrixSource<T>{x}, sink, task, stream, overlap);
 }
 
 }  // namespace
 
+std::optional<std::string> why_not_integer_order(const ActivationFormat& format) {
+  require_valid(format);
+  if (format.scope == ActivationScope::group) return "one scale for each token, or for all";
+  if (!format.has_shifts()) return std::nullopt;
+  if (format.base_bits > 8) return "significant digits of integers of 8 bits at most";
+  const int64_t lanes = format.group_size / kVectorValues;
+  if (format.group_size % kVectorValues == 0 && std::has_single_bit(static_cast<uint64_t>(lanes)) &&
+      lanes <= 32) {
+    return std::nullopt;
+  }
+  return "shifts for 8, 16, 32, 64, 128 or 256 inputs";
+}
+
 void round_tokens(const CudaMatrix& x, const ActivationFormat& format, const IntegerTokens& out,
                   cudaStream_t stream, bool overlap, const uint32_t* range) {
-  require_valid(format);
-  const bool whole = format.scope == ActivationScope::tensor && !format.grid;
-  if (format.has_shifts() || format.scope == ActivationScope::group || whole != (range != nullptr)) {
-    throw InvalidArgument("activations", format.spec(),
-                          "a scale for each token, or for all with its grid or their range");
+  if (const auto reason = why_not_integer_order(format))
+    throw InvalidArgument("activations", format.spec(), *reason);
+  if ((format.scope == ActivationScope::tensor && !format.grid) != (range != nullptr)) {
+    throw InvalidArgument("range", range == nullptr ? "none" : "one",
+                          text_of(range == nullptr ? "one" : "none", " for ", format.spec()));
   }
   // Sums of codes fit 32 bits, at 255 each.
   if (x.cols > kMostInputs)
@@ -42,7 +56,14 @@ void round_tokens(const CudaMatrix& x, const ActivationFormat& format, const Int
   task.cols = x.cols;
   task.rule = GridRule::of(format);
   task.range = range;
-  task.places = out.places;
+  if (out.outlier_index != nullptr) {
+    task.outliers = {static_cast<const uint32_t*>(out.outlier_index), out.outliers, out.outlier_count};
+  }
+  task.sums = out.sums;
+  if (format.has_shifts()) {
+    task.cut_bits = format.bits;
+    task.cut_lanes = static_cast<int>(format.group_size / kVectorValues);
+  }
   with_token_matrix(x, [&](const auto& matrix) { round_matrix(matrix, task, out, stream, overlap); });
 }
 

@@ -15,6 +15,11 @@ struct MatrixSource {
   struct Terms {};
   TokenMatrix<T> x;
 
+  template <int kVectors>
+  __device__ __forceinline__ void load_all(int64_t row, int thread, int threads,
+                                           Raw (&found)[kVectors]) const {
+    x.load_all(row, thread, threads, found);
+  }
   __device__ __forceinline__ Raw load(int64_t row, int v) const { return x.load(row, v); }
   template <class Each>
   __device__ __forceinline__ Terms measure(int64_t, const Each&) const {

@@ -20,7 +20,6 @@ template <class T>
 struct ValueBits;
 template <>
 struct ValueBits<__half> {
-  static constexpr uint32_t kSign = 0x8000U;
   static constexpr uint32_t kRefused = 0x7C00U;  // Inf: all finite values are below 2^127
   static __device__ __forceinline__ float to_float(uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
@@ -31,7 +30,6 @@ struct ValueBits<__half> {
 };
 template <>
 struct ValueBits<__nv_bfloat16> {
-  static constexpr uint32_t kSign = 0x8000U;
   static constexpr uint32_t kRefused = 0x7F00U;
   static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
   static __device__ __forceinline__ uint32_t from_float(float value) {
@@ -40,7 +38,6 @@ struct ValueBits<__nv_bfloat16> {
 };
 template <>
 struct ValueBits<float> {
-  static constexpr uint32_t kSign = 0x80000000U;
   static constexpr uint32_t kRefused = 0x7F000000U;
   static __device__ __forceinline__ float to_float(uint32_t bits) { return __uint_as_float(bits); }
   static __device__ __forceinline__ uint32_t from_float(float value) { return __float_as_uint(value); }
@@ -73,12 +70,31 @@ struct TokenVector {
     return kPairs ? words[i / 2] >> i % 2 * 16 & 0xFFFFU : words[i];
   }
   __device__ __forceinline__ float value(int i) const { return ValueBits<T>::to_float(bits(i)); }
+  // The bits of value i, which the compiler need not know.
+  __device__ __forceinline__ uint32_t pick(int i) const {
+    uint32_t found = bits(0);
+#pragma unroll
+    for (int j = 1; j < kVectorValues; ++j) found = i == j ? bits(j) : found;
+    return found;
+  }
   __device__ __forceinline__ void put(int i, uint32_t value) {
     if constexpr (kPairs) {
       words[i / 2] =
           i % 2 == 0 ? (words[i / 2] & 0xFFFF0000U) | value : (words[i / 2] & 0xFFFFU) | value << 16;
     } else {
       words[i] = value;
+    }
+  }
+  // Zeros where `mask` has bits.
+  __device__ __forceinline__ void clear(uint32_t mask) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kPairs) {
+        const uint32_t two = mask >> 2 * i & 3U;
+        words[i] &= ~(((two | two << 15) & 0x10001U) * 0xFFFFU);
+      } else {
+        words[i] = (mask >> i & 1U) != 0 ? 0 : words[i];
+      }
     }
   }
   // The first `count`, but for those of which `skipped` has a bit. wide: `to` is at a multiple of 16 bytes.
@@ -103,6 +119,18 @@ struct TokenVector {
   }
 };
 
+// The first `count` of eight values, zeros for the others. Not inline: rows that are not at multiples of 16
+// bytes, and the ends of others, must not cost the rest registers and instructions.
+template <class T>
+__device__ __noinline__ TokenVector<T> load_narrow(const T* from, int64_t count) {
+  TokenVector<T> found = TokenVector<T>::zeros();
+#pragma unroll
+  for (int i = 0; i < kVectorValues; ++i) {
+    if (i < count) found.put(i, get_bits(from + i));
+  }
+  return found;
+}
+
 // A row-major matrix of tokens.
 template <class T>
 struct TokenMatrix {
@@ -111,28 +139,45 @@ struct TokenMatrix {
   int64_t cols;
   bool wide;  // rows begin at multiples of 16 bytes
 
+  static __device__ __forceinline__ TokenVector<T> load_wide(const T* from) {
+    TokenVector<T> found;
+#pragma unroll
+    for (int i = 0; i < TokenVector<T>::kWords; i += 4) {
+      const uint4 piece = reinterpret_cast<const uint4*>(from)[i / 4];
+      found.words[i] = piece.x;
+      found.words[i + 1] = piece.y;
+      found.words[i + 2] = piece.z;
+      found.words[i + 3] = piece.w;
+    }
+    return found;
+  }
   // Values 8 v to 8 v + 7 of a row, zeros beyond its end.
   __device__ __forceinline__ TokenVector<T> load(int64_t row, int v) const {
     const int64_t first = int64_t{v} * kVectorValues;
-    const T* from = data + row * stride + first;
-    const int64_t left = cols - first;
-    TokenVector<T> found = TokenVector<T>::zeros();
-    if (wide && left >= kVectorValues) {
+    const T* const from = data + row * stride + first;
+    if (wide && first + kVectorValues <= cols) return load_wide(from);
+    return load_narrow(from, cols - first);
+  }
+  // Vectors thread, thread + threads, ... of a row.
+  template <int kVectors>
+  __device__ __forceinline__ void load_all(int64_t row, int thread, int threads,
+                                           TokenVector<T> (&found)[kVectors]) const {
+    const T* const from = data + row * stride + thread * kVectorValues;
+    const auto whole = static_cast<int>(cols / kVectorValues);
+    if (wide) {
 #pragma unroll
-      for (int i = 0; i < TokenVector<T>::kWords; i += 4) {
-        const uint4 piece = reinterpret_cast<const uint4*>(from)[i / 4];
-        found.words[i] = piece.x;
-        found.words[i + 1] = piece.y;
-        found.words[i + 2] = piece.z;
-        found.words[i + 3] = piece.w;
+      for (int i = 0; i < kVectors; ++i) {
+        found[i] = TokenVector<T>::zeros();
+        if (thread + i * threads < whole) found[i] = load_wide(from + i * threads * kVectorValues);
       }
-      return found;
+      if (cols % kVectorValues == 0) return;
     }
 #pragma unroll
-    for (int i = 0; i < kVectorValues; ++i) {
-      if (i < left) found.put(i, get_bits(from + i));
+    for (int i = 0; i < kVectors; ++i) {
+      const int v = thread + i * threads;
+      if (wide && v != whole) continue;
+      found[i] = load_narrow(from + i * threads * kVectorValues, cols - int64_t{v} * kVectorValues);
     }
-    return found;
   }
 };
 

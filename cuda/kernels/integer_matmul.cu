@@ -190,7 +190,7 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   tokens.codes = reinterpret_cast<int8_t*>(workspace);
   tokens.terms = reinterpret_cast<TokenTerms*>(workspace + space.terms);
   if (layout.outliers > 0) {
-    tokens.places = reinterpret_cast<const int32_t*>(bytes_of(w, "outlier_place"));
+    tokens.outlier_index = bytes_of(w, "outlier_index");
     tokens.outlier_values = workspace + space.outliers;
     tokens.outliers = layout.outliers;
   }

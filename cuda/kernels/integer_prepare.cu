@@ -9,6 +9,7 @@
 #include "kernels/integer_layout.hpp"
 #include "kernels/integer_product.hpp"
 #include "kernels/packed_codes.cuh"
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
 namespace quantloom {
@@ -211,9 +212,8 @@ void prepare_outliers(const IntegerLayout& layout, const Source& source, const P
     require_outliers_at(shared, offsets, columns, layout.n);
   }
   if (shared.empty()) return;
-  std::vector<int32_t> places(static_cast<size_t>(layout.k), -1);
-  for (size_t i = 0; i < shared.size(); ++i) places[static_cast<size_t>(shared[i])] = static_cast<int32_t>(i);
-  check_cuda(cudaMemcpyAsync(prepared.planes.at("outlier_place").bytes(), places.data(), 4 * places.size(),
+  const std::vector<int32_t> index = outlier_index(shared, layout.k);
+  check_cuda(cudaMemcpyAsync(prepared.planes.at("outlier_index").bytes(), index.data(), 4 * index.size(),
                              cudaMemcpyHostToDevice, stream),
              "prepare_integers_cuda: places of outliers");
   cuda::DeviceBuffer<int32_t> on_device(std::ssize(shared), stream);

@@ -12,8 +12,8 @@ void* pointer(uintptr_t address) {
   return reinterpret_cast<void*>(address);
 }
 
-CudaActivationScratch scratch_of(uintptr_t places, uintptr_t workspace, int64_t workspace_bytes) {
-  return {static_cast<const int32_t*>(pointer(places)), pointer(workspace), workspace_bytes};
+CudaActivationScratch scratch_of(uintptr_t index, uintptr_t workspace, int64_t workspace_bytes) {
+  return {static_cast<const int32_t*>(pointer(index)), pointer(workspace), workspace_bytes};
 }
 
 // Names, dtypes and shapes.
@@ -33,31 +33,36 @@ void bind_cuda_activations(py::module_& module) {
       .def(py::init(&activation_format_from_json))
       .def("planes", &planes_of)
       .def("cuda_workspace", &activations_cuda_workspace);
+  module.def("outlier_index_words", &outlier_index_words);
+  module.def("outlier_index", [](const std::vector<int32_t>& columns, int64_t k) {
+    const std::vector<int32_t> index = outlier_index(columns, k);
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(index.size()), index.data());
+  });
   module.def("find_activation_outliers_cuda",
              [](uintptr_t x, int64_t stride, int64_t m, int64_t k, const std::string& dtype,
-                const ActivationFormat& format, uintptr_t places, uintptr_t count, uintptr_t stream) {
+                const ActivationFormat& format, uintptr_t index, uintptr_t count, uintptr_t stream) {
                const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
                const py::gil_scoped_release release;
-               find_activation_outliers_cuda(matrix, format, static_cast<int32_t*>(pointer(places)),
+               find_activation_outliers_cuda(matrix, format, static_cast<int32_t*>(pointer(index)),
                                              static_cast<int32_t*>(pointer(count)), pointer(stream));
              });
   module.def("quantize_activations_cuda", [](uintptr_t x, int64_t stride, int64_t m, int64_t k,
                                              const std::string& dtype, const ActivationFormat& format,
-                                             const std::map<std::string, ArrayRef>& planes, uintptr_t places,
+                                             const std::map<std::string, ArrayRef>& planes, uintptr_t index,
                                              uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
     const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
     QuantizedActivations out{format, m, k, to_tensors(planes, "plane")};
     const py::gil_scoped_release release;
-    quantize_activations_cuda(matrix, out, scratch_of(places, workspace, workspace_bytes), pointer(stream));
+    quantize_activations_cuda(matrix, out, scratch_of(index, workspace, workspace_bytes), pointer(stream));
   });
   module.def("round_activations_cuda",
              [](uintptr_t x, int64_t stride, int64_t m, int64_t k, const std::string& dtype,
-                const ActivationFormat& format, uintptr_t out, int64_t out_stride, uintptr_t places,
+                const ActivationFormat& format, uintptr_t out, int64_t out_stride, uintptr_t index,
                 uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
                const CudaMatrix matrix{pointer(x), dtype_from_name(dtype), m, k, stride};
                const py::gil_scoped_release release;
                round_activations_cuda(matrix, format, pointer(out), out_stride,
-                                      scratch_of(places, workspace, workspace_bytes), pointer(stream));
+                                      scratch_of(index, workspace, workspace_bytes), pointer(stream));
              });
   module.def("dequantize_activations_cuda",
              [](const std::map<std::string, ArrayRef>& planes, const ActivationFormat& format, int64_t m,

@@ -25,14 +25,10 @@ def _description(json: str) -> _core.ActivationDescription:
 
 
 @functools.lru_cache(maxsize=512)
-def _places(columns: tuple[int, ...], k: int, device: torch.device) -> torch.Tensor:
-    """For each input its number among the outlier columns, or -1.
-
-    Made on the first call, which a graph cannot capture."""
-    places = torch.full((k,), -1, dtype=torch.int32)
-    inside = [column for column in columns if column < k]
-    places[inside] = torch.arange(len(inside), dtype=torch.int32)
-    return places.to(device)
+def _outlier_index(columns: tuple[int, ...], k: int, device: torch.device) -> torch.Tensor:
+    """Outlier columns as kernels read them. Made on the first call, which a graph cannot capture."""
+    inside = [column for column in columns if column < k]  # others are refused with the batch
+    return torch.from_numpy(_core.outlier_index(inside, k)).to(device)
 
 
 def _workspace(format: _core.ActivationDescription, m: int, k: int, device: torch.device) -> torch.Tensor:
@@ -68,15 +64,15 @@ def quantize(x: torch.Tensor, format: ActivationFormat) -> dict[str, torch.Tenso
     m, k = x.shape
     with _cuda.on(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        places, outliers = None, 0
+        index, outliers = None, 0
         if format.static_outliers and format.outlier_columns is not None:
-            places = _places(format.outlier_columns, k, device)
+            index = _outlier_index(format.outlier_columns, k, device)
             outliers = len(format.outlier_columns)
         elif format.outlier_threshold is not None and not format.static_outliers:
-            places = torch.empty(k, dtype=torch.int32, device=device)
+            index = torch.empty(_core.outlier_index_words(k, k), dtype=torch.int32, device=device)
             count = torch.empty(1, dtype=torch.int32, device=device)
             _core.find_activation_outliers_cuda(
-                *matrix, description, places.data_ptr(), count.data_ptr(), stream
+                *matrix, description, index.data_ptr(), count.data_ptr(), stream
             )
             outliers = int(count)
         planes = {
@@ -88,7 +84,7 @@ def quantize(x: torch.Tensor, format: ActivationFormat) -> dict[str, torch.Tenso
             *matrix,
             description,
             _refs(planes),
-            0 if places is None else places.data_ptr(),
+            0 if index is None else index.data_ptr(),
             workspace.data_ptr(),
             workspace.numel(),
             stream,
@@ -104,16 +100,16 @@ def round_values(x: torch.Tensor, format: ActivationFormat) -> torch.Tensor:
     m, k = x.shape
     out = torch.empty((m, k), dtype=x.dtype, device=device)
     with _cuda.on(device):
-        places = None
+        index = None
         if format.static_outliers and format.outlier_columns is not None:
-            places = _places(format.outlier_columns, k, device)
+            index = _outlier_index(format.outlier_columns, k, device)
         workspace = _workspace(description, m, k, device)
         _core.round_activations_cuda(
             *matrix,
             description,
             out.data_ptr(),
             k,
-            0 if places is None else places.data_ptr(),
+            0 if index is None else index.data_ptr(),
             workspace.data_ptr(),
             workspace.numel(),
             torch.cuda.current_stream(device).cuda_stream,

@@ -1,6 +1,8 @@
 #include "activations/activation_checks.hpp"
 
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/activations/quantized_activations.hpp"
+#include "quantloom/checked_math.hpp"
 #include "quantloom/error.hpp"
 
 namespace quantloom {
@@ -38,6 +40,31 @@ std::vector<PlaneSpec> activation_planes(const ActivationFormat& format, int64_t
     planes.push_back({"outlier_values", DType::f32, {m, outliers}});
   }
   return planes;
+}
+
+int64_t outlier_index_words(int64_t k, int64_t columns) {
+  if (k < 0 || columns < 0 || columns > k) {
+    throw InvalidArgument("columns", text_of(columns, " of ", k), "at most as many as inputs");
+  }
+  return checked_add(ceil_div(k, int64_t{32}), columns);
+}
+
+std::vector<int32_t> outlier_index(std::span<const int32_t> columns, int64_t k) {
+  std::vector<int32_t> index(static_cast<size_t>(outlier_index_words(k, std::ssize(columns))));
+  const auto words = static_cast<size_t>(ceil_div(k, int64_t{32}));
+  int64_t before = -1;
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const int32_t column = columns[i];
+    if (column <= before || column >= k) {
+      throw InvalidArgument("columns", text_of(column, " after ", before),
+                            text_of("rising numbers from 0 to ", k - 1));
+    }
+    before = column;
+    auto& word = index[static_cast<size_t>(column / 32)];
+    word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1U << column % 32);
+    index[words + i] = column;
+  }
+  return index;
 }
 
 }  // namespace quantloom

@@ -17,7 +17,7 @@ int64_t activations_cuda_workspace(const ActivationFormat& /*format*/, int64_t /
 }
 
 void find_activation_outliers_cuda(const CudaMatrix& /*x*/, const ActivationFormat& /*format*/,
-                                   int32_t* /*places*/, int32_t* /*count*/, void* /*stream*/) {
+                                   int32_t* /*index*/, int32_t* /*count*/, void* /*stream*/) {
   refuse("find_activation_outliers_cuda");
 }
 

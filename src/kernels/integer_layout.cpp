@@ -5,6 +5,7 @@
 
 #include "formats/grouped.hpp"
 #include "kernels/prepared_planes.hpp"
+#include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/dtype.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -110,7 +111,7 @@ IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k, int64_t
 }
 
 bool is_integer_plane(std::string_view name) {
-  return name == "integers" || name == "rows" || name == "outlier_place" || name == "outlier_weights";
+  return name == "integers" || name == "rows" || name == "outlier_index" || name == "outlier_weights";
 }
 
 std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k, int64_t outlier_columns,
@@ -124,7 +125,7 @@ std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k
   specs.push_back({"integers", DType::i8, {2 * layout.row_tiles, layout.blocks, 64, 128}});
   specs.push_back({"rows", DType::i32, {128 * layout.row_tiles, 4}});
   if (layout.outliers > 0) {
-    specs.push_back({"outlier_place", DType::i32, {k}});
+    specs.push_back({"outlier_index", DType::i32, {outlier_index_words(k, layout.outliers)}});
     specs.push_back({"outlier_weights", DType::f16, {2 * layout.row_tiles, layout.outlier_blocks(), 64, 64}});
   }
   return specs;
@@ -201,10 +202,8 @@ IntegerPlanes prepare_integers(const PackedTensor& packed, std::vector<int32_t> 
     require_outliers_at(columns, packed.plane("outlier_offsets"), packed.plane("outlier_columns"), packed.n);
   }
   if (outliers == 0) return prepared;
-  const auto places = prepared.planes.at("outlier_place").values<int32_t>();
-  std::ranges::fill(places, -1);
-  for (size_t i = 0; i < columns.size(); ++i)
-    places[static_cast<size_t>(columns[i])] = static_cast<int32_t>(i);
+  std::ranges::copy(outlier_index(columns, packed.k),
+                    prepared.planes.at("outlier_index").values<int32_t>().begin());
   const auto weights = prepared.planes.at("outlier_weights").values<uint16_t>();
   const auto values =
       layout.own_outliers ? packed.plane("outlier_values").values<uint16_t>() : std::span<const uint16_t>();

@@ -52,7 +52,7 @@ constexpr const char* kSpecs[] = {"int8:token",
 
 // What a caller has on the device beside x.
 struct Scratch {
-  std::shared_ptr<std::byte> places;
+  std::shared_ptr<std::byte> index;
   std::shared_ptr<std::byte> workspace;
   CudaActivationScratch view;
 
@@ -62,14 +62,12 @@ struct Scratch {
     view.workspace = workspace.get();
     check_cuda(cudaMemset(view.workspace, 0xA5, static_cast<size_t>(view.workspace_bytes)), "poison");
     if (!format.has_outliers()) return;
-    places = device_bytes(4 * k + 4);
-    view.places = reinterpret_cast<const int32_t*>(places.get());
-    std::vector<int32_t> host(static_cast<size_t>(k), -1);
-    int32_t next = 0;
-    for (const int32_t column : format.outlier_columns.value_or(std::vector<int32_t>())) {
-      host[static_cast<size_t>(column)] = next++;
-    }
-    if (k > 0) upload(host.data(), places.get(), 4 * k);
+    // The number of columns comes last.
+    index = device_bytes(4 * outlier_index_words(k, k) + 4);
+    view.outlier_index = reinterpret_cast<const int32_t*>(index.get());
+    if (!format.outlier_columns) return;
+    const std::vector<int32_t> host = outlier_index(*format.outlier_columns, k);
+    if (!host.empty()) upload(host.data(), index.get(), 4 * std::ssize(host));
   }
 };
 
@@ -79,11 +77,12 @@ QuantizedActivations quantize_there(const ActivationValues& x, const ActivationF
   int64_t outliers = format.outlier_columns ? std::ssize(*format.outlier_columns) : 0;
   settle();
   if (format.has_outliers() && !format.static_outliers) {
-    auto* const places = reinterpret_cast<int32_t*>(scratch.places.get());
-    find_activation_outliers_cuda(x.on_device(), format, places, places + x.k, stream);
+    auto* const index = reinterpret_cast<int32_t*>(scratch.index.get());
+    int32_t* const there = index + outlier_index_words(x.k, x.k);
+    find_activation_outliers_cuda(x.on_device(), format, index, there, stream);
     stream.synchronize();
     int32_t count = 0;
-    check_cuda(cudaMemcpy(&count, places + x.k, 4, cudaMemcpyDeviceToHost), "count");
+    check_cuda(cudaMemcpy(&count, there, 4, cudaMemcpyDeviceToHost), "count");
     outliers = count;
   }
   QuantizedActivations found{format, x.m, x.k, {}};

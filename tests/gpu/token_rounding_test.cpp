@@ -8,7 +8,7 @@
 
 #include "activation_values.hpp"
 #include "cuda_streams.hpp"
-#include "quantloom/activations/quantized_activations.hpp"
+#include "quantloom/activations/cuda_activations.hpp"
 
 namespace quantloom {
 namespace {
@@ -42,17 +42,15 @@ Found run(const ActivationValues& x, const ActivationFormat& format, const std::
   check_cuda(cudaMemset(codes.get(), kPoison, static_cast<size_t>(code_bytes)), "poison");
   check_cuda(cudaMemset(terms.get(), kPoison, static_cast<size_t>(16 * x.m)), "poison");
   check_cuda(cudaMemset(values.get(), kPoison, static_cast<size_t>(outlier_bytes)), "poison");
-  std::vector<int32_t> places(static_cast<size_t>(x.k), -1);
-  for (size_t i = 0; i < columns.size(); ++i)
-    places[static_cast<size_t>(columns[i])] = static_cast<int32_t>(i);
-  const auto device_places = device_bytes(4 * x.k);
-  if (x.k > 0) upload(places.data(), device_places.get(), 4 * x.k);
+  const std::vector<int32_t> index = outlier_index(columns, x.k);
+  const auto device_index = device_bytes(4 * std::ssize(index));
+  if (!index.empty()) upload(index.data(), device_index.get(), 4 * std::ssize(index));
   settle();
   cuda::IntegerTokens out;
   out.codes = reinterpret_cast<int8_t*>(codes.get());
   out.terms = reinterpret_cast<integers::TokenTerms*>(terms.get());
   if (format.has_outliers()) {
-    out.places = reinterpret_cast<const int32_t*>(device_places.get());
+    out.outlier_index = device_index.get();
     out.outlier_values = values.get();
     out.outliers = outliers;
   }
@@ -184,7 +182,7 @@ TEST_F(TokenRounding, TakesTheLargestAndTheSmallestValues) {
     x.put(5, c, -0.0F);
   }
   for (const char* spec : {"int8:token", "int8:token:asym", "int2:token", "int4:token:asym",
-                           "int8:tensor:static=1e-38", "int8:tensor:static=1e38"}) {
+                           "int8:tensor:static=1.2e-38", "int8:tensor:static=1e38"}) {
     expect_equal_to_cpu(x, spec);
   }
 }

@@ -12,17 +12,23 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "quantloom/activations/quantized_activations.hpp"
 #include "quantloom/cuda_matrix.hpp"
 
 namespace quantloom {
 
+// Outlier columns as kernels read them: a bit for each of k inputs in ceil(k/32) words, then the columns.
+// Throws InvalidArgument unless the columns rise from 0 to k - 1.
+int64_t outlier_index_words(int64_t k, int64_t columns);
+std::vector<int32_t> outlier_index(std::span<const int32_t> columns, int64_t k);
+
 // Memory on the device beside operands.
 struct CudaActivationScratch {
-  // int32 [k]: the number of each input among the outliers, or -1. As find_activation_outliers_cuda() gives
-  // it, or for a format's outlier_columns.
-  const int32_t* places = nullptr;
+  // An outlier_index(): as find_activation_outliers_cuda() gives it, or of a format's outlier_columns.
+  const int32_t* outlier_index = nullptr;
   // activations_cuda_workspace() bytes, at a multiple of 16.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
@@ -31,18 +37,19 @@ struct CudaActivationScratch {
 // Bytes of workspace for a batch [m, k].
 int64_t activations_cuda_workspace(const ActivationFormat& format, int64_t m, int64_t k);
 
-// The places of inputs that reach outlier_threshold in any token, in order, and how many they are, as one
-// int32 on the device. For formats with outliers that are not static.
-void find_activation_outliers_cuda(const CudaMatrix& x, const ActivationFormat& format, int32_t* places,
+// The outlier_index() of inputs that reach outlier_threshold in any token, to memory for all k columns
+// (outlier_index_words(k, k)), and how many they are, as one int32 on the device. For formats with outliers
+// that are not static.
+void find_activation_outliers_cuda(const CudaMatrix& x, const ActivationFormat& format, int32_t* index,
                                    int32_t* count, void* stream);
 
 // Fills the planes of `out`, on the device, for its format, m and k (activation_planes()). With outliers,
-// scratch.places must be given, for as many as outlier_columns is long.
+// scratch.outlier_index must be given, of as many columns as outlier_columns is long.
 void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
                                const CudaActivationScratch& scratch, void* stream);
 
 // x rounded to the format and to its own dtype: row t of `out` at element t * out_stride. `out` may be x.
-// With static outliers scratch.places must be given; others are found on the way.
+// With static outliers scratch.outlier_index must be given; others are found on the way.
 void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format, void* out,
                             int64_t out_stride, const CudaActivationScratch& scratch, void* stream);
 

@@ -27,7 +27,7 @@ namespace quantloom {
 //                    (src/activations/integer_order.hpp)
 //   rows             int32 [128 * tiles, 4]: the bits of the float32 scale, the sum of the integers, the zero
 //                    point - center, 0
-//   outlier_place    int32 [k], with outlier columns only: the place of an input among them, or -1
+//   outlier_index    int32 [ceil(k/32) + outlier columns], with those only: outlier_index()
 //   outlier_weights  float16 [2 * tiles, outlier_blocks, 64, 64], likewise: W at those inputs, in the order
 //   of
 //                    the integers
