@@ -18,11 +18,12 @@ COLORS = ("#1d5fa8", "#b4530a", "#3b7d3b", "#7a3b7d")
 
 
 def alpha_of(rounding: str) -> float | None:
-    """That of ``smoothquant:alpha=X``; None for other roundings and for one that is searched."""
+    """That of ``smoothquant[:alpha=X]``; None for other roundings and for one that is searched."""
     import quantloom
 
     parsed = quantloom.parse_rounding(rounding)
-    return parsed.alpha if isinstance(parsed, quantloom.SmoothQuant) else None
+    smooth = isinstance(parsed, quantloom.SmoothQuant) and "+" not in rounding
+    return parsed.alpha if smooth else None
 
 
 def series_of(rows: list[dict]) -> dict[str, dict]:
@@ -39,7 +40,7 @@ def series_of(rows: list[dict]) -> dict[str, dict]:
             entry["searched"] = row["kl"]
         elif (alpha := alpha_of(row["rounding"])) is not None:
             entry["points"].append((alpha, row["kl"]))
-    return {name: entry for name, entry in found.items() if entry["points"]}
+    return {name: entry for name, entry in found.items() if len(entry["points"]) > 1}
 
 
 def draw(series: dict[str, dict], path: Path, title: str) -> None:
@@ -48,7 +49,7 @@ def draw(series: dict[str, dict], path: Path, title: str) -> None:
     from quantloom.experiments.plots import new_figure
 
     if not series:
-        raise ValueError("measurements: got none with smoothquant:alpha=X, expected at least one")
+        raise ValueError("measurements: got fewer than two with smoothquant:alpha=X, expected more")
     figure, axes = new_figure(7, 4)
     for color, (name, entry) in zip(COLORS * len(series), series.items()):
         points = sorted(entry["points"])
