@@ -12,7 +12,7 @@ import torch
 
 from quantloom import _checks
 from quantloom._bit_rows import pack_rows, unpack_rows
-from quantloom.formats import SDR, Format, Outliers, Uniform
+from quantloom.formats import SDR, Codebook, Format, Outliers, Uniform
 from quantloom.tensors import PackedTensor
 
 __all__ = ["WeightGrid", "grid_refusal"]
@@ -21,9 +21,9 @@ __all__ = ["WeightGrid", "grid_refusal"]
 def grid_refusal(format: Format) -> str | None:
     """Why weights of a format cannot be rounded again to stored scales; None if they can."""
     dense = format.dense if isinstance(format, Outliers) else format
-    if isinstance(dense, (Uniform, SDR)):
+    if isinstance(dense, (Uniform, Codebook, SDR)):
         return None
-    return f"got {format.spec}, expected uniform or sdr, perhaps with outliers"
+    return f"got {format.spec}, expected uniform, codebook or sdr, perhaps with outliers"
 
 
 class WeightGrid:
@@ -57,6 +57,9 @@ class WeightGrid:
             shifts = unpack_rows(planes["shifts"], _shift_bits(dense), groups)
             self._steps = torch.from_numpy(np.left_shift(1, shifts.astype(np.int32))).float().to(self.device)
             self._lowest, self._highest = -(2 ** (dense.bits - 1)), 2 ** (dense.bits - 1) - 1
+        elif isinstance(dense, Codebook):
+            self._table = torch.from_numpy(planes["codebook"].astype(np.float32)).to(self.device)
+            self._midpoints = (self._table[:-1] + self._table[1:]) / 2
         else:
             self._zeros = _zero_points(planes, dense, n, scales.shape[1]).to(self.device)
             self._lowest, self._highest = 0, 2**dense.bits - 1
@@ -98,6 +101,8 @@ class WeightGrid:
         if isinstance(self._dense, SDR):
             integers = (weight / self._scales).round_().clamp_(-127, 127)
             return integers.div_(self._steps[:, self._group_of]).round_().clamp_(self._lowest, self._highest)
+        if isinstance(self._dense, Codebook):
+            return torch.bucketize(weight / self._scales[:, self._group_of], self._midpoints).float()
         if self._dense.bits == 1 and self._dense.symmetric:
             return (weight >= 0).float()
         codes = (weight / self._scales[:, self._group_of]).round_().add_(self._zeros[:, self._group_of])
@@ -106,6 +111,8 @@ class WeightGrid:
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         if isinstance(self._dense, SDR):
             return codes.mul_(self._steps[:, self._group_of]).mul_(self._scales)
+        if isinstance(self._dense, Codebook):
+            return self._table[codes.int()].mul_(self._scales[:, self._group_of])
         return codes.sub_(self._zeros[:, self._group_of]).mul_(self._scales[:, self._group_of])
 
 

@@ -25,7 +25,8 @@ class LayerDistillation:
     model's dtype. Inputs are rounded as at run time. AdamW takes steps of ``rate * sqrt(loss at the start) *
     rms(tensor)``, falling to 0: in proportion to the error that there is to mend, so that one rate serves
     all layers and numbers of bits. Held-out windows choose the step whose weights are kept; if none of them
-    is better there than the start, the start is kept.
+    is better there than the start, the start is kept. Any rounding may come before; formats are ``Uniform``,
+    ``Codebook`` and ``SDR``, perhaps with ``Outliers``, which keep their values.
 
     Args:
         steps: of AdamW, for each layer; at least 1.

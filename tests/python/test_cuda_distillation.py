@@ -20,7 +20,14 @@ SETTINGS = {"windows": 24, "window": 64, "held_out_windows": 4}
 
 @pytest.mark.parametrize(
     "spec",
-    ["uniform:1:g16", "uniform:4:g16:asym", "uniform:4:tensor", "sdr:4:g8", "outliers:3%:uniform:3:g16"],
+    [
+        "uniform:1:g16",
+        "uniform:4:g16:asym",
+        "uniform:4:tensor",
+        "codebook:nf4:g16",
+        "sdr:4:g8",
+        "outliers:3%:uniform:3:g16",
+    ],
 )
 def test_grids_are_those_of_the_cpu(spec, rng):
     w = torch.from_numpy(rng.standard_normal((33, 96), dtype="float32"))

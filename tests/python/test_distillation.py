@@ -114,10 +114,10 @@ def test_what_cannot_be_distilled_is_refused_before_work(model, tmp_path):
         (recipe(), None, {}, "calibration: got None.*distillation needs"),
         (recipe(), IDS, {"held_out_windows": 0}, "held_out_windows: got 0, expected at least 1"),
         (
-            dataclasses.replace(recipe(), overrides={"re:.*o_proj": ql.parse_format("codebook:nf4:g16")}),
+            dataclasses.replace(recipe(), overrides={"re:.*o_proj": ql.parse_format("bcq:3:g16")}),
             IDS,
             {},
-            r"distillation: model.layers.0.self_attn.o_proj: got codebook.*expected uniform or sdr",
+            r"distillation: model.layers.0.self_attn.o_proj: got bcq.*expected uniform, codebook or sdr",
         ),
     ]
     for given, ids, settings, message in cases:
@@ -222,6 +222,7 @@ CASES = {
     "smoothquant, gptq": {"rounding": "smoothquant+gptq", "activations": "int6:tensor:static"},
     "sdr": {"format": "sdr:3:g8", "activations": "sdr4:g8:b16"},
     "sdr, gptq": {"format": "sdr:3:g8", "rounding": "gptq"},
+    "codebook": {"format": "codebook:nf3:g16"},
     "outliers": {"rounding": "gptq:outliers=2%"},
     "static columns": {"activations": "int6:token:outliers=2:static-outliers"},
     "rotated": {"transform": "hadamard:b16", "activations": "int6:token"},

@@ -16,6 +16,9 @@ FORMATS = [
     "uniform:6:tensor:asym:f32",
     "uniform:8:g32",
     "uniform:8:tensor",
+    "codebook:nf4:g16",
+    "codebook:fp4:channel:bf16",
+    "codebook:nf3:tensor:f32",
     "sdr:2:g3",
     "sdr:4:g8",
     "sdr:5:g16:f32",
@@ -65,7 +68,7 @@ def test_codes_of_feedback_stay(dynamic, rng):
     hessian = ql.Hessian(64)
     hessian.add(rng.standard_normal((200, 64), dtype=np.float32))
     rounding = ql.GPTQ(hessian, static_groups=not dynamic)
-    for spec in ("uniform:4:g16:asym", "sdr:4:g8"):
+    for spec in ("uniform:4:g16:asym", "codebook:nf4:g16", "sdr:4:g8"):
         packed = ql.quantize(w, spec, rounding)
         grid = WeightGrid(packed)
         assert torch.equal(grid.round(packed.dequantize()), packed.dequantize())
@@ -93,8 +96,8 @@ def test_kept_columns(rng):
 
 
 def test_other_formats_are_refused(rng):
-    with pytest.raises(ValueError, match=r"packed: got codebook.*expected uniform or sdr"):
-        WeightGrid(ql.quantize(weights(rng, 8, 64), "codebook:nf4:g32"))
+    with pytest.raises(ValueError, match=r"packed: got spqr.*expected uniform, codebook or sdr"):
+        WeightGrid(ql.quantize(weights(rng, 8, 64), "spqr:3:g16"))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
