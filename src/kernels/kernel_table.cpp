@@ -25,8 +25,13 @@ std::vector<KernelEntry> kernel_table() {
                      "float32 strip loop with table, " + width, cpu_target()});
   }
   for (const char* format : {"vector_codebook", "additive"}) {
-    table.push_back({"matmul", format, "1-16", "any", "cpu", "float32", "any",
-                     "rows decoded, then multiplied", algebra::instruction_set()});
+    table.push_back({"matmul", format, "1-8", "any", "cpu", "float32", "1-32",
+                     "products of inputs and table entries, looked up by codes", cpu_target()});
+    const std::string decoded = "rows decoded, then multiplied";
+    table.push_back(
+        {"matmul", format, "1-8", "any", "cpu", "float32", "33-", decoded, algebra::instruction_set()});
+    table.push_back(
+        {"matmul", format, "9-16", "any", "cpu", "float32", "any", decoded, algebra::instruction_set()});
   }
   table.push_back({"matmul", "bcq", "1-8", "any", "cpu", "float32", "any",
                    "tables of sums of 4 inputs, looked up in registers by nibbles of signs", cpu_target()});

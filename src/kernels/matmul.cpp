@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "kernels/prepared_bcq.hpp"
+#include "kernels/prepared_lookups.hpp"
 #include "kernels/prepared_outliers.hpp"
 #include "kernels/prepared_rows.hpp"
 #include "kernels/prepared_strips.hpp"
@@ -136,6 +137,7 @@ std::shared_ptr<const PreparedTensor> prepare(const PackedTensor& packed, int th
                               std::numeric_limits<int32_t>::max() / 2));
   }
   if (with_outliers) return kernels::prepare_outliers(packed, prepare(dense_part(packed), threads));
+  if (kernels::takes_lookups(*packed.format)) return kernels::prepare_lookups(packed, threads);
   if (by_rows) return kernels::prepare_rows(packed);
   if (by_signs) return kernels::prepare_bcq(packed, threads);
   if (by_rings) return kernels::prepare_trellis(packed, threads);
@@ -155,25 +157,28 @@ void matmul(const FloatMatrix& x, const PreparedTensor& w, MatrixView<float> y,
     return kernels::add_outliers(x, *outliers, y, threads);
   }
   const auto* rows = dynamic_cast<const kernels::PreparedRows*>(&w);
+  const auto* lookups = dynamic_cast<const kernels::PreparedLookups*>(&w);
   const auto* signs = dynamic_cast<const kernels::PreparedBcq*>(&w);
   const auto* rings = dynamic_cast<const kernels::PreparedTrellis*>(&w);
   const auto* prepared = dynamic_cast<const kernels::PreparedStrips*>(&w);
-  if (rows == nullptr && signs == nullptr && rings == nullptr && prepared == nullptr) {
+  if (rows == nullptr && lookups == nullptr && signs == nullptr && rings == nullptr && prepared == nullptr) {
     throw InvalidArgument("w", "a foreign PreparedTensor", "the result of prepare()");
   }
   if (options.activations == Activations::int8 &&
       (rings != nullptr ? !kernels::takes_int8(*rings) : prepared == nullptr || !prepared->table.empty())) {
     throw Unsupported(text_of("matmul: int8 activations need an evenly spaced grid or byte sums, and w is ",
-                              rows != nullptr    ? rows->packed.format->spec()
-                              : signs != nullptr ? signs->format->spec()
-                              : rings != nullptr ? rings->format->spec()
-                                                 : prepared->format->spec(),
+                              rows != nullptr      ? rows->packed.format->spec()
+                              : lookups != nullptr ? lookups->format->spec()
+                              : signs != nullptr   ? signs->format->spec()
+                              : rings != nullptr   ? rings->format->spec()
+                                                   : prepared->format->spec(),
                               "; use exact activations"));
   }
   kernels::check_shapes(x, w.n(), w.k(), y);
   if (y.rows() == 0 || y.cols() == 0) return;
   if (signs != nullptr) return kernels::multiply_bcq(x, *signs, y, threads);
   if (rows != nullptr) return kernels::multiply_rows(x, *rows, y, threads);
+  if (lookups != nullptr) return kernels::multiply_lookups(x, *lookups, y, threads);
   if (rings != nullptr) return kernels::multiply_trellis(x, *rings, y, options.activations, threads);
   // A single batch is checked as it is rounded, before y is touched.
   if (options.activations == Activations::int8 && x.rows() > kernels::kBatchTokens)
