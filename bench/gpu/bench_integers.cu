@@ -9,10 +9,12 @@
 #include <string>
 #include <vector>
 
+#include "activations/token_rounding.hpp"
 #include "gpu/cublas_product.cuh"
 #include "gpu/device.cuh"
 #include "gpu/lt_integers.cuh"
 #include "gpu/program.hpp"
+#include "kernels/integer_product.hpp"
 #include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/uniform.hpp"
@@ -100,6 +102,8 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
   const int64_t workspace_bytes =
       matmul_integers_cuda_workspace(weights[0].planes, c.m, DType::f16, activations);
   const auto workspace = bench::device_memory(workspace_bytes);
+  const auto outlier_memory =
+      bench::device_memory(integers::order_bytes(c.m, 2 * std::max<int64_t>(std::ssize(columns), 1)));
   CudaMatmulArguments arguments;
   arguments.x = x.get();
   arguments.x_stride = c.shape.k;
@@ -134,6 +138,20 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
     };
   };
 
+  // The first step alone: its results lie in the workspace as the product finds them.
+  const double rounding =
+      bench::time_launches(stream, 2, kReplays, [&](int) {
+        cuda::IntegerTokens tokens;
+        tokens.codes = reinterpret_cast<int8_t*>(workspace.get());
+        tokens.terms = reinterpret_cast<integers::TokenTerms*>(y.get());
+        if (!columns.empty()) {
+          tokens.places = reinterpret_cast<const int32_t*>(weights[0].planes.plane("outlier_place").bytes());
+          tokens.outlier_values = outlier_memory.get();
+          tokens.outliers = std::ssize(columns);
+        }
+        cuda::round_tokens({x.get(), DType::f16, c.m, c.shape.k, c.shape.k}, activations, tokens,
+                           stream.get(), true);
+      }).seconds;
   bench::Series ours(stream, copies, multiply(""));
   bench::Series dense_series(stream, wide_copies, [&](int i) {
     cublas(wide_weights.get() + (i % wide_copies) * wide * 2, x.get(), y.get(), DType::f16, c.shape, c.m);
@@ -150,10 +168,11 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
   const double lt_seconds = std::min(series32.timing().seconds, series8.timing().seconds);
   const std::string tile = integer_tile(c.m, c.shape.n, c.shape.k);
   std::printf(
-      "%6lld x %-6lld m = %-5lld %-11s %-12s %9.2f us, %6.0f T/s; %5.2f x cuBLAS float16 (%9.2f us), %5.2f x "
+      "%6lld x %-6lld m = %-5lld %-11s %-12s %9.2f us (rounding alone %.2f), %6.0f T/s; %5.2f x cuBLAS "
+      "float16 (%9.2f us), %5.2f x "
       "cuBLASLt int8 alone (int32 %.2f us, int8 %.2f us)\n",
       static_cast<long long>(c.shape.n), static_cast<long long>(c.shape.k), static_cast<long long>(c.m),
-      c.outliers ? "1% outliers" : "", tile.c_str(), seconds * 1e6,
+      c.outliers ? "1% outliers" : "", tile.c_str(), seconds * 1e6, rounding * 1e6,
       2e-12 * static_cast<double>(wide) * static_cast<double>(c.m) / seconds, dense_seconds / seconds,
       dense_seconds * 1e6, lt_seconds / seconds, series32.timing().seconds * 1e6,
       series8.timing().seconds * 1e6);
@@ -164,11 +183,12 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
                         {"outlier_columns", columns.size()},
                         {"tile", tile},
                         {"seconds", seconds},
+                        {"rounding_seconds", rounding},
                         {"cublas_seconds", dense_seconds},
                         {"lt_int32_seconds", series32.timing().seconds},
                         {"lt_int8_seconds", series8.timing().seconds}};
   if (!tiles) return row;
-  for (const std::string& name : integer_tiles()) {
+  for (const std::string& name : integer_tiles(c.shape.k)) {
     const double own = bench::time_launches(stream, copies, kReplays, multiply(name)).seconds;
     std::printf("    %-12s %9.2f us\n", name.c_str(), own * 1e6);
     std::fflush(stdout);
@@ -185,10 +205,18 @@ nlohmann::json run(bool quick, bool tiles) {
   std::printf("integer products on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
   nlohmann::json report = {
       {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
+  if (tiles) {
+    for (const cuda::IntegerKernel& kernel : cuda::integer_kernels()) {
+      std::printf("tiles of %d tokens, %d x %d x %d blocks%s: %d clusters at the same time\n",
+                  kernel.shape.tokens, kernel.shape.rows, kernel.shape.columns, kernel.shape.parts,
+                  kernel.outliers ? ", outliers" : "", cuda::resident_clusters(kernel, current_device()));
+    }
+  }
   const bench::Stream stream;
-  const std::vector<Shape> shapes = {{4096, 14336}, {14336, 4096}, {4096, 4096}};
+  std::vector<Shape> shapes = {{4096, 14336}, {14336, 4096}};
+  if (!quick) shapes.insert(shapes.end(), {{4096, 4096}, {28672, 8192}, {8192, 28672}});
   const std::vector<int64_t> tokens =
-      quick ? std::vector<int64_t>{16, 512, 4096}
+      quick ? std::vector<int64_t>{16, 64, 128, 256, 512, 1024, 4096}
             : std::vector<int64_t>{1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
   for (const Shape& shape : shapes) {
     for (const int64_t m : tokens) {

@@ -2,9 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <map>
-#include <mutex>
-#include <utility>
 
 #include "activations/token_rounding.hpp"
 #include "common/device.hpp"
@@ -37,9 +34,9 @@ const IntegerKernel& kernel_for(const IntegerShape& shape, bool outliers) {
 IntegerShape shape_of(const std::string& name, int64_t m, int64_t n, int64_t k, const DeviceFacts& device) {
   if (name.empty()) return cuda::choose_integer_shape(m, n, k, device);
   for (const IntegerKernel& kernel : cuda::integer_kernels()) {
-    if (name_of_shape(kernel.shape) == name) return kernel.shape;
+    if (name_of_shape(kernel.shape) == name && kernel.shape.takes(k)) return kernel.shape;
   }
-  throw InvalidArgument("tile", name, "one of integer_tiles()");
+  throw InvalidArgument("tile", name, text_of("one of integer_tiles(", k, ")"));
 }
 
 // Where the rounded activations lie in the workspace.
@@ -114,15 +111,6 @@ IntegerLayout layout_for(const IntegerPlanes& w, const ActivationFormat& activat
   return layout;
 }
 
-int resident_clusters_of(const IntegerKernel& kernel, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<const IntegerKernel*, int>, int> known;
-  const std::scoped_lock lock(mutex);
-  const auto found = known.find({&kernel, device});
-  if (found != known.end()) return found->second;
-  return known.emplace(std::pair(&kernel, device), std::max(kernel.resident(), 1)).first->second;
-}
-
 const unsigned char* bytes_of(const IntegerPlanes& w, const char* name) {
   return reinterpret_cast<const unsigned char*>(w.plane(name).bytes());
 }
@@ -145,10 +133,10 @@ std::string integer_tile(int64_t m, int64_t n, int64_t k) {
   return name_of_shape(cuda::choose_integer_shape(m, n, k, current_device()));
 }
 
-std::vector<std::string> integer_tiles() {
+std::vector<std::string> integer_tiles(int64_t k) {
   std::vector<std::string> names;
   for (const IntegerKernel& kernel : cuda::integer_kernels()) {
-    if (!kernel.outliers) names.push_back(name_of_shape(kernel.shape));
+    if (!kernel.outliers && kernel.shape.takes(k)) names.push_back(name_of_shape(kernel.shape));
   }
   return names;
 }
@@ -228,7 +216,7 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
     throw Unsupported(text_of("matmul_integers_cuda: no kernel for ", arguments.m, " tokens"));
   }
   const int clusters = static_cast<int>(
-      shape.parts > 1 ? tiles : std::min<int64_t>(tiles, resident_clusters_of(kernel, device.index)));
+      shape.parts > 1 ? tiles : std::min<int64_t>(tiles, cuda::resident_clusters(kernel, device)));
   kernel.launch(p, clusters, true, stream);
 }
 

@@ -216,6 +216,10 @@ void prepare_outliers(const IntegerLayout& layout, const Source& source, const P
   check_cuda(cudaMemcpyAsync(prepared.planes.at("outlier_index").bytes(), index.data(), 4 * index.size(),
                              cudaMemcpyHostToDevice, stream),
              "prepare_integers_cuda: places of outliers");
+  if (layout.n == 0) {
+    check_cuda(cudaStreamSynchronize(stream), "prepare_integers_cuda: places of outliers");
+    return;
+  }
   cuda::DeviceBuffer<int32_t> on_device(std::ssize(shared), stream);
   on_device.upload(shared.data(), std::ssize(shared));
   const int64_t pieces = 128 * layout.row_tiles * 64 * layout.outlier_blocks();

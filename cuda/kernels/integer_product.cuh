@@ -42,21 +42,31 @@ struct IntegerTile {
   static constexpr int kWeightBytes = 2 * integers::kSlabBytes;
   static constexpr int kTokenBytes = kTokens * integers::kBlockBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kStages = kTokens >= 256 || (kTokens == 128 && kParts > 1) ? 4 : kTokens == 64 ? 6 : 5;
-  // Sums of all tokens in int32, as each lane has them.
-  static constexpr int kExchangeBytes = kParts > 1 ? kTokens* kTileRows * 4 : 0;
+  // With many parts, two blocks share a processor, as clusters leave some processors over.
+  static constexpr int kBlocks = kTokens == 16 || (kTokens == 64 && kParts >= 4) ? 2 : 1;
+  // A tile is finished while the products of the next one run.
+  static constexpr bool kDeferred = kTokens == 128 && kParts == 1;
+  static constexpr int kStages = kTokens == 256 || (kTokens == 128 && kParts > 1) ? 4
+                                 : kTokens == 64                                  ? (kBlocks == 2 ? 3 : 6)
+                                 : kDeferred                                      ? 6
+                                                                                  : 5;
+  // Sums of the own tokens in int32, from all parts.
+  static constexpr int kPartBytes = kOwnTokens * kTileRows * 4;
+  static constexpr int kExchangeBytes = kParts > 1 ? kParts* kPartBytes : 0;
   // Rounded sums of a warpgroup, [tokens][64 outputs].
   static constexpr int kChunk = kOwnTokens < 64 ? kOwnTokens : 64;
   static constexpr int kResultBytes = kChunk * integers::kSlabRows * 2;
-  static constexpr int kTermBytes = kOwnTokens * static_cast<int>(sizeof(integers::TokenTerms));
+  // Scales of the tokens, then pairs of a zero point and a sum.
+  static constexpr int kTermBytes = 12 * kOwnTokens;
 
   static constexpr int kExchange = kStages * kStageBytes;
   static constexpr int kResults = kExchange + kExchangeBytes;
   static constexpr int kTerms = kResults + 2 * kResultBytes;
   static constexpr int kBarriers = kTerms + 2 * kTermBytes;
-  static constexpr int kAllBytes = kBarriers + 16 * kStages;
+  // A pair for each stage, and one for the exchange.
+  static constexpr int kAllBytes = kBarriers + 16 * kStages + 16;
   static_assert(kParts == 1 || (kRows == 1 && kColumns == 1));
-  static_assert(kTokens / kRows % 8 == 0 && kAllBytes <= 232448);
+  static_assert(kTokens / kRows % 8 == 0 && kAllBytes <= (kBlocks == 2 ? 115712 : 232448));
 };
 
 __device__ __forceinline__ uint32_t block_in_cluster() {
@@ -69,11 +79,11 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
   return there;
 }
-// Arrives at the barrier of another block.
+// Arrives at the barrier of another block. Nothing was written that it would see: what products have read may
+// be overwritten.
 __device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
+               : "memory");
 }
 // To the same place in all blocks of `mask`.
 __device__ __forceinline__ void copy_to_blocks(uint32_t shared, const void* global, int bytes,
@@ -249,6 +259,16 @@ class IntegerLoader {
   bool has_rows_ = false;
 };
 
+// A float32 or int32, without passing through registers.
+__device__ __forceinline__ void copy_word_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void store_piece(void* global, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // Rounds sums and writes them: the part of one warpgroup.
 template <class Tile>
 class IntegerFinish {
@@ -256,144 +276,192 @@ class IntegerFinish {
   static constexpr int kTokens = Tile::kOwnTokens;
 
   // `row`: the first of the warpgroup's outputs; `token`: the first token.
-  __device__ __forceinline__ IntegerFinish(const IntegerArguments& p, unsigned char* shared_memory,
-                                           uint32_t shared, int warpgroup, int64_t row, int64_t token)
-      : p_(p),
-        warpgroup_(warpgroup),
-        thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
+  __device__ __forceinline__ IntegerFinish(const IntegerArguments& p, unsigned char* memory, uint32_t shared,
+                                           int warpgroup, int64_t row, int64_t token)
+      : p_(&p),
+        barrier_(warpgroup),
         row_(row),
         token_(token),
-        terms_(reinterpret_cast<integers::TokenTerms*>(shared_memory + Tile::kTerms +
-                                                       warpgroup * Tile::kTermBytes)),
-        results_(shared + Tile::kResults + warpgroup * Tile::kResultBytes),
-        read_(reinterpret_cast<const uint4*>(shared_memory + Tile::kResults +
-                                             warpgroup * Tile::kResultBytes)) {}
+        terms_(Tile::kTerms + warpgroup * Tile::kTermBytes),
+        results_(Tile::kResults + warpgroup * Tile::kResultBytes),
+        memory_(memory),
+        shared_(shared) {}
 
   // The terms of the tokens, to shared memory.
-  __device__ __forceinline__ void fetch_terms() {
-    for (int i = thread_; i < kTokens; i += kWarpgroupThreads) {
-      if (token_ + i < p_.m) copy_async(terms_ + i, p_.terms + token_ + i);
+  __device__ __forceinline__ void fetch_terms() const {
+    for (int i = thread(); i < kTokens; i += kWarpgroupThreads) {
+      if (token_ + i >= p_->m) break;
+      const integers::TokenTerms* const from = p_->terms + token_ + i;
+      copy_word_async(shared_ + terms_ + 4 * i, &from->scale);
+      if (!p_->has_zeros) continue;
+      const uint32_t pair = shared_ + terms_ + 4 * kTokens + 8 * i;
+      copy_word_async(pair, &from->zero);
+      copy_word_async(pair + 4, &from->sum);
+    }
+  }
+
+  // Waits for the terms, and takes zero points out of the sums.
+  __device__ __forceinline__ void begin(int (&sum)[kTokens / 2]) {
+    wait_for_copies();
+    warpgroup_barrier(barrier_);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = row_ + thread() / 32 * 16 + lane() / 4 + 8 * i;
+      const RowTerms terms = p_->rows[row];
+      scale_[i] = terms.scale;
+      bias_[i] = p_->bias != nullptr && row < p_->n ? load_half(p_->bias, row) : 0.0F;
+      if (!p_->has_zeros) continue;
+      const auto* const pairs =
+          reinterpret_cast<const int2*>(memory_ + terms_ + 4 * kTokens) + lane() % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int2 token = pairs[8 * j + c];
+          sum[4 * j + 2 * i + c] -= token.x * terms.sum + terms.zero * token.y;
+        }
+      }
     }
   }
 
   // sum := the scaled sums, as float32 in the same registers.
-  __device__ __forceinline__ void scale(int (&sum)[kTokens / 2]) {
-    wait_for_copies();
-    warpgroup_barrier(warpgroup_);
-    const int lane = thread_ % 32;
-    const int64_t row = row_ + thread_ / 32 * 16 + lane / 4;
-    RowTerms rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) rows[i] = p_.rows[row + 8 * i];
+  __device__ __forceinline__ void scale(int (&sum)[kTokens / 2]) const {
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 token = token_scales(j);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const integers::TokenTerms& token = terms_[8 * j + lane % 4 * 2 + c];
-        const float scale = token.scale;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int value = sum[4 * j + 2 * i + c];
-          if (p_.has_zeros) value -= token.zero * rows[i].sum + rows[i].zero * token.sum;
-          sum[4 * j + 2 * i + c] = __float_as_int(static_cast<float>(value) * (scale * rows[i].scale));
-        }
+      for (int i = 0; i < 2; ++i) {
+        int* const pair = sum + 4 * j + 2 * i;
+        pair[0] = __float_as_int(__fmul_rn(__fmul_rn(static_cast<float>(pair[0]), scale_[i]), token.x));
+        pair[1] = __float_as_int(__fmul_rn(__fmul_rn(static_cast<float>(pair[1]), scale_[i]), token.y));
       }
     }
   }
 
-  // Adds the bias, rounds and writes.
-  __device__ __forceinline__ void write(const int (&sum)[kTokens / 2]) {
-    const int lane = thread_ % 32;
-    const int warp = thread_ / 32;
-    float bias[2] = {0.0F, 0.0F};
-    if (p_.bias != nullptr) {
+  // Scales the sums unless scale() has, adds the bias, rounds and writes.
+  __device__ __forceinline__ void write(const int (&sum)[kTokens / 2]) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t row = row_ + warp * 16 + lane / 4 + 8 * i;
-        if (row < p_.n) bias[i] = load_half(p_.bias, row);
-      }
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      round_chunk(sum, chunk);
+      copy_chunk(chunk);
     }
-    constexpr int kChunkTiles = Tile::kChunk / 8;
-#pragma unroll
-    for (int chunk = 0; chunk < kTokens / Tile::kChunk; ++chunk) {
-      uint32_t words[2 * kChunkTiles];
-#pragma unroll
-      for (int j = 0; j < kChunkTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = 4 * (chunk * kChunkTiles + j) + 2 * i;
-          words[2 * j + i] =
-              round_pair(__int_as_float(sum[at]) + bias[i], __int_as_float(sum[at + 1]) + bias[i]);
-        }
-      }
-      if (chunk > 0) warpgroup_barrier(warpgroup_);  // the last chunk has been read
-      store_chunk(words, warp, lane);
-      warpgroup_barrier(warpgroup_);
-      copy_chunk(token_ + chunk * Tile::kChunk);
+    warpgroup_barrier(barrier_);
+  }
+
+  // The whole in pieces, one after the other.
+  static constexpr int kPieces = 1 + 2 * (kTokens / Tile::kChunk);
+  __device__ __forceinline__ void piece(int index, int (&sum)[kTokens / 2]) {
+    if (index == 0) {
+      if constexpr (!Tile::kOutliers) begin(sum);
+    } else if (index % 2 == 1) {
+      round_chunk(sum, index / 2);
+    } else {
+      copy_chunk(index / 2 - 1);
     }
-    warpgroup_barrier(warpgroup_);
   }
 
  private:
+  static __device__ __forceinline__ int thread() {
+    return static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+  }
+  static __device__ __forceinline__ int lane() {
+    return static_cast<int>(threadIdx.x) % 32;
+  }
+
+  // Of tokens 8 j + 2 t and the next.
+  __device__ __forceinline__ float2 token_scales(int j) const {
+    return reinterpret_cast<const float2*>(memory_ + terms_)[4 * j + lane() % 4];
+  }
+  __device__ __forceinline__ float finished(int sum, int i, float token_scale) const {
+    if constexpr (Tile::kOutliers) return __int_as_float(sum) + bias_[i];
+    return __fmaf_rn(__fmul_rn(static_cast<float>(sum), scale_[i]), token_scale, bias_[i]);
+  }
   __device__ __forceinline__ uint32_t round_pair(float first, float second) const {
-    return p_.bfloat16 ? bits_of(__floats2bfloat162_rn(first, second))
-                       : bits_of(__floats2half2_rn(first, second));
+    return p_->bfloat16 ? bits_of(__floats2bfloat162_rn(first, second))
+                        : bits_of(__floats2half2_rn(first, second));
   }
   template <class Pair>
   static __device__ __forceinline__ uint32_t bits_of(Pair pair) {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
   __device__ __forceinline__ float load_half(const void* values, int64_t i) const {
-    return p_.bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(values)[i])
-                       : __half2float(static_cast<const __half*>(values)[i]);
+    return p_->bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(values)[i])
+                        : __half2float(static_cast<const __half*>(values)[i]);
+  }
+
+  static constexpr int kChunks = kTokens / Tile::kChunk;
+
+  // To shared memory, once the chunk before has been read.
+  __device__ __forceinline__ void round_chunk(const int (&sum)[kTokens / 2], int chunk) const {
+    constexpr int kChunkTiles = Tile::kChunk / 8;
+    uint32_t words[2 * kChunkTiles];
+#pragma unroll
+    for (int j = 0; j < kChunkTiles; ++j) {
+      const float2 token = Tile::kOutliers ? float2{1.0F, 1.0F} : token_scales(chunk * kChunkTiles + j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 4 * (chunk * kChunkTiles + j) + 2 * i;
+        words[2 * j + i] = round_pair(finished(sum[at], i, token.x), finished(sum[at + 1], i, token.y));
+      }
+    }
+    if (chunk > 0 || Tile::kDeferred) warpgroup_barrier(barrier_);
+    store_chunk(words);
   }
 
   // Rows of 128 bytes, whose pieces of 16 are swizzled against conflicts of banks.
-  static __device__ __forceinline__ uint32_t piece_at(int token, int piece) {
-    return static_cast<uint32_t>(token * 128 + ((piece ^ (token & 7)) << 4));
+  static __device__ __forceinline__ int piece_at(int token, int piece) {
+    return token * 128 + ((piece ^ (token & 7)) << 4);
   }
   template <int kWords>
-  __device__ __forceinline__ void store_chunk(const uint32_t (&words)[kWords], int warp, int lane) const {
-    const int matrix = lane / 8;
+  __device__ __forceinline__ void store_chunk(const uint32_t (&words)[kWords]) const {
+    const int matrix = lane() / 8;
+    const int piece = thread() / 32 * 2 + matrix % 2;
     if constexpr (kWords == 2) {
-      store_transposed(results_ + piece_at(lane % 8, 2 * warp + matrix % 2), words[0], words[1]);
+      store_transposed(shared_ + results_ + piece_at(lane() % 8, piece), words[0], words[1]);
     } else {
+      const uint32_t first = shared_ + results_ + piece_at(8 * (matrix / 2) + lane() % 8, piece);
 #pragma unroll
       for (int j = 0; j < kWords / 2; j += 2) {
         const uint32_t four[4] = {words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3]};
-        store_transposed(results_ + piece_at(8 * (j + matrix / 2) + lane % 8, 2 * warp + matrix % 2), four);
+        store_transposed(first + 1024 * j, four);
       }
     }
   }
-  __device__ __forceinline__ void copy_chunk(int64_t first) const {
-    const int piece = thread_ % 8;
+  // From there to memory.
+  __device__ __forceinline__ void copy_chunk(int chunk) const {
+    warpgroup_barrier(barrier_);
+    const int64_t first = token_ + chunk * Tile::kChunk;
+    const int piece = thread() % 8;
     const int64_t column = row_ + 8 * piece;
-    if (column >= p_.n) return;
+    const auto width = static_cast<int>(min(int64_t{8}, p_->n - column));
+    const auto tokens = static_cast<int>(min(int64_t{Tile::kChunk}, p_->m - first));
+    const unsigned char* from =
+        memory_ + results_ + piece_at(thread() / 8, piece);  // 16 tokens on: the same place
+    uint16_t* to = static_cast<uint16_t*>(p_->y) + (first + thread() / 8) * p_->y_stride + column;
+    if (width == 8 && p_->y_in_pieces) {
 #pragma unroll
-    for (int token = thread_ / 8; token < Tile::kChunk; token += 16) {
-      if (first + token >= p_.m) break;
-      const uint4 value = read_[piece_at(token, piece) / 16];
-      auto* const to = static_cast<uint16_t*>(p_.y) + (first + token) * p_.y_stride + column;
-      if (p_.y_in_pieces && column + 8 <= p_.n) {
-        *reinterpret_cast<uint4*>(to) = value;
-        continue;
+      for (int step = 0; step < (Tile::kChunk + 15) / 16; ++step) {
+        if (thread() / 8 + 16 * step < tokens)
+          store_piece(to, *reinterpret_cast<const uint4*>(from + 2048 * step));
+        to += 16 * p_->y_stride;
       }
-      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (column + i < p_.n) to[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-      }
+      return;
+    }
+    for (int token = thread() / 8; token < tokens; token += 16, from += 2048, to += 16 * p_->y_stride) {
+      for (int i = 0; i < width; ++i) to[i] = reinterpret_cast<const uint16_t*>(from)[i];
     }
   }
 
-  const IntegerArguments& p_;
-  int warpgroup_;
-  int thread_;
+  const IntegerArguments* p_;
+  int barrier_;
   int64_t row_;
   int64_t token_;
-  integers::TokenTerms* terms_;
-  uint32_t results_;
-  const uint4* read_;
+  int terms_;  // places in shared memory
+  int results_;
+  unsigned char* memory_;
+  uint32_t shared_;
+  float scale_[2] = {};
+  float bias_[2] = {};
 };
 
 // What one warpgroup does with the stages.
@@ -405,23 +473,22 @@ class IntegerConsumer {
 
   // Sums of `blocks` blocks of columns.
   __device__ __forceinline__ void multiply(int (&sum)[Tile::kTokens / 2], int blocks) {
+    multiply<0>(sum, blocks, [](int /*piece*/) {});
+  }
+  // The same, with pieces of other work while the first products run.
+  template <int kPieces, class Work>
+  __device__ __forceinline__ void multiply(int (&sum)[Tile::kTokens / 2], int blocks, const Work& work) {
     int before = -1;
-#pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
-      wait_for_phase(full(at_.stage), at_.parity);
-      const uint32_t stage = shared_ + at_.stage * Tile::kStageBytes;
-      const uint64_t w = token_descriptor(stage + warpgroup_ * integers::kSlabBytes);
-      const uint64_t x = token_descriptor(stage + Tile::kWeightBytes);
-      open_products();
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        multiply_integers<Tile::kTokens>(sum, w + 2 * step, x + 2 * step, block > 0 || step > 0 ? 1 : 0);
-      }
-      close_products();
-      wait_for_products<1>();
-      if (before >= 0) leave(before);
-      before = at_.stage;
-      at_.advance();
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece < blocks) begin_block(sum, piece > 0);
+      work(piece);
+      if (piece < blocks) end_block(before);
+    }
+#pragma unroll 1
+    for (int block = kPieces; block < blocks; ++block) {
+      begin_block(sum, block > 0);
+      end_block(before);
     }
     wait_for_products<0>();
 #pragma unroll
@@ -452,6 +519,25 @@ class IntegerConsumer {
   }
 
  private:
+  __device__ __forceinline__ void begin_block(int (&sum)[Tile::kTokens / 2], bool add) {
+    wait_for_phase(full(at_.stage), at_.parity);
+    const uint32_t stage = shared_ + at_.stage * Tile::kStageBytes;
+    const uint64_t w = token_descriptor(stage + warpgroup_ * integers::kSlabBytes);
+    const uint64_t x = token_descriptor(stage + Tile::kWeightBytes);
+    open_products();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      multiply_integers<Tile::kTokens>(sum, w + 2 * step, x + 2 * step, add || step > 0 ? 1 : 0);
+    }
+    close_products();
+  }
+  // Leaves the stage before this one, whose products have ended.
+  __device__ __forceinline__ void end_block(int& before) {
+    wait_for_products<1>();
+    if (before >= 0) leave(before);
+    before = at_.stage;
+    at_.advance();
+  }
   __device__ __forceinline__ uint32_t full(int stage) const {
     return shared_ + Tile::kBarriers + 16 * stage;
   }
@@ -475,34 +561,42 @@ class IntegerConsumer {
   StageCursor<Tile::kStages> at_;
 };
 
-// The sums of a part, for the other blocks of the cluster: piece j of a thread holds its four of tokens 8 j
-// ...
+// Sums of parts, sent to the blocks that finish them: from each part, piece j of a thread holds its four of
+// tokens 8 j ...
 template <class Tile>
 class SumExchange {
  public:
-  __device__ __forceinline__ SumExchange(unsigned char* shared_memory, int warpgroup)
-      : here_(reinterpret_cast<float*>(shared_memory + Tile::kExchange) +
-              (warpgroup * (Tile::kTokens / 8) * kWarpgroupThreads +
-               static_cast<int>(threadIdx.x) % kWarpgroupThreads) *
-                  4) {}
+  __device__ __forceinline__ SumExchange(unsigned char* memory, int warpgroup)
+      : received_(
+            reinterpret_cast<float*>(memory + Tile::kExchange) +
+            (warpgroup * kPieces * kWarpgroupThreads + static_cast<int>(threadIdx.x) % kWarpgroupThreads) *
+                4),
+        barrier_(reinterpret_cast<uint64_t*>(memory + Tile::kBarriers + 16 * Tile::kStages)) {}
 
-  __device__ __forceinline__ void give(const int (&sum)[Tile::kTokens / 2]) const {
+  // By one thread, before the blocks of the cluster meet.
+  __device__ __forceinline__ void prepare() const {
+    Delivery::prepare(barrier_);
+    Delivery::expect(barrier_, Tile::kExchangeBytes);
+    Delivery::all_expected(barrier_);
+  }
+  __device__ __forceinline__ void send(const int (&sum)[Tile::kTokens / 2], int rank) const {
 #pragma unroll
     for (int j = 0; j < Tile::kTokens / 8; ++j) {
-      *reinterpret_cast<int4*>(here_ + j * kStep) =
-          make_int4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+      Delivery::send(received_ + rank * (Tile::kPartBytes / 4) + j % kPieces * kStep, barrier_, j / kPieces,
+                     {__int_as_float(sum[4 * j]), __int_as_float(sum[4 * j + 1]),
+                      __int_as_float(sum[4 * j + 2]), __int_as_float(sum[4 * j + 3])});
     }
   }
-  // Of the tokens from `first` on.
-  __device__ __forceinline__ void collect(int (&sum)[Tile::kOwnTokens / 2], int first) const {
+  __device__ __forceinline__ void receive(int (&sum)[Tile::kOwnTokens / 2]) const {
+    Delivery::wait(barrier_);
 #pragma unroll
     for (int i = 0; i < Tile::kOwnTokens / 2; ++i) sum[i] = 0;
 #pragma unroll
     for (int rank = 0; rank < Tile::kParts; ++rank) {
-      const float* const there = cluster_place(here_, rank);
 #pragma unroll
-      for (int j = 0; j < Tile::kOwnTokens / 8; ++j) {
-        const int4 part = *reinterpret_cast<const int4*>(there + (first / 8 + j) * kStep);
+      for (int j = 0; j < kPieces; ++j) {
+        const int4 part =
+            *reinterpret_cast<const int4*>(received_ + rank * (Tile::kPartBytes / 4) + j * kStep);
         sum[4 * j] += part.x;
         sum[4 * j + 1] += part.y;
         sum[4 * j + 2] += part.z;
@@ -512,12 +606,113 @@ class SumExchange {
   }
 
  private:
+  static constexpr int kPieces = Tile::kOwnTokens / 8;
   static constexpr int kStep = kWarpgroupThreads * 4;
-  float* here_;
+  float* received_;
+  uint64_t* barrier_;
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
+__device__ __forceinline__ IntegerFinish<Tile> finish_of(const IntegerArguments& p, unsigned char* memory,
+                                                         uint32_t shared, int warpgroup,
+                                                         const TilePlace& place, int first) {
+  return {p,
+          memory,
+          shared,
+          warpgroup,
+          int64_t{place.row_tile} * kTileRows + warpgroup * integers::kSlabRows,
+          int64_t{place.token_tile} * Tile::kTokens + first};
+}
+
+// The tiles of a cluster, each finished before the next begins.
+template <class Tile>
+__device__ __forceinline__ void multiply_whole(const IntegerArguments& p, unsigned char* memory,
+                                               uint32_t shared, int rank, int warpgroup,
+                                               IntegerConsumer<Tile>& consumer) {
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
+  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < p.row_groups * p.token_groups;
+       tile += clusters) {
+    const TilePlace place = place_of_tile<Tile>(p, tile, rank);
+    const bool has_rows = place.row_tile < p.row_tiles;
+    IntegerFinish<Tile> finish = finish_of<Tile>(p, memory, shared, warpgroup, place, 0);
+    if (has_rows) finish.fetch_terms();
+    int sum[Tile::kTokens / 2];
+    consumer.multiply(sum, p.blocks);
+    if (has_rows) finish.begin(sum);
+    if constexpr (Tile::kOutliers) {
+      if (has_rows) finish.scale(sum);
+      consumer.add_outliers(sum, p.outlier_blocks, 0);
+    }
+    if (has_rows) finish.write(sum);
+  }
+}
+
+// The same; a tile is finished while the first products of the next run, from a copy of its sums: the
+// registers of sums belong to the products.
+template <class Tile>
+__device__ __forceinline__ void multiply_deferred(const IntegerArguments& p, unsigned char* memory,
+                                                  uint32_t shared, int rank, int warpgroup,
+                                                  IntegerConsumer<Tile>& consumer) {
+  using Finish = IntegerFinish<Tile>;
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
+  const int tiles = p.row_groups * p.token_groups;
+  Finish finish = finish_of<Tile>(p, memory, shared, warpgroup, {0, 0}, 0);
+  bool pending = false;  // a tile is to be finished
+  int last[Tile::kTokens / 2];
+#pragma unroll 1
+  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < tiles; tile += clusters) {
+    const TilePlace place = place_of_tile<Tile>(p, tile, rank);
+    int sum[Tile::kTokens / 2];
+    consumer.template multiply<Finish::kPieces>(sum, p.blocks, [&](int piece) {
+      if (pending) finish.piece(piece, last);
+    });
+    pending = place.row_tile < p.row_tiles;
+    finish = finish_of<Tile>(p, memory, shared, warpgroup, place, 0);
+    if (pending) finish.fetch_terms();
+    if constexpr (Tile::kOutliers) {
+      if (pending) {
+        finish.begin(sum);
+        finish.scale(sum);
+      }
+      consumer.add_outliers(sum, p.outlier_blocks, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens / 2; ++i) last[i] = sum[i];
+  }
+#pragma unroll
+  for (int piece = 0; piece < Finish::kPieces; ++piece) {
+    if (pending) finish.piece(piece, last);
+  }
+}
+
+// A part of one tile.
+template <class Tile>
+__device__ __forceinline__ void multiply_part(const IntegerArguments& p, unsigned char* memory,
+                                              uint32_t shared, int rank, int warpgroup,
+                                              IntegerConsumer<Tile>& consumer, int blocks) {
+  const bool is_owner = rank * Tile::kOwnTokens < Tile::kTokens;
+  const int first = rank * Tile::kOwnTokens;
+  IntegerFinish<Tile> finish =
+      finish_of<Tile>(p, memory, shared, warpgroup,
+                      place_of_tile<Tile>(p, static_cast<int>(blockIdx.x) / Tile::kCluster, rank), first);
+  if (is_owner) finish.fetch_terms();
+  int sum[Tile::kTokens / 2];
+  consumer.multiply(sum, blocks);
+  const SumExchange<Tile> exchange(memory, warpgroup);
+  exchange.send(sum, rank);
+  if (!is_owner) return;
+  int own[Tile::kOwnTokens / 2];
+  exchange.receive(own);
+  finish.begin(own);
+  if constexpr (Tile::kOutliers) {
+    finish.scale(own);
+    consumer.add_outliers(own, p.outlier_blocks, first);
+  }
+  finish.write(own);
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
     multiply_integer_tiles(const __grid_constant__ IntegerArguments p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char tile_memory[];
@@ -543,10 +738,11 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
       start_barrier(loader.empty(stage), 2 * (Tile::kParts > 1 ? 1 : Tile::kRows + Tile::kColumns - 1));
     }
     publish_barriers();
+    if constexpr (Tile::kParts > 1) SumExchange<Tile>(tile_memory, 0).prepare();
   }
   __syncthreads();
   if constexpr (Tile::kCluster > 1) {
-    cluster_arrive();
+    cluster_begin();
     cluster_wait();
   }
 
@@ -561,6 +757,7 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
           // Weights of the first stages do not wait for the kernel before this one.
           const StageCursor<Tile::kStages> start = loader.at();
           const int ahead = min(end - begin, Tile::kStages);
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i, loader.advance()) {
             loader.announce();
             loader.copy_weights(p.weights, p.blocks, begin + i);
@@ -568,16 +765,19 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
           const StageCursor<Tile::kStages> stop = loader.at();
           loader.at() = start;
           wait_for_previous();
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i, loader.advance()) loader.copy_tokens(p.tokens, p.blocks, begin + i);
           loader.at() = stop;
           block += ahead;
           is_first = false;
         }
+#pragma unroll 1
         for (; block < end; ++block, loader.advance()) {
           loader.announce();
           loader.copy_weights(p.weights, p.blocks, block);
           loader.copy_tokens(p.tokens, p.blocks, block);
         }
+#pragma unroll 1
         for (int i = 0; i < outlier_blocks; ++i, loader.advance()) {
           loader.announce();
           loader.copy_weights(p.outlier_weights, p.outlier_blocks, i);
@@ -589,50 +789,18 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
     if constexpr (Tile::kTokens > 64) take_registers<Tile::kTokens == 256 ? 232 : 224>();
     wait_for_previous();
     IntegerConsumer<Tile> consumer(shared, warpgroup, rank);
-    for (int tile = cluster; tile < tiles; tile += clusters) {
-      const TilePlace place = place_of_tile<Tile>(p, tile, rank);
-      const int first = Tile::kParts > 1 ? rank * Tile::kOwnTokens : 0;
-      IntegerFinish<Tile> finish(p, tile_memory, shared, warpgroup,
-                                 int64_t{place.row_tile} * kTileRows + warpgroup * integers::kSlabRows,
-                                 int64_t{place.token_tile} * Tile::kTokens + first);
-      const bool has_rows = place.row_tile < p.row_tiles;
-      if (is_owner && has_rows) finish.fetch_terms();
-      int sum[Tile::kTokens / 2];
-      consumer.multiply(sum, end - begin);
-      if constexpr (Tile::kParts > 1) {
-        const SumExchange<Tile> exchange(tile_memory, warpgroup);
-        if (end == begin) {
-#pragma unroll
-          for (int& value : sum) value = 0;
-        }
-        exchange.give(sum);
-        cluster_arrive();
-        cluster_wait();
-        if (is_owner) {
-          int own[Tile::kOwnTokens / 2];
-          exchange.collect(own, first);
-          finish.scale(own);
-          if constexpr (Tile::kOutliers) consumer.add_outliers(own, outlier_blocks, first);
-          finish.write(own);
-        }
-      } else {
-        if (has_rows) finish.scale(sum);
-        if constexpr (Tile::kOutliers) consumer.add_outliers(sum, outlier_blocks, 0);
-        if (has_rows) finish.write(sum);
-      }
+    if constexpr (Tile::kDeferred) {
+      multiply_deferred<Tile>(p, tile_memory, shared, rank, warpgroup, consumer);
+    } else if constexpr (Tile::kParts > 1) {
+      multiply_part<Tile>(p, tile_memory, shared, rank, warpgroup, consumer, end - begin);
+    } else {
+      multiply_whole<Tile>(p, tile_memory, shared, rank, warpgroup, consumer);
     }
   }
-  if constexpr (Tile::kParts > 1) {
-    if (warpgroup == 2) {
-      __syncwarp();
-      cluster_arrive();
-      cluster_wait();
-    }
-  }
-  if constexpr (Tile::kCluster > 1) {
-    // Others may still read from this block's memory, or send to it.
+  if constexpr (Tile::kRows * Tile::kColumns > 1) {
+    // Others may still send to this block, or tell it that they have read what it sent.
     __syncwarp();
-    cluster_arrive();
+    cluster_begin();
     cluster_wait();
   }
 #else
@@ -641,14 +809,20 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kTokens <= 16 ? 2 : 1)
 }
 
 template <class Tile>
-int resident_integer_clusters() {
+int resident_integer_clusters(const DeviceFacts& device) {
   auto* const kernel = multiply_integer_tiles<Tile>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kAllBytes),
              "matmul_integers_cuda: shared memory of multiply_integer_tiles");
+  int count = 0;
+  if constexpr (Tile::kCluster == 1) {
+    check_cuda(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kIntegerThreads, Tile::kAllBytes),
+        "matmul_integers_cuda: blocks that run at the same time");
+    return count * device.processors;
+  }
   LaunchSettings settings(dim3(static_cast<unsigned>(1024 * Tile::kCluster)), dim3(kIntegerThreads), nullptr,
                           false, Tile::kCluster);
   settings.config.dynamicSmemBytes = Tile::kAllBytes;
-  int count = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &settings.config),
              "matmul_integers_cuda: clusters that run at the same time");
   return count;

@@ -51,6 +51,8 @@ struct IntegerShape {
   int parts = 1;
 
   int cluster() const { return rows * columns * parts; }
+  // Each part has a block of columns.
+  bool takes(int64_t k) const { return parts == 1 || k > 128 * (parts - 1); }
   friend bool operator==(const IntegerShape&, const IntegerShape&) = default;
 };
 
@@ -59,8 +61,11 @@ struct IntegerKernel {
   bool outliers = false;
   void (*launch)(const IntegerArguments& arguments, int clusters, bool overlap,
                  cudaStream_t stream) = nullptr;
-  int (*resident)() = nullptr;  // clusters that run at the same time
+  int (*resident)(const DeviceFacts& device) = nullptr;  // clusters that run at the same time
 };
+
+// Clusters of the kernel that run at the same time.
+int resident_clusters(const IntegerKernel& kernel, const DeviceFacts& device);
 
 // All that are built.
 std::span<const IntegerKernel> integer_kernels();

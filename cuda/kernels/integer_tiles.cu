@@ -1,7 +1,10 @@
 // The kernels of integer products, and which of them suits.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include "kernels/integer_product.cuh"
@@ -19,7 +22,7 @@ constexpr IntegerKernel kernel_of() {
 }
 
 template <bool kOutliers>
-constexpr std::array<IntegerKernel, 14> kernels_with() {
+constexpr std::array<IntegerKernel, 13> kernels_with() {
   return {{
       kernel_of<256, 2, 1, 1, kOutliers>(),
       kernel_of<256, 2, 2, 1, kOutliers>(),
@@ -34,7 +37,6 @@ constexpr std::array<IntegerKernel, 14> kernels_with() {
       kernel_of<16, 1, 1, 1, kOutliers>(),
       kernel_of<16, 1, 1, 2, kOutliers>(),
       kernel_of<16, 1, 1, 4, kOutliers>(),
-      kernel_of<16, 1, 1, 8, kOutliers>(),
   }};
 }
 
@@ -53,29 +55,63 @@ std::span<const IntegerKernel> integer_kernels() {
   return kKernels;
 }
 
-// Cycles of a processor, from what bounds each tile: its products, or what it fetches.
+int resident_clusters(const IntegerKernel& kernel, const DeviceFacts& device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const IntegerKernel*, int>, int> known;
+  const std::scoped_lock lock(mutex);
+  const auto found = known.find({&kernel, device.index});
+  if (found != known.end()) return found->second;
+  return known.emplace(std::pair(&kernel, device.index), std::max(kernel.resident(device), 1)).first->second;
+}
+
+namespace {
+
+// Microseconds as measured on an H200 (bench_integers --tiles): a block of 128 columns, and a tile besides.
+struct TileCost {
+  IntegerShape shape;
+  double block = 0;
+  double tile = 0;
+};
+constexpr std::array<TileCost, 4> kCosts = {{
+    {{256, 2, 1, 1}, 0.76, 3},
+    {{256, 2, 2, 1}, 0.68, 3},
+    {{128, 2, 1, 1}, 0.38, 2},
+    {{128, 2, 2, 1}, 0.33, 2},
+}};
+
+TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
+  for (const TileCost& cost : kCosts) {
+    if (cost.shape == shape) return cost;
+  }
+  // Few tokens: what arrives, alone (bound by latency) or where many fetch.
+  constexpr double kFetched = 8.3e6;  // bytes that the L2 cache gives in a microsecond
+  const double alone = shape.tokens == 128 ? 0.36 : shape.tokens == 64 ? 0.25 : 0.28;
+  const double bytes = 128.0 * (128 + shape.tokens) * static_cast<double>(blocks_running);
+  return {shape, std::max(alone, bytes / kFetched), shape.parts == 1 ? 1.0 : 0.5 * shape.parts * shape.parts};
+}
+
+}  // namespace
+
 IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceFacts& device) {
-  constexpr double kProducts = 4096;        // multiplications of a processor in a cycle
-  constexpr double kFetched = 32;           // bytes that reach it from the L2 cache in a cycle
-  constexpr double kFromMemory = 20;        // and from memory, where all fetch
-  constexpr double kTileCycles = 1500;      // to begin and to finish a tile
-  constexpr double kExchangeCycles = 1500;  // to add up parts
+  constexpr double kFromMemory = 4.2e6;  // bytes in a microsecond
+  constexpr int64_t kLongRun = 4;        // waves after which the largest tiles meet the limit of power
+  constexpr double kThrottled = 1.08;
+  const double memory = static_cast<double>(n) * static_cast<double>(k) / kFromMemory;
   IntegerShape best;
   double least = std::numeric_limits<double>::infinity();
   for (const IntegerKernel& kernel : kPlain) {
     const IntegerShape& shape = kernel.shape;
+    if (!shape.takes(k)) continue;
     const int64_t clusters = ceil_div(ceil_div(n, int64_t{kTileRows}), int64_t{shape.rows}) *
                              ceil_div(m, int64_t{shape.tokens} * shape.columns);
-    const int64_t resident = device.processors / shape.cluster() * (shape.tokens == 16 ? 2 : 1);
-    const double waves = static_cast<double>(ceil_div(clusters, std::max<int64_t>(resident, 1)));
-    const double blocks = static_cast<double>(ceil_div(ceil_div(k, int64_t{128}), int64_t{shape.parts}));
-    const double share = shape.tokens == 16 && clusters > resident / 2 ? 2 : 1;  // of a processor
-    const double products = 128.0 * 128 * shape.tokens / kProducts;
-    const double bytes = 128.0 * (128.0 / shape.columns + static_cast<double>(shape.tokens) / shape.rows);
-    const double cycles = waves * (blocks * share * std::max(products, bytes / kFetched) + kTileCycles +
-                                   8.0 * shape.tokens + (shape.parts > 1 ? kExchangeCycles : 0));
-    const double memory = static_cast<double>(n) * static_cast<double>(k) / (kFromMemory * device.processors);
-    const double all = std::max(cycles, memory + kTileCycles);
+    const int64_t resident = resident_clusters(kernel, device);
+    const int64_t waves = ceil_div(clusters, resident);
+    const int64_t blocks = ceil_div(ceil_div(k, int64_t{128}), int64_t{shape.parts});
+    const TileCost cost = cost_of(shape, std::min(clusters, resident) * shape.cluster());
+    double time = static_cast<double>(waves) * (static_cast<double>(blocks) * cost.block + cost.tile);
+    if (shape.tokens == 256 && waves > kLongRun) time *= kThrottled;
+    // Neither bound hides the other entirely.
+    const double all = std::cbrt(time * time * time + memory * memory * memory);
     if (all < least) {
       least = all;
       best = shape;

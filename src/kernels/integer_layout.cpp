@@ -105,7 +105,7 @@ IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k, int64_t
   layout.outliers = outlier_columns;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
     layout.own_outliers = true;
-    if (outliers->entry_count(n, k) != checked_mul(n, outlier_columns)) refuse_outliers();
+    if (n > 0 && outliers->entry_count(n, k) != checked_mul(n, outlier_columns)) refuse_outliers();
   }
   return layout;
 }

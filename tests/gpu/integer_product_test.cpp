@@ -293,7 +293,7 @@ void check_product(const IntegerCase& c, bool all_tiles) {
   const IntegerProduct product(c);
   std::vector<std::string> tiles = {""};
   if (all_tiles) {
-    const std::vector<std::string> names = integer_tiles();
+    const std::vector<std::string> names = integer_tiles(c.k);
     tiles.insert(tiles.end(), names.begin(), names.end());
   }
   std::optional<std::vector<uint16_t>> first;

@@ -68,9 +68,9 @@ struct CudaIntegerOptions {
 std::optional<std::string> why_not_matmul_integers_cuda(const Format& format,
                                                         const ActivationFormat& activations, int64_t k,
                                                         DType dtype);
-// The tile sizes that "" stands for, and all that there are.
+// The tile sizes that "" stands for, and all that take k inputs.
 std::string integer_tile(int64_t m, int64_t n, int64_t k);
-std::vector<std::string> integer_tiles();
+std::vector<std::string> integer_tiles(int64_t k);
 
 // Bytes of device memory, 256-byte aligned, that the product needs as workspace: the rounded activations.
 int64_t matmul_integers_cuda_workspace(const IntegerPlanes& w, int64_t m, DType dtype,
