@@ -145,7 +145,7 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
         tokens.codes = reinterpret_cast<int8_t*>(workspace.get());
         tokens.terms = reinterpret_cast<integers::TokenTerms*>(y.get());
         if (!columns.empty()) {
-          tokens.places = reinterpret_cast<const int32_t*>(weights[0].planes.plane("outlier_place").bytes());
+          tokens.outlier_index = weights[0].planes.plane("outlier_index").bytes();
           tokens.outlier_values = outlier_memory.get();
           tokens.outliers = std::ssize(columns);
         }

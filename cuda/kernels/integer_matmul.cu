@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "activations/batch_facts.hpp"
 #include "activations/token_rounding.hpp"
 #include "common/device.hpp"
 #include "kernels/integer_layout.hpp"
@@ -42,6 +43,7 @@ IntegerShape shape_of(const std::string& name, int64_t m, int64_t n, int64_t k, 
 // Where the rounded activations lie in the workspace.
 struct TokenSpace {
   int64_t terms = 0;
+  int64_t range = 0;
   int64_t outliers = 0;
   int64_t bytes = 0;
 };
@@ -50,7 +52,8 @@ TokenSpace token_space(const IntegerLayout& layout, int64_t m, bool outliers) {
   constexpr int64_t kAlignment = 1024;  // of slabs, as they lie in shared memory
   TokenSpace space;
   space.terms = checked_pad(integers::order_bytes(m, layout.k), kAlignment);
-  space.outliers = checked_pad(space.terms + checked_mul(m, sizeof(TokenTerms)), kAlignment);
+  space.range = checked_pad(space.terms + checked_mul(m, sizeof(TokenTerms)), kAlignment);
+  space.outliers = checked_pad(space.range + 4 * cuda::kRangeWords, kAlignment);
   space.bytes = space.outliers;
   if (outliers) space.bytes += integers::order_bytes(m, 2 * layout.outliers);
   return space;
@@ -58,23 +61,23 @@ TokenSpace token_space(const IntegerLayout& layout, int64_t m, bool outliers) {
 
 // Of code - zero of activations: the largest magnitude.
 int64_t largest_code(const ActivationFormat& format) {
+  if (format.has_shifts()) return 128;
   return format.symmetric ? int64_t{1} << (format.bits - 1) : (int64_t{1} << format.bits) - 1;
 }
 
 std::optional<std::string> why_not_activations(const ActivationFormat& format) {
-  if (format.scope == ActivationScope::group) {
-    return text_of("integer products take activations with one scale for each token, not ", format.spec());
-  }
-  if (format.has_shifts()) {
-    return text_of("integer products take activations of evenly spaced grids, not ", format.spec());
-  }
-  if (format.scope == ActivationScope::tensor && !format.is_static) {
-    return text_of("integer products take a scale of all tokens that is static, not ", format.spec());
-  }
   if (format.has_outliers() && !format.static_outliers) {
     return text_of("integer products take outliers that are static, not ", format.spec());
   }
+  if (const auto expected = cuda::why_not_integer_order(format)) {
+    return text_of("integer products take ", *expected, ", not ", format.spec());
+  }
   return std::nullopt;
+}
+
+// One scale for all tokens, which is found first.
+bool shares_dynamic_scale(const ActivationFormat& format) {
+  return format.scope == ActivationScope::tensor && !format.is_static;
 }
 
 std::optional<std::string> why_not_device(const DeviceFacts& device) {
@@ -182,9 +185,15 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
     tokens.outlier_values = workspace + space.outliers;
     tokens.outliers = layout.outliers;
   }
+  tokens.sums = layout.asymmetric;
   const CudaMatrix x{arguments.x, arguments.dtype, arguments.m, w.k,
                      arguments.m > 1 ? arguments.x_stride : w.k};
-  cuda::round_tokens(x, activations, tokens, stream, options.overlap);
+  uint32_t* range = nullptr;
+  if (shares_dynamic_scale(activations)) {
+    range = reinterpret_cast<uint32_t*>(workspace + space.range);
+    cuda::find_range(x, tokens.outlier_index, range, stream);
+  }
+  cuda::round_tokens(x, activations, tokens, stream, options.overlap, range);
 
   IntegerArguments p;
   p.weights = bytes_of(w, "integers");
