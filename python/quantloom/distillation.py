@@ -40,7 +40,7 @@ class LayerDistillation:
             rounded to nearest at 3 and 4 bits, 3 to 4% below after error feedback at 2 and 3, and a higher
             one with activations of 4 bits, whose errors it does not see.
         checks: evaluations on the held-out windows, evenly spread over the steps; at least 1.
-        seed: of the order of windows.
+        seed: of the order of windows; below 2**32.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -58,6 +58,8 @@ class LayerDistillation:
             object.__setattr__(self, name, _checks.integer(name, getattr(self, name), low))
         for name in ("rate", "weight_decay"):
             object.__setattr__(self, name, _checks.real(name, getattr(self, name)))
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: got {self.seed}, expected an integer below 2**32")
         if not self.rate > 0:
             raise ValueError(f"rate: got {self.rate}, expected a number > 0")
         if self.weight_decay < 0:

@@ -80,6 +80,7 @@ def test_settings_read_back():
         ("lkd:rates=1", "distillation: got option 'rates=1'.*rate="),
         ("lkd:steps=1:steps=2", "distillation: got option 'steps' twice"),
         ("lkd:steps=0", "steps: got 0, expected an integer >= 1"),
+        ("lkd:seed=4294967296", "seed: got 4294967296, expected an integer below"),
         ("lkd:rate=0", "rate: got 0.0, expected a number > 0"),
         ("lkd:rate=nan", "rate: got nan"),
         ("lkd:weight-decay=-1", "weight_decay: got -1.0"),

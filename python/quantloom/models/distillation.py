@@ -154,6 +154,7 @@ class Distiller:
             float((target - hidden).square().sum(dtype=torch.float64))
             for _, hidden, target in zip(range(calibration), inputs.read(), targets.read(), strict=False)
         ) / (calibration * math.prod(inputs.shape[1:]))
+        change = change or 1.0  # of a block that does nothing
 
         def loss(values: Values, window: int) -> torch.Tensor:
             hidden = inputs.window(window).to(self.device)
@@ -171,9 +172,9 @@ class Distiller:
             values, masters = student.start()
             before = measure(values, 0, calibration)
             held_before = best = measure(values, calibration, count)
-            result = report = None
+            result = None
             step = best_step = 0
-            relative = settings.rate * math.sqrt(before) if change > 0 else 0.0
+            relative = settings.rate * math.sqrt(before)
             if relative > 0:
                 optimizer = student.optimizer(masters, relative, settings.weight_decay)
                 due = {round((i + 1) * settings.steps / settings.checks) for i in range(settings.checks)}
