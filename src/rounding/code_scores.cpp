@@ -1,7 +1,9 @@
 #include "rounding/code_scores.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
+#include <utility>
 
 #include "simd_targets.hpp"
 
@@ -89,42 +91,113 @@ void find_least(const ScoreJob<Real>& job, int64_t row) {
   }
 }
 
-// Puts a score in its place in a rising list; behind those that it equals.
+// A score and its code as one number, or one pair: of equal scores that of the lower code is the lesser.
+inline uint64_t key_of(float score, int64_t code) {
+  const auto bits = std::bit_cast<uint32_t>(score + 0.0F);  // -0 becomes 0
+  const uint32_t rising = bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U);
+  return static_cast<uint64_t>(rising) << 32 | static_cast<uint32_t>(code);
+}
+inline std::pair<double, int64_t> key_of(double score, int64_t code) {
+  return {score, code};
+}
+
+inline int32_t code_of(uint64_t key) {
+  return static_cast<int32_t>(key & 0xffffffffU);
+}
+inline int32_t code_of(const std::pair<double, int64_t>& key) {
+  return static_cast<int32_t>(key.second);
+}
+
+inline float score_of(uint64_t key) {
+  const auto rising = static_cast<uint32_t>(key >> 32);
+  return std::bit_cast<float>(rising ^ ((rising >> 31) != 0 ? 0x80000000U : 0xffffffffU));
+}
+inline double score_of(const std::pair<double, int64_t>& key) {
+  return key.first;
+}
+
+// Entries whose scores are held until it is known which of them can be among the least.
+constexpr int64_t kHeldEntries = 1024;
+
+// An upper bound of the `beam`-th least of numbers of which `count` are here.
 template <class Real>
-void insert_score(Real score, int32_t code, int beam, Real* scores, int32_t* codes) {
-  int at = beam - 1;
-  for (; at > 0 && score < scores[at - 1]; --at) {
-    scores[at] = scores[at - 1];
-    codes[at] = codes[at - 1];
+Real bound_of(const Real* some, int64_t count, int beam) {
+  Real least[kMostBeam];
+  std::fill_n(least, kMostBeam, std::numeric_limits<Real>::infinity());
+  for (int64_t i = 0; i < count; ++i) {
+    Real value = some[i];
+    for (int b = 0; b < beam; ++b) {
+      const Real lower = std::min(least[b], value);
+      value = std::max(least[b], value);
+      least[b] = lower;
+    }
   }
-  scores[at] = score;
-  codes[at] = code;
+  return least[beam - 1];
 }
 
 template <class Real, int kRows>
 void find_least_few(const ScoreJob<Real>& job, int64_t row) {
+  using Key = decltype(key_of(Real(), 0));
   const Tag<Real> d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  std::fill_n(job.scores + row * job.beam, kRows * job.beam, std::numeric_limits<Real>::infinity());
-  std::fill_n(job.codes + row * job.beam, kRows * job.beam, 0);
-  Vec<Real> limit[kRows];
-  for (int r = 0; r < kRows; ++r) limit[r] = hn::Set(d, std::numeric_limits<Real>::infinity());
-  for (int64_t at = 0; at < job.padded; at += kPair * lanes) {
-    Vec<Real> score[kRows][kPair];
-    score_pair<Real, kRows>(job, row, at, score);
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  Key best[kRows][kMostBeam];
+  for (auto& of_row : best) std::fill_n(of_row, kMostBeam, key_of(kInfinity, 0));
+  Real held[kRows][kHeldEntries];
+  for (int64_t begin = 0; begin < job.padded; begin += kHeldEntries) {
+    const int64_t end = std::min(begin + kHeldEntries, job.padded);
+    // The least score of each lane: the `beam`-th least of them bounds that of all.
+    Vec<Real> least[kRows][kPair];
     for (int r = 0; r < kRows; ++r) {
-      Real* const scores = job.scores + (row + r) * job.beam;
-      int32_t* const codes = job.codes + (row + r) * job.beam;
-      for (int v = 0; v < kPair; ++v) {
-        if (hn::AllFalse(d, hn::Lt(score[r][v], limit[r]))) continue;
-        Real values[16];
-        hn::StoreU(score[r][v], d, values);
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          if (!(values[lane] < scores[job.beam - 1])) continue;
-          insert_score(values[lane], static_cast<int32_t>(at + v * lanes + lane), job.beam, scores, codes);
+      for (int v = 0; v < kPair; ++v) least[r][v] = hn::Set(d, kInfinity);
+    }
+    for (int64_t at = begin; at < end; at += kPair * lanes) {
+      Vec<Real> score[kRows][kPair];
+      score_pair<Real, kRows>(job, row, at, score);
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kPair; ++v) {
+          hn::StoreU(score[r][v], d, held[r] + (at - begin) + v * lanes);
+          least[r][v] = hn::Min(least[r][v], score[r][v]);
         }
-        limit[r] = hn::Set(d, scores[job.beam - 1]);
       }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      // Half as many numbers, each of twice as many entries, do where lanes are many.
+      Real lane_least[kPair * 16] = {};
+      const bool folded = 2 * lanes > 16;
+      if (folded) {
+        hn::StoreU(hn::Min(least[r][0], least[r][1]), d, lane_least);
+      } else {
+        for (int v = 0; v < kPair; ++v) hn::StoreU(least[r][v], d, lane_least + v * lanes);
+      }
+      const Real bound = std::min(bound_of(lane_least, folded ? lanes : 2 * lanes, job.beam),
+                                  score_of(best[r][job.beam - 1]));
+      // Candidates first, then their order: few branches that depend on scores.
+      const hn::RebindToSigned<Tag<Real>> di;
+      using Index = hn::TFromD<decltype(di)>;
+      Index candidates[kHeldEntries + 16];
+      size_t count = 0;
+      for (int64_t at = 0; at < end - begin; at += lanes) {
+        const auto within = hn::Le(hn::LoadU(d, held[r] + at), hn::Set(d, bound));
+        const auto mask = hn::RebindMask(di, within);
+        // Not CompressStore(), which some processors take a hundred cycles for.
+        hn::StoreU(hn::Compress(hn::Iota(di, static_cast<Index>(at)), mask), di, candidates + count);
+        count += hn::CountTrue(di, mask);
+      }
+      for (size_t c = 0; c < count; ++c) {
+        Key key = key_of(held[r][candidates[c]], begin + static_cast<int64_t>(candidates[c]));
+        for (int i = 0; i < job.beam; ++i) {
+          const Key lower = std::min(best[r][i], key);
+          key = std::max(best[r][i], key);
+          best[r][i] = lower;
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < job.beam; ++i) {
+      job.scores[(row + r) * job.beam + i] = score_of(best[r][i]);
+      job.codes[(row + r) * job.beam + i] = code_of(best[r][i]);
     }
   }
 }

@@ -6,6 +6,7 @@
 namespace quantloom {
 
 inline constexpr int64_t kScorePadding = 32;  // entries that tables are padded to a multiple of
+inline constexpr int kMostBeam = 8;
 
 template <class Real>
 struct ScoreJob {
@@ -17,7 +18,7 @@ struct ScoreJob {
   int64_t rows = 0;
   const Real* factors = nullptr;  // [rows][dim]
   const Real* squares = nullptr;  // [rows]
-  int beam = 1;
+  int beam = 1;  // up to kMostBeam
   // [rows][beam]: the least of square * norm + penalty + factors . entry, rising, and their codes. Of equal
   // ones the lower codes, first.
   Real* scores = nullptr;

@@ -1,6 +1,7 @@
 #include "rounding/code_sweep.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -249,17 +250,22 @@ class Slab {
     const int64_t r = s % count_;
     const Real factor = scale(r, block);
     const int64_t code = run_codes(s)[place(block, book)];
-    const Real* const present = sweep_.entry(book, code);
+    const Real* const entry = sweep_.entry(book, code);
+    std::array<Real, Additive::kMostWeights> present;
+    for (int64_t i = 0; i < sweep_.dim; ++i) present[static_cast<size_t>(i)] = entry[i * sweep_.padded];
     const Real* const h = hessian(block, block * g_);
     Real dot = 0;
     for (int64_t a = 0; a < og_; ++a) {
       const Real* const product = products(s) + a * width_ + (block * g_ - first_column_);
+      const Real* const own = present.data() + a * g_;
+      std::array<Real, Additive::kMostWeights> target{};
+      for (int64_t j = 0; j < g_; ++j) {
+        for (int64_t i = 0; i < g_; ++i) target[static_cast<size_t>(i)] += own[j] * h[j * columns_ + i];
+      }
       for (int64_t i = 0; i < g_; ++i) {
-        Real own = 0;
-        for (int64_t j = 0; j < g_; ++j) own += present[(a * g_ + j) * sweep_.padded] * h[j * columns_ + i];
-        const Real target = product[i] + factor * own;
-        factors_[static_cast<size_t>(s * sweep_.dim + a * g_ + i)] = -2 * factor * target;
-        dot += present[(a * g_ + i) * sweep_.padded] * target;
+        const Real wanted = product[i] + factor * target[static_cast<size_t>(i)];
+        factors_[static_cast<size_t>(s * sweep_.dim + a * g_ + i)] = -2 * factor * wanted;
+        dot += own[i] * wanted;
       }
     }
     squares_[static_cast<size_t>(s)] = factor * factor;
@@ -396,7 +402,7 @@ void sweep_with(const AdditiveProblem& problem, AdditiveParts& parts, const Code
 }  // namespace
 
 void require_valid(const CodeSearchOptions& options, const Additive& format) {
-  const int64_t most = std::min<int64_t>(8, format.entries());
+  const int64_t most = std::min<int64_t>(kMostBeam, format.entries());
   if (options.beam < 1 || options.beam > most) {
     throw InvalidArgument("beam", text_of(options.beam), text_of("1 to ", most));
   }
