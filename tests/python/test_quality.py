@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,24 @@ def test_spqr_matrix():
     assert float(rows[4][-3]) <= 4.2
     assert float(rows[4][-2]) < float(rows[2][-2])
     assert "stored" in lines[-1]
+
+
+def test_aqlm_matrix(tmp_path):
+    script = ROOT / "examples" / "scripts" / "aqlm_matrix.py"
+    done = run(script, "model.layers.0.self_attn.q_proj", tmp_path / "losses.png")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    steps = [float(line[-1]) for line in lines[1:8]]
+    assert all(after < before for before, after in pairwise(steps))
+    curves = [[float(number) for number in line[4:]] for line in lines if line[0].startswith("beam_search")]
+    assert len(curves) == 5
+    for curve in curves:
+        assert all(after <= before for before, after in pairwise(curve))
+    (nearest,), (gptq,) = (
+        [float(line[1]) for line in lines if line[0] == name] for name in ("nearest", "gptq")
+    )
+    assert max(float(line[2]) for line in lines if line[0].startswith("beam_search")) < gptq < nearest
+    assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
 def test_outlier_channels():

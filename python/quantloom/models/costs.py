@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["distillation_flops", "forward_flops", "hessian_flops", "loss_flops", "rounding_flops"]
+from typing import Any
+
+__all__ = [
+    "distillation_flops",
+    "forward_flops",
+    "hessian_flops",
+    "loss_flops",
+    "rounding_flops",
+    "search_flops",
+]
 
 # A block with s stages is run up to each stage and once to its end: the first stage's Linears run s times,
 # the last one's once. 2.5 is the mean for four stages.
@@ -35,3 +44,15 @@ def loss_flops(n: int, k: int, steps: int) -> float:
 def distillation_flops(n: int, k: int, window: int, passes: int) -> float:
     """The share of a Linear [n, k] in the distillation of its block, by forward passes of a window."""
     return 2.0 * n * k * window * passes
+
+
+def search_flops(n: int, k: int, form: Any, rounding: Any) -> float:
+    """Beam search for a matrix [n, k]: k-means for the first tables, then products with H in every round, of
+    the least squares and the sweep, and the scores of all candidates. A round lowers the loss by less than a
+    hundredth after 8 or so."""
+    entries, weights = 2**form.bits, form.in_group * form.out_group
+    vectors = min(n * k / weights, max(2**14, min(256 * entries, max(2**18, 4 * entries))))
+    fit = 2.0 * form.codebooks * rounding.sweeps * vectors * entries * weights
+    products = 2.0 * n * k * k * (rounding.beam + (rounding.refit + 6 if rounding.refit else 1))
+    scores = 2.0 * n * k * form.codebooks * entries * rounding.beam
+    return fit + min(rounding.rounds, 8) * (products + scores)

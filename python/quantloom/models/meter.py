@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from quantloom.models.costs import distillation_flops, forward_flops, loss_flops, rounding_flops
+import quantloom as ql
+from quantloom.models.costs import distillation_flops, forward_flops, loss_flops, rounding_flops, search_flops
 from quantloom.models.distillation import window_passes
 from quantloom.models.report import Progress, rounding_name
 from quantloom.models.structure import Block
@@ -29,8 +30,12 @@ class Meter:
         }
         self.calibrate = {name: forward_flops(n, k, tokens) for name, (n, k) in sizes.items()}
         steps = getattr(run.recipe.rounding, "steps", 0)
+        searched = isinstance(run.recipe.rounding, ql.BeamSearch)
         self.quantize = {
-            name: rounding_flops(n, k, gptq) + loss_flops(n, k, steps) for name, (n, k) in sizes.items()
+            name: search_flops(n, k, run.targets.formats[name], run.recipe.rounding)
+            if searched
+            else rounding_flops(n, k, gptq) + loss_flops(n, k, steps)
+            for name, (n, k) in sizes.items()
         }
         self.total = sum(self.calibrate.values()) + sum(self.quantize.values())
         self.passes = 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from quantloom.models.costs import (
     hessian_flops,
     loss_flops,
     rounding_flops,
+    search_flops,
 )
 from quantloom.models.distillation import check_distillation, window_passes
 from quantloom.models.layouts import LAYOUTS, refusal
@@ -162,12 +163,18 @@ def plan(
     )
     tokens = (windows + held_out_windows) * window if calibrated else 0
     seconds = _seconds(folder, blocks, sizes, tokens, window, gptq, threads, steps)
+    searched = isinstance(recipe.rounding, ql.BeamSearch)
+    if searched:
+        seconds += _search_seconds(sizes, targets.formats, recipe.rounding, threads)
     passes = 0 if distillation is None else window_passes(distillation, windows, held_out_windows)
     seconds += _distillation_seconds(sizes, window, passes)
     bits = sum(module.bits for module in modules)
     hessians = (2 if held_out_windows else 1) if calibrated else 0
     rotates = recipe.transform is not None
     phases = _phases(folder, model, blocks, sizes, bits // 8, hessians, window, gptq, threads, rotates)
+    if searched:
+        memory = max(_search_bytes(*shape, recipe.rounding.beam, threads) for shape in sizes.values())
+        phases["quantize"]["working memory"] = max(phases["quantize"]["working memory"], memory)
     if steps:
         phases["scale"] = _scaling(phases["quantize"], blocks, sizes, threads)
     if passes:
@@ -304,6 +311,13 @@ def _rounding_bytes(n: int, k: int, gptq: bool, measured: bool, threads: int) ->
     return max(codes + factor + slabs, (2 if gptq else 1) * (codes + codes // 2) + errors, decoded)
 
 
+def _search_bytes(n: int, k: int, beam: int, threads: int) -> int:
+    """The same of a beam search: W, its values and their products with H in float32, H in float32, and the
+    errors of all hypotheses of 64 rows for each thread."""
+    workers = min(threads or os.cpu_count() or 1, -(-n // 64))
+    return 4 * k * k + 12 * n * k + 4 * 64 * k * workers * (2 * beam if beam > 1 else 1)
+
+
 def _rotated_bytes(n: int, k: int, rounding: int, hessians: int) -> int:
     """The same of a matrix that is rotated: W and its Hessians once more, and copies while H is turned."""
     matrices, square = 2 * 4 * n * k, 8 * k * k
@@ -381,6 +395,25 @@ def _seconds(
     if steps:
         nearest = _best(lambda: ql.quantize(w, "uniform:4:g128", threads=threads), repeats=2) / (n * k)
         seconds += nearest * steps * sum(n * k for n, k in sizes.values())
+    return seconds
+
+
+def _search_seconds(
+    sizes: dict[str, tuple[int, int]], formats: Mapping[str, Any], rounding: Any, threads: int
+) -> float:
+    """By the rate of one round for a small matrix of each format."""
+    n = k = 256
+    w = np.random.default_rng(0).standard_normal((n, k), dtype=np.float32)
+    hessian = ql.Hessian(k)
+    hessian.add(w)
+    one = replace(rounding, hessian=hessian, rounds=1)
+    seconds = 0.0
+    for form in set(formats.values()):
+        rate = _best(lambda form=form: ql.quantize(w, form, one, threads=threads), repeats=1)
+        rate /= search_flops(n, k, form, one)
+        seconds += rate * sum(
+            search_flops(*size, form, rounding) for name, size in sizes.items() if formats[name] == form
+        )
     return seconds
 
 
