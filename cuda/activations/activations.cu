@@ -1,13 +1,12 @@
 #include <algorithm>
 #include <string>
 
-#include "activations/activation_checks.hpp"
+#include "activations/activation_arguments.hpp"
 #include "activations/activation_groups.cuh"
 #include "activations/batch_facts.hpp"
 #include "activations/token_kernel.cuh"
 #include "activations/token_sinks.cuh"
 #include "activations/token_sources.cuh"
-#include "common/device_pointer.hpp"
 #include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/checked_math.hpp"
 
@@ -16,25 +15,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// How the workspace is divided; offsets in bytes.
-struct WorkspacePlan {
-  int64_t range = 0;     // kRangeWords
-  int64_t count = 16;    // of outliers
-  int64_t scales = 0;    // of tokens, whose integers are cut
-  int64_t outliers = 0;  // that are found on the way
-  int64_t bytes = 32;
-
-  WorkspacePlan(const ActivationFormat& format, int64_t m, int64_t k) {
-    const auto take = [&](int64_t count) {
-      const int64_t begin = bytes;
-      bytes = checked_add(begin, checked_mul(ceil_div(count, int64_t{4}), int64_t{16}));
-      return begin;
-    };
-    if (format.has_shifts()) scales = take(std::max<int64_t>(m, 1));
-    if (format.has_outliers() && !format.static_outliers) outliers = take(outlier_index_words(k, k));
-  }
-};
 
 // One scale for all tokens: that of the format, or of the range of all.
 __global__ void tensor_grid_kernel(const uint32_t* const range, const GridRule rule, float* const scale,
@@ -171,59 +151,6 @@ void round(const Batch<T>& batch, void* out, int64_t stride, bool whole) {
                       batch.stream, false);
 }
 
-void require_scratch(const CudaActivationScratch& scratch, const ActivationFormat& format, int64_t m,
-                     int64_t k, bool needs_index) {
-  const WorkspacePlan plan(format, m, k);
-  if (scratch.workspace == nullptr || scratch.workspace_bytes < plan.bytes ||
-      reinterpret_cast<uintptr_t>(scratch.workspace) % 16 != 0) {
-    throw InvalidArgument("workspace",
-                          scratch.workspace == nullptr
-                              ? std::string("a null pointer")
-                              : text_of(scratch.workspace_bytes, " bytes at ", scratch.workspace),
-                          text_of("at least ", plan.bytes, " bytes at a multiple of 16"));
-  }
-  require_device_memory(scratch.workspace, "workspace");
-  if (!needs_index || k == 0) return;
-  if (scratch.outlier_index == nullptr) {
-    throw InvalidArgument("outlier_index", "a null pointer", text_of("the columns of ", format.spec()));
-  }
-  require_device_memory(scratch.outlier_index, "outlier_index");
-}
-
-void require_out(const void* out, DType dtype, int64_t rows, int64_t cols, int64_t stride) {
-  require_matrix({out, dtype, rows, cols, stride}, "out");
-}
-
-// On the device, as the format prescribes.
-void require_activation_planes(const QuantizedActivations& x) {
-  if (x.m < 0 || x.k < 0) {
-    throw InvalidArgument("activations", text_of("shape [", x.m, ", ", x.k, "]"), "sizes of 0 and more");
-  }
-  int64_t outliers = 0;
-  if (const auto found = x.planes.find("outlier_columns"); found != x.planes.end()) {
-    outliers = found->second.element_count();
-  }
-  const std::vector<PlaneSpec> expected = activation_planes(x.format, x.m, x.k, outliers);
-  for (const PlaneSpec& spec : expected) {
-    const auto found = x.planes.find(spec.name);
-    if (found == x.planes.end() || found->second.dtype() != spec.dtype ||
-        found->second.shape() != spec.shape || found->second.device() != Device::cuda) {
-      throw InvalidArgument("plane " + spec.name, "another dtype, shape or device, or none",
-                            text_of("that of ", x.format.spec(), " for [", x.m, ", ", x.k, "] on a device"));
-    }
-    if (found->second.element_count() > 0) require_device_memory(found->second.bytes(), "plane " + spec.name);
-  }
-  if (x.planes.size() != expected.size()) {
-    throw InvalidArgument("planes", text_of(x.planes.size(), " planes"), text_of(expected.size(), " planes"));
-  }
-}
-
-// Checks of x and format that all share.
-void require_batch(const CudaMatrix& x, const ActivationFormat& format) {
-  require_matrix(x, "x");
-  require_calibrated(format, x.cols);
-}
-
 template <class Run>
 void with_batch(const CudaMatrix& x, const ActivationFormat& format, const OutlierList& outliers,
                 void* workspace, void* stream, const Run& run) {
@@ -308,18 +235,9 @@ void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
                                const CudaActivationScratch& scratch, void* stream) {
   const ActivationFormat& format = out.format;
   cuda::require_batch(x, format);
-  if (out.m != x.rows || out.k != x.cols) {
-    throw InvalidArgument("out", text_of("planes for [", out.m, ", ", out.k, "]"),
-                          text_of("for [", x.rows, ", ", x.cols, "], as x"));
-  }
-  cuda::require_activation_planes(out);
-  if (format.outlier_columns &&
-      out.planes.at("outlier_columns").element_count() != std::ssize(*format.outlier_columns)) {
-    throw InvalidArgument("plane outlier_columns",
-                          text_of(out.planes.at("outlier_columns").element_count(), " columns"),
-                          text_of(format.outlier_columns->size(), " columns, as the format"));
-  }
-  cuda::require_scratch(scratch, format, x.rows, x.cols, format.has_outliers());
+  cuda::require_activation_planes(out, x.rows, x.cols);
+  cuda::require_scratch(scratch, format, activations_cuda_workspace(format, x.rows, x.cols), x.cols,
+                        format.has_outliers());
   cuda::OutlierList outliers;
   if (format.has_outliers() && x.cols > 0) {
     outliers = {reinterpret_cast<const uint32_t*>(scratch.outlier_index),
@@ -335,8 +253,9 @@ void quantize_activations_cuda(const CudaMatrix& x, QuantizedActivations& out,
 void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format, void* out,
                             int64_t out_stride, const CudaActivationScratch& scratch, void* stream) {
   cuda::require_batch(x, format);
-  cuda::require_out(out, x.dtype, x.rows, x.cols, out_stride);
-  cuda::require_scratch(scratch, format, x.rows, x.cols, format.static_outliers);
+  cuda::require_matrix({out, x.dtype, x.rows, x.cols, out_stride}, "out");
+  cuda::require_scratch(scratch, format, activations_cuda_workspace(format, x.rows, x.cols), x.cols,
+                        format.static_outliers);
   if (x.rows == 0 || x.cols == 0) return;
   const bool found = format.has_outliers() && !format.static_outliers;
   const cuda::WorkspacePlan plan(format, x.rows, x.cols);
@@ -362,8 +281,8 @@ void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format,
 void dequantize_activations_cuda(const QuantizedActivations& x, void* out, DType dtype, int64_t out_stride,
                                  void* stream) {
   require_valid(x.format);
-  cuda::require_activation_planes(x);
-  cuda::require_out(out, dtype, x.m, x.k, out_stride);
+  cuda::require_activation_planes(x, x.m, x.k);
+  cuda::require_matrix({out, dtype, x.m, x.k, out_stride}, "out");
   if (x.m == 0 || x.k == 0) return;
   const auto bytes = [&](const char* name) -> const std::byte* {
     const auto found = x.planes.find(name);

@@ -8,7 +8,9 @@
 //   template <class Each> Terms measure(row, each) by all threads, after the loads: what the values need of
 //                                                  the whole token; each(visit) calls visit(raw, v)
 //   TokenVector<Value> finish(raw, v, terms)       zeros beyond the token's end
+//   kEveryShape                                    false: kernels for some lengths only, which are slower
 // Sink says where codes go:
+//   kSums, kCuts, kOutliers                        whether it takes sums, significant digits and outliers
 //   vectors(cols)                                  of eight values in a row of the result
 //   Place at(row, thread), int64_t step(threads)   a thread's first vector, and from one to the next
 //   store(place, values, codes, grid, count, kept) eight codes, of which `count` are inputs; bits of `kept`:
@@ -235,15 +237,20 @@ struct TokenShape {
   int threads = 32;
   int vectors = 0;
 
-  TokenShape(int64_t row_vectors, int64_t rows, int processors) {
+  // few: kernels that keep 4 vectors or none.
+  TokenShape(int64_t row_vectors, int64_t rows, int processors, bool few) {
     const auto threads_for = [&](int64_t each) {
       return std::max<int64_t>(32, (row_vectors + 32 * each - 1) / (32 * each) * 32);
     };
-    // Few tokens: more threads for each, so that all processors have enough to wait for.
-    vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2 ? 2
-              : threads_for(4) <= kKeepingThreads / 2                         ? 4
-              : threads_for(8) <= kKeepingThreads                             ? 8
-                                                                              : 0;
+    if (few) {
+      vectors = threads_for(4) <= kKeepingThreads ? 4 : 0;
+    } else {
+      // Few tokens: more threads for each, so that all processors have enough to wait for.
+      vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2 ? 2
+                : threads_for(4) <= kKeepingThreads / 2                         ? 4
+                : threads_for(8) <= kKeepingThreads                             ? 8
+                                                                                : 0;
+    }
     threads = static_cast<int>(vectors == 0 ? kMostTokenThreads : threads_for(vectors));
   }
 };
@@ -261,25 +268,23 @@ void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask
   check_cuda(cudaGetDevice(&device), "current CUDA device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
              "processors of the CUDA device");
-  const TokenShape shape(sink.vectors(task.cols), task.rows, processors);
+  const TokenShape shape(sink.vectors(task.cols), task.rows, processors, !Source::kEveryShape);
   const auto launch = [&](auto kernel) {
     const LaunchSettings settings(dim3(static_cast<unsigned>(task.padded_rows)),
                                   dim3(static_cast<unsigned>(shape.threads)), stream, overlap, 1);
     check_cuda(cudaLaunchKernelEx(&settings.config, kernel, source, sink, task), "rounding of tokens");
   };
   const auto launch_for = [&]<bool kOutliers>() {
-    switch (shape.vectors) {
-      case 2:
-        return launch(round_tokens_kernel<Source, Sink, 2, kOutliers>);
-      case 4:
-        return launch(round_tokens_kernel<Source, Sink, 4, kOutliers>);
-      case 8:
-        return launch(round_tokens_kernel<Source, Sink, 8, kOutliers>);
-      default:
-        return launch(round_tokens_kernel<Source, Sink, 0, kOutliers>);
+    if constexpr (Source::kEveryShape) {
+      if (shape.vectors == 2) return launch(round_tokens_kernel<Source, Sink, 2, kOutliers>);
+      if (shape.vectors == 8) return launch(round_tokens_kernel<Source, Sink, 8, kOutliers>);
     }
+    if (shape.vectors == 4) return launch(round_tokens_kernel<Source, Sink, 4, kOutliers>);
+    launch(round_tokens_kernel<Source, Sink, 0, kOutliers>);
   };
-  if (task.outliers.index != nullptr) return launch_for.template operator()<true>();
+  if constexpr (Sink::kOutliers) {
+    if (task.outliers.index != nullptr) return launch_for.template operator()<true>();
+  }
   launch_for.template operator()<false>();
 }
 

@@ -1,5 +1,6 @@
 #include <bit>
 
+#include "activations/produced.hpp"
 #include "activations/token_kernel.cuh"
 #include "activations/token_rounding.hpp"
 #include "activations/token_sinks.cuh"
@@ -15,13 +16,7 @@ constexpr int64_t kMostInputs = int64_t{1} << 23;
 template <class T>
 void round_matrix(const TokenMatrix<T>& x, const TokenTask& task, const IntegerTokens& out,
                   cudaStream_t stream, bool overlap) {
-  const IntegerOrderSink sink{out.codes,
-                              out.terms,
-                              static_cast<uint16_t*>(out.outlier_values),
-                              out.outliers,
-                              ceil_div(x.cols, int64_t{integers::kBlockBytes}),
-                              ceil_div(2 * out.outliers, int64_t{integers::kBlockBytes})};
-  launch_token_kernel(MatrixSource<T>{x}, sink, task, stream, overlap);
+  launch_token_kernel(MatrixSource<T>{x}, order_sink(out, x.cols), task, stream, overlap);
 }
 
 }  // namespace
@@ -65,6 +60,21 @@ void round_tokens(const CudaMatrix& x, const ActivationFormat& format, const Int
     task.cut_lanes = static_cast<int>(format.group_size / kVectorValues);
   }
   with_token_matrix(x, [&](const auto& matrix) { round_matrix(matrix, task, out, stream, overlap); });
+}
+
+void round_produced_tokens(const CudaMatrix& x, const CudaProducer& producer, const ActivationFormat& format,
+                           const IntegerTokens& out, cudaStream_t stream, bool overlap) {
+  require_valid(format);
+  if (format.has_shifts() || format.scope == ActivationScope::group ||
+      (format.scope == ActivationScope::tensor && !format.grid)) {
+    throw InvalidArgument("activations", format.spec(), "a scale for each token, or a static one");
+  }
+  if (x.cols > kMostInputs)
+    throw InvalidArgument("x", text_of(x.cols, " inputs"), text_of("at most ", kMostInputs));
+  ProducedPlaces to;
+  to.integers = &out;
+  const auto launch = producer.kind == ProducerKind::silu_mul ? launch_silu : launch_norm;
+  launch(x, producer, &format, to, out.outlier_index, out.outliers, stream, overlap);
 }
 
 }  // namespace quantloom::cuda

@@ -5,6 +5,7 @@
 
 #include "activations/integer_order.hpp"
 #include "activations/token_grid.cuh"
+#include "activations/token_rounding.hpp"
 #include "activations/token_values.cuh"
 
 namespace quantloom::cuda {
@@ -14,6 +15,7 @@ namespace quantloom::cuda {
 struct IntegerOrderSink {
   static constexpr bool kSums = true;
   static constexpr bool kCuts = true;
+  static constexpr bool kOutliers = true;
   static constexpr int kBlockVectors = integers::kBlockBytes / kVectorValues;
   using Place = int8_t*;
 
@@ -76,10 +78,21 @@ struct IntegerOrderSink {
   }
 };
 
+inline IntegerOrderSink order_sink(const IntegerTokens& to, int64_t cols) {
+  constexpr int64_t kBlock = integers::kBlockBytes;
+  return {to.codes,
+          to.terms,
+          static_cast<uint16_t*>(to.outlier_values),
+          to.outliers,
+          (cols + kBlock - 1) / kBlock,
+          (2 * to.outliers + kBlock - 1) / kBlock};
+}
+
 // The planes of QuantizedActivations. `scales` and `zeros` are null where one serves all tokens.
 struct PlaneSink {
   static constexpr bool kSums = false;
   static constexpr bool kCuts = false;
+  static constexpr bool kOutliers = true;
   using Place = int8_t*;
 
   int8_t* codes;
@@ -130,6 +143,7 @@ template <class T>
 struct ValueSink {
   static constexpr bool kSums = false;
   static constexpr bool kCuts = false;
+  static constexpr bool kOutliers = true;
   using Place = T*;
 
   T* out;
@@ -165,6 +179,7 @@ struct ValueSink {
 struct ScaleSink {
   static constexpr bool kSums = false;
   static constexpr bool kCuts = false;
+  static constexpr bool kOutliers = true;
   using Place = int64_t;
 
   float* scales;

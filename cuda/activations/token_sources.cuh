@@ -13,6 +13,7 @@ struct MatrixSource {
   using Value = T;
   using Raw = TokenVector<T>;
   struct Terms {};
+  static constexpr bool kEveryShape = true;
   TokenMatrix<T> x;
 
   template <int kVectors>

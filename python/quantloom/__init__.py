@@ -52,6 +52,14 @@ from quantloom.formats import (
 from quantloom.info import build_info
 from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
 from quantloom.outlier_columns import keep_columns
+from quantloom.producers import (
+    quantize_layer_norm,
+    quantize_rms_norm,
+    quantize_silu_mul,
+    round_layer_norm,
+    round_rms_norm,
+    round_silu_mul,
+)
 from quantloom.quantizing import quantize
 from quantloom.recipes import Recipe
 from quantloom.rounding import (
@@ -136,7 +144,13 @@ __all__ = [
     "proxy_loss",
     "quantize",
     "quantize_activations",
+    "quantize_layer_norm",
+    "quantize_rms_norm",
+    "quantize_silu_mul",
     "round_activations",
+    "round_layer_norm",
+    "round_rms_norm",
+    "round_silu_mul",
     "rounding_from_json",
     "save_tensors",
     "search_channel_scales",

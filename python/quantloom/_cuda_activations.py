@@ -15,8 +15,9 @@ from quantloom import _core, _cuda
 
 if TYPE_CHECKING:
     from quantloom.activations import ActivationFormat
+    from quantloom.producers import _Call
 
-__all__ = ["dequantize", "quantize", "round_values"]
+__all__ = ["dequantize", "quantize", "quantize_produced", "round_produced", "round_values"]
 
 
 @functools.lru_cache(maxsize=512)
@@ -114,6 +115,107 @@ def round_values(x: torch.Tensor, format: ActivationFormat) -> torch.Tensor:
             workspace.numel(),
             torch.cuda.current_stream(device).cuda_stream,
         )
+    return out
+
+
+def _producer(call: _Call) -> tuple[_core.CudaProducer, list[torch.Tensor]]:
+    """What the kernels read, and the tensors that must live until they are queued."""
+    vectors = [vector for vector in (call.weight, call.bias) if vector is not None]
+    kept = [vector.value for vector in vectors]
+    dtypes = {vector.dtype for vector in vectors}
+    if len(dtypes) > 1:
+        raise TypeError(f"bias: got {call.bias.dtype}, expected {call.weight.dtype}, as the weight")
+    up = (0, 0)
+    if call.up is not None:
+        value, (address, stride, *_) = _matrix(call.up.value)
+        kept.append(value)
+        up = (address, stride)
+    m, k = call.x.shape
+    producer = _core.CudaProducer(
+        call.kind,
+        0 if call.weight is None else call.weight.value.data_ptr(),
+        0 if call.bias is None else call.bias.value.data_ptr(),
+        dtypes.pop() if dtypes else "float32",
+        call.eps,
+        call.add_one,
+        up[0],
+        up[1],
+        m,
+        k,
+        call.x.dtype,
+    )
+    return producer, kept
+
+
+def quantize_produced(call: _Call) -> dict[str, torch.Tensor]:
+    """The planes of what a norm or a gated activation makes."""
+    _cuda.require_kernels("quantize_activations")
+    format, device = call.format, call.x.value.device
+    if format.outlier_threshold is not None and not format.static_outliers:
+        return quantize(_produced(call), format)
+    description = _description(format.to_json())
+    producer, kept = _producer(call)
+    x, matrix = _matrix(call.x.value)
+    m, k = x.shape
+    with _cuda.on(device):
+        index = None if format.outlier_columns is None else _outlier_index(format.outlier_columns, k, device)
+        planes = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for name, dtype, shape in description.planes(m, k, len(format.outlier_columns or ()))
+        }
+        size = description.produced_cuda_workspace(call.x.dtype, m, k)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        _core.quantize_produced_cuda(
+            *matrix,
+            producer,
+            description,
+            _refs(planes),
+            0 if index is None else index.data_ptr(),
+            workspace.data_ptr(),
+            size,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    del kept
+    return planes
+
+
+def round_produced(call: _Call) -> torch.Tensor:
+    """The same rounded to the format, ``[m, k]``."""
+    _cuda.require_kernels("round_activations")
+    format, device = call.format, call.x.value.device
+    description = _description(format.to_json())
+    producer, kept = _producer(call)
+    x, matrix = _matrix(call.x.value)
+    m, k = x.shape
+    out = torch.empty((m, k), dtype=x.dtype, device=device)
+    with _cuda.on(device):
+        index = None if format.outlier_columns is None else _outlier_index(format.outlier_columns, k, device)
+        size = description.produced_cuda_workspace(call.x.dtype, m, k)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        _core.round_produced_cuda(
+            *matrix,
+            producer,
+            description,
+            out.data_ptr(),
+            k,
+            0 if index is None else index.data_ptr(),
+            workspace.data_ptr(),
+            size,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    del kept
+    return out
+
+
+def _produced(call: _Call) -> torch.Tensor:
+    """The values themselves, ``[m, k]``."""
+    producer, kept = _producer(call)
+    x, matrix = _matrix(call.x.value)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _cuda.on(x.device):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        _core.produce_activations_cuda(*matrix, producer, out.data_ptr(), x.shape[1], stream)
+    del kept
     return out
 
 

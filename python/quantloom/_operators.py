@@ -19,6 +19,9 @@ Of activations alone:
 
 ``quantloom::round_activations(x, format)``
     ``quantloom.round_activations`` by a short form; gradients pass unchanged.
+``quantloom::round_rms_norm(x, weight, eps, add_one, format)``, ``round_layer_norm(x, weight, bias, eps,
+format)``, ``round_silu_mul(gate, up, format)``
+    The functions of those names; for inference, without gradients.
 ``quantloom::hadamard(x, block, signs, scale, channels, inverse)``
     The Hadamard transform of ``quantloom.hadamard``: `block` 0 for whole rows, `signs` as bits, a number and
     optional float32 ``[n]`` that multiply the result.
@@ -35,7 +38,7 @@ from typing import Any
 
 import torch
 
-from quantloom import _arrays, _cuda, activations, kernels, transforms
+from quantloom import _arrays, _cuda, activations, kernels, producers, transforms
 from quantloom.formats import format_from_json
 from quantloom.tensors import PackedTensor
 
@@ -218,6 +221,46 @@ def _(x, format):
 
 
 _round_activations.register_autograd(lambda ctx, gradient: (gradient, None))
+
+
+@torch.library.custom_op(
+    "quantloom::round_rms_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, float eps, bool add_one, str format) -> Tensor",
+)
+def _round_rms_norm(x, weight, eps, add_one, format):
+    return producers.round_rms_norm(x.contiguous(), weight, format, eps, add_one, torch.get_num_threads())
+
+
+@_round_rms_norm.register_fake
+def _(x, weight, eps, add_one, format):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "quantloom::round_layer_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, str format) -> Tensor",
+)
+def _round_layer_norm(x, weight, bias, eps, format):
+    return producers.round_layer_norm(x.contiguous(), weight, bias, format, eps, torch.get_num_threads())
+
+
+@_round_layer_norm.register_fake
+def _(x, weight, bias, eps, format):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "quantloom::round_silu_mul", mutates_args=(), schema="(Tensor gate, Tensor up, str format) -> Tensor"
+)
+def _round_silu_mul(gate, up, format):
+    return producers.round_silu_mul(gate, up, format, torch.get_num_threads())
+
+
+@_round_silu_mul.register_fake
+def _(gate, up, format):
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.custom_op(

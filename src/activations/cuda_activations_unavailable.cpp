@@ -37,4 +37,26 @@ void dequantize_activations_cuda(const QuantizedActivations& /*x*/, void* /*out*
   refuse("dequantize_activations_cuda");
 }
 
+int64_t produced_cuda_workspace(const ActivationFormat& /*format*/, DType /*dtype*/, int64_t /*m*/,
+                                int64_t /*k*/) {
+  refuse("produced_cuda_workspace");
+}
+
+void quantize_produced_cuda(const CudaMatrix& /*x*/, const CudaProducer& /*producer*/,
+                            QuantizedActivations& /*out*/, const CudaActivationScratch& /*scratch*/,
+                            void* /*stream*/) {
+  refuse("quantize_produced_cuda");
+}
+
+void round_produced_cuda(const CudaMatrix& /*x*/, const CudaProducer& /*producer*/,
+                         const ActivationFormat& /*format*/, void* /*out*/, int64_t /*out_stride*/,
+                         const CudaActivationScratch& /*scratch*/, void* /*stream*/) {
+  refuse("round_produced_cuda");
+}
+
+void produce_activations_cuda(const CudaMatrix& /*x*/, const CudaProducer& /*producer*/, void* /*out*/,
+                              int64_t /*out_stride*/, void* /*stream*/) {
+  refuse("produce_activations_cuda");
+}
+
 }  // namespace quantloom

@@ -146,3 +146,43 @@ def test_refuses_what_it_cannot_take():
     )
     with pytest.raises(TypeError, match="plane scales"):
         mixed.dequantize()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_producers_equal_the_cpu(spec, dtype):
+    x, up = values(6, 160, dtype=dtype), torch.randn(6, 160).to(dtype)
+    both = torch.cat([x, up], 1).cuda()  # rows of neither are next to each other
+    there, up_there = both[:, :160], both[:, 160:]
+    for weight in (None, torch.rand(160), torch.rand(160).to(dtype)):
+        w = None if weight is None else weight.cuda()
+        pairs = [
+            (ql.quantize_rms_norm(x, weight, spec), ql.quantize_rms_norm(there, w, spec)),
+            (
+                ql.quantize_rms_norm(x, weight, spec, add_one=True),
+                ql.quantize_rms_norm(there, w, spec, add_one=True),
+            ),
+            (ql.quantize_layer_norm(x, weight, weight, spec), ql.quantize_layer_norm(there, w, w, spec)),
+            (ql.quantize_silu_mul(x, up, spec), ql.quantize_silu_mul(there, up_there, spec)),
+        ]
+        for expected, found in pairs:
+            for name, plane in expected.planes.items():
+                assert torch.equal(found.planes[name].cpu(), plane), name
+        rounded = [
+            (pairs[0][1], ql.round_rms_norm(there, w, spec)),
+            (pairs[2][1], ql.round_layer_norm(there, w, w, spec)),
+            (pairs[3][1], ql.round_silu_mul(there, up_there, spec)),
+        ]
+        for found, out in rounded:
+            assert torch.equal(found.dequantize(), out)
+
+
+def test_producers_can_be_captured():
+    x, w = values(6, 256).cuda(), torch.rand(256).cuda()
+    expected = torch.ops.quantloom.round_rms_norm(x, w, 1e-6, False, "int8:token")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.quantloom.round_rms_norm(x, w, 1e-6, False, "int8:token")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)

@@ -15,6 +15,7 @@
 #include <span>
 #include <vector>
 
+#include "quantloom/activations/producers.hpp"
 #include "quantloom/activations/quantized_activations.hpp"
 #include "quantloom/cuda_matrix.hpp"
 
@@ -56,5 +57,29 @@ void round_activations_cuda(const CudaMatrix& x, const ActivationFormat& format,
 // The values that the codes of planes on the device stand for, in float32, float16 or bfloat16.
 void dequantize_activations_cuda(const QuantizedActivations& x, void* out, DType dtype, int64_t out_stride,
                                  void* stream);
+
+// ActivationProducer with memory on the device; of layer_norm and rms_norm, or of silu_mul.
+struct CudaProducer {
+  ProducerKind kind = ProducerKind::rms_norm;
+  const void* weight = nullptr;  // [k], or null: ones
+  const void* bias = nullptr;    // [k], or null
+  DType dtype = DType::f32;      // of both: float32, or that of x
+  float epsilon = 1e-6F;
+  bool add_one = false;
+  CudaMatrix up = {};
+};
+
+// Both functions above of what `producer` makes of x: produce_activations(), then rounding, with the same
+// bytes as on the CPU under the condition that producers.hpp states. One kernel does both for values of
+// formats with a scale for each token or a static one, and for planes of the former, outliers that are not
+// static apart; others go through the workspace, of produced_cuda_workspace() bytes.
+int64_t produced_cuda_workspace(const ActivationFormat& format, DType dtype, int64_t m, int64_t k);
+void quantize_produced_cuda(const CudaMatrix& x, const CudaProducer& producer, QuantizedActivations& out,
+                            const CudaActivationScratch& scratch, void* stream);
+void round_produced_cuda(const CudaMatrix& x, const CudaProducer& producer, const ActivationFormat& format,
+                         void* out, int64_t out_stride, const CudaActivationScratch& scratch, void* stream);
+// The produced values themselves.
+void produce_activations_cuda(const CudaMatrix& x, const CudaProducer& producer, void* out,
+                              int64_t out_stride, void* stream);
 
 }  // namespace quantloom
