@@ -287,8 +287,14 @@ class IntegerFinish {
         memory_(memory),
         shared_(shared) {}
 
-  // The terms of the tokens, to shared memory.
-  __device__ __forceinline__ void fetch_terms() const {
+  // The terms of the tokens, to shared memory; those of the outputs.
+  __device__ __forceinline__ void fetch_terms() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = row_ + thread() / 32 * 16 + lane() / 4 + 8 * i;
+      scale_[i] = p_->rows[row].scale;
+      bias_[i] = p_->bias != nullptr && row < p_->n ? load_half(p_->bias, row) : 0.0F;
+    }
     for (int i = thread(); i < kTokens; i += kWarpgroupThreads) {
       if (token_ + i >= p_->m) break;
       const integers::TokenTerms* const from = p_->terms + token_ + i;
@@ -304,13 +310,10 @@ class IntegerFinish {
   __device__ __forceinline__ void begin(int (&sum)[kTokens / 2]) {
     wait_for_copies();
     warpgroup_barrier(barrier_);
+    if (!p_->has_zeros) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = row_ + thread() / 32 * 16 + lane() / 4 + 8 * i;
-      const RowTerms terms = p_->rows[row];
-      scale_[i] = terms.scale;
-      bias_[i] = p_->bias != nullptr && row < p_->n ? load_half(p_->bias, row) : 0.0F;
-      if (!p_->has_zeros) continue;
+      const RowTerms terms = p_->rows[row_ + thread() / 32 * 16 + lane() / 4 + 8 * i];
       const auto* const pairs =
           reinterpret_cast<const int2*>(memory_ + terms_ + 4 * kTokens) + lane() % 4 * 2;
 #pragma unroll

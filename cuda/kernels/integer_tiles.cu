@@ -22,11 +22,9 @@ constexpr IntegerKernel kernel_of() {
 }
 
 template <bool kOutliers>
-constexpr std::array<IntegerKernel, 13> kernels_with() {
+constexpr std::array<IntegerKernel, 11> kernels_with() {
   return {{
       kernel_of<256, 2, 1, 1, kOutliers>(),
-      kernel_of<256, 2, 2, 1, kOutliers>(),
-      kernel_of<128, 2, 2, 1, kOutliers>(),
       kernel_of<128, 2, 1, 1, kOutliers>(),
       kernel_of<128, 1, 1, 2, kOutliers>(),
       kernel_of<128, 1, 1, 4, kOutliers>(),
@@ -72,11 +70,9 @@ struct TileCost {
   double block = 0;
   double tile = 0;
 };
-constexpr std::array<TileCost, 4> kCosts = {{
-    {{256, 2, 1, 1}, 0.76, 3},
-    {{256, 2, 2, 1}, 0.68, 3},
+constexpr std::array<TileCost, 2> kCosts = {{
+    {{256, 2, 1, 1}, 0.72, 1.5},
     {{128, 2, 1, 1}, 0.38, 2},
-    {{128, 2, 2, 1}, 0.33, 2},
 }};
 
 TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
@@ -94,8 +90,6 @@ TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
 
 IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceFacts& device) {
   constexpr double kFromMemory = 4.2e6;  // bytes in a microsecond
-  constexpr int64_t kLongRun = 4;        // waves after which the largest tiles meet the limit of power
-  constexpr double kThrottled = 1.08;
   const double memory = static_cast<double>(n) * static_cast<double>(k) / kFromMemory;
   IntegerShape best;
   double least = std::numeric_limits<double>::infinity();
@@ -108,8 +102,7 @@ IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceF
     const int64_t waves = ceil_div(clusters, resident);
     const int64_t blocks = ceil_div(ceil_div(k, int64_t{128}), int64_t{shape.parts});
     const TileCost cost = cost_of(shape, std::min(clusters, resident) * shape.cluster());
-    double time = static_cast<double>(waves) * (static_cast<double>(blocks) * cost.block + cost.tile);
-    if (shape.tokens == 256 && waves > kLongRun) time *= kThrottled;
+    const double time = static_cast<double>(waves) * (static_cast<double>(blocks) * cost.block + cost.tile);
     // Neither bound hides the other entirely.
     const double all = std::cbrt(time * time * time + memory * memory * memory);
     if (all < least) {
