@@ -1,5 +1,5 @@
 // Products with packed codes against decoding them first and multiplying with float32 weights: trellises,
-// binary coding, and symmetric grids with scales in float16.
+// binary coding, tables of vectors, and symmetric grids with scales in float16.
 //
 //   bench_product [--n N] [--k K] [--formats LIST] [--tokens LIST] [--threads T] [--rounds R]
 //                         [--json FILE]
@@ -87,7 +87,8 @@ bool parse(int argc, char** argv, Settings& s) {
   return true;
 }
 
-// Any bits are a trellis or signs, and of whole words per row codes of a grid.
+// Any bits are a trellis, signs or codes of tables of 2^b entries, and of whole words per row codes of a
+// grid.
 PackedTensor random_weights(const std::string& spec, int64_t n, int64_t k) {
   const auto format = format_from_spec(spec);
   const auto* const trellis = dynamic_cast<const Trellis*>(format.get());
@@ -101,6 +102,10 @@ PackedTensor random_weights(const std::string& spec, int64_t n, int64_t k) {
       for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(random.bits(i));
     } else if (trellis != nullptr && plane_spec.name == "table") {
       std::ranges::copy(trellis->codebook.table, plane.values<uint16_t>().begin());
+    } else if (plane_spec.name == "codebook") {
+      const auto values = plane.values<uint16_t>();
+      for (size_t i = 0; i < values.size(); ++i)
+        values[i] = f16_from_float(static_cast<float>(random.normal(i)));
     } else {
       std::ranges::fill(plane.values<uint16_t>(), f16_from_float(0.125F));
     }

@@ -1,6 +1,7 @@
 #include "kernels/prepared_lookups.hpp"
 
 #include <algorithm>
+#include <array>
 
 #include "algebra/dense_tiles.hpp"
 #include "formats/additive_encoder.hpp"
@@ -13,9 +14,7 @@ namespace quantloom::kernels {
 namespace {
 
 constexpr int64_t kPieceRows = kLookupPieceStrips * kLookupStripRows;
-// From so many tokens on, decoding a row once and multiplying costs less than look-ups for each.
-constexpr int64_t kMostTokens = 32;
-constexpr int64_t kFewTokens = 8;  // whose tables are held at once
+constexpr int64_t kFewTokens = 8;      // whose tables are held at once
 constexpr int64_t kBatchTokens = 512;  // that are read as float32 at once
 
 struct Parts {
@@ -175,9 +174,24 @@ void multiply_few(const float* x, int64_t tokens, const PreparedLookups& w, Matr
   });
 }
 
+// Writes the weights of one row of a block: a compiler unrolls the loops for a width that it knows.
+template <int kWidth>
+void decode_block(const float* const* entries, int64_t books, int64_t width, float scale, float* to) {
+  const int64_t count = kWidth > 0 ? kWidth : width;
+  std::array<float, Additive::kMostWeights> sum;
+  for (int64_t i = 0; i < count; ++i) sum[static_cast<size_t>(i)] = entries[0][i];
+  for (int64_t book = 1; book < books; ++book) {
+    for (int64_t i = 0; i < count; ++i) sum[static_cast<size_t>(i)] += entries[book][i];
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = sum[static_cast<size_t>(i)] * scale;
+}
+
 // The rows of one strip, [16 * out_group, columns].
 void decode_strip(const PreparedLookups& w, int64_t strip, float* out) {
   const int64_t mask = (int64_t{1} << w.bits) - 1;
+  const int64_t dim = w.out_group * w.in_group;
+  const int64_t table = dim << w.bits;
+  std::array<const float*, Additive::kMostCodebooks> entries{};
   for (const LookupChunk& chunk : w.chunks) {
     const uint8_t* codes = w.codes.data() + place(w, strip, chunk);
     const float* const scales = w.scales.data() + (chunk.scale * w.strips() + strip) * kLookupStripRows;
@@ -185,18 +199,22 @@ void decode_strip(const PreparedLookups& w, int64_t strip, float* out) {
       const int64_t first = block * w.in_group;
       const int64_t width = std::min(w.in_group, w.columns - first);
       for (int64_t r = 0; r < kLookupStripRows; ++r) {
+        for (int64_t book = 0; book < w.codebooks; ++book) {
+          const int64_t code =
+              codes[book / w.tables_of_field * kLookupStripRows + r] >> (book % w.tables_of_field * w.bits) &
+              mask;
+          entries[static_cast<size_t>(book)] = w.entries.data() + book * table + code * dim;
+        }
         for (int64_t a = 0; a < w.out_group; ++a) {
           float* const to = out + (r * w.out_group + a) * w.columns + first;
-          for (int64_t book = 0; book < w.codebooks; ++book) {
-            const int64_t field = book / w.tables_of_field;
-            const int64_t code =
-                codes[field * kLookupStripRows + r] >> (book % w.tables_of_field * w.bits) & mask;
-            const float* const entry =
-                w.tables.data() + (book * w.out_group + a) * w.in_group * w.stride + code;
-            for (int64_t i = 0; i < width; ++i)
-              to[i] = book == 0 ? entry[i * w.stride] : to[i] + entry[i * w.stride];
+          if (width == 8) {
+            decode_block<8>(entries.data(), w.codebooks, width, scales[r], to);
+          } else if (width == 4) {
+            decode_block<4>(entries.data(), w.codebooks, width, scales[r], to);
+          } else {
+            decode_block<0>(entries.data(), w.codebooks, width, scales[r], to);
           }
-          for (int64_t i = 0; i < width; ++i) to[i] *= scales[r];
+          for (int64_t book = 0; book < w.codebooks; ++book) entries[static_cast<size_t>(book)] += w.in_group;
         }
       }
       codes += w.fields * kLookupStripRows;
@@ -226,7 +244,7 @@ int64_t PreparedLookups::strips() const {
 }
 
 int64_t PreparedLookups::byte_count() const {
-  return std::ssize(codes) + 4 * (std::ssize(tables) + std::ssize(scales));
+  return std::ssize(codes) + 4 * (std::ssize(tables) + std::ssize(entries) + std::ssize(scales));
 }
 
 bool takes_lookups(const Format& format) {
@@ -248,11 +266,14 @@ std::shared_ptr<const PreparedLookups> prepare_lookups(const PackedTensor& packe
   w->stride = checked_pad(int64_t{1} << w->bits, 16);
   const int64_t dim = w->out_group * w->in_group;
   w->tables.assign(static_cast<size_t>(w->codebooks * dim * w->stride), 0.0F);
+  w->entries.assign(static_cast<size_t>(w->codebooks * dim << w->bits), 0.0F);
   for (int64_t book = 0; book < w->codebooks; ++book) {
     for (int64_t entry = 0; entry < parts.entries; ++entry) {
       for (int64_t i = 0; i < dim; ++i) {
-        w->tables[static_cast<size_t>((book * dim + i) * w->stride + entry)] =
+        const float value =
             parts.additive.tables[static_cast<size_t>((book * parts.entries + entry) * dim + i)];
+        w->tables[static_cast<size_t>((book * dim + i) * w->stride + entry)] = value;
+        w->entries[static_cast<size_t>(((book << w->bits) + entry) * dim + i)] = value;
       }
     }
   }
@@ -295,7 +316,8 @@ void multiply_lookups(const FloatMatrix& x, const PreparedLookups& w, MatrixView
     const MatrixView<float> out = y.block(first, 0, count, y.cols());
     if (k == 0) {
       for (int64_t token = 0; token < count; ++token) std::fill_n(out.row(token), w.rows, 0.0F);
-    } else if (count <= kMostTokens) {
+    } else if (count <= 2 * w.in_group / w.fields) {
+      // Beyond, decoding a row once and multiplying costs less than look-ups for each token.
       for (int64_t token = 0; token < count; token += kFewTokens) {
         const int64_t few = std::min(kFewTokens, count - token);
         multiply_few(tokens.data() + token * k, few, w, out.block(token, 0, few, out.cols()), threads);

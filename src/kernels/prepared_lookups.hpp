@@ -65,11 +65,12 @@ struct PreparedLookups final : PreparedTensor {
   int64_t row_groups = 0;
   int64_t blocks = 0;  // of a group of rows
   int codebooks = 1;
-  int bits = 8;               // of a code
-  int tables_of_field = 1;    // whose codes share a byte
-  int64_t fields = 1;         // of a block
-  int64_t stride = 16;        // entries of a table, padded
-  std::vector<float> tables;  // [codebooks][out_group][in_group][stride]
+  int bits = 8;                // of a code
+  int tables_of_field = 1;     // whose codes share a byte
+  int64_t fields = 1;          // of a block
+  int64_t stride = 16;         // entries of a table, padded
+  std::vector<float> tables;   // [codebooks][out_group][in_group][stride]
+  std::vector<float> entries;  // [codebooks][2^bits][out_group][in_group]: the same, to decode with
   std::vector<LookupChunk> chunks;
   std::vector<uint8_t> codes;  // [strip][blocks * fields][16], strips of a piece together for each chunk
   std::vector<float> scales;   // [scales][strips * 16]
