@@ -214,9 +214,9 @@ nlohmann::json run(bool quick, bool tiles) {
       {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   if (tiles) {
     for (const cuda::IntegerKernel& kernel : cuda::integer_kernels()) {
-      std::printf("tiles of %d tokens, %d x %d x %d blocks%s: %d clusters at the same time\n",
-                  kernel.shape.tokens, kernel.shape.rows, kernel.shape.columns, kernel.shape.parts,
-                  kernel.outliers ? ", outliers" : "", cuda::resident_clusters(kernel, current_device()));
+      std::printf("tiles of %d tokens, %d x %d blocks%s: %d clusters at the same time\n", kernel.shape.tokens,
+                  kernel.shape.rows, kernel.shape.parts, kernel.outliers ? ", outliers" : "",
+                  cuda::resident_clusters(kernel, current_device()));
     }
   }
   const bench::Stream stream;

@@ -22,7 +22,7 @@ using cuda::IntegerShape;
 using integers::TokenTerms;
 
 std::string name_of_shape(const IntegerShape& shape) {
-  return text_of(shape.tokens, "x", shape.rows, "x", shape.columns, "x", shape.parts);
+  return text_of(shape.tokens, "x", shape.rows, "x", shape.parts);
 }
 
 const IntegerKernel& kernel_for(const IntegerShape& shape, bool outliers) {
@@ -214,13 +214,13 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   p.blocks = static_cast<int>(layout.blocks);
   p.row_tiles = static_cast<int>(layout.row_tiles);
   p.row_groups = static_cast<int>(ceil_div(layout.row_tiles, int64_t{shape.rows}));
-  p.token_groups = static_cast<int>(ceil_div(arguments.m, int64_t{shape.tokens} * shape.columns));
-  p.band = std::max(1, 4096 / (shape.tokens * shape.columns));
+  p.token_tiles = static_cast<int>(ceil_div(arguments.m, int64_t{shape.tokens}));
+  p.band = std::max(1, 4096 / shape.tokens);
   p.has_zeros = layout.asymmetric || !activations.symmetric;
   p.bfloat16 = arguments.dtype == DType::bf16;
   p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
   const IntegerKernel& kernel = kernel_for(shape, layout.outliers > 0);
-  const int64_t tiles = checked_mul(p.row_groups, p.token_groups);
+  const int64_t tiles = checked_mul(p.row_groups, p.token_tiles);
   if (tiles > std::numeric_limits<int32_t>::max() / 16) {
     throw Unsupported(text_of("matmul_integers_cuda: no kernel for ", arguments.m, " tokens"));
   }

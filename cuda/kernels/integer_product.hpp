@@ -34,10 +34,10 @@ struct IntegerArguments {
   int64_t n = 0;
   int blocks = 0;  // of 128 columns, > 0
   int outlier_blocks = 0;
-  int row_tiles = 0;     // of 128 outputs
-  int row_groups = 0;    // tiles of a cluster
-  int token_groups = 0;  // likewise
-  int band = 1;          // token groups that are multiplied at about the same time
+  int row_tiles = 0;   // of 128 outputs
+  int row_groups = 0;  // tiles of a cluster
+  int token_tiles = 0;
+  int band = 1;  // token tiles that are multiplied at about the same time
   bool has_zeros = false;
   bool bfloat16 = false;
   bool y_in_pieces = false;  // y may be written 16 bytes at a time
@@ -47,10 +47,9 @@ struct IntegerArguments {
 struct IntegerShape {
   int tokens = 0;
   int rows = 1;
-  int columns = 1;
   int parts = 1;
 
-  int cluster() const { return rows * columns * parts; }
+  int cluster() const { return rows * parts; }
   // Each part has a block of columns.
   bool takes(int64_t k) const { return parts == 1 || k > 128 * (parts - 1); }
   friend bool operator==(const IntegerShape&, const IntegerShape&) = default;

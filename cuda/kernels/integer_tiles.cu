@@ -12,29 +12,26 @@
 namespace quantloom::cuda {
 namespace {
 
-template <int kTokens, int kRows, int kColumns, int kParts, bool kOutliers>
+template <int kTokens, int kRows, int kParts, bool kOutliers>
 constexpr IntegerKernel kernel_of() {
-  using Tile = IntegerTile<kTokens, kRows, kColumns, kParts, kOutliers>;
-  return {{kTokens, kRows, kColumns, kParts},
-          kOutliers,
-          launch_integer_tiles<Tile>,
-          resident_integer_clusters<Tile>};
+  using Tile = IntegerTile<kTokens, kRows, kParts, kOutliers>;
+  return {{kTokens, kRows, kParts}, kOutliers, launch_integer_tiles<Tile>, resident_integer_clusters<Tile>};
 }
 
 template <bool kOutliers>
 constexpr std::array<IntegerKernel, 11> kernels_with() {
   return {{
-      kernel_of<256, 2, 1, 1, kOutliers>(),
-      kernel_of<128, 2, 1, 1, kOutliers>(),
-      kernel_of<128, 1, 1, 2, kOutliers>(),
-      kernel_of<128, 1, 1, 4, kOutliers>(),
-      kernel_of<64, 1, 1, 1, kOutliers>(),
-      kernel_of<64, 1, 1, 2, kOutliers>(),
-      kernel_of<64, 1, 1, 4, kOutliers>(),
-      kernel_of<64, 1, 1, 8, kOutliers>(),
-      kernel_of<16, 1, 1, 1, kOutliers>(),
-      kernel_of<16, 1, 1, 2, kOutliers>(),
-      kernel_of<16, 1, 1, 4, kOutliers>(),
+      kernel_of<256, 2, 1, kOutliers>(),
+      kernel_of<128, 2, 1, kOutliers>(),
+      kernel_of<128, 1, 2, kOutliers>(),
+      kernel_of<128, 1, 4, kOutliers>(),
+      kernel_of<64, 1, 1, kOutliers>(),
+      kernel_of<64, 1, 2, kOutliers>(),
+      kernel_of<64, 1, 4, kOutliers>(),
+      kernel_of<64, 1, 8, kOutliers>(),
+      kernel_of<16, 1, 1, kOutliers>(),
+      kernel_of<16, 1, 2, kOutliers>(),
+      kernel_of<16, 1, 4, kOutliers>(),
   }};
 }
 
@@ -71,8 +68,8 @@ struct TileCost {
   double tile = 0;
 };
 constexpr std::array<TileCost, 2> kCosts = {{
-    {{256, 2, 1, 1}, 0.72, 1.5},
-    {{128, 2, 1, 1}, 0.38, 2},
+    {{256, 2, 1}, 0.72, 1.5},
+    {{128, 2, 1}, 0.38, 2},
 }};
 
 TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
@@ -96,8 +93,8 @@ IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceF
   for (const IntegerKernel& kernel : kPlain) {
     const IntegerShape& shape = kernel.shape;
     if (!shape.takes(k)) continue;
-    const int64_t clusters = ceil_div(ceil_div(n, int64_t{kTileRows}), int64_t{shape.rows}) *
-                             ceil_div(m, int64_t{shape.tokens} * shape.columns);
+    const int64_t clusters =
+        ceil_div(ceil_div(n, int64_t{kTileRows}), int64_t{shape.rows}) * ceil_div(m, int64_t{shape.tokens});
     const int64_t resident = resident_clusters(kernel, device);
     const int64_t waves = ceil_div(clusters, resident);
     const int64_t blocks = ceil_div(ceil_div(k, int64_t{128}), int64_t{shape.parts});
