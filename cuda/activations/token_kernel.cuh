@@ -247,6 +247,7 @@ struct TokenShape {
     } else {
       // Few tokens: more threads for each, so that all processors have enough to wait for.
       vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2 ? 2
+                : rows <= 4 * processors && threads_for(4) <= kKeepingThreads   ? 4
                 : threads_for(4) <= kKeepingThreads / 2                         ? 4
                 : threads_for(8) <= kKeepingThreads                             ? 8
                                                                                 : 0;
