@@ -170,7 +170,9 @@ std::vector<std::string> kernel_names(const std::vector<std::string>& wanted) {
       add("");
     } else if (item == "all") {
       for (const KernelEntry& entry : kernel_table()) {
-        if (entry.operation == "matmul" && entry.device == "cuda") add(entry.kernel);
+        if (entry.operation == "matmul" && entry.device == "cuda" && entry.activations != "integers") {
+          add(entry.kernel);
+        }
       }
     } else {
       add(item);

@@ -85,6 +85,18 @@ std::vector<KernelEntry> cuda_kernel_table() {
       table.push_back(product_entry("bcq", "1-8", product, dtype));
     }
   }
+  // Activations and weights with one scale for each token and each output, see integer_cuda.hpp.
+  for (const char* format : {"uniform", "sdr"}) {
+    table.push_back({.operation = "matmul",
+                     .format = format,
+                     .bits = format == std::string_view("sdr") ? "2-7" : "2-8",
+                     .groups = "channel or tensor",
+                     .device = "cuda",
+                     .activations = "integers",
+                     .tokens = "any",
+                     .kernel = "integer_tiles",
+                     .target = "sm_90a, built for " + cuda_architectures()});
+  }
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),

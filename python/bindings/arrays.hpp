@@ -84,6 +84,7 @@ void bind_cuda_fit(py::module_& module);
 void bind_cuda_trellis(py::module_& module);
 void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
+void bind_cuda_integers(py::module_& module);
 void bind_coded(py::module_& module);
 void bind_transforms(py::module_& module);
 void bind_io(py::module_& module);

@@ -45,6 +45,7 @@ PYBIND11_MODULE(_core, module) {
   bind_activations(module);
   bind_kernels(module);
   bind_cuda(module);
+  bind_cuda_integers(module);
   bind_coded(module);
   bind_transforms(module);
   bind_io(module);

@@ -50,7 +50,14 @@ from quantloom.formats import (
     parse_format,
 )
 from quantloom.info import build_info
-from quantloom.kernels import PreparedTensor, can_matmul, kernel_table, matmul, prepare
+from quantloom.kernels import (
+    PreparedTensor,
+    can_matmul,
+    kernel_table,
+    matmul,
+    matmul_is_integer,
+    prepare,
+)
 from quantloom.outlier_columns import keep_columns
 from quantloom.producers import (
     quantize_layer_norm,
@@ -135,6 +142,7 @@ __all__ = [
     "load_metadata",
     "load_tensors",
     "matmul",
+    "matmul_is_integer",
     "parse_activations",
     "parse_distillation",
     "parse_format",

@@ -57,11 +57,8 @@ def require_kernels(what: str) -> None:
         )
 
 
-def descriptor(planes: Mapping[str, torch.Tensor], format: str, n: int, k: int) -> _core.PreparedPlanes:
-    """The C++ view of planes in fragment order. It does not keep them alive: whoever uses it must.
-
-    Raises TypeError or ValueError, naming the plane, unless the planes are those of the format.
-    """
+def plane_refs(planes: Mapping[str, torch.Tensor]) -> dict[str, _core.ArrayRef]:
+    """Views of planes that kernels read. Raises TypeError or ValueError naming the plane."""
     refs = {}
     for name, plane in planes.items():
         dtype = str(plane.dtype).removeprefix("torch.")
@@ -72,7 +69,15 @@ def descriptor(planes: Mapping[str, torch.Tensor], format: str, n: int, k: int) 
     if len({plane.device for plane in planes.values()}) > 1:
         got = ", ".join(f"{name} on {plane.device}" for name, plane in planes.items())
         raise TypeError(f"planes: got {got}, expected one device")
-    return _core.PreparedPlanes(format, n, k, refs)
+    return refs
+
+
+def descriptor(planes: Mapping[str, torch.Tensor], format: str, n: int, k: int) -> _core.PreparedPlanes:
+    """The C++ view of planes in fragment order. It does not keep them alive: whoever uses it must.
+
+    Raises TypeError or ValueError, naming the plane, unless the planes are those of the format.
+    """
+    return _core.PreparedPlanes(format, n, k, plane_refs(planes))
 
 
 _descriptors: dict[tuple[Any, ...], _core.PreparedPlanes] = {}
@@ -125,6 +130,18 @@ def prepare(q: PackedTensor) -> dict[str, torch.Tensor]:
     return planes
 
 
+def empty_packed(
+    prepared: Mapping[str, torch.Tensor], format: Format, n: int, k: int, device: torch.device
+) -> PackedTensor:
+    """With uninitialized planes: those of the format that `prepared` was made of."""
+    planes = {
+        plane["name"]: torch.empty(plane["shape"], dtype=getattr(torch, plane["dtype"]), device=device)
+        for plane in format.planes(n, k)
+        if not plane["optional"] or plane["name"] in prepared
+    }
+    return PackedTensor(format, (n, k), planes)
+
+
 def unprepare(
     planes: Mapping[str, torch.Tensor], core: _core.PreparedPlanes, format: Format, n: int, k: int
 ) -> PackedTensor:
@@ -133,12 +150,7 @@ def unprepare(
     if device.type == "cpu":
         return PackedTensor._from_core(_core.unprepare_fragments(core), "torch")
     require_kernels("unprepare")
-    packed = {
-        plane["name"]: torch.empty(plane["shape"], dtype=getattr(torch, plane["dtype"]), device=device)
-        for plane in format.planes(n, k)
-        if not plane["optional"] or plane["name"] in planes
-    }
-    q = PackedTensor(format, (n, k), packed)
+    q = empty_packed(planes, format, n, k, device)
     with on(device):
         _core.unprepare_cuda(core, q._core(), _stream(device))
     return q
@@ -167,19 +179,12 @@ def decode(
     return out.new_empty((n, k + 1)).index_copy_(1, places, out)[:, :k].contiguous()
 
 
-def product(
-    x: torch.Tensor,
-    prepared: _core.PreparedPlanes,
-    n: int,
-    k: int,
-    device: torch.device,
-    bias: torch.Tensor | None = None,
-    options: _core.CudaMatmulOptions = _OPTIONS,
-) -> torch.Tensor:
-    """``x @ W.T + bias`` for x ``[..., k]``, queued on torch's current stream of x's device.
+def operands(
+    x: torch.Tensor, n: int, k: int, device: torch.device, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int, str]:
+    """x ``[..., k]`` as rows that kernels read, memory for the result, the number of rows, and the dtype.
 
-    Raises TypeError or ValueError for a wrong shape, dtype or device, RuntimeError if no kernel takes the
-    product.
+    Raises TypeError or ValueError for a wrong shape, dtype or device.
     """
     if x.device != device:
         raise TypeError(f"x: got a tensor on {x.device}, expected one on {device}, as the planes")
@@ -195,6 +200,24 @@ def product(
     if (k > 1 and rows.stride(1) != 1) or (m > 1 and rows.stride(0) < k):
         rows = rows.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+    return rows, y, m, dtype
+
+
+def product(
+    x: torch.Tensor,
+    prepared: _core.PreparedPlanes,
+    n: int,
+    k: int,
+    device: torch.device,
+    bias: torch.Tensor | None = None,
+    options: _core.CudaMatmulOptions = _OPTIONS,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` for x ``[..., k]``, queued on torch's current stream of x's device.
+
+    Raises TypeError or ValueError for a wrong shape, dtype or device, RuntimeError if no kernel takes the
+    product.
+    """
+    rows, y, m, dtype = operands(x, n, k, device, bias)
     if m == 0 or n == 0:
         return y
     if k == 0:

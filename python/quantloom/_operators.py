@@ -12,8 +12,13 @@ Of prepared planes on a CUDA device, those of a ``PreparedTensor``:
 ``quantloom::linear(x, planes, bias, names, format, n, k)``
     ``x @ W.T + bias``. Allocates its result and its workspace, and does nothing else but launch kernels on
     the current stream: it can be captured in a CUDA graph.
+``quantloom::linear_integers(x, planes, bias, names, format, n, k, activations)``
+    The same with rounded activations, of planes in integer order, see ``quantloom.prepare``: a product of
+    integers for float16 and bfloat16 x, where their formats allow; else, and for float32 x, of rounded x and
+    decoded W. Gradients are those of ``linear``, as if nothing was rounded. `activations` is a short form,
+    with the outlier columns that W was prepared with.
 ``quantloom::dequantize_prepared(planes, names, format, n, k, dtype)``
-    W as a matrix ``[n, k]``.
+    W as a matrix ``[n, k]``, of planes in either order.
 
 Of activations alone:
 
@@ -38,7 +43,7 @@ from typing import Any
 
 import torch
 
-from quantloom import _arrays, _cuda, activations, kernels, producers, transforms
+from quantloom import _arrays, _cuda, _cuda_integers, activations, kernels, producers, transforms
 from quantloom.formats import format_from_json
 from quantloom.tensors import PackedTensor
 
@@ -62,15 +67,30 @@ class _PreparedCache:
         self._lock = threading.RLock()  # a weak reference may end while the lock is held
 
     def get(
-        self, planes: list[torch.Tensor], names: str, format: str, n: int, k: int
+        self,
+        planes: list[torch.Tensor],
+        names: str,
+        format: str,
+        n: int,
+        k: int,
+        operand: str | activations.ActivationFormat = "exact",
     ) -> kernels.PreparedTensor:
         key = id(planes[0])
-        signature = (names, format, n, k, *((plane.data_ptr(), _version(plane)) for plane in planes))
+        operand = operand if planes[0].is_cuda else "exact"  # one order serves all on the CPU
+        signature = (
+            names,
+            format,
+            n,
+            k,
+            str(operand),
+            *((plane.data_ptr(), _version(plane)) for plane in planes),
+        )
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry[0]() is planes[0] and entry[1] == signature:
                 return entry[2]
-            prepared = kernels.prepare_now(_packed(planes, names, format, n, k), torch.get_num_threads())
+            packed = _packed(planes, names, format, n, k)
+            prepared = kernels.prepare_now(packed, torch.get_num_threads(), operand)
             self._entries[key] = (weakref.ref(planes[0], self._dropper(key)), signature, prepared)
             return prepared
 
@@ -114,8 +134,9 @@ def _(planes, names, format, n, k, dtype):
     schema="(Tensor x, Tensor[] planes, str names, str format, int n, int k, str activations) -> Tensor",
 )
 def _matmul(x, planes, names, format, n, k, activations):
-    q = prepared_cache.get(planes, names, format, n, k)
-    return kernels.matmul(x.contiguous(), q, activations, torch.get_num_threads())
+    operand = kernels.operand_format(activations)
+    q = prepared_cache.get(planes, names, format, n, k, operand)
+    return kernels.matmul(x.contiguous(), q, operand, torch.get_num_threads())
 
 
 @_matmul.register_fake
@@ -144,6 +165,11 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
+    "linear_integers(Tensor x, Tensor[] planes, Tensor? bias, str names, str format, int n, int k,"
+    " str activations) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
     "dequantize_prepared(Tensor[] planes, str names, str format, int n, int k, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -159,8 +185,22 @@ def _linear_fake(x, planes, bias, names, format, n, k):
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _linear_integers_cuda(x, planes, bias, names, format, n, k, activations):
+    operand = kernels.operand_format(activations)
+    columns = _cuda_integers.columns_of(operand)
+    prepared = _cuda_integers.cached_descriptor(planes, names, format, n, k, columns)
+    named = dict(zip(names.split(","), planes, strict=True))
+    return _cuda_integers.multiply(x, named, prepared, format, n, k, columns, operand, bias)
+
+
+def _linear_integers_fake(x, planes, bias, names, format, n, k, activations):
+    return _linear_fake(x, planes, bias, names, format, n, k)
+
+
 def _dequantize_prepared(planes, names, format, n, k, dtype):
     named = dict(zip(names.split(","), planes, strict=True))
+    if "integers" in named:
+        return _cuda_integers.decode(named, n, k, dtype)
     return kernels.PreparedTensor._from_planes(format, (n, k), named).dequantize(dtype)
 
 
@@ -169,8 +209,10 @@ def _dequantize_prepared_fake(planes, names, format, n, k, dtype):
 
 
 _library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("linear_integers", _linear_integers_cuda, "CUDA")
 _library.impl("dequantize_prepared", _dequantize_prepared, "CUDA")
 torch.library.register_fake("quantloom::linear", _linear_fake, lib=_library)
+torch.library.register_fake("quantloom::linear_integers", _linear_integers_fake, lib=_library)
 torch.library.register_fake("quantloom::dequantize_prepared", _dequantize_prepared_fake, lib=_library)
 
 
@@ -197,6 +239,22 @@ def _linear_backward(ctx, gradient):
 
 torch.library.register_autograd(
     "quantloom::linear", _linear_backward, setup_context=_linear_remember, lib=_library
+)
+
+
+def _linear_integers_remember(ctx, inputs, output):
+    _linear_remember(ctx, inputs[:-1], output)
+
+
+def _linear_integers_backward(ctx, gradient):
+    return *_linear_backward(ctx, gradient), None
+
+
+torch.library.register_autograd(
+    "quantloom::linear_integers",
+    _linear_integers_backward,
+    setup_context=_linear_integers_remember,
+    lib=_library,
 )
 
 

@@ -214,7 +214,8 @@ def _cuda_checks(kernels: list[dict[str, str]]) -> list[Check]:
     w = generator.standard_normal((64, 256), dtype=np.float32)
     # Few bits, so that rounding x to float16 changes nothing.
     x = generator.integers(-8, 9, (3, 256)).astype(np.float32) / 8
-    multiplied = {k["format"] for k in kernels if k["operation"] == "matmul" and k["device"] == "cuda"}
+    wanted = ("matmul", "cuda", "float16")
+    multiplied = {k["format"] for k in kernels if (k["operation"], k["device"], k["activations"]) == wanted}
     for entry in quantloom.format_table():
         for spec in entry["examples"] if entry["name"] in multiplied else []:
             try:

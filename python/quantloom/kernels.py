@@ -18,9 +18,18 @@ from quantloom.transforms import Transform
 if TYPE_CHECKING:
     from quantloom.formats.encoded import Encoded
 
-__all__ = ["Possible", "PreparedTensor", "can_matmul", "kernel_table", "matmul", "prepare"]
+__all__ = [
+    "Possible",
+    "PreparedTensor",
+    "can_matmul",
+    "kernel_table",
+    "matmul",
+    "matmul_is_integer",
+    "prepare",
+]
 
 ACTIVATIONS = ("exact", "int8")
+_INTEGER_KERNEL = "integer_tiles"
 
 
 def operand_format(activations: Any) -> str | ActivationFormat:
@@ -46,23 +55,25 @@ class PreparedTensor:
     it does not keep alive.
     """
 
-    __slots__ = ("_core", "_format", "_planes", "_shape", "_transform")
+    __slots__ = ("_columns", "_core", "_format", "_planes", "_shape", "_transform")
 
     def __init__(
         self,
-        core: _core.Prepared | _core.PreparedPlanes,
+        core: _core.Prepared | _core.PreparedPlanes | _core.IntegerPlanes,
         format: Format | None = None,
         shape: tuple[int, int] = (0, 0),
         planes: Mapping[str, Any] = MappingProxyType({}),
         transform: Transform | None = None,
     ) -> None:
-        if format is None or not isinstance(core, (_core.Prepared, _core.PreparedPlanes)):
+        kinds = (_core.Prepared, _core.PreparedPlanes, _core.IntegerPlanes)
+        if format is None or not isinstance(core, kinds):
             raise TypeError(f"PreparedTensor: got {_checks.type_name(core)}, expected a call of prepare()")
         self._core = core
         self._format = format
         self._shape = shape
         self._planes = dict(planes)
         self._transform = transform
+        self._columns = tuple(core.outlier_columns) if isinstance(core, _core.IntegerPlanes) else None
 
     @classmethod
     def _from_planes(
@@ -71,11 +82,16 @@ class PreparedTensor:
         shape: tuple[int, int],
         planes: Mapping[str, Any],
         transform: Transform | None = None,
+        columns: tuple[int, ...] | None = None,
     ) -> PreparedTensor:
-        """Over planes in the order of a CUDA device, which are checked."""
-        from quantloom import _cuda
+        """Over planes in the order of a CUDA device, which are checked: in integer order with these outlier
+        columns, or (None) in that of exact products."""
+        from quantloom import _cuda, _cuda_integers
 
-        core = _cuda.descriptor(planes, format_json, *shape)
+        if columns is None:
+            core = _cuda.descriptor(planes, format_json, *shape)
+        else:
+            core = _cuda_integers.descriptor(planes, format_json, *shape, columns)
         return cls(core, format_from_json(format_json), shape, planes, transform)
 
     @property
@@ -118,9 +134,10 @@ class PreparedTensor:
         """
         if isinstance(self._core, _core.Prepared):
             raise RuntimeError("unprepare: got a tensor prepared for the CPU, expected one for a CUDA device")
-        from quantloom import _cuda
+        from quantloom import _cuda, _cuda_integers
 
-        q = _cuda.unprepare(self._planes, self._core, self._format, *self._shape)
+        orders = _cuda if self._columns is None else _cuda_integers
+        q = orders.unprepare(self._planes, self._core, self._format, *self._shape)
         return (
             q if self._transform is None else PackedTensor(q.format, q.shape, q.planes, None, self._transform)
         )
@@ -136,12 +153,18 @@ class PreparedTensor:
         name = "float32" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
         if isinstance(self._core, _core.Prepared) or self.device == "cpu":
             return self.unprepare().dequantize(name)
-        from quantloom import _cuda
-
         if self._transform is not None:
-            plain = _cuda.decode(self._planes, self._core, *self._shape, _arrays.torch_dtype("float32"))
+            plain = self._decode("float32")
             return _arrays.cast(self._transform.rotate_weight(plain, inverse=True), name)
-        return _cuda.decode(self._planes, self._core, *self._shape, _arrays.torch_dtype(name))
+        return self._decode(name)
+
+    def _decode(self, name: str) -> Any:
+        from quantloom import _cuda, _cuda_integers
+
+        dtype = _arrays.torch_dtype(name)
+        if self._columns is not None:
+            return _cuda_integers.decode(self._planes, *self._shape, dtype)
+        return _cuda.decode(self._planes, self._core, *self._shape, dtype)
 
     def __repr__(self) -> str:
         return f"PreparedTensor(shape={self.shape}, {self.byte_count} bytes)"
@@ -149,41 +172,80 @@ class PreparedTensor:
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self._core, _core.Prepared):
             raise TypeError("cannot pickle a tensor prepared for the CPU: pickle the packed tensor")
-        arguments = (self._format.to_json(), self._shape, self._planes, self._transform)
+        arguments = (self._format.to_json(), self._shape, self._planes, self._transform, self._columns)
         return PreparedTensor._from_planes, arguments
 
 
-def prepare(q: PackedTensor, threads: int = 0) -> PreparedTensor:
+def _calibrated(activations: str | ActivationFormat) -> str | ActivationFormat:
+    if isinstance(activations, ActivationFormat) and not activations.calibrated:
+        raise ValueError(
+            f"activations: got {activations.spec}, expected one whose scale and outliers are known"
+        )
+    return activations
+
+
+def prepare(
+    q: PackedTensor, threads: int = 0, *, activations: str | ActivationFormat = "exact"
+) -> PreparedTensor:
     """Brings a packed tensor into the order that the kernels of its device read.
 
-    On a CUDA device the work is queued on torch's current stream; ``threads`` is for the CPU.
+    Args:
+        threads: for the CPU; on a CUDA device the work is queued on torch's current stream.
+        activations: how inputs will enter products, see ``matmul``. On a CUDA device an ``ActivationFormat``
+            whose integers can be multiplied with those of `q` (``matmul_is_integer`` tells) gives integer
+            order, 8 bits to a weight, for activations with these static outliers; otherwise, as for
+            ``"exact"``, the order of exact products. On the CPU there is one order.
+
     Raises RuntimeError if no kernel takes its format (``kernel_table`` lists them).
     """
     if not isinstance(q, PackedTensor):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
     threads = _checks.thread_count(threads)
+    activations = operand_format(activations)
     if q.device == "cpu":
         return PreparedTensor(_core.prepare(q._core(), threads), q.format, q.shape, {}, q.transform)
-    from quantloom import _cuda
+    from quantloom import _cuda, _cuda_integers
 
-    return PreparedTensor._from_planes(q.format.to_json(), q.shape, _cuda.prepare(q), q.transform)
+    columns = _cuda_integers.order(q, _calibrated(activations))
+    planes = _cuda.prepare(q) if columns is None else _cuda_integers.prepare(q, columns)
+    return PreparedTensor._from_planes(q.format.to_json(), q.shape, planes, q.transform, columns)
 
 
 _prepare_lock = threading.Lock()
 
 
-def _prepared_of(q: PackedTensor, threads: int) -> PreparedTensor:
-    if q._prepared is None:
-        with _prepare_lock:
-            if q._prepared is None:
-                q._prepared = prepare_now(q, threads)
-    return q._prepared
-
-
-def prepare_now(q: PackedTensor, threads: int = 0) -> PreparedTensor:
-    """``prepare``, and waits for it: the result may be kept and used on any stream."""
+def _prepared_of(
+    q: PackedTensor, threads: int, activations: str | ActivationFormat = "exact"
+) -> PreparedTensor:
     if q.device == "cpu":
-        return prepare(q, threads)
+        if q._prepared is None:
+            with _prepare_lock:
+                if q._prepared is None:
+                    q._prepared = prepare_now(q, threads)
+        return q._prepared
+    key = activations.to_json() if isinstance(activations, ActivationFormat) else "exact"
+    found = q._orders.get(key)
+    if found is None:
+        with _prepare_lock:
+            found = q._orders.get(key) or _prepared_as(q, activations)
+            q._orders[key] = found
+    return found
+
+
+def _prepared_as(q: PackedTensor, activations: str | ActivationFormat) -> PreparedTensor:
+    """On a CUDA device, in an order that `q` has been brought into already if that serves."""
+    from quantloom import _cuda_integers
+
+    if q._orders:
+        _refuse_capture()
+        columns = _cuda_integers.order(q, activations)
+        for known in q._orders.values():
+            if known._columns == columns:
+                return known
+    return prepare_now(q, activations=activations)
+
+
+def _refuse_capture() -> None:
     import torch
 
     if torch.cuda.is_current_stream_capturing():
@@ -191,7 +253,18 @@ def prepare_now(q: PackedTensor, threads: int = 0) -> PreparedTensor:
             "q: got a packed tensor that has not been prepared, which cannot be done while a CUDA graph is"
             " captured (call prepare() before)"
         )
-    prepared = prepare(q, threads)
+
+
+def prepare_now(
+    q: PackedTensor, threads: int = 0, activations: str | ActivationFormat = "exact"
+) -> PreparedTensor:
+    """``prepare``, and waits for it: the result may be kept and used on any stream."""
+    if q.device == "cpu":
+        return prepare(q, threads)
+    import torch
+
+    _refuse_capture()
+    prepared = prepare(q, threads, activations=activations)
     torch.cuda.current_stream(q.device).synchronize()
     return prepared
 
@@ -218,13 +291,18 @@ def matmul(
             rounded to 8 bits with one scale for each block of at most 128 inputs, which is faster below
             8 bits per weight and adds a relative error of about 0.5%; x must then be finite,
             and W uniform or a trellis of the codebook ``mul1`` or ``1mad``. An ``ActivationFormat`` or its
-            short form (``"int8:token"``), on the CPU: the product of ``round_activations(x, ...)``, one of
-            integers for uniform, spqr and sdr weights where the inputs that share scales make whole steps of
-            16, else of the rounded values. A transform of W comes before the rounding.
+            short form (``"int8:token"``): the product of ``round_activations(x, ...)``, of the integers
+            themselves where that is possible, else of the rounded values (``matmul_is_integer`` tells
+            which). On the CPU integers of uniform, spqr and sdr weights are multiplied where the inputs that
+            share scales make whole steps of 16. On a CUDA device of compute capability 9.0 those of float16
+            or bfloat16 x with one scale for each token or for all, and of uniform weights (2 bits and more)
+            with one scale for each output or for all, or sdr weights; outliers must be static, and are then
+            multiplied as float16. A transform of W comes before the rounding.
         threads: 0 for OpenMP's default. The result does not depend on it.
         bias: None or ``[n]``, of the kind and dtype of `x`.
-        kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits. For
-            a trellis, up to 4 tokens, ``"trellis_exact"`` multiplies the weights as the format defines
+        kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits.
+            ``"integer_tiles"`` multiplies integers or raises RuntimeError; others multiply rounded values.
+            For a trellis, up to 4 tokens, ``"trellis_exact"`` multiplies the weights as the format defines
             them in float16, where ``"trellis_stream"`` leaves out that rounding (2e-4 of a weight), and
             activations with 22 bits instead of 16.
 
@@ -250,9 +328,10 @@ def matmul(
     added = None if bias is None else _bias(bias, tokens, n)
     if not on_cpu and tokens.device != q.device:
         raise TypeError(f"x: got an array on {tokens.device}, expected one on {q.device}, as q")
-    if not on_cpu and activations != "exact":
+    if not on_cpu and activations == "int8":
         raise RuntimeError(
-            f"activations: got {str(activations)!r}, but on a CUDA device there is only 'exact'"
+            "activations: got 'int8', but on a CUDA device there is only 'exact' or a format such as"
+            " 'int8:token'"
         )
     if kernel is not None:
         _checks.string("kernel", kernel, "a name of kernel_table()")
@@ -264,24 +343,17 @@ def matmul(
         if activations != "exact":
             raise RuntimeError(f"activations: got {str(activations)!r}, but coded weights take only 'exact'")
         return coded.multiply(tokens, q, added, threads).reshape(shape)
-    prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
+    if on_cpu:
+        prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, threads)
+    else:
+        prepared = _prepared_on_cuda(q, tokens.dtype, _calibrated(activations), kernel)
     transform = prepared.transform
     if transform is not None:
         rotated = transform.rotate_input(tokens.value, threads=threads)
         tokens = _arrays.tokens("x", rotated, k, cpu=on_cpu)
     if not on_cpu:
-        from quantloom import _cuda
-
         late = transform is not None and transform.has_output  # outputs are rotated back before the bias
-        y = _cuda.product(
-            tokens.value,
-            prepared._core,
-            n,
-            k,
-            tokens.value.device,
-            None if late else added,
-            _cuda.options(kernel),
-        )
+        y = _multiply_cuda(tokens.value, prepared, activations, None if late else added, kernel)
         if late:
             y = transform.rotate_output(y, inverse=True)
             y = y if added is None else y + added
@@ -297,6 +369,38 @@ def matmul(
     if added is not None:
         y += _arrays.cast(added, "float32")
     return _arrays.cast(y, tokens.dtype).reshape(shape)
+
+
+def _prepared_on_cuda(
+    q: PackedTensor | PreparedTensor, dtype: str, activations: str | ActivationFormat, kernel: str | None
+) -> PreparedTensor:
+    if kernel == _INTEGER_KERNEL:
+        possible = matmul_is_integer(q, activations, dtype)
+        if not possible:
+            raise RuntimeError(f"kernel: got {kernel!r}, but {possible.reason}")
+    exact = kernel is not None and kernel != _INTEGER_KERNEL
+    if isinstance(q, PreparedTensor):
+        if exact and q._columns is not None:
+            raise RuntimeError(f"kernel: got {kernel!r}, but q was prepared for products of integers")
+        return q
+    if dtype == "float32":
+        from quantloom import _cuda_integers
+
+        exact = exact or _cuda_integers.has_fragments(q.format.to_json())
+    return _prepared_of(q, 0, "exact" if exact else activations)
+
+
+def _multiply_cuda(
+    x: Any, w: PreparedTensor, activations: str | ActivationFormat, bias: Any, kernel: str | None
+) -> Any:
+    from quantloom import _cuda, _cuda_activations, _cuda_integers
+
+    if w._columns is not None:
+        format = w.format.to_json()
+        return _cuda_integers.multiply(x, w._planes, w._core, format, *w.shape, w._columns, activations, bias)
+    if isinstance(activations, ActivationFormat) and x.numel():
+        x = _cuda_activations.round_values(x, activations)
+    return _cuda.product(x, w._core, *w.shape, x.device, bias, _cuda.options(kernel))
 
 
 def _bias(value: Any, x: _arrays.Array, n: int) -> Any:
@@ -359,11 +463,92 @@ def can_matmul(
                 return Possible(False, f"the scale of {activations.spec} is not known yet")
             return _can_matmul_on_cpu(format, "exact")  # at worst the rounded values are multiplied
         return _can_matmul_on_cpu(format, activations)
-    if activations != "exact":
-        return Possible(False, f"on a CUDA device activations can only be 'exact', got {str(activations)!r}")
-    from quantloom import _cuda
+    return _can_matmul_on_cuda(q, format, tokens, name, place, activations, kernel)
 
-    reason = _cuda.why_not(format.to_json(), tokens, name, place, kernel)
+
+def _can_matmul_on_cuda(
+    q: PackedTensor | PreparedTensor | Format | str,
+    format: Format,
+    tokens: int,
+    dtype: str,
+    place: str,
+    activations: str | ActivationFormat,
+    kernel: str | None,
+) -> Possible:
+    from quantloom import _cuda, _cuda_integers
+
+    if activations == "int8":
+        return Possible(
+            False, "on a CUDA device activations are 'exact' or a format such as 'int8:token', not 'int8'"
+        )
+    if isinstance(activations, ActivationFormat) and not activations.calibrated:
+        return Possible(False, f"the scale of {activations.spec} is not known yet")
+    text = format.to_json()
+    if kernel == _INTEGER_KERNEL:
+        if isinstance(q, (PackedTensor, PreparedTensor)) and q.device != "cpu":
+            return matmul_is_integer(q, activations, dtype)
+        return _formats_are_integers(format, activations, dtype, place)
+    if kernel is None and _core.why_not_integers(text) is None:
+        # Weights in integer order are multiplied in any case: if need be, decoded.
+        in_order = isinstance(q, PreparedTensor) and q._columns is not None
+        if in_order or not _cuda_integers.has_fragments(text):
+            return Possible(True, "")
+        if _formats_are_integers(format, activations, dtype, place):
+            return Possible(True, "")
+    reason = _cuda.why_not(text, tokens, dtype, place, kernel)
+    return Possible(reason is None, reason or "")
+
+
+def _formats_are_integers(
+    format: Format, activations: str | ActivationFormat, dtype: str, place: str
+) -> Possible:
+    if not isinstance(activations, ActivationFormat):
+        return Possible(False, f"{activations!r} activations are no integers with scales of their own")
+    from quantloom import _cuda_integers
+
+    reason = _cuda_integers.why_not(format.to_json(), activations, 0, dtype, place)
+    return Possible(reason is None, reason or "")
+
+
+def matmul_is_integer(
+    q: PackedTensor | PreparedTensor, activations: str | ActivationFormat, dtype: Any = None
+) -> Possible:
+    """Whether ``matmul(x, q, activations)`` multiplies the integers of both, or else rounds x and multiplies
+    the values: the result is the same up to the order and precision of sums.
+
+    Args:
+        q: where it is. On the CPU a packed tensor is prepared for the answer, and keeps the result.
+        activations: an ``ActivationFormat`` or its short form.
+        dtype: of x; float16 if None.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    if not isinstance(q, (PackedTensor, PreparedTensor)):
+        raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor or a PreparedTensor")
+    activations = _calibrated(operand_format(activations))
+    name = "float16" if dtype is None else _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
+    if not isinstance(activations, ActivationFormat):
+        return Possible(False, f"{activations!r} activations are no integers with scales of their own")
+    if q.device == "cpu":
+        possible = _can_matmul_on_cpu(q.format, "exact")
+        if not possible:
+            return possible
+        prepared = q if isinstance(q, PreparedTensor) else _prepared_of(q, 0)
+        if _core.matmul_is_integer(prepared._core, activations.to_json()):
+            return Possible(True, "")
+        return Possible(
+            False, f"the CPU does not multiply integers of {activations.spec} and {q.format.spec}"
+        )
+    from quantloom import _cuda_integers
+
+    if isinstance(q, PackedTensor):
+        reason = _cuda_integers.why_not_tensor(q, activations, name)
+    elif q._columns is None:
+        reason = "q was prepared for exact products (prepare takes activations)"
+    else:
+        reason = _cuda_integers.why_not_product(
+            q.format.to_json(), q.shape[1], q._columns, activations, _arrays.torch_dtype(name), q.device
+        )
     return Possible(reason is None, reason or "")
 
 

@@ -1,8 +1,8 @@
 """Modules for PyTorch.
 
 Importing this module imports torch and registers the operators behind the modules, ``quantloom::linear``,
-``matmul``, ``dequantize`` and ``dequantize_prepared``, so that modules work under ``torch.compile``,
-``torch.export`` and in CUDA graphs.
+``linear_integers``, ``matmul``, ``dequantize`` and ``dequantize_prepared``, so that modules work under
+``torch.compile``, ``torch.export`` and in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import quantloom._operators  # noqa: F401 - registers the operators
-from quantloom import _arrays, _checks, _core, _cuda, kernels
+from quantloom import _arrays, _checks, _core, _cuda, _cuda_integers, kernels
 from quantloom.activations import ActivationFormat, parse_activations
 from quantloom.channel_scales import ChannelScales
 from quantloom.formats import Format, parse_format
@@ -97,6 +97,12 @@ class QuantLinear(torch.nn.Module):
     on. Calls queue kernels on torch's current stream and can be captured in CUDA graphs; ``load_state_dict``
     writes to the same memory, so that a captured graph sees the new weights.
 
+    With an ``ActivationFormat`` there, W is held in integer order, 8 bits to a weight, if integers of both
+    formats can be multiplied (``quantloom.matmul_is_integer(module.prepared, module.activations)`` tells);
+    float32 inputs are then rounded, and multiplied with W decoded for the call. Otherwise inputs are rounded,
+    and multiplied as exact ones. Another format given to ``activations`` brings W into the order for it, in
+    new memory. Gradients pass the rounding unchanged.
+
     A tensor with a transform is multiplied in its basis: inputs are rotated before the product, outputs
     rotated back after it, in the dtype of `x`. The signs of the rotations are buffers outside of the state
     (``input_signs``, ``output_signs``), whose description holds their seed.
@@ -104,7 +110,7 @@ class QuantLinear(torch.nn.Module):
     Args:
         packed: W ``[out_features, in_features]``, a ``PackedTensor``; NumPy planes are copied.
         bias: None or ``[out_features]``, floating point; a ``torch.nn.Parameter`` is used as it is.
-        activations: ``"exact"``, or on the CPU ``"int8"`` or an ``ActivationFormat`` or its short form, see
+        activations: ``"exact"``, an ``ActivationFormat`` or its short form, or on the CPU ``"int8"``, see
             ``quantloom.matmul``. A format is part of the description in ``state_dict``.
 
     Raises TypeError or ValueError naming the argument, RuntimeError if no kernel of a CUDA device takes the
@@ -120,6 +126,8 @@ class QuantLinear(torch.nn.Module):
         super().__init__()
         if not isinstance(packed, PackedTensor):
             raise TypeError(f"packed: got {_checks.type_name(packed)}, expected a PackedTensor")
+        self._is_prepared = False
+        self._columns: tuple[int, ...] | None = None  # of outliers, for planes in integer order
         self.activations = activations
         packed = packed if packed.kind == "torch" else packed.to("torch")
         self.out_features, self.in_features = packed.shape
@@ -196,7 +204,12 @@ class QuantLinear(torch.nn.Module):
 
     @activations.setter
     def activations(self, value: str | ActivationFormat) -> None:
-        self._activations = _known_scale(kernels.operand_format(value))
+        value = _known_scale(kernels.operand_format(value))
+        if self._is_prepared and value != self._activations:
+            packed = self.packed
+            if _cuda_integers.order(packed, value) != self._columns:
+                self._prepare(packed, value)
+        self._activations = value
         self._operand = str(self._activations)  # what the operator takes; compiled code cannot make it
 
     @property
@@ -215,7 +228,7 @@ class QuantLinear(torch.nn.Module):
             return None
         planes = dict(zip(self._description[0].split(","), self._planes()))
         return kernels.PreparedTensor._from_planes(
-            self._format.to_json(), self._shape, planes, self._transform
+            self._format.to_json(), self._shape, planes, self._transform, self._columns
         )
 
     @property
@@ -235,21 +248,33 @@ class QuantLinear(torch.nn.Module):
     def _planes(self) -> list[torch.Tensor]:
         return [self._buffers[name] for name in self._stored]
 
-    def _store(self, planes: Mapping[str, torch.Tensor], prepared: bool) -> None:
-        """Makes these planes the module's buffers, in place of those it has."""
+    def _store(
+        self,
+        planes: Mapping[str, torch.Tensor],
+        prepared: bool,
+        columns: tuple[int, ...] | None = None,
+    ) -> None:
+        """Makes these planes the module's buffers, in place of those it has; `columns`: of outliers, for
+        planes in integer order."""
         for name in self._stored:
             delattr(self, name)
         # Prepared planes are no part of the state: it holds the canonical ones.
         for name, plane in planes.items():
             self.register_buffer(_PREFIX + name if prepared else name, plane, persistent=not prepared)
         self._stored = tuple(_PREFIX + name if prepared else name for name in planes)
-        self._is_prepared = prepared
+        self._is_prepared, self._columns = prepared, columns
         self._description = (",".join(planes), self._format.to_json(), *self._shape)
 
     def _settle(self) -> None:
         """Prepares canonical planes that have come to a device where modules keep prepared ones."""
         if not self._is_prepared and _keeps_prepared(self._planes()[0].device):
-            self._store(_cuda.prepare(self.packed), prepared=True)
+            self._prepare(self.packed, self._activations)
+
+    def _prepare(self, packed: PackedTensor, activations: str | ActivationFormat) -> None:
+        """Brings canonical planes on a CUDA device into the order for these activations."""
+        columns = _cuda_integers.order(packed, activations)
+        planes = _cuda.prepare(packed) if columns is None else _cuda_integers.prepare(packed, columns)
+        self._store(planes, prepared=True, columns=columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[..., in_features]``, float32, float16 or bfloat16; returns ``[..., out_features]`` in its
@@ -281,10 +306,17 @@ class QuantLinear(torch.nn.Module):
         if not self._is_prepared:
             y = torch.ops.quantloom.matmul(x, self._planes(), *self._description, self._operand)
             return y if bias is None else y + bias
-        if self._operand != "exact":
+        if self._operand == "int8":
             raise RuntimeError(
-                f"activations: got {self._operand!r}, but on a CUDA device there is only 'exact'"
+                "activations: got 'int8', but on a CUDA device there is only 'exact' or a format such as"
+                " 'int8:token'"
             )
+        if self._columns is not None:
+            return torch.ops.quantloom.linear_integers(
+                x, self._planes(), bias, *self._description, self._operand
+            )
+        if self._operand != "exact":
+            x = torch.ops.quantloom.round_activations(x, self._operand)
         return torch.ops.quantloom.linear(x, self._planes(), bias, *self._description)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -321,10 +353,13 @@ class QuantLinear(torch.nn.Module):
             self._store(self._empty_planes("meta") if target.type == "meta" else self.packed.planes, False)
         elif not self._is_prepared and source.device.type == "meta" and _keeps_prepared(target):
             # to_empty(): there is nothing to prepare.
-            names = _cuda.empty_planes(
-                self._format.to_json(), *self._shape, "group_index" in self._names, "meta"
-            )
-            self._store(names, prepared=True)
+            format, grouped = self._format.to_json(), "group_index" in self._names
+            columns = _cuda_integers.described_order(self._format, *self._shape, self._activations, target)
+            if columns is None:
+                names = _cuda.empty_planes(format, *self._shape, grouped, "meta")
+            else:
+                names = _cuda_integers.empty_planes(format, *self._shape, len(columns), grouped, "meta")
+            self._store(names, prepared=True, columns=columns)
         planes = self._planes()
         if self._buffers.get("input_factors") is not None:
             planes = [*planes, self.input_factors]
@@ -416,7 +451,7 @@ class QuantLinear(torch.nn.Module):
         if given:
             try:
                 self._load_planes(given, bool(local_metadata.get("assign_to_params_buffers", False)))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{prefix}{error}")
 
     @torch.no_grad()
@@ -436,6 +471,10 @@ class QuantLinear(torch.nn.Module):
             self._store(packed.planes, prepared=False)
             self._settle()
             return
-        fresh = _cuda.prepare(packed.to(device))
+        packed = packed.to(device)
+        if self._columns is None:
+            fresh = _cuda.prepare(packed)
+        else:
+            fresh = _cuda_integers.prepare(packed, self._columns)
         for name, plane in zip(self._stored, self._planes()):
             plane.copy_(fresh[name.removeprefix(_PREFIX)])

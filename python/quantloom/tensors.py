@@ -43,7 +43,7 @@ class PackedTensor:
     prescribes for the shape, and hold values that decode safely.
     """
 
-    __slots__ = ("_format", "_kind", "_planes", "_prepared", "_shape", "_transform", "report")
+    __slots__ = ("_format", "_kind", "_orders", "_planes", "_prepared", "_shape", "_transform", "report")
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class PackedTensor:
             raise TypeError(f"planes: got {got}, expected one kind on one device")
         self._kind = arrays[0].kind if arrays else "numpy"
         self._prepared: PreparedTensor | None = None
+        self._orders: dict[str, PreparedTensor] = {}  # on a CUDA device, by how activations enter
         self._transform = _checked_transform(transform, self._shape)
         self.report = report
         self._core()
@@ -93,6 +94,7 @@ class PackedTensor:
                 array.setflags(write=False)
         self._kind = kind
         self._prepared = None
+        self._orders = {}
         self._transform = _checked_transform(transform, self._shape)
         self.report = report
         return self
