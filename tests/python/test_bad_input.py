@@ -413,7 +413,7 @@ TABLE = [
     (ql.matmul_is_integer, (W, "int8:token"), {}, TypeError, "q ndarray PackedTensor PreparedTensor"),
     (ql.matmul_is_integer, (Q, "fast"), {}, ValueError, "activations fast exact int8"),
     (ql.matmul_is_integer, (Q, "int8:tensor:static"), {}, ValueError, "activations static scale"),
-    (ql.matmul_is_integer, (Q, "int8:token", "int8"), {}, ValueError, "dtype int8 float16"),
+    (ql.matmul_is_integer, (Q, "int8:token", "int8"), {}, TypeError, "dtype int8 float16"),
     (ql.prepare, (Q,), {"activations": 8}, TypeError, "activations int exact"),
     (ql.matmul, (W, W), {}, TypeError, "q ndarray PackedTensor PreparedTensor"),
     (ql.matmul, (W[:, :63], Q), {}, ValueError, "x [32, 63] [..., 64]"),
