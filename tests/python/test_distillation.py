@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 SETTINGS = {"windows": 4, "window": 24, "held_out_windows": 2}
 IDS = model_factory.token_ids(6 * 24)
-LKD = "lkd:steps=6:checks=3"
+LKD = "lkd:steps=6:batch=2:checks=3"
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -62,7 +62,7 @@ def recipe(distillation=LKD, bits=3, **settings):
 
 
 def test_settings_read_back():
-    for spec in ("lkd", "lkd:steps=7:batch=1:rate=0.5:weight-decay=0.0:inputs=student:checks=2:seed=3"):
+    for spec in ("lkd", "lkd:steps=7:batch=2:rate=0.5:weight-decay=0.0:inputs=student:checks=2:seed=3"):
         settings = ql.parse_distillation(spec)
         assert settings.spec == spec and ql.distillation_from_json(settings.to_json()) == settings
         assert ql.parse_distillation(settings) is settings
