@@ -159,7 +159,7 @@ def test_digits_are_multiplied_exactly_too():
     q = weights("sdr:4:g16")
     x = inputs(5, 200)
     y = ql.matmul(x.cuda(), q.to("cuda"))
-    torch.testing.assert_close(y.float().cpu(), x.float() @ q.dequantize().T, rtol=2e-3, atol=0.02)
+    torch.testing.assert_close(y.float().cpu(), x.float() @ q.dequantize().T, rtol=2e-3, atol=0.05)
     assert torch.equal(q.to("cuda").dequantize().cpu(), q.dequantize())
 
 
@@ -292,16 +292,40 @@ def test_rounded_values_are_captured_in_graphs():
     assert_near(y, x, q, "int8:token", decoded=True)
 
 
+@pytest.mark.parametrize("mode", ["aot_eager", "default", "reduce-overhead"])
 @pytest.mark.parametrize("spec", ["uniform:8:channel", "uniform:4:g64"])
-def test_is_compiled_and_exported(spec):
-    q = weights(spec)
-    module = QuantLinear(q.to("cuda"), torch.randn(96, device="cuda").half(), "int8:token").half()
-    x = inputs(4, 200).cuda()
-    expected = module(x)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), expected)
-    program = torch.export.export(module, (x,))
-    assert torch.equal(program.module()(x), expected)
+def test_is_compiled(spec, mode):
+    torch.compiler.reset()
+    module = QuantLinear(weights(spec).to("cuda"), torch.randn(96, device="cuda").half(), "int8:token")
+    if mode == "aot_eager":
+        compiled = torch.compile(module, fullgraph=True, backend=mode)
+    else:
+        pytest.importorskip("triton")
+        compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for m in (2, 5):
+        for _ in range(4):
+            x = inputs(m, 200).cuda()
+            with torch.no_grad():
+                assert torch.equal(compiled(x).clone(), module(x))
+
+
+@pytest.mark.parametrize("spec", ["uniform:8:channel", "uniform:4:g64"])
+def test_is_exported(spec):
+    module = QuantLinear(weights(spec).to("cuda"), torch.randn(96, device="cuda").half(), "int8:token")
+    tokens = torch.export.Dim("tokens", min=2, max=1000)
+    program = torch.export.export(module, (inputs(3, 200).cuda(),), dynamic_shapes=({0: tokens},))
+    x = inputs(5, 200).cuda()
+    assert torch.equal(program.module()(x), module(x))
+
+
+@needs_integers
+def test_operators_pass_the_checks_of_torch():
+    prepared = ql.prepare(weights("uniform:4:channel:asym").to("cuda"), activations="int8:token")
+    planes = list(prepared.planes.values())
+    arguments = (",".join(prepared.planes), prepared.format.to_json(), 96, 200, "int8:token")
+    x = inputs(3, 200).cuda().requires_grad_()
+    bias = torch.randn(96, device="cuda", dtype=torch.float16)
+    torch.library.opcheck(torch.ops.quantloom.linear_integers.default, (x, planes, bias, *arguments))
 
 
 # -- QuantLinear --------------------------------------------------------------------------------------------
