@@ -88,6 +88,7 @@ inline std::vector<KernelCell> matmul_cells() {
     if (row.device != "cuda" || row.operation != "matmul") continue;
     // The others have tests of their own.
     if (row.format != "uniform" && row.format != "codebook") continue;
+    if (row.activations == "integers") continue;
     const Range bits = range_from(row.bits);
     const Range tokens = range_from(row.tokens);
     for (int64_t b = bits.first; b <= std::min<int64_t>(bits.last, 8); ++b) {
