@@ -36,6 +36,7 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
   int64_t group_size() const override { return group_size_; }
   bool parameters_span_rows() const override { return false; }
   int64_t rows_per_step() const override { return format_.out_group; }
+  bool shares_scales() const override { return true; }
 
   void fit(int64_t group, int64_t first_row, MatrixView<const float> values,
            std::span<const float> shrink) override {

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats/shared_scales.hpp"
 #include "formats/weighted_fit.hpp"
 
 namespace quantloom {
 namespace {
 
-class OutlierEncoder final : public ColumnEncoder, public WeightedFit {
+class OutlierEncoder final : public ColumnEncoder, public WeightedFit, public SharedScales {
  public:
   OutlierEncoder(std::shared_ptr<const Format> self, const Outliers& format, int64_t n, int64_t k)
       : self_(std::move(self)),
@@ -27,6 +28,7 @@ class OutlierEncoder final : public ColumnEncoder, public WeightedFit {
   int64_t group_size() const override { return dense_->group_size(); }
   bool parameters_span_rows() const override { return dense_->parameters_span_rows(); }
   int64_t rows_per_step() const override { return dense_->rows_per_step(); }
+  bool shares_scales() const override { return quantloom::shares_scales(*dense_); }
 
   void fit(int64_t group, int64_t first_row, MatrixView<const float> values,
            std::span<const float> shrink) override {

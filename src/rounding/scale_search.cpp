@@ -51,7 +51,7 @@ std::vector<float> search_shrink(ColumnEncoder& encoder, int64_t group, int64_t 
   const int64_t rows = columns.cols();
   const int64_t step = encoder.columns_per_step();
   const bool shared = encoder.parameters_span_rows();
-  const int64_t run = dynamic_cast<const SharedScales*>(&encoder) != nullptr ? encoder.rows_per_step() : 1;
+  const int64_t run = shares_scales(encoder) ? encoder.rows_per_step() : 1;
   const auto row_count = static_cast<size_t>(rows);
   const size_t factor_count = shared ? 1 : row_count;
   std::vector<float> best(factor_count, 1.0F);

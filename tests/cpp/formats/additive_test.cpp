@@ -261,6 +261,20 @@ TEST(Additive, ErrorFeedbackErrsLess) {
   }
 }
 
+TEST(Additive, RowsOfABlockShareTheirFactor) {
+  const int64_t n = 16;
+  const int64_t k = 48;
+  std::vector<float> w = normal_values(n * k, 12);
+  for (float& value : w) value = value * value * value;
+  for (const char* spec : {"additive:2x3:g4x3:scale12", "outliers:1%:additive:2x3:g4x3:scale12"}) {
+    const auto format = format_from_spec(spec);
+    const double plain = round_nearest(view(w, n, k), format).report.mean_squared_error;
+    const double searched = round_nearest(view(w, n, k), format, {.scale_search = ScaleSearch{.steps = 12}})
+                                .report.mean_squared_error;
+    EXPECT_LE(searched, plain * (1 + 1e-9)) << spec;
+  }
+}
+
 TEST(Additive, Multiplies) {
   const int64_t n = 45;
   const int64_t k = 100;
