@@ -217,6 +217,13 @@ def decode(planes: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtyp
     return w.to(dtype)
 
 
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(
+    prepared: _core.IntegerPlanes, m: int, dtype: str, activations: _core.ActivationDescription
+) -> int:
+    return prepared.workspace(m, dtype, activations)
+
+
 def product(
     x: torch.Tensor,
     prepared: _core.IntegerPlanes,
@@ -239,7 +246,7 @@ def product(
     if k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     with _cuda.on(device):
-        size = prepared.workspace(m, dtype, description)
+        size = _workspace_bytes(prepared, m, dtype, description)
         # From torch's allocator: it keeps the memory for this stream, or for the graph being captured.
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         prepared.matmul(
