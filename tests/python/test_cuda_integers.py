@@ -478,6 +478,7 @@ def test_models(tmp_path, spec, activations, rounding, integer):
         TINY, recipe, calibration=text, output=tmp_path / "out", windows=2, window=64, held_out_windows=1
     )
     reference = ql.models.load(tmp_path / "out", torch.float32)
+    halves = ql.models.load(tmp_path / "out", torch.float16)
     model = ql.models.load(tmp_path / "out", torch.float16, device="cuda")
     modules = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert modules
@@ -486,10 +487,13 @@ def test_models(tmp_path, spec, activations, rounding, integer):
         assert all(bool(ql.matmul_is_integer(m.prepared, m.activations)) == integer for m in modules)
     ids = text[None, :32]
     with torch.inference_mode():
-        expected = reference(input_ids=ids).logits
+        exact = reference(input_ids=ids).logits
+        near = halves(input_ids=ids).logits.float()
         logits = model(input_ids=ids.cuda()).logits.float().cpu()
-    error = (logits - expected).square().mean().sqrt() / expected.std()
-    assert float(error) < 0.1
+    # Layers in float16 move activations to other codes: the fewer bits, the more it matters. On the CPU, too.
+    error, own = [(y - exact).square().mean().sqrt() / exact.std() for y in (logits, near)]
+    assert error < 1.5 * own + 1e-3
+    assert own < 0.2
     state, other = model.state_dict(), reference.state_dict()
     assert state.keys() == other.keys()
     for name in other:
