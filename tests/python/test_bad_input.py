@@ -413,6 +413,10 @@ TABLE = [
     (ql.matmul_is_integer, (W, "int8:token"), {}, TypeError, "q ndarray PackedTensor PreparedTensor"),
     (ql.matmul_is_integer, (Q, "int8:tensor:static"), {}, ValueError, "activations static scale"),
     (ql.prepare, (Q,), {"activations": 8}, TypeError, "activations int exact"),
+    (ql.LayerDistillation, (), {"rate": 0.0}, ValueError, "rate 0 number > 0"),
+    (ql.parse_distillation, ("kd",), {}, ValueError, "distillation kd lkd"),
+    (ql.distillation_from_json, ("{}",), {}, ValueError, "distillation"),
+    (ql.matmul_is_integer, (Q, "int8:token", "int8"), {}, TypeError, "dtype int8 float16"),
     (ql.matmul, (W, W), {}, TypeError, "q ndarray PackedTensor PreparedTensor"),
     (ql.matmul, (W[:, :63], Q), {}, ValueError, "x [32, 63] [..., 64]"),
     (ql.matmul, (np.float32(1), Q), {}, TypeError, "x float32"),
@@ -548,14 +552,8 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
 def test_the_table_covers_every_public_function():
     covered = {name_of(row[0]) for row in TABLE}
     plain = {"build_info", "kernel_table", "format_table"}  # no arguments
-    classes = {
-        "Format",
-        "Rounding",
-        "QuantizedActivations",
-        "RoundingReport",
-        "ScaleChoice",
-        "Transform",
-    }  # nothing to construct
+    # Nothing to construct.
+    classes = {"Format", "Rounding", "QuantizedActivations", "RoundingReport", "ScaleChoice", "Transform"}
     expected = {name for name in ql.__all__ if callable(getattr(ql, name))} - plain - classes
     expected |= set(ql.layouts.__all__)
     expected |= {"QuantLinear", "QuantLinear.from_linear", "QuantLinear.forward", "QuantLinear.dequantize"}
