@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "activations/produced.hpp"
 #include "activations/token_rounding.hpp"
 #include "gpu/device.cuh"
 #include "gpu/program.hpp"
@@ -98,6 +99,68 @@ void measure_tokens(const bench::Stream& stream, int64_t m, int64_t k, DType dty
   line("int8:tensor:static=0.01", false);
 }
 
+// A norm or a gated activation with its rounding in one kernel, and in two with the values between them in
+// memory.
+void measure_produced(const bench::Stream& stream, ProducerKind kind, int64_t m, int64_t k,
+                      nlohmann::json& rows) {
+  const bool gated = kind == ProducerKind::silu_mul;
+  const int64_t x_bytes = m * k * 2;
+  const int64_t read = gated ? 2 * x_bytes : x_bytes;
+  const int64_t code_bytes = integers::order_bytes(m, k);
+  const int copies = bench::copies_past_cache(read + code_bytes);
+  std::vector<std::shared_ptr<std::byte>> x;
+  std::vector<std::shared_ptr<std::byte>> codes;
+  for (int i = 0; i < copies; ++i) {
+    x.push_back(bench::device_memory(read));
+    codes.push_back(bench::device_memory(code_bytes));
+    bench::fill_values(x.back().get(), DType::f16, read / 2, -1, 1, 0, static_cast<uint64_t>(i),
+                       stream.get());
+  }
+  const auto terms = bench::device_memory(16 * m);
+  const auto between = bench::device_memory(x_bytes);
+  const auto weight = bench::device_memory(2 * k);
+  bench::fill_values(weight.get(), DType::f16, k, 0.5F, 1.5F, 0, 7, stream.get());
+  const ActivationFormat format = activation_format_from_spec("int8:token");
+  const double floor = bench::streaming_floor(stream, read + m * k, true, kReplays).seconds;
+  const auto out_of = [&](size_t at) {
+    cuda::IntegerTokens out;
+    out.codes = reinterpret_cast<int8_t*>(codes[at].get());
+    out.terms = reinterpret_cast<integers::TokenTerms*>(terms.get());
+    out.sums = false;
+    return out;
+  };
+  const auto producer_of = [&](size_t at) {
+    CudaProducer producer;
+    producer.kind = kind;
+    producer.dtype = DType::f16;
+    if (gated) {
+      producer.up = {x[at].get() + x_bytes, DType::f16, m, k, k};
+    } else {
+      producer.weight = weight.get();
+    }
+    return producer;
+  };
+  const auto in_one = [&](int copy) {
+    const auto at = static_cast<size_t>(copy);
+    cuda::round_produced_tokens({x[at].get(), DType::f16, m, k, k}, producer_of(at), format, out_of(at),
+                                stream.get(), true);
+  };
+  const auto in_two = [&](int copy) {
+    const auto at = static_cast<size_t>(copy);
+    cuda::ProducedPlaces to;
+    to.values = between.get();
+    to.stride = k;
+    const auto launch = gated ? cuda::launch_silu : cuda::launch_norm;
+    launch({x[at].get(), DType::f16, m, k, k}, producer_of(at), nullptr, to, nullptr, 0, stream.get(), true);
+    cuda::round_tokens({between.get(), DType::f16, m, k, k}, format, out_of(at), stream.get(), true);
+  };
+  const std::string name = gated ? "silu_mul" : kind == ProducerKind::rms_norm ? "rms_norm" : "layer_norm";
+  rows.push_back(
+      report_line(stream, {name + " and int8:token", m, k}, {read + m * k, in_one}, copies, floor));
+  rows.push_back(
+      report_line(stream, {name + ", then int8:token", m, k}, {read + m * k, in_two}, copies, floor));
+}
+
 nlohmann::json run(bool quick) {
   int device = 0;
   cudaDeviceProp properties{};
@@ -113,6 +176,11 @@ nlohmann::json run(bool quick) {
       if (quick && m < 512) continue;
       measure_tokens(stream, m, k, DType::f16, quick, rows);
     }
+  }
+  for (const int64_t m : {512, 4096}) {
+    measure_produced(stream, ProducerKind::rms_norm, m, 4096, rows);
+    if (!quick) measure_produced(stream, ProducerKind::layer_norm, m, 4096, rows);
+    measure_produced(stream, ProducerKind::silu_mul, m, 14336, rows);
   }
   if (!quick) measure_tokens(stream, 4096, 4096, DType::f32, true, rows);
   return report;

@@ -18,6 +18,8 @@
 #pragma once
 
 #include "quantloom/activations/activation_format.hpp"
+#include "quantloom/activations/cuda_activations.hpp"
+#include "quantloom/activations/producers.hpp"
 #include "quantloom/activations/quantized_activations.hpp"
 #include "quantloom/calibration/cuda_hessian.hpp"
 #include "quantloom/calibration/hessian.hpp"
