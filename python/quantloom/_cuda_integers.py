@@ -14,7 +14,7 @@ import torch
 
 from quantloom import _arrays, _core, _cuda, _cuda_activations
 from quantloom.activations import ActivationFormat
-from quantloom.formats import Format
+from quantloom.formats import Format, Outliers
 from quantloom.tensors import PackedTensor
 
 __all__ = [
@@ -30,6 +30,10 @@ __all__ = [
     "why_not_tensor",
 ]
 
+_ELSEWHERE = (
+    "integer products take weights whose outliers lie in the columns of the activations' static outliers, in"
+    " each row, not others"
+)
 _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -70,10 +74,7 @@ def _why_not_places(q: PackedTensor, columns: tuple[int, ...]) -> str | None:
         rows = torch.arange(n + 1, dtype=torch.int32, device=places.device) * count
         if torch.equal(offsets, rows) and torch.equal(places.view(n, count), wanted.expand(n, count)):
             return None
-    return (
-        "integer products take weights whose outliers lie in the columns of the activations' static outliers,"
-        " in each row, not others"
-    )
+    return _ELSEWHERE
 
 
 def why_not_tensor(q: PackedTensor, activations: ActivationFormat, dtype: str) -> str | None:
@@ -107,6 +108,15 @@ def order(q: PackedTensor, activations: str | ActivationFormat) -> tuple[int, ..
     if has_fragments(q.format.to_json()) or _core.why_not_integers(q.format.to_json()) is not None:
         return None
     return columns if _why_not_places(q, columns) is None else None
+
+
+def why_not_order(q: PackedTensor | Format, activations: str | ActivationFormat) -> str | None:
+    """None if W of a format that has no other order can be kept in integer order. Of a format alone, outliers
+    are taken to lie where they can be multiplied."""
+    columns = columns_of(activations)
+    if isinstance(q, PackedTensor):
+        return _why_not_places(q, columns)
+    return _ELSEWHERE if isinstance(q, Outliers) and not columns else None
 
 
 def described_order(

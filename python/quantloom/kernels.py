@@ -491,8 +491,12 @@ def _can_matmul_on_cuda(
     if kernel is None and _core.why_not_integers(text) is None:
         # Weights in integer order are multiplied in any case: if need be, decoded.
         in_order = isinstance(q, PreparedTensor) and q._columns is not None
-        if in_order or not _cuda_integers.has_fragments(text):
+        if in_order:
             return Possible(True, "")
+        if not _cuda_integers.has_fragments(text):
+            weights = q.to("torch") if isinstance(q, PackedTensor) else format
+            reason = _cuda_integers.why_not_order(weights, activations)
+            return Possible(reason is None, reason or "")
         if _formats_are_integers(format, activations, dtype, place):
             return Possible(True, "")
     reason = _cuda.why_not(text, tokens, dtype, place, kernel)

@@ -245,6 +245,32 @@ def test_values_that_are_not_finite_make_their_token_nan():
     assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+def test_says_what_it_can_multiply():
+    for dtype in (*HALVES, torch.float32):
+        for spec in ("uniform:4:g64", "uniform:8:channel", "sdr:4:g16"):
+            for activations in ("exact", "int8:token", "int8:g16", "sdr4:g16:b16"):
+                assert ql.can_matmul(spec, 3, dtype, "cuda", activations)
+    assert not ql.can_matmul("additive:1x8:g8", 1, "float16", "cuda", "int8:token")
+    assert "scale" in ql.can_matmul("uniform:4", 1, "float16", "cuda", "int8:tensor:static").reason
+    assert ql.can_matmul("uniform:8:channel", 1, "float16", "cuda", "int8:token", "integer_tiles").yes == (
+        integers_run()
+    )
+    for kernel, activations in (("integer_tiles", "int8:token"), ("integer_tiles", "exact")):
+        possible, reason = ql.can_matmul("uniform:4:g64", 1, "float16", "cuda", activations, kernel)
+        assert not possible
+        assert reason
+    # Significant digits have no other order than that of integers, which takes shared outlier columns.
+    w = torch.randn(96, 200)
+    digits = ql.quantize(w, "sdr:4:g16")
+    kept = ql.keep_columns(digits, w, (1, 7)).to("cuda")
+    x = inputs(2, 200).cuda()
+    assert ql.can_matmul(kept, activations="int8:token:outliers=6:columns=1,7")
+    for activations in ("exact", "int8:token"):
+        assert "outliers lie" in ql.can_matmul(kept, activations=activations).reason
+        with pytest.raises(RuntimeError):
+            ql.matmul(x, kept, activations)
+
+
 # -- graphs, compilation ------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,13 @@ def test_where_outliers_lie():
     for columns in [(), (3, 4), (3, 4, 69)]:
         assert "outliers lie" in _cuda_integers._why_not_places(q, columns)
     assert _cuda_integers._why_not_places(packed("uniform:8:channel"), (1, 2)) is None
+    there = ql.parse_activations("int8:token:outliers=6:columns=3,4,70")
+    digits = kept("sdr:4:g16", (3, 4, 70))
+    assert _cuda_integers.why_not_order(digits, there) is None
+    assert _cuda_integers.why_not_order(digits.format, there) is None
+    assert "outliers lie" in _cuda_integers.why_not_order(digits, "exact")
+    assert "outliers lie" in _cuda_integers.why_not_order(digits.format, "exact")
+    assert _cuda_integers.why_not_order(packed("sdr:4:g16").format, "exact") is None
 
 
 # -- modules ------------------------------------------------------------------------------------------------
