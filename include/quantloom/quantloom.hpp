@@ -51,6 +51,7 @@
 #include "quantloom/io/safetensors.hpp"
 #include "quantloom/kernels/coded_product.hpp"
 #include "quantloom/kernels/dequantize.hpp"
+#include "quantloom/kernels/integer_cuda.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
 #include "quantloom/packed_tensor.hpp"

@@ -344,6 +344,15 @@ def test_is_exported(spec):
     assert torch.equal(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("spec", ["uniform:8:channel", "uniform:4:g64"])
+def test_the_operator_of_canonical_planes(spec):
+    q, x = weights(spec).to("cuda"), inputs(3, 200).cuda()
+    arguments = (list(q.planes.values()), ",".join(q.planes), q.format.to_json(), 96, 200)
+    for activations in ("int8:token", "exact", "int8:g50", "int8:token"):
+        y = torch.ops.quantloom.matmul(x, *arguments, activations)
+        assert torch.equal(y, ql.matmul(x, q, activations))
+
+
 @needs_integers
 def test_operators_pass_the_checks_of_torch():
     prepared = ql.prepare(weights("uniform:4:channel:asym").to("cuda"), activations="int8:token")
