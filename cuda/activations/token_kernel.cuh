@@ -237,8 +237,8 @@ struct TokenShape {
   int threads = 32;
   int vectors = 0;
 
-  // few: kernels that keep 4 vectors or none.
-  TokenShape(int64_t row_vectors, int64_t rows, int processors, bool few) {
+  // few: kernels that keep 4 vectors or none. outliers: tokens have some, which take time of their own.
+  TokenShape(int64_t row_vectors, int64_t rows, int processors, bool few, bool outliers) {
     const auto threads_for = [&](int64_t each) {
       return std::max<int64_t>(32, (row_vectors + 32 * each - 1) / (32 * each) * 32);
     };
@@ -246,11 +246,11 @@ struct TokenShape {
       vectors = threads_for(4) <= kKeepingThreads ? 4 : 0;
     } else {
       // Few tokens: more threads for each, so that all processors have enough to wait for.
-      vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2 ? 2
-                : rows <= 4 * processors && threads_for(4) <= kKeepingThreads   ? 4
-                : threads_for(4) <= kKeepingThreads / 2                         ? 4
-                : threads_for(8) <= kKeepingThreads                             ? 8
-                                                                                : 0;
+      vectors = rows <= 4 * processors && threads_for(2) <= kKeepingThreads / 2                ? 2
+                : rows <= (outliers ? 4 : 2) * processors && threads_for(4) <= kKeepingThreads ? 4
+                : threads_for(4) <= kKeepingThreads / 2                                        ? 4
+                : threads_for(8) <= kKeepingThreads                                            ? 8
+                                                                                               : 0;
     }
     threads = static_cast<int>(vectors == 0 ? kMostTokenThreads : threads_for(vectors));
   }
@@ -269,7 +269,8 @@ void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask
   check_cuda(cudaGetDevice(&device), "current CUDA device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
              "processors of the CUDA device");
-  const TokenShape shape(sink.vectors(task.cols), task.rows, processors, !Source::kEveryShape);
+  const TokenShape shape(sink.vectors(task.cols), task.rows, processors, !Source::kEveryShape,
+                         task.outliers.index != nullptr);
   const auto launch = [&](auto kernel) {
     const LaunchSettings settings(dim3(static_cast<unsigned>(task.padded_rows)),
                                   dim3(static_cast<unsigned>(shape.threads)), stream, overlap, 1);

@@ -215,7 +215,7 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   p.row_tiles = static_cast<int>(layout.row_tiles);
   p.row_groups = static_cast<int>(ceil_div(layout.row_tiles, int64_t{shape.rows}));
   p.token_tiles = static_cast<int>(ceil_div(arguments.m, int64_t{shape.tokens}));
-  p.band = std::max(1, 4096 / shape.tokens);
+  p.band = std::max(1, 2048 / shape.tokens);
   p.has_zeros = layout.asymmetric || !activations.symmetric;
   p.bfloat16 = arguments.dtype == DType::bf16;
   p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
