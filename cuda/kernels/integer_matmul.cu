@@ -102,6 +102,10 @@ IntegerLayout layout_for(const IntegerPlanes& w, const ActivationFormat& activat
   if (const auto reason = why_not_matmul_integers_cuda(*w.format, activations, w.k, dtype)) {
     throw Unsupported("matmul_integers_cuda: " + *reason);
   }
+  if (activations.static_outliers && !activations.outlier_columns) {
+    throw InvalidArgument("activations", activations.spec(),
+                          "static outliers with their columns, as calibration gives");
+  }
   if (activations.outlier_columns.value_or(std::vector<int32_t>()) != w.outlier_columns) {
     throw InvalidArgument("activations", activations.spec(),
                           text_of("one with the outlier columns of the weights, ", w.outlier_columns.size()));

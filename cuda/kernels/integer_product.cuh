@@ -3,9 +3,9 @@
 //
 // A tile of 128 outputs x kTokens tokens belongs to a block of threads: one warp fetches blocks of 128
 // columns by bulk copies into a ring of stages, two warpgroups multiply them, 64 outputs each (wgmma, int32
-// sums, which are exact). The kRows blocks of a cluster have the same tokens: each
-// fetches its share of them and sends it to all. Or kParts blocks share a tile: each takes a part of the
-// columns, and their sums meet in shared memory.
+// sums, which are exact). The kRows blocks of a cluster have the same tokens: each fetches its share of them
+// and sends it to all. Or kParts blocks share a tile: each takes a part of the columns, and sends its sums to
+// the blocks that finish them.
 //
 // Outliers are multiplied after the integers, as float16 onto the scaled float32 sums, in the same order
 // whatever the sizes of tiles: a token's result does not depend on the others.

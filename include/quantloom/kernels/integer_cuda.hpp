@@ -21,16 +21,14 @@
 namespace quantloom {
 
 // A matrix of weights in "integer order": the planes of the packed tensor but its codes, as they are, and
-//   integers         int8 [2 * tiles, blocks, 64, 128], tiles = ceil(n/128), blocks = ceil(k/128): code -
-//   center,
-//                    for sdr code * 2^shift, in slabs of 64 rows, swizzled
+//   integers         int8 [2 * tiles, blocks, 64, 128], tiles = ceil(n/128), blocks = ceil(k/128):
+//                    code - center, for sdr code * 2^shift, in slabs of 64 rows, swizzled
 //                    (src/activations/integer_order.hpp)
 //   rows             int32 [128 * tiles, 4]: the bits of the float32 scale, the sum of the integers, the zero
 //                    point - center, 0
 //   outlier_index    int32 [ceil(k/32) + outlier columns], with those only: outlier_index()
-//   outlier_weights  float16 [2 * tiles, outlier_blocks, 64, 64], likewise: W at those inputs, in the order
-//   of
-//                    the integers
+//   outlier_weights  float16 [2 * tiles, outlier_blocks, 64, 64], likewise: W at those inputs, in the
+//                    order of the integers
 // with center = 2^(bits-1).
 struct IntegerPlanes : PreparedPlanes {
   // Inputs whose activations stay as they are: the static outliers of the activations' format.
