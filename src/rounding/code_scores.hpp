@@ -18,7 +18,7 @@ struct ScoreJob {
   int64_t rows = 0;
   const Real* factors = nullptr;  // [rows][dim]
   const Real* squares = nullptr;  // [rows]
-  int beam = 1;  // up to kMostBeam
+  int beam = 1;                   // up to kMostBeam
   // [rows][beam]: the least of square * norm + penalty + factors . entry, rising, and their codes. Of equal
   // ones the lower codes, first.
   Real* scores = nullptr;
