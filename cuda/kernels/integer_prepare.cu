@@ -9,6 +9,7 @@
 #include "kernels/integer_layout.hpp"
 #include "kernels/integer_product.hpp"
 #include "kernels/packed_codes.cuh"
+#include "kernels/product_memory.hpp"
 #include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
@@ -178,29 +179,6 @@ Tensor on_host(const Tensor& plane, cudaStream_t stream) {
   return host;
 }
 
-void require_on_device(const std::map<std::string, Tensor>& planes, const std::string& argument) {
-  const int device = current_device().index;
-  for (const auto& [name, plane] : planes) {
-    static_cast<void>(device_plane(plane, argument + "." + name, device));
-  }
-}
-
-void require_same(const PackedTensor& packed, const IntegerPlanes& prepared) {
-  validate(packed);
-  validate_integers(prepared);
-  if (packed.n != prepared.n || packed.k != prepared.k ||
-      packed.format->to_json() != prepared.format->to_json()) {
-    throw InvalidArgument("prepared",
-                          text_of(prepared.format->spec(), " [", prepared.n, ", ", prepared.k, "]"),
-                          text_of(packed.format->spec(), " [", packed.n, ", ", packed.k, "]"));
-  }
-  if (packed.planes.contains("group_index") != prepared.has("group_index")) {
-    throw InvalidArgument("prepared", "planes with group_index in one order only", "it in both");
-  }
-  require_on_device(packed.planes, "packed");
-  require_on_device(prepared.planes, "prepared");
-}
-
 // Waits for the stream.
 void prepare_outliers(const IntegerLayout& layout, const Source& source, const PackedTensor& packed,
                       IntegerPlanes& prepared, cudaStream_t stream) {
@@ -235,7 +213,9 @@ void prepare_outliers(const IntegerLayout& layout, const Source& source, const P
 }  // namespace
 
 void prepare_integers_cuda(const PackedTensor& packed, IntegerPlanes& prepared, void* stream) {
-  require_same(packed, prepared);
+  validate(packed);
+  validate_integers(prepared);
+  require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   const IntegerLayout layout =
       integer_layout(*packed.format, packed.n, packed.k, std::ssize(prepared.outlier_columns));
@@ -261,7 +241,9 @@ void prepare_integers_cuda(const PackedTensor& packed, IntegerPlanes& prepared, 
 }
 
 void unprepare_integers_cuda(const IntegerPlanes& prepared, PackedTensor& packed, void* stream) {
-  require_same(packed, prepared);
+  validate(packed);
+  validate_integers(prepared);
+  require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   const IntegerLayout layout =
       integer_layout(*packed.format, packed.n, packed.k, std::ssize(prepared.outlier_columns));

@@ -9,6 +9,7 @@
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/packed_codes.cuh"
+#include "kernels/product_memory.hpp"
 #include "kernels/spqr_product.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/formats/bit_packing.hpp"
@@ -244,28 +245,6 @@ void copy_outliers(const std::map<std::string, Tensor>& from, std::map<std::stri
   }
 }
 
-void require_on_device(const std::map<std::string, Tensor>& planes, const std::string& argument) {
-  const int device = current_device().index;
-  for (const auto& [name, plane] : planes)
-    static_cast<void>(device_plane(plane, argument + "." + name, device));
-}
-
-void require_same_matrix(const PackedTensor& packed, const PreparedPlanes& prepared) {
-  validate(packed);
-  validate(prepared);
-  if (packed.n != prepared.n || packed.k != prepared.k ||
-      packed.format->to_json() != prepared.format->to_json()) {
-    throw InvalidArgument("prepared",
-                          text_of(prepared.format->spec(), " [", prepared.n, ", ", prepared.k, "]"),
-                          text_of(packed.format->spec(), " [", packed.n, ", ", packed.k, "]"));
-  }
-  if (packed.planes.contains("group_index") != prepared.has("group_index")) {
-    throw InvalidArgument("prepared", "planes with group_index in one order only", "it in both");
-  }
-  require_on_device(packed.planes, "packed");
-  require_on_device(prepared.planes, "prepared");
-}
-
 const int32_t* source_of(const PreparedPlanes& prepared) {
   return prepared.has("source") ? reinterpret_cast<const int32_t*>(prepared.plane("source").bytes())
                                 : nullptr;
@@ -289,6 +268,8 @@ void with_scale_type(DType dtype, const Run& run) {
 }  // namespace
 
 void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* stream) {
+  validate(packed);
+  validate(prepared);
   require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Trellis* trellis = as_trellis(*packed.format)) {
@@ -345,6 +326,8 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
 }
 
 void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* stream) {
+  validate(packed);
+  validate(prepared);
   require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Trellis* trellis = as_trellis(*packed.format)) {

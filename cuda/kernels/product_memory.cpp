@@ -48,4 +48,23 @@ void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64
   if (workspace > 0) require(a.workspace, "workspace", 256);
 }
 
+void require_same_matrix(const PackedTensor& packed, const PreparedPlanes& prepared) {
+  if (packed.n != prepared.n || packed.k != prepared.k ||
+      packed.format->to_json() != prepared.format->to_json()) {
+    throw InvalidArgument("prepared",
+                          text_of(prepared.format->spec(), " [", prepared.n, ", ", prepared.k, "]"),
+                          text_of(packed.format->spec(), " [", packed.n, ", ", packed.k, "]"));
+  }
+  if (packed.planes.contains("group_index") != prepared.has("group_index")) {
+    throw InvalidArgument("prepared", "planes with group_index in one order only", "it in both");
+  }
+  const int device = current_device().index;
+  for (const auto& [name, plane] : packed.planes) {
+    static_cast<void>(device_plane(plane, "packed." + name, device));
+  }
+  for (const auto& [name, plane] : prepared.planes) {
+    static_cast<void>(device_plane(plane, "prepared." + name, device));
+  }
+}
+
 }  // namespace quantloom

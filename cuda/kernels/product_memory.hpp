@@ -1,4 +1,5 @@
-// The checks of a product's arguments, before anything is launched.
+// The checks of the arguments of products, and of what brings matrices into their order, before anything is
+// launched.
 #pragma once
 
 #include <string>
@@ -19,5 +20,8 @@ void require_arguments(const PreparedPlanes& w, const CudaMatmulArguments& a);
 void require_planes(const PreparedPlanes& w, int device);
 // So do they, x, y, bias and `workspace` bytes.
 void require_memory(const PreparedPlanes& w, const CudaMatmulArguments& a, int64_t workspace, int device);
+
+// Both are of one matrix, with or without a plane group_index, on the current device; each was validated.
+void require_same_matrix(const PackedTensor& packed, const PreparedPlanes& prepared);
 
 }  // namespace quantloom
