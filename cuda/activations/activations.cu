@@ -147,7 +147,7 @@ void round(const Batch<T>& batch, void* out, int64_t stride, bool whole) {
     launch_groups<T, false>(batch.x, {}, values, stride, wide, batch.group_task(), batch.stream);
     return keep_outliers<T>(batch, nullptr, values, stride);
   }
-  launch_token_kernel(MatrixSource<T>{batch.x}, ValueSink<T>{values, stride, wide}, batch.task(whole),
+  launch_token_kernel(MatrixSource<T>{batch.x}, RoundedSink<T>{values, stride, wide}, batch.task(whole),
                       batch.stream, false);
 }
 

@@ -33,7 +33,7 @@ void launch_produced(const Source& source, int64_t rows, int64_t cols, const Act
     return launch_token_kernel(source, order_sink(*to.integers, cols), task, stream, overlap);
   }
   if (to.planes == nullptr) {
-    return launch_token_kernel(source, ValueSink<T>{static_cast<T*>(to.values), to.stride, wide}, task,
+    return launch_token_kernel(source, RoundedSink<T>{static_cast<T*>(to.values), to.stride, wide}, task,
                                stream, overlap);
   }
   const auto plane = [&](const char* name) -> std::byte* {

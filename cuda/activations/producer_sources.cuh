@@ -155,33 +155,4 @@ struct SiluSource {
   }
 };
 
-// The values themselves, not rounded to integers.
-template <class T>
-struct CopySink {
-  static constexpr bool kSums = false;
-  static constexpr bool kCuts = false;
-  static constexpr bool kOutliers = false;
-  using Place = T*;
-
-  T* out;
-  int64_t stride;
-  bool wide;  // rows begin at multiples of 16 bytes
-
-  __host__ __device__ __forceinline__ int64_t vectors(int64_t width) const {
-    return (width + kVectorValues - 1) / kVectorValues;
-  }
-  __device__ __forceinline__ Place at(int64_t row, int thread) const {
-    return out + row * stride + thread * kVectorValues;
-  }
-  __device__ __forceinline__ int64_t step(int threads) const { return threads * kVectorValues; }
-  __device__ __forceinline__ void store(Place place, const TokenVector<T>& values, uint2, DeviceGrid,
-                                        int count, uint32_t) const {
-    values.store(place, count, wide, 0);
-  }
-  __device__ __forceinline__ void keep(int64_t, int64_t, int64_t, uint32_t, T) const {}
-  __device__ __forceinline__ void end_outliers(int64_t, int64_t, int, int) const {}
-  __device__ __forceinline__ void end(int64_t, DeviceGrid, int) const {}
-  __device__ __forceinline__ void pad(int64_t) const {}
-};
-
 }  // namespace quantloom::cuda

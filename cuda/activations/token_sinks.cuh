@@ -138,12 +138,9 @@ struct PlaneSink {
   }
 };
 
-// What the codes stand for, in the dtype of the values.
+// Where sinks of values put them: rows of vectors.
 template <class T>
-struct ValueSink {
-  static constexpr bool kSums = false;
-  static constexpr bool kCuts = false;
-  static constexpr bool kOutliers = true;
+struct ValueRows {
   using Place = T*;
 
   T* out;
@@ -157,6 +154,17 @@ struct ValueSink {
     return out + row * stride + thread * kVectorValues;
   }
   __device__ __forceinline__ int64_t step(int threads) const { return threads * kVectorValues; }
+};
+
+// What the codes stand for, in the dtype of the values.
+template <class T>
+struct RoundedSink : ValueRows<T> {
+  using typename ValueRows<T>::Place;
+
+  static constexpr bool kSums = false;
+  static constexpr bool kCuts = false;
+  static constexpr bool kOutliers = true;
+
   __device__ __forceinline__ void store(Place place, const TokenVector<T>&, uint2 eight, DeviceGrid grid,
                                         int count, uint32_t kept) const {
     TokenVector<T> values = TokenVector<T>::zeros();
@@ -165,10 +173,10 @@ struct ValueSink {
       const int code = static_cast<int8_t>((i < 4 ? eight.x : eight.y) >> i % 4 * 8);
       values.put(i, ValueBits<T>::from_float(__fmul_rn(grid.scale, static_cast<float>(code - grid.zero))));
     }
-    values.store(place, count, wide, kept);
+    values.store(place, count, this->wide, kept);
   }
   __device__ __forceinline__ void keep(int64_t row, int64_t column, int64_t, uint32_t bits, T) const {
-    put_value(out + row * stride + column, bits);
+    put_value(this->out + row * this->stride + column, bits);
   }
   __device__ __forceinline__ void end_outliers(int64_t, int64_t, int, int) const {}
   __device__ __forceinline__ void end(int64_t, DeviceGrid, int) const {}
@@ -195,6 +203,25 @@ struct ScaleSink {
   __device__ __forceinline__ void keep(int64_t, int64_t, int64_t, uint32_t, T) const {}
   __device__ __forceinline__ void end_outliers(int64_t, int64_t, int, int) const {}
   __device__ __forceinline__ void end(int64_t row, DeviceGrid grid, int) const { scales[row] = grid.scale; }
+  __device__ __forceinline__ void pad(int64_t) const {}
+};
+
+// The values themselves, not rounded to integers.
+template <class T>
+struct CopySink : ValueRows<T> {
+  using typename ValueRows<T>::Place;
+
+  static constexpr bool kSums = false;
+  static constexpr bool kCuts = false;
+  static constexpr bool kOutliers = false;
+
+  __device__ __forceinline__ void store(Place place, const TokenVector<T>& values, uint2, DeviceGrid,
+                                        int count, uint32_t) const {
+    values.store(place, count, this->wide, 0);
+  }
+  __device__ __forceinline__ void keep(int64_t, int64_t, int64_t, uint32_t, T) const {}
+  __device__ __forceinline__ void end_outliers(int64_t, int64_t, int, int) const {}
+  __device__ __forceinline__ void end(int64_t, DeviceGrid, int) const {}
   __device__ __forceinline__ void pad(int64_t) const {}
 };
 
