@@ -127,6 +127,13 @@ void bind_kernels(py::module_& module) {
     const py::gil_scoped_release release;
     multiply_on_cuda(packed, in, out);
   });
+  module.def("multiply_integers_on_cuda", [](const ArrayRef& x, const PackedTensor& packed,
+                                             const std::string& activations, const ArrayRef& y) {
+    const auto in = x.matrix<const float>("x", DType::f32);
+    const auto out = y.matrix<float>("y", DType::f32);
+    const py::gil_scoped_release release;
+    multiply_integers_on_cuda(packed, in, activation_format_from_json(activations), out);
+  });
   module.def("cuda_libraries", &cuda_libraries);
   module.def("kernel_table", &table);
   module.def("built_with_cuda", &built_with_cuda);

@@ -230,6 +230,37 @@ def _cuda_checks(kernels: list[dict[str, str]]) -> list[Check]:
             except Exception as error:
                 passed, detail = False, f"{type(error).__name__}: {error}"
             checks.append(Check(f"multiply on CUDA: {spec}", passed, detail))
+    return checks + _integer_checks(w, x)
+
+
+def _integer_checks(w: np.ndarray, x: np.ndarray) -> list[Check]:
+    """Products of integers on the device against those on the CPU, of formats that both multiply."""
+    import quantloom
+    from quantloom import _arrays, _core
+    from quantloom.activations import parse_activations
+
+    checks = []
+    activations = parse_activations("int8:token")
+    description = _core.ActivationDescription(activations.to_json())
+    for spec in ("uniform:8:channel", "uniform:4:channel:asym", "uniform:4:g128", "sdr:4:g16"):
+        json = quantloom.parse_format(spec).to_json()
+        if _core.why_not_matmul_integers_cuda(json, description, x.shape[1], "float16"):
+            continue
+        try:
+            packed = quantloom.quantize(w, spec)
+            y = np.empty((len(x), len(w)), dtype=np.float32)
+            _core.multiply_integers_on_cuda(
+                _arrays.describe("x", x).core,
+                packed._core(),
+                activations.to_json(),
+                _arrays.describe("y", y).core,
+            )
+            expected = quantloom.matmul(x, packed, activations="int8:token").astype(np.float64)
+            error = float(np.abs(y - expected).max() / np.abs(expected).max())
+            passed, detail = error < 1e-3, f"within {error:.1g} of the CPU's"
+        except Exception as error:
+            passed, detail = False, f"{type(error).__name__}: {error}"
+        checks.append(Check(f"multiply integers on CUDA: {spec}", passed, detail))
     return checks
 
 

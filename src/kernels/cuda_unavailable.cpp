@@ -44,6 +44,11 @@ void multiply_on_cuda(const PackedTensor& /*packed*/, MatrixView<const float> /*
   refuse("multiply_on_cuda");
 }
 
+void multiply_integers_on_cuda(const PackedTensor& /*packed*/, MatrixView<const float> /*x*/,
+                               const ActivationFormat& /*activations*/, MatrixView<float> /*y*/) {
+  refuse("multiply_integers_on_cuda");
+}
+
 void dequantize_cuda(const PackedTensor& /*packed*/, void* /*out*/, DType /*out_dtype*/, int64_t /*stride*/,
                      void* /*stream*/) {
   refuse("dequantize_cuda");

@@ -6,7 +6,9 @@
 
 #include "device_memory.hpp"
 #include "quantloom/kernels/cuda_check.hpp"
+#include "quantloom/kernels/integer_cuda.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
+#include "quantloom/kernels/matmul.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
@@ -71,6 +73,40 @@ TEST_F(CheckProductSmall, EqualsTheDecodedProduct) {
     }
   }
   EXPECT_GT(products, 0);
+}
+
+TEST_F(CheckProductSmall, IntegersAgreeWithTheCpu) {
+  constexpr int64_t kRows = 37;
+  constexpr int64_t kColumns = 256;
+  constexpr int64_t kTokens = 3;
+  const ActivationFormat activations = activation_format_from_spec("int8:token");
+  const CounterRandom random(6);
+  std::vector<float> w(kRows * kColumns);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(random.normal(i));
+  std::vector<float> halves(kTokens * kColumns);
+  for (size_t i = 0; i < halves.size(); ++i) {
+    halves[i] = float_from_f16(f16_from_float(static_cast<float>(random.normal(w.size() + i))));
+  }
+  const MatrixView<const float> x(halves.data(), kTokens, kColumns);
+  for (const char* spec : {"uniform:8:channel", "uniform:4:channel:asym", "sdr:4:g16"}) {
+    SCOPED_TRACE(spec);
+    const PackedTensor packed =
+        round_nearest(MatrixView<const float>(w.data(), kRows, kColumns), format_from_spec(spec)).tensor;
+    std::vector<float> results(kTokens * kRows, std::nanf(""));
+    std::vector<float> expected(results.size());
+    const MatrixView<float> y(results.data(), kTokens, kRows);
+    if (why_not_matmul_integers_cuda(*packed.format, activations, kColumns, DType::f16)) {
+      EXPECT_THROW(multiply_integers_on_cuda(packed, x, activations, y), Unsupported);
+      continue;
+    }
+    multiply_integers_on_cuda(packed, x, activations, y);
+    matmul(x, *prepare(packed), MatrixView<float>(expected.data(), kTokens, kRows), activations);
+    for (size_t i = 0; i < results.size(); ++i) {
+      ASSERT_NEAR(results[i], expected[i], 1e-3F * std::abs(expected[i]) + 1e-4F) << i;
+    }
+    const ActivationFormat outliers = activation_format_from_spec("int8:token:outliers=6");
+    EXPECT_THROW(multiply_integers_on_cuda(packed, x, outliers, y), Unsupported);
+  }
 }
 
 TEST_F(CheckProductSmall, KernelsAreNamedAsInTheTable) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "quantloom/activations/activation_format.hpp"
 #include "quantloom/matrix_view.hpp"
 #include "quantloom/packed_tensor.hpp"
 
@@ -22,5 +23,9 @@ std::vector<CudaLibraryFacts> examine_cuda_libraries();
 // y [m, n] = x [m, k] W^T on the current device with float16 activations, by the kernel that the table picks;
 // all arguments on the CPU. Throws Unsupported where no kernel runs, InvalidArgument for wrong shapes.
 void multiply_on_cuda(const PackedTensor& packed, MatrixView<const float> x, MatrixView<float> y);
+// The same as a product of integers: x in float16, rounded to `activations` on the device. Throws Unsupported
+// for activations with outliers, too.
+void multiply_integers_on_cuda(const PackedTensor& packed, MatrixView<const float> x,
+                               const ActivationFormat& activations, MatrixView<float> y);
 
 }  // namespace quantloom
