@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import json as _json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from quantloom import _arrays, _checks, _core
 
@@ -52,6 +55,9 @@ class ActivationFormat:
         outlier_threshold: None, or the magnitude from which on inputs are outliers (LLM.int8(): Dettmers et
             al., 2022; there 6): every input that reaches it in any token of a batch is kept as it is in all
             of them, multiplied with the decoded weights, and counts for no scale. Without base_bits.
+        outlier_percent: None, or the share of the inputs that are outliers, above 0 and below 100, rounded up
+            to whole inputs: those of the largest magnitudes in calibration. With static_outliers, in place
+            of a threshold.
         static_outliers: the outliers are those that calibration found (or ``with_columns``), so that the
             result of a token does not depend on the others. In models, the columns of weights that read them
             stay in float16 (``keep_columns``).
@@ -71,6 +77,7 @@ class ActivationFormat:
     outlier_threshold: float | None = None
     static_outliers: bool = False
     outlier_columns: tuple[int, ...] | None = None
+    outlier_percent: float | None = None
     _description: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -102,24 +109,24 @@ class ActivationFormat:
             "version": 1,
             "zero_point": self.zero_point,
         }
-        if self.outlier_threshold is None:
+        limits = [f for f in ("outlier_threshold", "outlier_percent") if getattr(self, f) is not None]
+        if len(limits) == 2:
+            raise ValueError("outlier_threshold, outlier_percent: got both, expected one of them")
+        if not limits:
             if self.static_outliers or self.outlier_columns is not None:
                 raise ValueError("outlier_threshold: got None, expected a number beside static outliers")
         else:
-            expected = "a positive number"
-            put(
-                self, "outlier_threshold", _checks.real("outlier_threshold", self.outlier_threshold, expected)
-            )
+            put(self, limits[0], _checks.real(limits[0], getattr(self, limits[0]), "a positive number"))
             if self.outlier_columns is not None:
                 columns = [_checks.integer("outlier_columns", column, 0) for column in self.outlier_columns]
                 put(self, "outlier_columns", tuple(columns))
             fields |= {
-                "outlier_threshold": self.outlier_threshold,
+                limits[0]: getattr(self, limits[0]),
                 "static_outliers": self.static_outliers,
                 "outlier_columns": self.outlier_columns,
             }
         put(self, "_description", _core.activations_canonical(_json.dumps(fields)))
-        for name in ("scale", "outlier_threshold"):
+        for name in ("scale", "outlier_threshold", "outlier_percent"):
             if getattr(self, name) is not None:
                 put(self, name, _json.loads(self._description)[name])  # as float32 has it
 
@@ -142,6 +149,15 @@ class ActivationFormat:
         """The static format with the grid for values from `low` to `high`, outliers apart."""
         low, high = _checks.real("low", low), _checks.real("high", high)
         return activations_from_json(_core.activations_with_range(self._description, low, high))
+
+    def outliers_of(self, magnitudes: Any) -> ActivationFormat:
+        """The format with static outliers at the columns that inputs of these largest magnitudes ``[k]``
+        have: those that reach the threshold, or so many percent, of equal ones the first."""
+        values = np.asarray(magnitudes, dtype=np.float32)
+        if self.outlier_percent is None:
+            return self.with_columns(np.flatnonzero(values >= self.outlier_threshold).tolist())
+        count = min(len(values), math.ceil(round(len(values) * self.outlier_percent / 100, 6)))
+        return self.with_columns(np.argsort(-values, kind="stable")[:count].tolist())
 
     def with_columns(self, columns: Iterable[int]) -> ActivationFormat:
         """The format with static outliers at these columns."""
@@ -166,7 +182,8 @@ def parse_activations(spec: str | ActivationFormat) -> ActivationFormat:
     - ``int8:tensor:static``: with a scale that calibration finds; ``int8:tensor:static=0.02``, and
       ``int8:tensor:asym:static=0.02,-5``: a known one
     - ``int8:token:outliers=6``: inputs that reach 6 are kept as they are; with ``:static-outliers``
-      those that do in calibration, with ``:columns=3,17`` known ones
+      those that do in calibration, with ``:columns=3,17`` known ones; ``int8:token:outliers=1%``: that
+      share of the inputs, those of the largest magnitudes in calibration
     - ``sdr4:g16[:b16][:tensor[:static]]``: the 4 significant bits of integers of 8 (or 16) bits, the shift
       shared by 16 inputs
 
@@ -196,6 +213,7 @@ def _from_fields(entry: dict[str, Any]) -> ActivationFormat:
         entry.get("outlier_threshold"),
         entry.get("static_outliers", False),
         None if entry.get("outlier_columns") is None else tuple(entry["outlier_columns"]),
+        entry.get("outlier_percent"),
     )
 
 

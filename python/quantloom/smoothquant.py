@@ -251,7 +251,9 @@ def search_smoothing(
             scaled, seen = (w, x) if scales is None else (w * scales, x * (1 / scales))
             try:
                 decoded = quantize(np.ascontiguousarray(scaled), format, Nearest(), threads=threads)
-                seen = seen if form is None else round_activations(np.ascontiguousarray(seen), form, threads)
+                if form is not None:
+                    chosen = form.outliers_of(_column_maxima(seen)) if form.outlier_percent else form
+                    seen = round_activations(np.ascontiguousarray(seen), chosen, threads)
             except ValueError:  # a scale beyond its dtype
                 return float("inf")
             error = seen @ decoded.dequantize(threads=threads).T - y
@@ -276,7 +278,9 @@ def search_smoothing(
 def _of_the_sample(format: ActivationFormat) -> ActivationFormat:
     if format.static:
         format = replace(format, static=False, scale=None, zero_point=None)
-    return replace(format, static_outliers=False, outlier_columns=None) if format.static_outliers else format
+    if not format.static_outliers or format.outlier_percent:  # a share of columns: chosen as scales are tried
+        return format
+    return replace(format, static_outliers=False, outlier_columns=None)
 
 
 def quantize_smoothed(w: Any, format: Format, rounding: SmoothQuant, threads: int) -> PackedTensor:

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kVersion = 1;
 constexpr std::string_view kSpecForm =
     "intBITS:token, intBITS:tensor[:static[=SCALE[,ZERO]]] or intBITS:gN, each with :asym if need be "
-    "and [:outliers=LIMIT[:static-outliers|:columns=C,C,...]], or "
+    "and [:outliers=LIMIT[:static-outliers|:columns=C,C,...]] or [:outliers=PERCENT%[:columns=C,C,...]], or "
     "sdrBITS:gN[:bBASE][:token|:tensor][:static[=SCALE]], with 2 to 8 BITS, N above 0 and BASE up to 16";
 
 std::string_view name_of(ActivationScope scope) {
@@ -82,11 +82,22 @@ void require_valid(const ActivationFormat& format) {
   if (!(format.outlier_threshold >= 0 && format.outlier_threshold < kLargestActivation)) {
     refuse("outlier_threshold", format.outlier_threshold, "0 or a positive number below 2^127");
   }
+  if (!(format.outlier_percent >= 0 && format.outlier_percent < 100)) {
+    refuse("outlier_percent", format.outlier_percent, "0 or a positive number below 100");
+  }
+  if (format.outlier_percent > 0) {
+    if (format.outlier_threshold > 0) {
+      refuse("outlier_percent", format.outlier_percent, "0 beside an outlier_threshold");
+    }
+    if (!format.static_outliers) refuse("static_outliers", "false", "true beside an outlier_percent");
+  }
   if (format.has_outliers() && format.has_shifts()) {
-    refuse("outlier_threshold", format.outlier_threshold, "0 beside base_bits");
+    const bool by_threshold = format.outlier_threshold > 0;
+    refuse(by_threshold ? "outlier_threshold" : "outlier_percent",
+           by_threshold ? format.outlier_threshold : format.outlier_percent, "0 beside base_bits");
   }
   if (format.static_outliers && !format.has_outliers()) {
-    refuse("static_outliers", "true", "false without an outlier_threshold");
+    refuse("static_outliers", "true", "false without an outlier_threshold or outlier_percent");
   }
   if (format.outlier_columns) {
     if (!format.static_outliers) refuse("outlier_columns", "some", "none without static_outliers");
@@ -123,8 +134,12 @@ std::string ActivationFormat::spec() const {
     text += text_of_float(grid->scale);
     if (!symmetric) text += text_of(",", grid->zero);
   }
-  if (has_outliers()) text += ":outliers=" + text_of_float(outlier_threshold);
-  if (static_outliers && !outlier_columns) text += ":static-outliers";
+  if (outlier_percent > 0) {
+    text += ":outliers=" + text_of_float(outlier_percent) + '%';
+  } else if (has_outliers()) {
+    text += ":outliers=" + text_of_float(outlier_threshold);
+    if (static_outliers && !outlier_columns) text += ":static-outliers";
+  }
   if (outlier_columns) {
     text += ":columns=";
     for (size_t i = 0; i < outlier_columns->size(); ++i) {
@@ -152,7 +167,8 @@ std::string ActivationFormat::to_json() const {
     object["zero_point"] = grid->zero;
   }
   if (has_outliers()) {
-    object["outlier_threshold"] = static_cast<double>(outlier_threshold);
+    object[outlier_percent > 0 ? "outlier_percent" : "outlier_threshold"] =
+        static_cast<double>(outlier_percent > 0 ? outlier_percent : outlier_threshold);
     object["static_outliers"] = static_outliers;
     object["outlier_columns"] = nullptr;
     if (outlier_columns) object["outlier_columns"] = *outlier_columns;
@@ -164,15 +180,17 @@ namespace {
 
 // Takes the keys of outlier columns out of a description that has them.
 void take_outliers(nlohmann::json& object, std::string_view json, ActivationFormat& format) {
-  if (!object.contains("outlier_threshold")) return;
+  const bool by_percent = object.contains("outlier_percent");
+  const char* limit = by_percent ? "outlier_percent" : "outlier_threshold";
+  if (!object.contains(limit)) return;
   for (const char* key : {"static_outliers", "outlier_columns"}) {
     if (!object.contains(key)) refuse_description(json, text_of("a key \"", key, "\""));
   }
-  const nlohmann::json threshold = object.at("outlier_threshold");
-  if (!threshold.is_number() || !(threshold.get<double>() > 0) || !(threshold.get<double>() < 1e38)) {
-    refuse_description(json, "a positive number \"outlier_threshold\"");
+  const nlohmann::json number = object.at(limit);
+  if (!number.is_number() || !(number.get<double>() > 0) || !(number.get<double>() < 1e38)) {
+    refuse_description(json, text_of("a positive number \"", limit, "\""));
   }
-  format.outlier_threshold = static_cast<float>(threshold.get<double>());
+  (by_percent ? format.outlier_percent : format.outlier_threshold) = static_cast<float>(number.get<double>());
   if (!object.at("static_outliers").is_boolean())
     refuse_description(json, "\"static_outliers\": true or false");
   format.static_outliers = object.at("static_outliers").get<bool>();
@@ -187,7 +205,7 @@ void take_outliers(nlohmann::json& object, std::string_view json, ActivationForm
       format.outlier_columns->push_back(column.get<int32_t>());
     }
   }
-  for (const char* key : {"outlier_threshold", "static_outliers", "outlier_columns"}) object.erase(key);
+  for (const char* key : {limit, "static_outliers", "outlier_columns"}) object.erase(key);
 }
 
 }  // namespace
@@ -269,12 +287,15 @@ ActivationFormat activation_format_from_spec(std::string_view spec) {
       format.is_static = true;
       if (part != "static" && !take_grid(part.substr(7), format)) refuse();
     } else if (part.starts_with("outliers=") && !format.has_outliers()) {
-      const auto threshold = parse_float(part.substr(9));
-      if (!threshold || !(*threshold > 0)) refuse();
-      format.outlier_threshold = *threshold;
+      const bool by_percent = part.ends_with('%');
+      const auto limit = parse_float(part.substr(9, part.size() - 9 - (by_percent ? 1 : 0)));
+      if (!limit || !(*limit > 0)) refuse();
+      (by_percent ? format.outlier_percent : format.outlier_threshold) = *limit;
+      format.static_outliers = by_percent || format.static_outliers;
     } else if (part == "static-outliers" && !format.static_outliers) {
       format.static_outliers = true;
-    } else if (part.starts_with("columns=") && !format.static_outliers) {
+    } else if (part.starts_with("columns=") && !format.outlier_columns &&
+               (!format.static_outliers || format.outlier_percent > 0)) {
       format.static_outliers = true;
       format.outlier_columns.emplace();
       for (std::string_view rest = part.substr(8); !rest.empty();) {

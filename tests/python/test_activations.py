@@ -129,6 +129,10 @@ def test_formats():
         ({"scope": "row"}, "scope"),
         ({"outlier_threshold": -6.0}, "outlier_threshold"),
         ({"static_outliers": True}, "outlier_threshold"),
+        ({"outlier_percent": 1}, "static_outliers"),
+        ({"outlier_percent": 100, "static_outliers": True}, "outlier_percent"),
+        ({"outlier_percent": "1%", "static_outliers": True}, "outlier_percent"),
+        ({"outlier_percent": 1, "outlier_threshold": 6, "static_outliers": True}, "outlier_percent"),
         ({"outlier_threshold": 6, "outlier_columns": (1, 2)}, "outlier_columns"),
         ({"outlier_threshold": 6, "static_outliers": True, "outlier_columns": (2, 1)}, "outlier_columns"),
         ({"bits": 4, "base_bits": 8, "group_size": 4, "outlier_threshold": 6}, "outlier_threshold"),
@@ -179,6 +183,12 @@ def test_outlier_columns(factor):
         alone = ql.matmul(x[t : t + 1], q, activations=static)
         assert np.array_equal(alone[0], ql.matmul(x, q, activations=static)[t])
     form = ql.parse_activations("int8:token:outliers=6:static-outliers")
+    assert form.outliers_of([7, 5.9, 6, 0]).outlier_columns == (0, 2)
+    share = ql.parse_activations("int8:token:outliers=34%")  # of four: two, of equal ones the first
+    assert share.static_outliers and not share.calibrated and share.outlier_percent == 34
+    assert share.outliers_of([1, 5, 2, 2]).spec == "int8:token:outliers=34%:columns=1,2"
+    assert share.outliers_of([]).outlier_columns == ()
+    assert ql.ActivationFormat(outlier_percent=34, static_outliers=True) == share
     assert not form.calibrated and form.with_columns([90, 3, 17]) == ql.parse_activations(static)
     assert ql.activations_from_json(form.to_json()) == form
     with pytest.raises(ValueError, match="their columns"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import model_factory
+import numpy as np
 import pytest
 import quantloom as ql
 import torch
@@ -94,6 +95,13 @@ def test_static_outliers_are_counted(model, tmp_path):
         assert plan.output_bytes - plain.output_bytes == sum(
             (a.bits - b.bits) // 8 for a, b in zip(plan.modules, plain.modules, strict=True)
         )
+    recipe = ql.Recipe.parse("uniform:8:g32", activations="int8:token:outliers=3%")
+    sample = {"windows": 2, "window": 32, "held_out_windows": 1}
+    plan = models.plan(model, recipe, outlier_share=1.0)
+    report = models.quantize(model, recipe, np.arange(96) % 97, output=tmp_path / "share", **sample)
+    assert plan.outlier_share is None
+    assert all(m.outlier_columns == -(-3 * m.shape[1] // 100) for m in plan.modules)
+    assert [module.bits for module in plan.modules] == [module.bits for module in report.modules]
     with pytest.raises(ValueError, match=r"outlier_share: got 2\.0"):
         models.plan(model, recipe, outlier_share=2)
     with pytest.raises(ValueError, match="calibrated: got False"):

@@ -70,6 +70,7 @@ def test_smoothing_and_outlier_columns_restore_what_planted_channels_cost(plante
         ("smoothquant", "int8:token"),
         ("nearest", "int8:token:outliers=12"),
         ("nearest", "int8:token:outliers=12:static-outliers"),
+        ("nearest", "int8:token:outliers=2%"),
     ):
         kl = divergence(planted, reference, ids, tmp_path, rounding, activations)
         print(f"{rounding} {activations}: KL {kl:.5f}, nearest {nearest:.5f}, unplanted {before:.5f}")

@@ -156,6 +156,7 @@ class TestModels:
             "int8:tensor:asym:static",
             "sdr4:g16:b16",
             "int8:tensor:static:outliers=2:static-outliers",
+            "int8:token:outliers=2%",
         ],
     )
     def test_checkpoints_tell_the_activations(self, activations, tmp_path):

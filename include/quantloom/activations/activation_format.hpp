@@ -15,7 +15,8 @@
 //
 // Outlier columns (LLM.int8(): Dettmers et al., 2022), beside a grid: inputs that reach `outlier_threshold`
 // in any token of the batch are kept as they are, and count for no scale; or, with static_outliers, a fixed
-// set of inputs that calibration found, so that a token's result does not depend on the others.
+// set of inputs that calibration found, so that a token's result does not depend on the others. With
+// `outlier_percent` these are the inputs of the largest magnitudes, as many as that of all, rounded up.
 #pragma once
 
 #include <cstdint>
@@ -45,16 +46,18 @@ struct ActivationFormat {
   bool is_static = false;  // scope tensor: scale and zero are fixed in advance
   std::optional<FixedGrid> grid = {};                        // of a static format, once it is calibrated
   float outlier_threshold = 0.0F;                            // > 0: inputs of that magnitude are kept
+  float outlier_percent = 0.0F;                              // > 0: that many, with static_outliers
   bool static_outliers = false;                              // those of outlier_columns alone are
   std::optional<std::vector<int32_t>> outlier_columns = {};  // rising; once they are calibrated
 
-  bool has_outliers() const { return outlier_threshold > 0; }
+  bool has_outliers() const { return outlier_threshold > 0 || outlier_percent > 0; }
   bool has_shifts() const { return base_bits > 0; }
   // Runs of inputs with a scale of their own (or a shift), of which the last may be shorter.
   int64_t group_count(int64_t k) const;
   // "int8:token", "int4:g128:asym", "int8:tensor:static", "int8:tensor:static=0.0123" (asymmetric
   // "...:static=0.0123,-5"), "int8:token:outliers=6",
-  // "int8:token:outliers=6:static-outliers", "int8:token:outliers=6:columns=3,17", "sdr4:g16",
+  // "int8:token:outliers=6:static-outliers", "int8:token:outliers=6:columns=3,17",
+  // "int8:token:outliers=1%", "int8:token:outliers=1%:columns=3,17", "sdr4:g16",
   // "sdr4:g16:b16", "sdr4:g16:b16:tensor:static".
   std::string spec() const;
   // A JSON object with sorted keys; activation_format_from_json() reads it back.

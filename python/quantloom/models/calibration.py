@@ -471,8 +471,7 @@ class InputRange:
         """An ``ActivationFormat`` with the outliers and the scale that it needs."""
         low, high = self.low, self.high
         if form.static_outliers and form.outlier_columns is None:
-            reached = torch.maximum(-low, high) >= form.outlier_threshold
-            form = form.with_columns(torch.nonzero(reached).flatten().tolist())
+            form = form.outliers_of(torch.maximum(-low, high).numpy())
         if form.static and form.scale is None:
             kept = torch.ones(len(low), dtype=torch.bool)
             kept[list(form.outlier_columns or ())] = False

@@ -200,7 +200,9 @@ def plan(
         bits_per_weight=bits / weights,
         modules=modules,
         unquantized=targets.left,
-        outlier_share=outlier_share if any(_assumed(recipe.activations_for(n)) for n in sizes) else None,
+        outlier_share=outlier_share
+        if any(_unknown_share(recipe.activations_for(n)) for n in sizes)
+        else None,
     )
 
 
@@ -209,10 +211,15 @@ def _assumed(activations: Any) -> bool:
     return activations is not None and activations.static_outliers and activations.outlier_columns is None
 
 
+def _unknown_share(activations: Any) -> bool:
+    return _assumed(activations) and activations.outlier_percent is None
+
+
 def _outlier_columns(activations: Any, k: int, share: float) -> int:
     """Columns of weights that stay in float16."""
     if _assumed(activations):
-        return math.ceil(round(share * k, 6))
+        percent = activations.outlier_percent
+        return math.ceil(round((share if percent is None else percent / 100) * k, 6))
     return len((activations and activations.outlier_columns) or ())
 
 

@@ -12,7 +12,8 @@ TEST(ActivationFormat, ShortFormsAndDescriptionsReadBack) {
        {"int8:token", "int4:g128:asym", "int6:tensor", "int8:tensor:static", "int8:tensor:static=0.0123",
         "int8:tensor:asym:static=1e-05,-7", "sdr4:g16:b8", "sdr4:g16:b16", "sdr3:g8:b16:tensor:static=2",
         "int2:token:asym", "int8:token:outliers=6", "int8:token:outliers=6:static-outliers",
-        "int8:tensor:static:outliers=6.5:columns=0,17,4095", "int8:g16:asym:outliers=6:columns="}) {
+        "int8:tensor:static:outliers=6.5:columns=0,17,4095", "int8:g16:asym:outliers=6:columns=",
+        "int8:token:outliers=1%", "int8:token:outliers=0.5%:columns=3,17"}) {
     const ActivationFormat format = activation_format_from_spec(spec);
     EXPECT_EQ(format.spec(), spec);
     EXPECT_EQ(activation_format_from_json(format.to_json()), format) << spec;
@@ -67,6 +68,14 @@ TEST(ActivationFormat, RefusesWhatItDoesNotUnderstand) {
                            "int8:token:outliers=6:outliers=6",
                            "int8:token:outliers=6:columns=4,2",
                            "sdr4:g16:outliers=6",
+                           "sdr4:g16:outliers=1%",
+                           "int8:token:outliers=%",
+                           "int8:token:outliers=0%",
+                           "int8:token:outliers=100%",
+                           "int8:token:outliers=1%%",
+                           "int8:token:outliers=1%:static-outliers",
+                           "int8:token:outliers=1%:outliers=6",
+                           "int8:token:outliers=6:static-outliers:columns=3",
                            "int8:token:outliers=6:columns=4294967296",
                            "int8:g99999999999999999999"}) {
     EXPECT_THROW(activation_format_from_spec(spec), InvalidArgument) << spec;
