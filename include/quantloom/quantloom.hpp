@@ -54,6 +54,8 @@
 #include "quantloom/kernels/integer_cuda.hpp"
 #include "quantloom/kernels/kernel_table.hpp"
 #include "quantloom/kernels/matmul.hpp"
+#include "quantloom/kv_cache/kv_attention.hpp"
+#include "quantloom/kv_cache/kv_cache.hpp"
 #include "quantloom/packed_tensor.hpp"
 #include "quantloom/rounding/beam_search.hpp"
 #include "quantloom/rounding/channel_scales.hpp"

@@ -86,6 +86,7 @@ void bind_kernels(py::module_& module);
 void bind_cuda(py::module_& module);
 void bind_cuda_integers(py::module_& module);
 void bind_coded(py::module_& module);
+void bind_kv_cache(py::module_& module);
 void bind_transforms(py::module_& module);
 void bind_io(py::module_& module);
 

@@ -172,6 +172,7 @@ _LAZY_MODULES = (
     "evaluate",
     "experiments",
     "fit",
+    "kv",
     "model_quantisation",
     "models",
     "nn",

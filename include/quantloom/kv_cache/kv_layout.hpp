@@ -1,0 +1,61 @@
+// Where codes and scales lie in the pages of a cache: the same memory for every device.
+//
+// A page holds page_tokens consecutive tokens of one sequence, for all KV heads of a layer; token t of a
+// sequence (counted from the first that is not kept exact) is at slot t % page_tokens of its page number
+// t / page_tokens. A page is kv_heads records of record_bytes, one after the other: all that attention reads
+// of a head for those tokens, in one run. A record is four parts, each at a multiple of 16 bytes:
+//   codes of the keys      [page_tokens, row_bytes]  a dense bit stream per token, lowest bits first, rows
+//                                                    padded to 4 bytes
+//   their parameters       by channel: float16 (scale, min) [page_tokens / group, head_dim]
+//                          by token:   float16 (scale, min) [page_tokens, groups]
+//                          sdr:        float16 scale [page_tokens], then shifts [page_tokens, shift_bytes]:
+//                                      a dense bit stream per token; codes are two's complement
+//   codes of the values    as those of the keys
+//   their parameters
+//
+// Rows of codes serve both products of attention on tensor cores: lanes take their channels of a token in one
+// piece; of values, the words of two tokens are interleaved by halves, two byte permutations for 16 codes of
+// 2 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "quantloom/kv_cache/kv_format.hpp"
+
+namespace quantloom {
+
+enum class KVSide : uint8_t { keys, values };
+
+enum class KVCodec : uint8_t { channel_grid, token_grid, digits };
+
+// The keys or the values of a record.
+struct KVPart {
+  KVCodec codec = KVCodec::token_grid;
+  int bits = 0;
+  int64_t group = 0;      // tokens or channels
+  int64_t groups = 0;     // of a page (channel_grid) or of a token
+  int64_t row_bytes = 0;  // of a token's codes
+  int64_t codes = 0;      // byte offsets in a record
+  int64_t parameters = 0;
+  int64_t shifts = 0;       // of digits
+  int64_t shift_bytes = 0;  // of digits, for a token
+  int shift_bits = 0;       // of digits, for a group
+};
+
+struct KVLayout {
+  int64_t head_dim = 0;
+  int64_t page_tokens = 0;  // the multiple of the keys' group up to 128 tokens (or one group)
+  KVPart keys;
+  KVPart values;
+  int64_t record_bytes = 0;
+
+  // Stored bits of an element whose token has left the window: of whole pages, padding included.
+  double average_bits() const;
+  const KVPart& part(KVSide side) const { return side == KVSide::keys ? keys : values; }
+};
+
+// head_dim: a multiple of 8 from 8 to 1024 (InvalidArgument otherwise); with hadamard a size that
+// transforms/hadamard.hpp knows.
+KVLayout kv_layout(const KVFormat& format, int64_t head_dim);
+
+}  // namespace quantloom

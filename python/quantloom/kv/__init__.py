@@ -1,0 +1,40 @@
+"""Keys and values of attention in a few bits.
+
+    cache = ql.kv.KVCache("kivi:2", sequences=1, kv_heads=8, head_dim=128)
+    cache.append(keys, values)                            # [sequences, kv_heads, tokens, head_dim]
+    out = cache.attend(queries)                           # straight from the codes
+
+    ql.kv.use_attention(model)                            # a model of transformers
+    model.generate(**inputs, past_key_values=ql.kv.KIVICache(model.config, bits=2))
+
+``KVFormat`` and ``KVCache`` need NumPy alone; the caches for transformers import it when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantloom.kv.format import KVFormat, kv_format_from_json, parse_kv_format
+from quantloom.kv.plain import KVCache, KVUsage
+
+__all__ = [
+    "KVCache",
+    "KVFormat",
+    "KVUsage",
+    "kv_format_from_json",
+    "parse_kv_format",
+]
+
+_GENERATION = ("KIVICache", "QuantizedKVCache", "use_attention")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _GENERATION:
+        from quantloom.kv import generation
+
+        return getattr(generation, name)
+    raise AttributeError(f"module 'quantloom.kv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_GENERATION])

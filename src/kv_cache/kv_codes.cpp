@@ -1,0 +1,163 @@
+#include "kv_cache/kv_codes.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "quantloom/checked_math.hpp"
+#include "quantloom/dtype.hpp"
+
+namespace quantloom::kv_cache {
+namespace {
+
+constexpr float kSmallestScale = 0x1p-24F;
+
+struct Grid {
+  float scale = 0;
+  float least = 0;
+};
+
+// The grid of values from low to high, as float16 has it, stored at `to`.
+Grid store_grid(float low, float high, int bits, std::byte* to) {
+  const float step = std::max((high - low) / static_cast<float>((1 << bits) - 1), kSmallestScale);
+  const std::array<uint16_t, 2> pair = {f16_from_float(step), f16_from_float(low)};
+  std::memcpy(to, pair.data(), sizeof pair);
+  return {float_from_f16(pair[0]), float_from_f16(pair[1])};
+}
+
+Grid load_grid(const std::byte* from) {
+  std::array<uint16_t, 2> pair{};
+  std::memcpy(pair.data(), from, sizeof pair);
+  return {float_from_f16(pair[0]), float_from_f16(pair[1])};
+}
+
+uint8_t code_of(float x, const Grid& grid, int bits) {
+  const float steps = std::nearbyint((x - grid.least) / grid.scale);
+  return static_cast<uint8_t>(std::clamp(steps, 0.0F, static_cast<float>((1 << bits) - 1)));
+}
+
+// Writes `count` codes as a dense stream of `bytes` bytes.
+void pack_row(const uint8_t* codes, int64_t count, int bits, std::byte* row, int64_t bytes) {
+  std::memset(row, 0, static_cast<size_t>(bytes));
+  uint32_t held = 0;
+  int filled = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    held |= static_cast<uint32_t>(codes[i] & ((1U << bits) - 1)) << filled;
+    filled += bits;
+    for (; filled >= 8; filled -= 8, held >>= 8) *row++ = static_cast<std::byte>(held & 0xffU);
+  }
+  if (filled > 0) *row = static_cast<std::byte>(held);
+}
+
+uint8_t code_at(const std::byte* row, int64_t i, int bits) {
+  const int64_t bit = i * bits;
+  auto word = static_cast<uint32_t>(row[bit / 8]);
+  if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(row[bit / 8 + 1]) << 8;
+  return static_cast<uint8_t>((word >> (bit % 8)) & ((1U << bits) - 1));
+}
+
+// Significant digits of integers (formats/sdr.hpp) behind a shift for each group.
+void encode_digits(const KVPart& part, int64_t head_dim, const float* x, int64_t slot, std::byte* record,
+                   uint8_t* codes) {
+  float largest = 0;
+  for (int64_t d = 0; d < head_dim; ++d) largest = std::max(largest, std::abs(x[d]));
+  const uint16_t stored =
+      largest == 0 ? f16_from_float(1.0F) : f16_from_float(std::max(largest / 127.0F, kSmallestScale));
+  std::memcpy(record + part.parameters + slot * 2, &stored, sizeof stored);
+  const float scale = float_from_f16(stored);
+  const int half = 1 << (part.bits - 1);
+  std::vector<uint8_t> shifts(static_cast<size_t>(part.groups));
+  for (int64_t g = 0; g < part.groups; ++g) {
+    const int64_t end = std::min((g + 1) * part.group, head_dim);
+    const auto integer = [&](int64_t d) { return std::clamp(std::nearbyint(x[d] / scale), -127.0F, 127.0F); };
+    int most = 0;
+    for (int64_t d = g * part.group; d < end; ++d)
+      most = std::max(most, static_cast<int>(std::abs(integer(d))));
+    const int shift =
+        std::max(0, static_cast<int>(std::bit_width(static_cast<unsigned>(most))) - (part.bits - 1));
+    shifts[static_cast<size_t>(g)] = static_cast<uint8_t>(shift);
+    for (int64_t d = g * part.group; d < end; ++d) {
+      const float cut = std::nearbyint(std::ldexp(integer(d), -shift));
+      codes[d] = static_cast<uint8_t>(
+          static_cast<int>(std::clamp(cut, static_cast<float>(-half), static_cast<float>(half - 1))));
+    }
+  }
+  pack_row(shifts.data(), part.groups, part.shift_bits, record + part.shifts + slot * part.shift_bytes,
+           part.shift_bytes);
+}
+
+void decode_digits(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, float* out) {
+  uint16_t stored = 0;
+  std::memcpy(&stored, record + part.parameters + slot * 2, sizeof stored);
+  const float scale = float_from_f16(stored);
+  const std::byte* row = record + part.codes + slot * part.row_bytes;
+  const std::byte* shifts = record + part.shifts + slot * part.shift_bytes;
+  const int half = 1 << (part.bits - 1);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    const int code = (code_at(row, d, part.bits) ^ half) - half;
+    out[d] = scale * static_cast<float>(code * (1 << code_at(shifts, d / part.group, part.shift_bits)));
+  }
+}
+
+}  // namespace
+
+void encode_channels(const KVPart& part, int64_t head_dim, const float* x, int64_t group, std::byte* record) {
+  std::vector<Grid> grids(static_cast<size_t>(head_dim));
+  for (int64_t d = 0; d < head_dim; ++d) {
+    float low = x[d];
+    float high = x[d];
+    for (int64_t t = 1; t < part.group; ++t) {
+      low = std::min(low, x[t * head_dim + d]);
+      high = std::max(high, x[t * head_dim + d]);
+    }
+    grids[static_cast<size_t>(d)] =
+        store_grid(low, high, part.bits, record + part.parameters + (group * head_dim + d) * 4);
+  }
+  std::vector<uint8_t> codes(static_cast<size_t>(head_dim));
+  for (int64_t t = 0; t < part.group; ++t) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      codes[static_cast<size_t>(d)] = code_of(x[t * head_dim + d], grids[static_cast<size_t>(d)], part.bits);
+    }
+    pack_row(codes.data(), head_dim, part.bits,
+             record + part.codes + (group * part.group + t) * part.row_bytes, part.row_bytes);
+  }
+}
+
+void encode_token(const KVPart& part, int64_t head_dim, const float* x, int64_t slot, std::byte* record) {
+  std::array<uint8_t, 1024> codes{};
+  if (part.codec == KVCodec::digits) {
+    encode_digits(part, head_dim, x, slot, record, codes.data());
+  } else {
+    for (int64_t g = 0; g < part.groups; ++g) {
+      const int64_t begin = g * part.group;
+      const int64_t end = std::min(begin + part.group, head_dim);
+      const auto [low, high] = std::minmax_element(x + begin, x + end);
+      const Grid grid =
+          store_grid(*low, *high, part.bits, record + part.parameters + (slot * part.groups + g) * 4);
+      for (int64_t d = begin; d < end; ++d) codes[static_cast<size_t>(d)] = code_of(x[d], grid, part.bits);
+    }
+  }
+  pack_row(codes.data(), head_dim, part.bits, record + part.codes + slot * part.row_bytes, part.row_bytes);
+}
+
+void decode_reference(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot,
+                      int64_t count, float* out) {
+  for (int64_t t = slot; t < slot + count; ++t, out += head_dim) {
+    if (part.codec == KVCodec::digits) {
+      decode_digits(part, head_dim, record, t, out);
+      continue;
+    }
+    const std::byte* row = record + part.codes + t * part.row_bytes;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const int64_t pair = part.codec == KVCodec::channel_grid ? t / part.group * head_dim + d
+                                                               : t * part.groups + d / part.group;
+      const Grid grid = load_grid(record + part.parameters + pair * 4);
+      out[d] = grid.scale * static_cast<float>(code_at(row, d, part.bits)) + grid.least;
+    }
+  }
+}
+
+}  // namespace quantloom::kv_cache

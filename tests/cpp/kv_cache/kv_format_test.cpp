@@ -1,0 +1,104 @@
+#include "quantloom/kv_cache/kv_format.hpp"
+
+#include <gtest/gtest.h>
+
+#include "quantloom/error.hpp"
+#include "quantloom/kv_cache/kv_layout.hpp"
+
+namespace quantloom {
+namespace {
+
+TEST(KVFormat, ShortFormsAndDescriptionsComeBack) {
+  for (const char* spec :
+       {"kivi:2:g32:r128", "kivi:4,2:g64:r64:first4", "kivi:1:g16:r48:hadamard", "kivi:8:g1:r1", "token:4",
+        "token:8:g64:r32", "token:3,4:first1", "sdr:4:g16", "sdr:7,2:g8:r5:first2:hadamard"}) {
+    const KVFormat format = kv_format_from_spec(spec);
+    EXPECT_EQ(format.spec(), spec);
+    EXPECT_EQ(kv_format_from_json(format.to_json()), format) << spec;
+  }
+  EXPECT_EQ(kv_format_from_spec("kivi:2").spec(), "kivi:2:g32:r128");
+  EXPECT_EQ(kv_format_from_spec("kivi:4:r32").spec(), "kivi:4:g32:r32");
+  EXPECT_EQ(kv_format_from_spec("sdr:4").spec(), "sdr:4:g16");
+}
+
+TEST(KVFormat, RefusesWhatItDoesNotUnderstand) {
+  for (const char* spec : {"",
+                           "kivi",
+                           "kivi:",
+                           "kivi:5",
+                           "kivi:0",
+                           "kivi:2:g0",
+                           "kivi:2:g32:r0",
+                           "kivi:2:g32:r100",
+                           "kivi:2:g32:g32",
+                           "kivi:2:first",
+                           "kivi:2,",
+                           "kivi:,2",
+                           "kivi:2,2,2",
+                           "kvi:2",
+                           "token:5",
+                           "token:4:g0",
+                           "sdr:1",
+                           "sdr:8",
+                           "sdr:4:hadamar",
+                           "kivi:2:first-1",
+                           "kivi:2:",
+                           "kivi:2:g99999999999999999999"}) {
+    EXPECT_THROW(kv_format_from_spec(spec), InvalidArgument) << spec;
+  }
+  EXPECT_THROW(kv_format_from_json("{}"), InvalidArgument);
+  EXPECT_THROW(kv_format_from_json("[]"), InvalidArgument);
+  std::string json = kv_format_from_spec("kivi:2").to_json();
+  json.replace(json.find("128"), 3, "100");
+  EXPECT_THROW(kv_format_from_json(json), InvalidArgument);
+}
+
+TEST(KVLayout, StoresTheBitsOfItsFormula) {
+  const auto bits = [](const char* spec, int64_t dim) {
+    return kv_layout(kv_format_from_spec(spec), dim).average_bits();
+  };
+  for (const int64_t dim : {64, 96, 128, 256}) {
+    EXPECT_EQ(bits("kivi:4", dim), 5.0) << dim;
+    EXPECT_EQ(bits("kivi:2", dim), 3.0) << dim;
+    EXPECT_EQ(bits("kivi:1", dim), 2.0) << dim;
+    EXPECT_EQ(bits("kivi:3", dim), 4.0) << dim;
+    EXPECT_EQ(bits("kivi:8", dim), 9.0) << dim;
+    EXPECT_EQ(bits("token:4", dim), 4.0 + 32.0 / static_cast<double>(dim)) << dim;
+  }
+  EXPECT_EQ(bits("kivi:2:g64", 128), 2.5);
+  EXPECT_EQ(bits("kivi:4,2", 128), 4.0);
+  // 16 bits of scale and 8 shifts of 3 bits for 128 channels.
+  EXPECT_EQ(bits("sdr:4:g16", 128), 4.0 + 40.0 / 128);
+  // 80 channels of 3 bits are 7.5 words; groups of 32, 32 and 16 of a value.
+  const KVLayout odd = kv_layout(kv_format_from_spec("kivi:3"), 80);
+  EXPECT_EQ(odd.keys.row_bytes, 32);
+  EXPECT_EQ(odd.values.groups, 3);
+  EXPECT_EQ(odd.page_tokens, 128);
+}
+
+TEST(KVLayout, PartsFollowEachOtherAtMultiplesOf16) {
+  for (const char* spec : {"kivi:3:g24:r24", "kivi:2:g200:r200", "token:1:g5", "sdr:3:g7", "sdr:5:g16"}) {
+    const KVLayout layout = kv_layout(kv_format_from_spec(spec), 80);
+    const KVPart& k = layout.keys;
+    const KVPart& v = layout.values;
+    for (const int64_t offset :
+         {k.codes, k.parameters, k.shifts, v.codes, v.parameters, v.shifts, layout.record_bytes}) {
+      EXPECT_EQ(offset % 16, 0) << spec;
+    }
+    EXPECT_GE(k.parameters, k.codes + k.row_bytes * layout.page_tokens) << spec;
+    EXPECT_GT(v.codes, k.parameters) << spec;
+    EXPECT_GE(v.parameters, v.codes + v.row_bytes * layout.page_tokens) << spec;
+    EXPECT_GT(layout.record_bytes, v.parameters) << spec;
+    EXPECT_EQ(layout.page_tokens % (k.codec == KVCodec::channel_grid ? k.group : 1), 0) << spec;
+  }
+}
+
+TEST(KVLayout, RefusesHeadsItCannotStore) {
+  const KVFormat format = kv_format_from_spec("kivi:2");
+  for (const int64_t dim : {0, 4, 12, 129, 1032, -8})
+    EXPECT_THROW(kv_layout(format, dim), InvalidArgument) << dim;
+  EXPECT_NO_THROW(kv_layout(kv_format_from_spec("kivi:2:hadamard"), 128));
+}
+
+}  // namespace
+}  // namespace quantloom
