@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kBlockTokens = 64;
 // Tokens whose softmax one thread forms before results are merged.
 constexpr int64_t kPieceTokens = 512;
+// Below this many stored elements for all pieces, another thread costs more than it brings.
+constexpr int64_t kElementsPerThread = int64_t{1} << 15;
 // Queries that share the decoded keys and values of a piece: those of the heads of a KV head come first.
 constexpr int64_t kMostRows = 64;
 
@@ -91,7 +93,6 @@ void run_piece(const KVCache& cache, const KVTokens& q, float scale, const Piece
 
 void attend(const KVCache& cache, const KVTokens& queries, float scale, float* out, int threads) {
   require_queries(cache, queries, scale, out);
-  const int team = resolve_threads(threads);
   const int64_t dim = queries.head_dim;
   const int64_t kv_heads = cache.shape().kv_heads;
   const int64_t group = queries.heads / kv_heads;
@@ -117,6 +118,10 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
       }
     }
   }
+  int64_t elements = 0;
+  for (const Piece& piece : pieces) elements += piece.tokens * dim;
+  const int team = static_cast<int>(
+      std::clamp<int64_t>(elements / kElementsPerThread, 1, resolve_threads(threads)));
   std::fill_n(out, queries.sequences * rows * kv_heads * dim, 0.0F);
   std::vector<kv_cache::SoftmaxRow> state(static_cast<size_t>(places));
   Tensor sums(DType::f32, {places, stride});

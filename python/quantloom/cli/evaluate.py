@@ -12,6 +12,11 @@ import typer
 from quantloom.cli import common
 
 
+class Prefill(str, Enum):
+    quantized = "quantized"
+    exact = "exact"
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
@@ -52,6 +57,22 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help='Keep keys and values in this format and attend to them as stored: "kivi:2", "token:4", '
+            '"sdr:4"; or "float16". Default: no cache.',
+            show_default=False,
+        ),
+    ] = None,
+    kv_chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens fed at once with --kv; 1: token by token, as in decoding.")
+    ] = 1,
+    kv_prefill: Annotated[
+        Prefill,
+        typer.Option(help="What tokens that are fed at once see of each other: what is stored, or exact."),
+    ] = Prefill.quantized,
     json: common.Json = False,
     progress: common.Progress = None,
     traceback: common.Traceback = False,
@@ -66,6 +87,7 @@ def evaluate(
         quantloom eval MODEL --text valid.txt
         quantloom eval OUT --reference MODEL --text valid.txt --windows 48 --json
         quantloom eval OUT --text valid.txt --packed --device cuda
+        quantloom eval MODEL --reference MODEL --text valid.txt --kv kivi:2 --batch 16
     """
     common.require_folder(model, "model")
     common.require_file(text, "text")
@@ -78,6 +100,8 @@ def evaluate(
     with common.progress_bar(progress) as update:
         update("loading", 0, 1)
         loaded = _load(model, packed, device, dtype)
+        if kv is not None:
+            loaded = quantloom.kv.CachedModel(loaded, kv, kv_chunk, kv_prefill.value)
         settings = {"window": window, "windows": windows, "batch": batch}
         settings["progress"] = lambda done, total: update("evaluating", done, total)
         if reference is None:
@@ -92,6 +116,8 @@ def evaluate(
             result = common.plain(quantloom.evaluate.compare(loaded, original, ids, **settings))
     result = {"model": str(model), "reference": reference and str(reference), "text": str(text)} | result
     result["window"] = window
+    if kv is not None:
+        result |= _cache_facts(loaded)
     if json:
         common.print_json(result)
         return
@@ -102,8 +128,27 @@ def evaluate(
             ["KL divergence (nats)", f"{result['kl']:.5f}"],
             ["top-1 agreement", f"{result['top1_agreement']:.2%}"],
         ]
+    if kv is not None:
+        rows.append(["KV cache", f"{result['kv']}, {result['kv_chunk']} tokens at once"])
+        if result["kv_chunk"] > 1:
+            rows.append(["  which see each other", "exactly" if kv_prefill is Prefill.exact else "as stored"])
+        if "kv_bytes_per_token" in result:
+            rows.append(["  bits of a coded element", f"{result['kv_bits']:.3f}"])
+            rows.append(["  bytes of a token, window included", f"{result['kv_bytes_per_token']:.1f}"])
     rows.append(["scored tokens", f"{result['tokens']} in {result['windows']} windows of {window}"])
     common.console().print(common.table(str(model), ["measure", "value"], rows))
+
+
+def _cache_facts(model) -> dict:
+    """How the cache was used and what it held at the end of the last windows."""
+    facts = {"kv": str(model.format), "kv_chunk": model.chunk, "kv_prefill": model.prefill}
+    usage = model.usage
+    if usage is not None:
+        text = model.config.get_text_config(decoder=True)
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        facts["kv_bits"] = model.format.average_bits(dim)
+        facts["kv_bytes_per_token"] = (usage.code_bytes + usage.exact_bytes) / usage.tokens
+    return facts
 
 
 def _load(folder: Path, packed: bool, device: str, dtype: Dtype | None):

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from quantloom.kv.format import KVFormat, kv_format_from_json, parse_kv_format
@@ -25,16 +26,19 @@ __all__ = [
     "parse_kv_format",
 ]
 
-_GENERATION = ("KIVICache", "QuantizedKVCache", "use_attention")
+_LAZY = {
+    "CachedModel": "evaluation",
+    "KIVICache": "generation",
+    "QuantizedKVCache": "generation",
+    "use_attention": "generation",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _GENERATION:
-        from quantloom.kv import generation
-
-        return getattr(generation, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"quantloom.kv.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'quantloom.kv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_GENERATION])
+    return sorted([*__all__, *_LAZY])

@@ -1,0 +1,93 @@
+"""Texts read through a quantized cache, and `quantloom eval --kv`."""
+
+import copy
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import model_factory
+import numpy as np
+import quantloom as ql
+from quantloom.cli import app
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_factory.build(model_factory.llama())
+
+
+def ids(count):
+    return model_factory.token_ids(count)
+
+
+def test_a_cache_without_error_measures_nothing(model):
+    reference = copy.deepcopy(model)
+    for cached in (
+        ql.kv.CachedModel(model, "kivi:2:g32:r64"),
+        ql.kv.CachedModel(model, "token:1:r64", chunk=7),
+        ql.kv.CachedModel(model, "token:1:r64", chunk=48),
+    ):
+        result = ql.evaluate.compare(cached, reference, ids(96), window=48)
+        assert result.kl < 1e-6
+        assert result.perplexity == pytest.approx(result.reference_perplexity, rel=1e-4)
+    assert (
+        0 < ql.evaluate.compare(ql.kv.CachedModel(model, "bfloat16"), reference, ids(96), window=48).kl < 1e-3
+    )
+
+
+def test_errors_order_as_bits_do_and_chunks_are_named(model):
+    reference = copy.deepcopy(model)
+
+    def kl(format, **settings):
+        cached = ql.kv.CachedModel(model, format, **settings)
+        return ql.evaluate.compare(cached, reference, ids(192), window=48).kl
+
+    errors = [kl(f"kivi:{bits}:g4:r4") for bits in (8, 4, 2, 1)]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-3 < errors[-1]
+    assert 0 < kl("kivi:2:g4:r4", chunk=12, prefill="exact") < kl("kivi:2:g4:r4", chunk=12)
+    with pytest.raises(ValueError, match="chunk: got 48 for 48 tokens with exact prefill"):
+        kl("kivi:2", chunk=48, prefill="exact")
+    with pytest.raises(ValueError, match="chunk"):
+        ql.kv.CachedModel(model, "kivi:2", chunk=0)
+
+
+def test_eval_tells_what_was_measured(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    text = tmp_path / "text.u16"
+    ids(96).astype("<u2").tofile(text)
+    run = CliRunner().invoke(
+        app,
+        f"eval {folder} --reference {folder} --text {text} --window 48 --json --kv kivi:2:g4:r8".split(),
+    )
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)
+    assert result["kv"] == "kivi:2:g4:r8"
+    assert (result["kv_chunk"], result["kv_prefill"]) == (1, "quantized")
+    assert result["kv_bits"] == 2 + 32 / 4
+    # 2 layers of 2 heads of 16 channels: 48 keys are codes and 40 values, 8 values are exact float32.
+    expected = 2 * 2 * 16 * (10 * (48 + 40) / 8 + 8 * 4) / 48
+    assert np.isclose(result["kv_bytes_per_token"], expected)
+    assert result["kl"] > 1e-4
+    for wrong in ("kivi:5", "kvi:2"):
+        run = CliRunner().invoke(
+            app, ["eval", str(folder), "--text", str(text), "--window", "48", "--kv", wrong]
+        )
+        assert run.exit_code != 0
+    run = CliRunner().invoke(
+        app, ["eval", str(folder), "--text", str(text), "--window", "48", "--kv", "token:4"]
+    )
+    assert run.exit_code == 0
+    assert "1 tokens at once" in run.output
