@@ -7,6 +7,7 @@
 #include <string>
 
 #include "device.cuh"
+#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/spqr.hpp"
 #include "quantloom/formats/trellis.hpp"
@@ -183,6 +184,8 @@ class ProductCase {
   int64_t bits() const {
     if (const auto* trellis = dynamic_cast<const Trellis*>(format_.get()))
       return (trellis->half_bits + 1) / 2;
+    if (const auto* additive = dynamic_cast<const Additive*>(format_.get()))
+      return ceil_div(int64_t{additive->codebooks} * additive->bits, additive->dim());
     return copies_[0].plane(copies_[0].has("signs") ? "signs" : "codes").shape().at(2);
   }
   int copies() const { return static_cast<int>(copies_.size()); }
@@ -291,7 +294,8 @@ class ProductCase {
     } else if (name == "scales" || name == "offsets") {
       const float unit = std::exp2(uniform != nullptr ? -3.0F - static_cast<float>(uniform->bits) : -4.0F);
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), unit / 2, unit, 0, seed, stream.get());
-    } else if (name == "codebook" && dynamic_cast<const VectorCodebook*>(&dense) != nullptr) {
+    } else if (name == "codebook" && (dynamic_cast<const VectorCodebook*>(&dense) != nullptr ||
+                                      dynamic_cast<const Additive*>(&dense) != nullptr)) {
       fill_values(plane.bytes(), plane.dtype(), plane.element_count(), -1, 1, 0, seed, stream.get());
     } else if (name == "codebook") {
       const Tensor table = format_codebook(dense);

@@ -1,9 +1,11 @@
 // What this build knows of CUDA; the values come from cmake/cuda.cmake.
 #include <utility>
 
+#include "kernels/additive_product.hpp"
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/cuda_kernels.hpp"
 #include "kernels/cuda_products.hpp"
+#include "kernels/lookups.hpp"
 #include "kernels/spqr_product.hpp"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/error.hpp"
@@ -50,9 +52,12 @@ std::vector<KernelEntry> cuda_kernel_table() {
   const auto add = [&](const char* format, const std::string& bits, bool plain) {
     for (const CudaProduct& product : cuda_products()) {
       if (plain ? !product.plain : !product.all_formats) continue;
+      const bool looked_up = product.name == cuda::kLookups;
+      if (looked_up && format == std::string_view("outliers")) continue;
       for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         if (dtype == DType::f32 && !product.float32) continue;
-        table.push_back(product_entry(format, bits, product, dtype));
+        table.push_back(product_entry(format, looked_up ? "8" : bits, product, dtype));
+        if (looked_up) table.back().groups = "channel or tensor";
       }
     }
   };
@@ -62,6 +67,15 @@ std::vector<KernelEntry> cuda_kernel_table() {
   // Tables of vectors of 2, 4 or 8 weights. One of them: codes of up to 12 bits for 2 weights, 16 for others;
   // several: together codes of up to 4 bits for a weight.
   add("vector_codebook", "1-16", false);
+  // Blocks of 2, 4 or 8 columns of a row, with codes as short; then those of other blocks and longer codes.
+  add("additive", "1-16", false);
+  for (const CudaProduct& product : cuda::additive_products()) {
+    if (product.name == "decode") continue;  // listed
+    for (const DType dtype : {DType::f16, DType::bf16}) {
+      table.push_back(product_entry("additive", "13-16", product, dtype));
+      table.back().groups = "channel";
+    }
+  }
   // With any dense format of those; beside spqr, the kernels of spqr.
   add("outliers", "1-16", false);
   // Streaming loops: blocks of multiples of 16 rows.
@@ -100,21 +114,22 @@ std::vector<KernelEntry> cuda_kernel_table() {
   // Of canonical planes for uniform grids; of prepared planes for the others.
   for (const auto& [format, kernel] :
        {std::pair("uniform", "dequantize_uniform"), std::pair("codebook", "decode_fragments"),
-        std::pair("vector_codebook", "decode_fragments"), std::pair("outliers", "decode_fragments"),
-        std::pair("spqr", "decode_fragments"), std::pair("trellis", "decode_fragments"),
-        std::pair("bcq", "decode_fragments")}) {
-    table.push_back(
-        {.operation = "dequantize",
-         .format = format,
-         .bits = format == std::string_view("vector_codebook") || format == std::string_view("outliers")
-                     ? "1-16"
-                     : "1-8",
-         .groups = "any",
-         .device = "cuda",
-         .activations = "",
-         .tokens = "any",
-         .kernel = kernel,
-         .target = "built for " + cuda_architectures()});
+        std::pair("vector_codebook", "decode_fragments"), std::pair("additive", "decode_fragments"),
+        std::pair("outliers", "decode_fragments"), std::pair("spqr", "decode_fragments"),
+        std::pair("trellis", "decode_fragments"), std::pair("bcq", "decode_fragments")}) {
+    table.push_back({.operation = "dequantize",
+                     .format = format,
+                     .bits = format == std::string_view("vector_codebook") ||
+                                     format == std::string_view("additive") ||
+                                     format == std::string_view("outliers")
+                                 ? "1-16"
+                                 : "1-8",
+                     .groups = "any",
+                     .device = "cuda",
+                     .activations = "",
+                     .tokens = "any",
+                     .kernel = kernel,
+                     .target = "built for " + cuda_architectures()});
   }
   return table;
 }

@@ -9,10 +9,12 @@
 
 #include "common/device.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/additive_product.hpp"
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/cuda_products.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/launchers.hpp"
+#include "kernels/lookups.hpp"
 #include "kernels/outlier_rows.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/product_memory.hpp"
@@ -71,7 +73,13 @@ constexpr int64_t kSmallWeights = int64_t{1} << 25;
 
 constexpr std::string_view kRepeated = "stream_repeated";
 
-constexpr std::array<CudaProduct, 6> kProducts = {{
+constexpr std::array<CudaProduct, 7> kProducts = {{
+    {.name = cuda::kLookups,
+     .description = "products of inputs and table entries, looked up by codes",
+     .max_tokens = 1,
+     .workspace = true,
+     .all_formats = true,
+     .plain = false},
     {.name = "stream",
      .description = "streaming loop, parts added in a cluster",
      .max_tokens = cuda::kMaxStreamTokens,
@@ -109,12 +117,25 @@ struct Kind {
   bool plain = true;     // scalar codes without outliers
   bool streamed = true;  // the streaming loop has a decoder
   int repeated_tokens = 0;
+  bool looked_up = false;  // "lookups" takes it
+  int lookup_bytes = 0;    // of shared memory
 };
 
 // Why `product` cannot run, or nothing.
 std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_t m, DType dtype,
                                    const DeviceFacts& device, const CudaMatmulOptions& options) {
   const std::string name(product.name);
+  if (product.name == cuda::kLookups) {
+    if (!kind.looked_up) {
+      return text_of(
+          "kernel ", name,
+          " takes vectors of 4 or 8 weights with codes of 8 bits, one scale for a row, and no outliers");
+    }
+    if (kind.lookup_bytes > device.shared_memory) {
+      return text_of("kernel ", name, " needs ", kind.lookup_bytes,
+                     " bytes of shared memory, this device has ", device.shared_memory);
+    }
+  }
   if (!kind.plain && !product.all_formats) {
     return text_of("kernel ", name, " takes no vector codebooks and no outliers");
   }
@@ -155,7 +176,9 @@ std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_
 Kind kind_of(const FragmentLayout& layout) {
   return {.plain = layout.dim == 1 && !layout.outliers,
           .streamed = cuda::is_streamed(layout),
-          .repeated_tokens = cuda::repeated_tokens(layout)};
+          .repeated_tokens = cuda::repeated_tokens(layout),
+          .looked_up = cuda::is_looked_up(layout),
+          .lookup_bytes = cuda::is_looked_up(layout) ? cuda::lookup_bytes(layout) : 0};
 }
 
 struct Choice {
@@ -204,6 +227,8 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
     plan.workspace = cuda::tiles_workspace(w, static_cast<int>(m), plan.splits);
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
+  } else if (product.name == cuda::kLookups) {
+    plan.workspace = cuda::lookup_workspace(layout);
   } else if (product.name != kRepeated) {
     const int tokens = std::max(static_cast<int>(m), 1);
     const auto plan_with = [&](bool digits) {
@@ -233,6 +258,13 @@ const uint8_t* plane_or_null(const PreparedPlanes& w, const char* name) {
 cuda::TrellisPlan plan_trellis(const TrellisLayout& layout, int64_t m, DType dtype, const DeviceFacts& device,
                                const CudaMatmulOptions& options) {
   cuda::TrellisPlan plan = cuda::trellis_plan(layout, m, dtype, device, options);
+  if (plan.product == nullptr) throw Unsupported("matmul_cuda: " + plan.reason);
+  return plan;
+}
+
+cuda::AdditivePlan plan_additive(const AdditiveLayout& layout, int64_t m, DType dtype,
+                                 const DeviceFacts& device, const CudaMatmulOptions& options) {
+  cuda::AdditivePlan plan = cuda::additive_plan(layout, m, dtype, device, options);
   if (plan.product == nullptr) throw Unsupported("matmul_cuda: " + plan.reason);
   return plan;
 }
@@ -309,6 +341,12 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
       if (plan.product == nullptr) return std::move(plan.reason);
       return std::nullopt;
     }
+    if (const Additive* additive = as_additive(format)) {
+      cuda::AdditivePlan plan =
+          cuda::additive_plan(additive_layout(*additive, 1, 1), m, dtype, current_device(), options);
+      if (plan.product == nullptr) return std::move(plan.reason);
+      return std::nullopt;
+    }
     const FragmentLayout layout = fragment_layout(format, 1, 1, false);
     if (layout.bilevel()) {
       // Of more rows than lie on a grid.
@@ -318,7 +356,10 @@ std::optional<std::string> why_not_matmul_cuda(const Format& format, int64_t m, 
       if (plan.product == nullptr) return std::move(plan.reason);
       return std::nullopt;
     }
-    Choice choice = choose(0, kind_of(layout), m, dtype, current_device(), options);
+    Kind kind = kind_of(layout);
+    // Of more columns than share a scale, where several may.
+    kind.looked_up = cuda::is_looked_up(fragment_layout(format, 1, int64_t{1} << 20, false));
+    Choice choice = choose(0, kind, m, dtype, current_device(), options);
     if (choice.product == nullptr) return std::move(choice.reason);
     return std::nullopt;
   } catch (const Error& error) {
@@ -336,6 +377,10 @@ std::string matmul_cuda_kernel(const PreparedPlanes& w, int64_t m, DType dtype,
   if (const Bcq* bcq = as_bcq(*w.format)) {
     const BitPlaneLayout layout = bit_plane_layout(*bcq, w.n, w.k, w.has("group_index"));
     return std::string(plan_bit_planes(layout, m, dtype, current_device(), options).product->name);
+  }
+  if (const Additive* additive = as_additive(*w.format)) {
+    const AdditiveLayout layout = additive_layout(*additive, w.n, w.k);
+    return std::string(plan_additive(layout, m, dtype, current_device(), options).product->name);
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) {
@@ -356,6 +401,9 @@ int64_t matmul_cuda_workspace(const PreparedPlanes& w, int64_t m, DType dtype,
   if (const Bcq* bcq = as_bcq(*w.format)) {
     const BitPlaneLayout layout = bit_plane_layout(*bcq, w.n, w.k, w.has("group_index"));
     return plan_bit_planes(layout, m, dtype, device, options).workspace;
+  }
+  if (const Additive* additive = as_additive(*w.format)) {
+    return plan_additive(additive_layout(*additive, w.n, w.k), m, dtype, device, options).workspace;
   }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) return plan_spqr(layout, w, m, dtype, device, options).workspace;
@@ -426,6 +474,13 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     require_memory(w, arguments, plan.workspace, device.index);
     return cuda::run_bit_planes(layout, plan, w, arguments, options, device);
   }
+  if (const Additive* additive = as_additive(*w.format)) {
+    const AdditiveLayout layout = additive_layout(*additive, w.n, w.k);
+    const cuda::AdditivePlan plan = plan_additive(layout, arguments.m, arguments.dtype, device, options);
+    if (arguments.m == 0 || w.n == 0) return;
+    require_memory(w, arguments, plan.workspace, device.index);
+    return cuda::run_additive(layout, plan, w, arguments, device);
+  }
   const FragmentLayout layout = fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
   if (layout.bilevel()) {
     const cuda::SpqrPlan plan = plan_spqr(layout, w, arguments.m, arguments.dtype, device, options);
@@ -454,6 +509,10 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
     launchers.tiles_wgmma(launch, arguments.workspace);
   } else if (product.name == "decode") {
     launchers.decoded(launch, arguments.workspace);
+  } else if (product.name == cuda::kLookups) {
+    launch.arguments.partial = static_cast<float*>(arguments.workspace);
+    launch.splits = options.splits;
+    cuda::launch_lookups(layout, launch, device);
   } else {
     if (plan.workspace > 0) launch.arguments.partial = static_cast<float*>(arguments.workspace);
     launchers.stream(launch);
@@ -470,12 +529,15 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   const TrellisLayout rings = trellis != nullptr ? trellis_layout(*trellis, w.n, w.k) : TrellisLayout{};
   const BitPlaneLayout bits =
       bcq != nullptr ? bit_plane_layout(*bcq, w.n, w.k, w.has("group_index")) : BitPlaneLayout{};
-  const FragmentLayout layout = trellis != nullptr || bcq != nullptr
+  const Additive* const additive = as_additive(*w.format);
+  const AdditiveLayout rows = additive != nullptr ? additive_layout(*additive, w.n, w.k) : AdditiveLayout{};
+  const FragmentLayout layout = trellis != nullptr || bcq != nullptr || additive != nullptr
                                     ? FragmentLayout{}
                                     : fragment_layout(*w.format, w.n, w.k, w.has("group_index"));
-  const int64_t padded_k = trellis != nullptr ? 64 * rings.column_blocks
-                           : bcq != nullptr   ? bits.padded_k()
-                                              : layout.padded_k();
+  const int64_t padded_k = trellis != nullptr    ? 64 * rings.column_blocks
+                           : bcq != nullptr      ? bits.padded_k()
+                           : additive != nullptr ? rows.padded_k()
+                                                 : layout.padded_k();
   if (stride < padded_k || stride % 8 != 0) {
     throw InvalidArgument("stride", text_of(stride), text_of("a multiple of 8, at least ", padded_k));
   }
@@ -491,6 +553,9 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
     return cuda::decode_trellis(rings, w, 0, w.n, out, dtype, stride, cuda_stream);
   }
   if (bcq != nullptr) return cuda::decode_bit_planes(bits, w, 0, w.n, out, dtype, stride, cuda_stream);
+  if (additive != nullptr) {
+    return cuda::decode_additive(rows, w, 0, w.n, out, dtype, stride, cuda_stream);
+  }
   cuda::FragmentMatrix matrix = matrix_of(layout);
   set_planes(matrix, w);
   if (layout.bilevel()) {

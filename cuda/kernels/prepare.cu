@@ -6,6 +6,7 @@
 #include "common/device.hpp"
 #include "formats/half_order.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/additive_product.hpp"
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/packed_codes.cuh"
@@ -284,6 +285,10 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
         bit_plane_layout(*bcq, packed.n, packed.k, packed.planes.contains("group_index")), packed, prepared,
         cuda_stream);
   }
+  if (const Additive* additive = as_additive(*packed.format)) {
+    return cuda::prepare_additive_planes(additive_layout(*additive, packed.n, packed.k), packed, prepared,
+                                         cuda_stream);
+  }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));
   const Orders orders = orders_of(layout, source_of(prepared));
@@ -341,6 +346,10 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
     return cuda::unprepare_bit_plane_words(
         bit_plane_layout(*bcq, packed.n, packed.k, packed.planes.contains("group_index")), prepared, packed,
         cuda_stream);
+  }
+  if (const Additive* additive = as_additive(*packed.format)) {
+    return cuda::unprepare_additive_planes(additive_layout(*additive, packed.n, packed.k), prepared, packed,
+                                           cuda_stream);
   }
   const FragmentLayout layout =
       fragment_layout(*packed.format, packed.n, packed.k, packed.planes.contains("group_index"));

@@ -164,10 +164,14 @@ def decode(
     if "outlier_values" in planes and dtype != torch.float32:
         # The kernel would round the dense value, and then the sum.
         return decode(planes, core, n, k, torch.float32).to(dtype)
-    # Planes of signs come in blocks of 128 columns, codes in blocks of 64.
+    # Planes of signs come in blocks of 128 columns, codes in blocks of 64; those of additive formats also in
+    # rows and lists.
     blocks = planes["signs"] if "signs" in planes else planes["codes"]
     device = blocks.device
-    stride = (128 if "signs" in planes else 64) * blocks.shape[1]
+    if blocks.dim() < 4:
+        stride = 64 * ((k + 63) // 64)
+    else:
+        stride = (128 if "signs" in planes else 64) * blocks.shape[1]
     out = torch.empty((n, stride), dtype=dtype, device=device)
     with on(device):
         _core.decode_fragments_cuda(core, out.data_ptr(), _DTYPE_NAMES[dtype], stride, _stream(device))

@@ -8,6 +8,7 @@
 #include "formats/bilevel_order.hpp"
 #include "formats/half_order.hpp"
 #include "formats/sum_order.hpp"
+#include "kernels/additive_layout.hpp"
 #include "kernels/bit_plane_layout.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "kernels/prepared_planes.hpp"
@@ -171,6 +172,24 @@ void set_vectors(const VectorCodebook& format, FragmentLayout& layout) {
   }
 }
 
+// Blocks of one row are vectors.
+void set_additive(const Additive& format, int64_t k, FragmentLayout& layout) {
+  if (!is_in_fragment_order(format)) {
+    throw Unsupported(
+        text_of("no CUDA kernel takes format ", format.spec(),
+                " in fragment order: expected blocks of 2, 4 or 8 columns of a row and short codes"));
+  }
+  layout.dim = static_cast<int>(format.in_group);
+  layout.tables = format.codebooks;
+  layout.code_bits = format.codebooks * format.bits;
+  layout.table_entries = format.entries();
+  layout.bits = layout.tables > 1 ? fragments::sum_bits(layout.dim, layout.code_bits)
+                                  : fragments::vector_bits(layout.dim, format.bits);
+  layout.scale_dtype = format.scale_dtype;
+  layout.group_count = std::max<int64_t>(k > 0 ? format.scale_count(k) : 1, 1);
+  layout.format_columns = format.scale_columns(k);
+}
+
 void set_spqr(const Spqr& format, int64_t n, int64_t k, FragmentLayout& layout) {
   layout.bits = format.bits;
   layout.code_bits = format.bits;
@@ -225,6 +244,8 @@ FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool 
   }
   if (const auto* vectors = dynamic_cast<const VectorCodebook*>(&format)) {
     set_vectors(*vectors, layout);
+  } else if (const auto* additive = dynamic_cast<const Additive*>(&format)) {
+    set_additive(*additive, k, layout);
   } else if (const auto* uniform = dynamic_cast<const Uniform*>(&format)) {
     layout.asymmetric = !uniform->symmetric;
   } else if (const auto* codebook = dynamic_cast<const Codebook*>(&format)) {
@@ -274,6 +295,8 @@ std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t 
   if (const Bcq* bcq = as_bcq(format)) {
     return bit_plane_planes(bit_plane_layout(*bcq, n, k, with_group_index), with_group_index);
   }
+  if (const Additive* additive = as_additive(format))
+    return additive_planes(additive_layout(*additive, n, k));
   std::vector<PlaneSpec> specs = specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
   if (dynamic_cast<const Outliers*>(&format) == nullptr) return specs;
   for (PlaneSpec& spec : format.planes(n, k)) {
@@ -307,7 +330,7 @@ void validate(const PreparedPlanes& prepared) {
 }
 
 std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<const int32_t> group_index) {
-  if (as_trellis(format) != nullptr) return {};
+  if (as_trellis(format) != nullptr || as_additive(format) != nullptr) return {};
   if (const Bcq* bcq = as_bcq(format)) {
     return source_of_groups(bit_plane_layout(*bcq, 1, k, !group_index.empty()), group_index);
   }
@@ -319,6 +342,7 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   require_on_cpu(packed.planes, "prepare_fragments");
   if (as_trellis(*packed.format) != nullptr) return prepare_trellis(packed);
   if (as_bcq(*packed.format) != nullptr) return prepare_bit_planes(packed);
+  if (as_additive(*packed.format) != nullptr) return prepare_additive(packed);
   const bool indexed = packed.planes.contains("group_index");
   const FragmentLayout layout = fragment_layout(*packed.format, packed.n, packed.k, indexed);
   PreparedPlanes prepared{packed.format, packed.n, packed.k, {}};
@@ -373,6 +397,7 @@ PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   require_on_cpu(prepared.planes, "unprepare_fragments");
   if (as_trellis(*prepared.format) != nullptr) return unprepare_trellis(prepared);
   if (as_bcq(*prepared.format) != nullptr) return unprepare_bit_planes(prepared);
+  if (as_additive(*prepared.format) != nullptr) return unprepare_additive(prepared);
   const bool indexed = prepared.has("group_index");
   const FragmentLayout layout = fragment_layout(*prepared.format, prepared.n, prepared.k, indexed);
   PackedTensor packed{prepared.format, prepared.n, prepared.k, {}};

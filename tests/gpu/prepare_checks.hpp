@@ -52,8 +52,9 @@ inline void check_decoding(const ProductCase& c) {
   const PackedTensor packed = random_planes(c, draws);
   const bool rounded_twice = dynamic_cast<const Outliers*>(c.format.get()) != nullptr;
   const PreparedPlanes host = prepare_fragments(packed);
-  const int64_t padded_k =
-      host.has("signs") ? 128 * host.plane("signs").shape()[1] : 64 * host.plane("codes").shape()[1];
+  const int64_t padded_k = as_additive(*c.format) != nullptr ? 64 * ceil_div(c.k, 64)
+                           : host.has("signs")               ? 128 * host.plane("signs").shape()[1]
+                                                             : 64 * host.plane("codes").shape()[1];
   const PreparedPlanes prepared = to_device(host);
   const int64_t stride = padded_k + 8 * draws.below(3);
   std::vector<float> expected(static_cast<size_t>(c.n * c.k));

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "device_memory.hpp"
+#include "kernels/additive_layout.hpp"
 #include "kernels/fragment_layout.hpp"
 #include "product_reference.hpp"
 #include "quantloom/formats/bcq.hpp"
@@ -147,13 +148,15 @@ inline void fill_vectors(Draws& draws, bool exact, Tensor& plane) {
   }
 }
 
-inline void draw_vector_codes(Draws& draws, const VectorCodebook& format, int64_t k, Tensor& plane) {
+// `Codes`: VectorCodebook or Additive.
+template <class Codes>
+void draw_vector_codes(Draws& draws, const Codes& format, int64_t entries, int64_t k, Tensor& plane) {
   if (plane.element_count() == 0) return;
   const auto words = static_cast<size_t>(plane.shape()[1]);
   const auto all = plane.values<uint32_t>();
   std::vector<uint16_t> codes(static_cast<size_t>(format.code_count(k)));
   for (size_t at = 0; at < all.size(); at += words) {
-    for (uint16_t& code : codes) code = static_cast<uint16_t>(draws.below(format.entries));
+    for (uint16_t& code : codes) code = static_cast<uint16_t>(draws.below(entries));
     pack_wide_bits(codes, format.bits, all.subspan(at, words));
   }
 }
@@ -221,8 +224,9 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
   }
   const auto* const scaled = dynamic_cast<const ScaledFormat*>(c.format.get());
   const bool binary = dynamic_cast<const Bcq*>(c.format.get()) != nullptr;
+  const auto* const additive = dynamic_cast<const Additive*>(c.format.get());
   const FragmentLayout layout =
-      binary ? FragmentLayout{} : fragment_layout(*c.format, c.n, c.k, c.group_index);
+      binary || additive != nullptr ? FragmentLayout{} : fragment_layout(*c.format, c.n, c.k, c.group_index);
   PackedTensor packed{c.format, c.n, c.k, {}};
   const auto* const vectors = dynamic_cast<const VectorCodebook*>(c.format.get());
   const auto* const spqr = dynamic_cast<const Spqr*>(c.format.get());
@@ -234,8 +238,10 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
       continue;
     }
     if (spec.name == "codes" && vectors != nullptr) {
-      draw_vector_codes(draws, *vectors, c.k, plane);
-    } else if (spec.name == "codebook" && vectors != nullptr) {
+      draw_vector_codes(draws, *vectors, vectors->entries, c.k, plane);
+    } else if (spec.name == "codes" && additive != nullptr) {
+      draw_vector_codes(draws, *additive, additive->entries(), c.k, plane);
+    } else if (spec.name == "codebook" && (vectors != nullptr || additive != nullptr)) {
       fill_vectors(draws, c.exact, plane);
     } else if (spec.name == "signs") {
       draw_signs(draws, plane, c.k);

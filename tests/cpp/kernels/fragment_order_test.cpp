@@ -345,8 +345,9 @@ TEST(FragmentOrder, FormatsOfTheTableRoundTrip) {
       SCOPED_TRACE(spec);
       // vector_order_test.cpp, trellis_layout_test.cpp
       if (entry.name == "vector_codebook" || entry.name == "outliers" || entry.name == "trellis") continue;
-      if (entry.name == "spqr") continue;  // spqr_fragments_test.cpp
-      if (entry.name == "bcq" || entry.name == "sdr" || entry.name == "additive") {
+      if (entry.name == "spqr") continue;      // spqr_fragments_test.cpp
+      if (entry.name == "additive") continue;  // additive_layout_test.cpp
+      if (entry.name == "bcq" || entry.name == "sdr") {
         EXPECT_THROW(static_cast<void>(fragment_layout(*format_from_spec(spec), 97, 300, false)),
                      Unsupported);
         continue;

@@ -1,0 +1,254 @@
+// Products of one token with codes of one large table (formats/additive_order.hpp).
+//
+// A table of 65536 vectors lies in the L2 cache, which gives a processor two of them in three clocks. So a
+// block of threads keeps one part of it in shared memory, which gives three a clock, and multiplies the codes
+// of that part alone: a list for each row and slice of columns. The inputs of a slice lie beside the part.
+//
+// Sums of parts and slices meet in memory and are added in a fixed order by a second kernel.
+#include <algorithm>
+
+#include "common/check.cuh"
+#include "common/half_pairs.cuh"
+#include "common/load_float.cuh"
+#include "kernels/additive_product.hpp"
+#include "kernels/overlap.cuh"
+
+namespace quantloom::cuda {
+namespace {
+
+using additive::kPieceEntries;
+using additive::kSliceBlocks;
+using additive::PartList;
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kFinishThreads = 128;
+// Pieces of a list that a lane has loaded ahead.
+constexpr int kAhead = 3;
+constexpr int kStepEntries = 32 * kPieceEntries;
+
+struct PartsArguments {
+  const uint2* codes;      // [slices][n][capacity / 4]
+  const uint32_t* places;  // [slices][n][capacity / 4]
+  const uint32_t* lists;   // [slices][n][parts]
+  const uint4* table;
+  const void* x;
+  float* partial;  // [slices][parts][n]
+  int64_t k;
+  int64_t n;
+  int64_t pieces;  // of a row and slice
+  int parts;
+  int ranges;  // of rows
+  int slices;
+};
+
+template <int kDim>
+constexpr int kInputBytes = kSliceBlocks* kDim * 2;
+
+template <class T, int kDim>
+__device__ __forceinline__ float dot(const unsigned char* table, const unsigned char* x, float sum) {
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    const uint4 a = *reinterpret_cast<const uint4*>(table + 16 * i);
+    const uint4 b = *reinterpret_cast<const uint4*>(x + 16 * i);
+    sum = fmaf(HalfPair<__half>::low(a.x), HalfPair<T>::low(b.x), sum);
+    sum = fmaf(HalfPair<__half>::high(a.x), HalfPair<T>::high(b.x), sum);
+    sum = fmaf(HalfPair<__half>::low(a.y), HalfPair<T>::low(b.y), sum);
+    sum = fmaf(HalfPair<__half>::high(a.y), HalfPair<T>::high(b.y), sum);
+    sum = fmaf(HalfPair<__half>::low(a.z), HalfPair<T>::low(b.z), sum);
+    sum = fmaf(HalfPair<__half>::high(a.z), HalfPair<T>::high(b.z), sum);
+    sum = fmaf(HalfPair<__half>::low(a.w), HalfPair<T>::low(b.w), sum);
+    sum = fmaf(HalfPair<__half>::high(a.w), HalfPair<T>::high(b.w), sum);
+  }
+  return sum;
+}
+
+// The products of a lane's four entries, of which the first `count` count.
+template <class T, int kDim>
+__device__ __forceinline__ void add_piece(const unsigned char* table, const unsigned char* x, uint2 codes,
+                                          uint32_t places, int count, float (&sums)[2]) {
+  constexpr int kBits = additive::part_bits(kDim);
+  constexpr int kShift = kDim == 8 ? 4 : 5;  // bytes of a vector
+  constexpr uint32_t kCodes = ((1U << kBits) - 1U) << kShift;
+  constexpr int kLow = 16 - kBits;  // bits of a place beside the code
+#pragma unroll
+  for (int i = 0; i < kPieceEntries; ++i) {
+    const uint32_t word = i < 2 ? codes.x : codes.y;
+    const uint32_t code = i % 2 == 0 ? word << kShift : word >> (16 - kShift);
+    const uint32_t low = (word >> (i % 2 * 16 + kBits)) & ((1U << kLow) - 1U);
+    const uint32_t high = (places >> (8 * i)) & 0xFFU;
+    if (i < count) {
+      sums[i % 2] = dot<T, kDim>(table + (code & kCodes), x + ((low | high << kLow) << kShift), sums[i % 2]);
+    }
+  }
+}
+
+// What a lane loads ahead of a row's list.
+struct Ahead {
+  PartList list;
+  uint2 codes[kAhead];
+  uint32_t places[kAhead];
+
+  __device__ __forceinline__ void load(const PartsArguments& p, int64_t of_row, int part, int lane) {
+    list = PartList::from(__ldg(p.lists + of_row * p.parts + part));
+    const int64_t first = of_row * p.pieces + list.first / kPieceEntries + lane;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      codes[i] = make_uint2(0U, 0U);
+      places[i] = 0U;
+      if (i * kStepEntries + lane * kPieceEntries < list.count) {
+        codes[i] = __ldcs(p.codes + first + 32 * i);
+        places[i] = __ldcs(p.places + first + 32 * i);
+      }
+    }
+  }
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_constant__ PartsArguments p) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned char* const table = memory;
+  unsigned char* const x = memory + additive::kPartBytes;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int part = static_cast<int>(blockIdx.x) % p.parts;
+  const int range = static_cast<int>(blockIdx.x) / p.parts;
+  const int64_t first_row = p.n * range / p.ranges;
+  const int64_t last_row = p.n * (range + 1) / p.ranges;
+  let_next_begin();
+  wait_for_previous();
+  constexpr int kPieces = additive::kPartBytes / 16;
+#pragma unroll
+  for (int i = 0; i < kPieces / kThreads; ++i) {
+    const int at = i * kThreads + static_cast<int>(threadIdx.x);
+    reinterpret_cast<uint4*>(table)[at] = __ldg(p.table + part * kPieces + at);
+  }
+  for (int slice = 0; slice < p.slices; ++slice) {
+    if (slice > 0) __syncthreads();
+    const int64_t first_input = int64_t{slice} * kSliceBlocks * kDim;
+    for (int i = static_cast<int>(threadIdx.x); i < kSliceBlocks * kDim; i += kThreads) {
+      const bool inside = first_input + i < p.k;
+      reinterpret_cast<uint16_t*>(x)[i] =
+          inside ? static_cast<const uint16_t*>(p.x)[first_input + i] : uint16_t{0};
+    }
+    __syncthreads();
+    const int64_t of_slice = slice * p.n;
+    int64_t row = first_row + warp;
+    Ahead next;
+    if (row < last_row) next.load(p, of_slice + row, part, lane);
+    for (; row < last_row; row += kWarps) {
+      const Ahead now = next;
+      if (row + kWarps < last_row) next.load(p, of_slice + row + kWarps, part, lane);
+      float sums[2] = {0.0F, 0.0F};
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int left = now.list.count - i * kStepEntries - lane * kPieceEntries;
+        if (left > 0) add_piece<T, kDim>(table, x, now.codes[i], now.places[i], left, sums);
+      }
+      const int64_t first = (of_slice + row) * p.pieces + now.list.first / kPieceEntries;
+      for (int at = kAhead * 32 + lane; at * kPieceEntries < now.list.count; at += 32) {
+        add_piece<T, kDim>(table, x, __ldcs(p.codes + first + at), __ldcs(p.places + first + at),
+                           now.list.count - at * kPieceEntries, sums);
+      }
+      float sum = sums[0] + sums[1];
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0U, sum, mask);
+      if (lane == 0) p.partial[(int64_t{slice} * p.parts + part) * p.n + row] = sum;
+    }
+  }
+}
+
+struct FinishArguments {
+  const float* partial;
+  int count;
+  int64_t n;
+  const void* scales;
+  DType scale_dtype;
+  const void* bias;
+  void* y;
+  DType dtype;
+};
+
+__global__ void __launch_bounds__(kFinishThreads) add_parts(const __grid_constant__ FinishArguments p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  let_next_begin();
+  wait_for_previous();
+  if (row >= p.n) return;
+  float sum = 0.0F;
+#pragma unroll 8
+  for (int i = 0; i < p.count; ++i) sum += p.partial[i * p.n + row];
+  if (p.count > 0) sum *= load_float(p.scales, p.scale_dtype, row);
+  if (p.bias != nullptr) sum += load_float(p.bias, p.dtype, row);
+  if (p.dtype == DType::f16) {
+    static_cast<__half*>(p.y)[row] = __float2half_rn(sum);
+  } else {
+    static_cast<__nv_bfloat16*>(p.y)[row] = __float2bfloat16_rn(sum);
+  }
+}
+
+template <class T, int kDim>
+void launch_of(const PartsArguments& arguments, int bytes, cudaStream_t stream) {
+  const auto kernel = multiply_parts<T, kDim>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "matmul_cuda: shared memory of multiply_parts");
+  LaunchSettings settings(dim3(static_cast<unsigned>(arguments.parts * arguments.ranges)), dim3(kThreads),
+                          stream, false, 1);
+  settings.config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  check_cuda(cudaLaunchKernelEx(&settings.config, kernel, arguments),
+             "matmul_cuda: launch of multiply_parts");
+}
+
+}  // namespace
+
+int parts_bytes(const AdditiveLayout& layout) {
+  return additive::kPartBytes + (layout.in_group == 8 ? kInputBytes<8> : kInputBytes<16>);
+}
+
+int64_t parts_workspace(const AdditiveLayout& layout) {
+  return checked_mul(checked_mul(layout.slices, layout.parts), checked_mul(layout.n, 4));
+}
+
+void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const CudaMatmulArguments& a,
+                  const DeviceFacts& device) {
+  const auto stream = static_cast<cudaStream_t>(a.stream);
+  PartsArguments arguments{reinterpret_cast<const uint2*>(w.plane("codes").bytes()),
+                           reinterpret_cast<const uint32_t*>(w.plane("places").bytes()),
+                           reinterpret_cast<const uint32_t*>(w.plane("lists").bytes()),
+                           reinterpret_cast<const uint4*>(w.plane("codebook").bytes()),
+                           nullptr,
+                           static_cast<float*>(a.workspace),
+                           layout.k,
+                           layout.n,
+                           layout.capacity / kPieceEntries,
+                           layout.parts,
+                           1,
+                           static_cast<int>(layout.slices)};
+  const int64_t most = ceil_div(layout.n, int64_t{kWarps});
+  arguments.ranges = static_cast<int>(std::clamp<int64_t>(device.processors / layout.parts, 1, most));
+  const int bytes = parts_bytes(layout);
+  for (int64_t token = 0; token < a.m; ++token) {
+    arguments.x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
+    if (layout.slices > 0) {
+      if (layout.in_group == 8) {
+        a.dtype == DType::f16 ? launch_of<__half, 8>(arguments, bytes, stream)
+                              : launch_of<__nv_bfloat16, 8>(arguments, bytes, stream);
+      } else {
+        a.dtype == DType::f16 ? launch_of<__half, 16>(arguments, bytes, stream)
+                              : launch_of<__nv_bfloat16, 16>(arguments, bytes, stream);
+      }
+    }
+    const FinishArguments finish{arguments.partial,
+                                 static_cast<int>(layout.slices * layout.parts),
+                                 layout.n,
+                                 w.plane("scales").bytes(),
+                                 layout.scale_dtype,
+                                 a.bias,
+                                 static_cast<uint16_t*>(a.y) + token * a.y_stride,
+                                 a.dtype};
+    LaunchSettings settings(dim3(static_cast<unsigned>(ceil_div(layout.n, int64_t{kFinishThreads}))),
+                            dim3(kFinishThreads), stream, device.code >= 90, 1);
+    check_cuda(cudaLaunchKernelEx(&settings.config, add_parts, finish), "matmul_cuda: launch of add_parts");
+  }
+}
+
+}  // namespace quantloom::cuda
