@@ -60,6 +60,7 @@
 #include "quantloom/rounding/beam_search.hpp"
 #include "quantloom/rounding/channel_scales.hpp"
 #include "quantloom/rounding/cuda.hpp"
+#include "quantloom/rounding/cuda_beam_search.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
 #include "quantloom/rounding/trellis_feedback.hpp"

@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "arrays.hpp"
-#include "calibration.hpp"
-#include "quantloom/rounding/beam_search.hpp"
+#include "cuda_calibration.hpp"
+#include "quantloom/rounding/cuda_beam_search.hpp"
 #include "reports.hpp"
 
 namespace quantloom::python {
@@ -31,6 +31,20 @@ CodeSearchOptions to_options(const Search& search, int64_t threads) {
   return options;
 }
 
+BeamSearchOptions to_options(const Search& search, int64_t refit_steps, bool refit_scales,
+                             bool error_feedback, int64_t max_rounds, double tolerance, int64_t sweeps,
+                             int64_t threads) {
+  BeamSearchOptions options;
+  options.search = to_options(search, threads);
+  options.refit_steps = to_int("refit_steps", refit_steps);
+  options.refit_scales = refit_scales;
+  options.start = error_feedback ? CodeStart::error_feedback : CodeStart::nearest;
+  options.max_rounds = to_int("max_rounds", max_rounds);
+  options.tolerance = tolerance;
+  options.fit.sweeps = sweeps;
+  return options;
+}
+
 py::tuple beam_search(const ArrayRef& w, const std::string& format, const SharedHessian& hessian,
                       const Search& search, int64_t refit_steps, bool refit_scales, bool error_feedback,
                       int64_t max_rounds, double tolerance, int64_t sweeps, const SharedHessian* held_out,
@@ -40,14 +54,8 @@ py::tuple beam_search(const ArrayRef& w, const std::string& format, const Shared
   {
     const py::gil_scoped_release release;
     const HessianLocks hessians(&hessian, held_out);
-    BeamSearchOptions options;
-    options.search = to_options(search, threads);
-    options.refit_steps = to_int("refit_steps", refit_steps);
-    options.refit_scales = refit_scales;
-    options.start = error_feedback ? CodeStart::error_feedback : CodeStart::nearest;
-    options.max_rounds = to_int("max_rounds", max_rounds);
-    options.tolerance = tolerance;
-    options.fit.sweeps = sweeps;
+    BeamSearchOptions options =
+        to_options(search, refit_steps, refit_scales, error_feedback, max_rounds, tolerance, sweeps, threads);
     options.held_out = hessians.second();
     found = round_beam_search(weights, additive_from_json(format), *hessians.first(), options);
   }
@@ -82,6 +90,47 @@ std::shared_ptr<PackedTensor> refit(const ArrayRef& w, const PackedTensor& start
                                                       .threads = to_int("threads", threads)}));
 }
 
+// Planes of `packed` are filled. Python makes their device current.
+py::dict beam_search_cuda(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian,
+                          const Search& search, int64_t refit_steps, bool refit_scales, bool error_feedback,
+                          int64_t max_rounds, double tolerance, int64_t sweeps, SharedCudaHessian* held_out,
+                          int64_t threads, uintptr_t stream) {
+  const CudaMatrix weights = w.cuda_matrix("w");
+  CudaBeamSearched found;
+  {
+    const py::gil_scoped_release release;
+    const CudaHessianLocks hessians(&hessian, held_out);
+    const BeamSearchOptions options =
+        to_options(search, refit_steps, refit_scales, error_feedback, max_rounds, tolerance, sweeps, threads);
+    found = round_beam_search_cuda(weights, packed, *hessians.first(), options, hessians.second(),
+                                   to_stream(stream));
+  }
+  py::dict fields = to_python(found.report);
+  fields["losses"] = found.losses;
+  return fields;
+}
+
+void search_cuda(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian, const Search& search,
+                 const std::vector<float>& penalties, const std::vector<int64_t>& row_groups,
+                 uintptr_t stream) {
+  const CudaMatrix weights = w.cuda_matrix("w");
+  const py::gil_scoped_release release;
+  const CudaHessianLocks hessians(&hessian, nullptr);
+  CodeSearchOptions options = to_options(search, 0);
+  options.code_penalties = penalties;
+  search_codes_cuda(weights, packed, *hessians.first(), options, row_groups, to_stream(stream));
+}
+
+void refit_cuda(const ArrayRef& w, PackedTensor& packed, SharedCudaHessian& hessian, int64_t steps,
+                bool tables, bool scales, double damping, uintptr_t stream) {
+  const CudaMatrix weights = w.cuda_matrix("w");
+  const py::gil_scoped_release release;
+  const CudaHessianLocks hessians(&hessian, nullptr);
+  refit_tables_cuda(weights, packed, *hessians.first(),
+                    {.steps = to_int("steps", steps), .tables = tables, .scales = scales, .damping = damping},
+                    to_stream(stream));
+}
+
 }  // namespace
 
 void bind_additive(py::module_& module) {
@@ -98,6 +147,9 @@ void bind_additive(py::module_& module) {
   module.def("round_beam_search", &beam_search);
   module.def("search_codes", &search);
   module.def("refit_tables", &refit);
+  module.def("round_beam_search_cuda", &beam_search_cuda);
+  module.def("search_codes_cuda", &search_cuda);
+  module.def("refit_tables_cuda", &refit_cuda);
 }
 
 }  // namespace quantloom::python

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from quantloom import _arrays, _checks, _core
-from quantloom.calibration import Hessian, as_hessian
+from quantloom import _arrays, _checks, _core, _devices
+from quantloom.calibration import Hessian, as_hessian, require_same_device
 from quantloom.formats import Additive
 from quantloom.rounding import HESSIANS, Rounding, RoundingReport
 from quantloom.tensors import PackedTensor
@@ -46,6 +46,9 @@ class BeamSearch(Rounding):
         start: the first codes: ``"nearest"``, or ``"gptq"``: with feedback of errors.
         sweeps: of k-means for each of the first tables, at most.
         held_out: optional, a Hessian of other tokens, for the report.
+
+    On a CUDA device everything runs there; codes are scored by tensor cores (in float32 mode), sums are taken
+    in another order than on the CPU, and ``start="gptq"`` raises RuntimeError.
 
     The short form is ``beam_search[:beam=N][:natural][:seed=N][:float64][:damp=X][:rounds=N][:tolerance=X]
     [:refit=N][:gptq]``.
@@ -145,10 +148,7 @@ def quantize_searched(
     matrix: _arrays.Array, format: Additive, rounding: BeamSearch, threads: int
 ) -> PackedTensor:
     """``ql.quantize`` with this rounding, of arguments that are checked."""
-    packed, report = _core.round_beam_search(
-        matrix.core,
-        format.to_json(),
-        rounding.hessian._core,
+    choices = (
         rounding._search,
         rounding.refit,
         rounding.refit_scales,
@@ -159,18 +159,45 @@ def quantize_searched(
         rounding.held_out and rounding.held_out._core,
         threads,
     )
-    for name in ("damping_tried", "losses"):
-        report[name] = tuple(report[name])
-    return PackedTensor._from_core(packed, matrix.kind, RoundingReport(**report))
+    if matrix.device != "cpu":
+        from quantloom.quantizing import empty_planes
+
+        planes = empty_planes(format, matrix)
+        filled = PackedTensor(format, matrix.shape, planes)._core()
+        with _devices.current(matrix.device) as stream:
+            report = _core.round_beam_search_cuda(
+                matrix.core, filled, rounding.hessian._core, *choices, stream
+            )
+        return PackedTensor(format, matrix.shape, planes, _report(report))
+    packed, report = _core.round_beam_search(matrix.core, format.to_json(), rounding.hessian._core, *choices)
+    return PackedTensor._from_core(packed, matrix.kind, _report(report))
+
+
+def _report(fields: dict[str, Any]) -> RoundingReport:
+    lists = {name: tuple(fields[name]) for name in ("damping_tried", "losses")}
+    return RoundingReport(**(fields | lists))
 
 
 def _checked(w: Any, q: PackedTensor, hessian: Any) -> tuple[_arrays.Array, Hessian]:
     if not isinstance(q, PackedTensor):
         raise TypeError(f"q: got {_checks.type_name(q)}, expected a PackedTensor")
+    matrix = _arrays.matrix("w", w, cpu=False)
     hessian = as_hessian("hessian", hessian)
-    if hessian is None or hessian.device != "cpu":
-        raise ValueError(f"hessian: got {hessian}, expected one on the CPU")
-    return _arrays.matrix("w", w), hessian
+    if hessian is None:
+        raise ValueError("hessian: got None, expected a Hessian")
+    require_same_device("hessian", hessian, matrix.device)
+    if q.device != matrix.device:
+        raise TypeError(f"q: got planes on {q.device}, expected them on {matrix.device}, as w")
+    return matrix, hessian
+
+
+def _on_device(matrix: _arrays.Array, q: PackedTensor, change: Any) -> PackedTensor:
+    """A copy of `q`, whose planes ``change(packed, stream)`` rewrites on their CUDA device."""
+    planes = {name: plane.clone() for name, plane in q.planes.items()}
+    copy = PackedTensor(q.format, q.shape, planes)
+    with _devices.current(matrix.device) as stream:
+        change(copy._core(), stream)
+    return PackedTensor(q.format, q.shape, planes)
 
 
 def search_codes(
@@ -188,10 +215,10 @@ def search_codes(
     threads: int = 0,
 ) -> PackedTensor:
     """One sweep of ``BeamSearch`` over all blocks of `q`, a packed tensor of the format ``Additive``, from
-    its codes; tables and scales stay. Everything is on the CPU.
+    its codes; tables and scales stay.
 
     Args:
-        w, q, hessian: the weights, what they are packed to, and H.
+        w, q, hessian: the weights, what they are packed to, and H, on one device.
         beam, order, seed, float64, damp: as of ``BeamSearch``.
         code_penalties: None, or numbers ``[codebooks, 2**bits]`` that each use of a code adds to the loss of
             its group of rows.
@@ -205,6 +232,14 @@ def search_codes(
     if row_groups is not None and not rows:
         return q
     threads = _checks.thread_count(threads)
+    if matrix.device != "cpu":
+        return _on_device(
+            matrix,
+            q,
+            lambda packed, stream: _core.search_codes_cuda(
+                matrix.core, packed, hessian._core, search, penalties, rows, stream
+            ),
+        )
     packed = _core.search_codes(matrix.core, q._core(), hessian._core, search, penalties, rows, threads)
     return PackedTensor._from_core(packed, q.kind)
 
@@ -221,10 +256,10 @@ def refit_tables(
     threads: int = 0,
 ) -> PackedTensor:
     """The least squares of the tables of `q`, a packed tensor of the format ``Additive``, for its codes and
-    scales; then of its scales: the other step of ``BeamSearch``. Everything is on the CPU.
+    scales; then of its scales: the other step of ``BeamSearch``.
 
     Args:
-        w, q, hessian: the weights, what they are packed to, and H.
+        w, q, hessian: the weights, what they are packed to, and H, on one device.
         steps: of conjugate gradients, at most.
         tables, scales: whether they are fitted.
         damp: added to the diagonal of H, relative to its mean; >= 0.
@@ -234,7 +269,14 @@ def refit_tables(
     steps = _checks.integer("steps", steps, 0)
     damp = _checks.real("damp", damp)
     choices = (_checks.boolean("tables", tables), _checks.boolean("scales", scales), damp)
-    packed = _core.refit_tables(
-        matrix.core, q._core(), hessian._core, steps, *choices, _checks.thread_count(threads)
-    )
+    threads = _checks.thread_count(threads)
+    if matrix.device != "cpu":
+        return _on_device(
+            matrix,
+            q,
+            lambda packed, stream: _core.refit_tables_cuda(
+                matrix.core, packed, hessian._core, steps, *choices, stream
+            ),
+        )
+    packed = _core.refit_tables(matrix.core, q._core(), hessian._core, steps, *choices, threads)
     return PackedTensor._from_core(packed, q.kind)

@@ -50,9 +50,10 @@ def quantize(
     so that factors whose errors agree to about 1e-5 may change places); GPTQ takes its sums in another
     order, so that weights close to the middle between two codes may take the other one. A ``trellis`` takes
     no scale search there, and its rings are searched with float16 costs: other codes, at an error within
-    0.03% on normal weights. Raises RuntimeError for formats other than ``uniform``, ``codebook``, ``bcq``,
-    ``spqr``, for ``Nearest`` those with ``outliers``, and a ``trellis`` with its rotation and a window of 16,
-    and where cuBLAS or cuSOLVER is missing.
+    0.03% on normal weights. ``BeamSearch`` sums in another order, too. Raises RuntimeError for formats other
+    than ``uniform``, ``codebook``, ``bcq``, ``spqr``, for ``Nearest`` those with ``outliers``, for
+    ``BeamSearch`` ``additive``, and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or
+    cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -90,7 +91,7 @@ def quantize(
         return _quantize_transformed(matrix, format, rounding, transform, threads)
     if isinstance(rounding, BeamSearch):
         if matrix.device != "cpu":
-            _require_cuda_rounding(matrix, format, rounding)
+            _require_kernels(matrix)
         return quantize_searched(matrix, format, rounding, threads)
     trellis = isinstance(format, Trellis) and format.rotation is not None
     if isinstance(rounding, GPTQ):
@@ -215,12 +216,16 @@ def _rotated(hessian: Hessian, transform: Transform) -> Hessian:
     return Hessian.from_sum(total, hessian.tokens).to(hessian.device)
 
 
-def _require_cuda_rounding(matrix: _arrays.Array, format: Format, rounding: Rounding) -> None:
+def _require_kernels(matrix: _arrays.Array) -> None:
     if not _core.built_with_cuda():
         raise RuntimeError(
             f"w: got a tensor on {matrix.device}, but this build of quantloom has no CUDA kernels"
             " (pass w.cpu())"
         )
+
+
+def _require_cuda_rounding(matrix: _arrays.Array, format: Format, rounding: Rounding) -> None:
+    _require_kernels(matrix)
     if not _core.rounds_on_cuda(format.to_json()):
         raise RuntimeError(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"

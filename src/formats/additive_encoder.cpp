@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats/additive_sample.hpp"
 #include "formats/grouped.hpp"
 #include "formats/grouped_encoder.hpp"
 #include "formats/shared_scales.hpp"
 #include "formats/table_search.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/parallel.hpp"
-#include "quantloom/random.hpp"
 
 namespace quantloom {
 namespace {
@@ -126,72 +126,31 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
   AdditiveParts parts_;
 };
 
-// Blocks of w over their scales, one of each of an even number of parts of all, and what each counts.
-struct Sample {
-  std::vector<float> blocks;
-  std::vector<float> weights;
-};
-
-Sample sample_blocks(const Additive& format, const FloatMatrix& w, const AdditiveFitOptions& options,
-                     int64_t most) {
+// The root mean square of what each scale scales, [N, S].
+std::vector<double> mean_magnitudes(const Additive& format, const FloatMatrix& w, int threads) {
   const int64_t n = w.rows();
   const int64_t k = w.cols();
-  const int64_t dim = format.dim();
-  // Where there are whole blocks, those that reach beyond the matrix do not count.
-  const int64_t of_row = std::max<int64_t>(k / format.in_group, 1);
-  const int64_t row_groups = std::max<int64_t>(n / format.out_group, 1);
-  const int64_t all = checked_mul(row_groups, of_row);
-  const int64_t part = ceil_div(all, std::min(all, most));
-  const int64_t count = ceil_div(all, part);
+  const int64_t count = format.scale_count(k);
   const int64_t width = format.scale_columns(k);
-  const CounterRandom random(options.seed);
-  Sample sample;
-  sample.blocks.assign(static_cast<size_t>(count * dim), 0.0F);
-  std::vector<double> weights(static_cast<size_t>(count), 0.0);
-  parallel_for(row_groups, options.threads, [&](int64_t row_group) {
+  std::vector<double> magnitudes(static_cast<size_t>(checked_mul(format.row_groups(n), count)));
+  parallel_for(format.row_groups(n), threads, [&](int64_t row_group) {
     const int64_t rows = std::min(format.out_group, n - row_group * format.out_group);
     std::vector<float> values(static_cast<size_t>(rows * k));
     for (int64_t r = 0; r < rows; ++r) w.read(row_group * format.out_group + r, 0, k, values.data() + r * k);
-    const auto scale_of = [&](int64_t first, int64_t columns) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t columns = std::min(width, k - i * width);
       double squares = 0;
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = first; c < first + columns; ++c) {
+        for (int64_t c = i * width; c < i * width + columns; ++c) {
           squares += static_cast<double>(values[static_cast<size_t>(r * k + c)]) *
                      static_cast<double>(values[static_cast<size_t>(r * k + c)]);
         }
       }
-      return std::sqrt(squares / static_cast<double>(rows * columns));
-    };
-    std::vector<double> scales;
-    for (int64_t first = 0; first < k; first += width)
-      scales.push_back(scale_of(first, std::min(width, k - first)));
-    for (int64_t i = row_group * of_row / part; i < count && i * part < (row_group + 1) * of_row; ++i) {
-      const int64_t span = std::min(part, all - i * part);
-      const auto at = i * part + static_cast<int64_t>(
-                                     random.below(static_cast<uint64_t>(i), static_cast<uint64_t>(span)));
-      if (at / of_row != row_group) continue;
-      const int64_t first = at % of_row * format.in_group;
-      const double wanted = scales[static_cast<size_t>(first / width)];
-      const float scale = wanted == 0 ? 1.0F : stored_scale(format.scale_dtype, wanted);
-      if (!std::isfinite(scale)) continue;  // its group is refused when it is fitted
-      const int64_t columns = std::min(format.in_group, k - first);
-      double weight = options.column_weights.empty() ? 1.0 : 0.0;
-      for (int64_t c = 0; c < columns; ++c) {
-        if (!options.column_weights.empty())
-          weight += options.column_weights[static_cast<size_t>(first + c)] / static_cast<double>(columns);
-        for (int64_t r = 0; r < rows; ++r) {
-          sample.blocks[static_cast<size_t>(i * dim + r * format.in_group + c)] =
-              values[static_cast<size_t>(r * k + first + c)] / scale;
-        }
-      }
-      weights[static_cast<size_t>(i)] = wanted * wanted * weight;
+      magnitudes[static_cast<size_t>(row_group * count + i)] =
+          std::sqrt(squares / static_cast<double>(rows * columns));
     }
   });
-  const double largest = *std::ranges::max_element(weights);
-  for (const double weight : weights) {
-    sample.weights.push_back(largest > 0 ? static_cast<float>(weight / largest) : 1.0F);
-  }
-  return sample;
+  return magnitudes;
 }
 
 }  // namespace
@@ -246,31 +205,28 @@ PackedTensor pack_additive(const Additive& format, const AdditiveParts& parts, i
 
 std::shared_ptr<const Additive> fit_additive(const Additive& format, const FloatMatrix& w,
                                              const AdditiveFitOptions& options) {
-  if (options.sweeps < 0) throw InvalidArgument("sweeps", text_of(options.sweeps), "0 or more");
-  if (options.vectors_per_entry < 0) {
-    throw InvalidArgument("vectors_per_entry", text_of(options.vectors_per_entry), "0 or more");
-  }
-  if (!options.column_weights.empty() && std::ssize(options.column_weights) != w.cols()) {
-    throw InvalidArgument("column_weights", text_of(options.column_weights.size(), " numbers"),
-                          text_of("none, or one for each of ", w.cols(), " columns"));
-  }
-  for (size_t c = 0; c < options.column_weights.size(); ++c) {
-    const double weight = options.column_weights[c];
-    if (std::isfinite(weight) && weight >= 0) continue;
-    throw NumericError(text_of("column_weights: got ", weight, " at column ", c, ", expected a number >= 0"));
-  }
+  require_valid(options, w.cols());
   std::vector<float> tables(static_cast<size_t>(format.codebooks * format.entries() * format.dim()), 0.0F);
   if (w.rows() > 0 && w.cols() > 0) {
-    constexpr int64_t kLeast = int64_t{1} << 14;
-    constexpr int64_t kUsual = int64_t{1} << 18;
-    const int64_t most =
-        options.vectors_per_entry > 0
-            ? checked_mul(options.vectors_per_entry, format.entries())
-            : std::clamp(256 * format.entries(), kLeast, std::max(kUsual, 4 * format.entries()));
-    Sample sample = sample_blocks(format, w, options, most);
-    tables = fit_residual_tables({sample.blocks.data(), std::ssize(sample.weights), format.dim()},
-                                 sample.weights, format.codebooks, format.entries(), options.sweeps,
-                                 options.seed, options.threads);
+    const AdditiveSample sample =
+        draw_blocks(format, w.rows(), w.cols(), mean_magnitudes(format, w, options.threads), options);
+    const auto count = std::ssize(sample.places);
+    const int64_t width = format.scale_columns(w.cols());
+    std::vector<float> blocks(static_cast<size_t>(checked_mul(count, format.dim())), 0.0F);
+    parallel_for(count, options.threads, [&](int64_t i) {
+      const int64_t row_group = sample.places[static_cast<size_t>(i)] / sample.of_row;
+      const int64_t first = sample.places[static_cast<size_t>(i)] % sample.of_row * format.in_group;
+      const int64_t columns = std::min(format.in_group, w.cols() - first);
+      const float scale =
+          sample.scales[static_cast<size_t>(row_group * format.scale_count(w.cols()) + first / width)];
+      for (int64_t r = 0; r < std::min(format.out_group, w.rows() - row_group * format.out_group); ++r) {
+        float* const block = blocks.data() + i * format.dim() + r * format.in_group;
+        w.read(row_group * format.out_group + r, first, columns, block);
+        for (int64_t c = 0; c < columns; ++c) block[c] /= scale;
+      }
+    });
+    tables = fit_residual_tables({blocks.data(), count, format.dim()}, sample.weights, format.codebooks,
+                                 format.entries(), options.sweeps, options.seed, options.threads);
   }
   return std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group, format.out_group,
                                           format.scale_group, format.scale_dtype, tables);

@@ -6,6 +6,7 @@
 
 #include "quantloom/parallel.hpp"
 #include "quantloom/random.hpp"
+#include "rounding/additive_checks.hpp"
 #include "rounding/inverse_factor.hpp"
 
 namespace quantloom {
@@ -23,13 +24,8 @@ AdditiveProblem::AdditiveProblem(const FloatMatrix& w, const Additive& format_gi
       hessian_(hessian),
       scale_columns_(format.scale_columns(k)) {
   static_cast<void>(resolve_threads(threads));
-  if (!(damping >= 0 && std::isfinite(damping))) {
-    throw InvalidArgument("damping", text_of(damping), "a number >= 0");
-  }
-  if (n % format.out_group != 0) {
-    throw InvalidArgument("w", text_of(n, " rows"),
-                          text_of("a multiple of ", format.out_group, ", the rows of a block"));
-  }
+  require_damping(damping);
+  require_whole_row_groups(format, n);
   require_usable(hessian, k);
   require_finite(w, "w", threads);
   weights_.assign(static_cast<size_t>(checked_mul(n, columns)), 0.0F);

@@ -329,10 +329,6 @@ class Refit {
 
 }  // namespace
 
-void require_valid(const RefitOptions& options) {
-  if (options.steps < 0) throw InvalidArgument("steps", text_of(options.steps), "0 or more");
-}
-
 void refit_parts(const AdditiveProblem& problem, AdditiveParts& parts, const RefitOptions& options) {
   if (problem.row_groups == 0 || problem.blocks == 0 || options.steps == 0) return;
   Refit refit(problem, parts);

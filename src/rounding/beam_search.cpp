@@ -7,6 +7,7 @@
 #include "quantloom/parallel.hpp"
 #include "quantloom/rounding/error_feedback.hpp"
 #include "quantloom/rounding/nearest.hpp"
+#include "rounding/additive_checks.hpp"
 #include "rounding/additive_refit.hpp"
 #include "rounding/code_sweep.hpp"
 
@@ -29,26 +30,6 @@ const Additive& start_format(const FloatMatrix& w, const PackedTensor& start) {
   }
   validate(start);
   return *format;
-}
-
-void require_row_groups(std::span<const int64_t> row_groups, int64_t count) {
-  std::vector<bool> taken(static_cast<size_t>(count));
-  for (const int64_t r : row_groups) {
-    if (r < 0 || r >= count || taken[static_cast<size_t>(r)]) {
-      throw InvalidArgument("row_groups", text_of(r),
-                            text_of("numbers from 0 to below ", count, ", each once"));
-    }
-    taken[static_cast<size_t>(r)] = true;
-  }
-}
-
-void require_valid(const BeamSearchOptions& options) {
-  if (options.refit_steps < 0)
-    throw InvalidArgument("refit_steps", text_of(options.refit_steps), "0 or more");
-  if (options.max_rounds < 0) throw InvalidArgument("max_rounds", text_of(options.max_rounds), "0 or more");
-  if (!(options.tolerance >= 0 && options.tolerance < 1)) {
-    throw InvalidArgument("tolerance", text_of(options.tolerance), "a number from 0 to below 1");
-  }
 }
 
 PackedTensor start_codes(const FloatMatrix& w, const std::shared_ptr<const Additive>& format,

@@ -401,23 +401,6 @@ void sweep_with(const AdditiveProblem& problem, AdditiveParts& parts, const Code
 
 }  // namespace
 
-void require_valid(const CodeSearchOptions& options, const Additive& format) {
-  const int64_t most = std::min<int64_t>(kMostBeam, format.entries());
-  if (options.beam < 1 || options.beam > most) {
-    throw InvalidArgument("beam", text_of(options.beam), text_of("1 to ", most));
-  }
-  const int64_t count = format.codebooks * format.entries();
-  if (!options.code_penalties.empty() && std::ssize(options.code_penalties) != count) {
-    throw InvalidArgument("code_penalties", text_of(options.code_penalties.size(), " numbers"),
-                          text_of("none, or ", count, ": one for each entry of each table"));
-  }
-  for (size_t i = 0; i < options.code_penalties.size(); ++i) {
-    if (std::isfinite(options.code_penalties[i])) continue;
-    throw NumericError(text_of("code_penalties: got ", options.code_penalties[i], " at entry ", i,
-                               ", expected finite numbers"));
-  }
-}
-
 void sweep_codes(const AdditiveProblem& problem, AdditiveParts& parts, const CodeSearchOptions& options,
                  std::span<const int64_t> row_groups) {
   if (problem.row_groups == 0 || problem.blocks == 0) return;

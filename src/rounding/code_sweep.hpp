@@ -6,9 +6,6 @@
 
 namespace quantloom {
 
-// Throws InvalidArgument naming the option that is out of range.
-void require_valid(const CodeSearchOptions& options, const Additive& format);
-
 // Rewrites the codes of `row_groups` (empty: all). Options are valid; their damping and threads do not count,
 // those of the problem do.
 void sweep_codes(const AdditiveProblem& problem, AdditiveParts& parts, const CodeSearchOptions& options,
