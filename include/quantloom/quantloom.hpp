@@ -56,6 +56,7 @@
 #include "quantloom/kernels/matmul.hpp"
 #include "quantloom/kv_cache/kv_attention.hpp"
 #include "quantloom/kv_cache/kv_cache.hpp"
+#include "quantloom/kv_cache/kv_tables.hpp"
 #include "quantloom/packed_tensor.hpp"
 #include "quantloom/rounding/beam_search.hpp"
 #include "quantloom/rounding/channel_scales.hpp"

@@ -1,6 +1,7 @@
 // Caches of keys and values.
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 
 #include "arrays.hpp"
@@ -66,9 +67,31 @@ py::dict layout_of(const KVLayout& layout) {
 }
 
 std::unique_ptr<KVCache> make_cache(const std::string& json, int64_t sequences, int64_t kv_heads,
-                                    int64_t head_dim, const std::string& dtype, int64_t capacity) {
+                                    int64_t head_dim, const std::string& dtype, int64_t capacity,
+                                    const std::shared_ptr<KVTables>& tables) {
   const KVShape shape{sequences, kv_heads, head_dim, dtype_from_name(dtype)};
-  return std::make_unique<KVCache>(kv_format_from_json(json), shape, capacity);
+  return std::make_unique<KVCache>(kv_format_from_json(json), shape, capacity, tables);
+}
+
+std::vector<float> floats_of(const char* name, const ArrayRef& x) {
+  if (x.dtype() != DType::f32 || x.device() != Device::cpu || !x.contiguous()) {
+    throw TypeMismatch(name, name_of(x.dtype()), "contiguous float32 on the CPU");
+  }
+  const auto* data = static_cast<const float*>(x.data());
+  return {data, data + x.element_count()};
+}
+
+std::shared_ptr<KVTables> make_tables(const ArrayRef& key_bounds, const ArrayRef& key_values,
+                                      const ArrayRef& value_bounds, const ArrayRef& value_values,
+                                      const ArrayRef& key_scale, const ArrayRef& key_middle,
+                                      const std::shared_ptr<KVRotation>& rotation) {
+  auto tables = std::make_shared<KVTables>();
+  tables->keys = {floats_of("key_bounds", key_bounds), floats_of("key_values", key_values)};
+  tables->values = {floats_of("value_bounds", value_bounds), floats_of("value_values", value_values)};
+  tables->key_scale = floats_of("key_scale", key_scale);
+  tables->key_middle = floats_of("key_middle", key_middle);
+  tables->rotation = rotation;
+  return tables;
 }
 
 }  // namespace
@@ -82,8 +105,22 @@ void bind_kv_cache(py::module_& module) {
   module.def("kv_layout", [](const std::string& json, int64_t head_dim) {
     return layout_of(kv_layout(kv_format_from_json(json), head_dim));
   });
+  py::class_<KVRotation, std::shared_ptr<KVRotation>>(module, "KVRotation")
+      .def(py::init([](const ArrayRef& cosines, const ArrayRef& sines) {
+        auto rotation = std::make_shared<KVRotation>();
+        cosines.require_rank_2("cosines");
+        rotation->rotated = cosines.shape()[1] * 2;
+        rotation->cosines = floats_of("cosines", cosines);
+        rotation->sines = floats_of("sines", sines);
+        return rotation;
+      }));
+  py::class_<KVTables, std::shared_ptr<KVTables>>(module, "KVTables")
+      .def(py::init(&make_tables), py::arg("key_bounds"), py::arg("key_values"), py::arg("value_bounds"),
+           py::arg("value_values"), py::arg("key_scale"), py::arg("key_middle"),
+           py::arg("rotation").none(true));
   py::class_<KVCache>(module, "KVCache")
-      .def(py::init(&make_cache))
+      .def(py::init(&make_cache), py::arg("format"), py::arg("sequences"), py::arg("kv_heads"),
+           py::arg("head_dim"), py::arg("dtype"), py::arg("capacity"), py::arg("tables").none(true))
       .def("clone", [](const KVCache& cache) { return std::make_unique<KVCache>(cache.clone()); })
       .def("lengths",
            [](const KVCache& cache) {

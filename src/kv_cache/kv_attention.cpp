@@ -120,8 +120,8 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
   }
   int64_t elements = 0;
   for (const Piece& piece : pieces) elements += piece.tokens * dim;
-  const int team = static_cast<int>(
-      std::clamp<int64_t>(elements / kElementsPerThread, 1, resolve_threads(threads)));
+  const int team =
+      static_cast<int>(std::clamp<int64_t>(elements / kElementsPerThread, 1, resolve_threads(threads)));
   std::fill_n(out, queries.sequences * rows * kv_heads * dim, 0.0F);
   std::vector<kv_cache::SoftmaxRow> state(static_cast<size_t>(places));
   Tensor sums(DType::f32, {places, stride});

@@ -58,13 +58,19 @@ void require_values(const char* name, const KVTokens& x, std::span<const int64_t
 
 }  // namespace
 
-KVCache::KVCache(KVFormat format, KVShape shape, int64_t capacity)
-    : format_(format), shape_(shape), layout_(kv_layout(format, shape.head_dim)) {
+KVCache::KVCache(KVFormat format, KVShape shape, int64_t capacity, std::shared_ptr<const KVTables> tables)
+    : format_(format), shape_(shape), layout_(kv_layout(format, shape.head_dim)), tables_(std::move(tables)) {
   if (!is_float16_or_32(shape.dtype)) {
     throw TypeMismatch("dtype", name_of(shape.dtype), "float32, float16 or bfloat16");
   }
   if (shape.sequences < 0) throw InvalidArgument("sequences", text_of(shape.sequences), "0 or more");
   if (shape.kv_heads < 1) throw InvalidArgument("kv_heads", text_of(shape.kv_heads), "1 or more");
+  if ((tables_ != nullptr) != layout_.keys.has_table()) {
+    throw InvalidArgument(
+        "tables", tables_ == nullptr ? "none" : "some",
+        tables_ == nullptr ? "those of a calibration" : text_of("none for ", format.spec()));
+  }
+  if (tables_ != nullptr) require_valid(*tables_, format, shape.kv_heads, shape.head_dim);
   if (capacity < 0) throw InvalidArgument("capacity", text_of(capacity), "0 or more tokens");
   sequences_.resize(static_cast<size_t>(shape.sequences));
   for (Tensor& exact : exact_) {
@@ -142,6 +148,13 @@ int64_t KVCache::coded(KVSide side, int64_t sequence) const {
   return coded_of(side, length(sequence));
 }
 
+kv_cache::HeadTables KVCache::head_tables(KVSide side, int64_t head) const {
+  if (tables_ == nullptr) return {};
+  const KVTable& table = side == KVSide::keys ? tables_->keys : tables_->values;
+  return {table.bounds.data(), table.values.data(), tables_->key_scale.data() + head * shape_.head_dim,
+          tables_->key_middle.data() + head * shape_.head_dim};
+}
+
 std::byte* KVCache::exact_row(KVSide side, int64_t sequence, int64_t head, int64_t slot) const {
   const Tensor& exact = exact_[index_of(side)];
   const int64_t row = (sequence * shape_.kv_heads + head) * (format_.first + format_.window) + slot;
@@ -172,8 +185,17 @@ void KVCache::append(const KVTokens& keys, const KVTokens& values, std::span<con
   KVTokens stored = keys;
   require_values("keys", keys, starts, team);
   require_values("values", values, starts, team);
-  if (format_.hadamard) {
-    rotated = kv_cache::rotate_tokens(keys, false);
+  const KVRotation* rotation = tables_ == nullptr ? nullptr : tables_->rotation.get();
+  const bool turned = rotation != nullptr;
+  std::vector<int64_t> positions;  // of the first token of each sequence
+  for (size_t s = 0; s < sequences_.size() && turned; ++s) {
+    positions.push_back(sequences_[s].length - (starts.empty() ? 0 : starts[s]));
+    if (positions[s] + keys.tokens <= rotation->positions()) continue;
+    throw InvalidArgument("keys", text_of("token ", positions[s] + keys.tokens - 1, " of sequence ", s),
+                          text_of("tokens below ", rotation->positions(), ", the positions of the tables"));
+  }
+  if (format_.hadamard || turned) {
+    rotated = turned ? kv_cache::turn_back(keys, *rotation, positions) : kv_cache::rotate_tokens(keys, false);
     stored = kv_cache::view_of(rotated);
     require_values("rotated keys", stored, starts, team);
   }
@@ -206,12 +228,13 @@ void KVCache::append_head(const KVTokens& x, KVSide side, int64_t sequence, int6
   const int64_t window = format_.window;
   const auto row_bytes = static_cast<size_t>(dim * size_of(shape_.dtype));
   const bool by_channel = part.codec == KVCodec::channel_grid;
+  const kv_cache::HeadTables tables = head_tables(side, head);
   std::vector<float> wide(static_cast<size_t>((by_channel ? part.group : 1) * dim));
   const auto encode = [&](const std::byte* row, int64_t token) {
     kv_cache::widen_row(shape_.dtype, row, dim, wide.data());
     const int64_t page = token / layout_.page_tokens;
     auto* to = const_cast<std::byte*>(record(sequence, page, head));
-    kv_cache::encode_token(part, dim, wide.data(), token % layout_.page_tokens, to);
+    kv_cache::encode_token(part, dim, wide.data(), token % layout_.page_tokens, to, tables);
   };
   int64_t t = length(sequence) - format_.first;  // counted from the first token that is not kept
   for (int64_t i = start; i < x.tokens; ++i, ++t) {
@@ -300,7 +323,7 @@ void KVCache::read_with(bool reference, KVSide side, int64_t sequence, int64_t h
       run = std::min({end - t, coded_end - t, layout_.page_tokens - slot});
       const std::byte* from = record(sequence, t / layout_.page_tokens, head);
       const auto decode = reference ? kv_cache::decode_reference : kv_cache::decode_rows;
-      decode(part, dim, from, slot, run, out);
+      decode(part, dim, from, slot, run, out, head_tables(side, head));
     } else {
       const bool kept = t < 0;
       const int64_t slot = kept ? t + format_.first : format_.first + t % format_.window;
@@ -315,6 +338,12 @@ void KVCache::read_with(bool reference, KVSide side, int64_t sequence, int64_t h
     t += run;
     out += run * dim;
   }
+  if (side == KVSide::values || tables_ == nullptr || tables_->rotation == nullptr) return;
+  const KVRotation& rotation = *tables_->rotation;
+  const int64_t half = rotation.rotated / 2;
+  const auto rotate = reference ? kv_cache::rotate_reference : kv_cache::rotate_rows;
+  rotate(out - count * dim, count, dim, rotation.cosines.data() + first * half,
+         rotation.sines.data() + first * half, half);
 }
 
 void KVCache::read(KVSide side, int64_t sequence, int64_t head, int64_t first, int64_t count,
@@ -340,6 +369,13 @@ KVUsage KVCache::usage() const {
       if (part.codec == KVCodec::channel_grid) bytes += tokens / part.group * shape_.head_dim * 4;
       if (part.codec == KVCodec::token_grid) bytes += tokens * part.groups * 4;
       if (part.codec == KVCodec::digits) bytes += tokens * (2 + part.shift_bytes);
+      if (part.codec == KVCodec::token_table) bytes += tokens * 4;
+      if (part.has_table()) {
+        const int64_t page = layout_.page_tokens;
+        bytes += (tokens / page * part.outliers_before(page, shape_.head_dim) +
+                  part.outliers_before(tokens % page, shape_.head_dim)) *
+                 4;
+      }
       usage.code_bytes += bytes * shape_.kv_heads;
       usage.exact_bytes += (length(s) - tokens) * row_bytes;
     }

@@ -80,7 +80,7 @@ void encode_digits(const KVPart& part, int64_t head_dim, const float* x, int64_t
         std::max(0, static_cast<int>(std::bit_width(static_cast<unsigned>(most))) - (part.bits - 1));
     shifts[static_cast<size_t>(g)] = static_cast<uint8_t>(shift);
     for (int64_t d = g * part.group; d < end; ++d) {
-      const float cut = std::nearbyint(std::ldexp(integer(d), -shift));
+      const float cut = std::nearbyint(integer(d) / static_cast<float>(1 << shift));
       codes[d] = static_cast<uint8_t>(
           static_cast<int>(std::clamp(cut, static_cast<float>(-half), static_cast<float>(half - 1))));
     }
@@ -102,7 +102,70 @@ void decode_digits(const KVPart& part, int64_t head_dim, const std::byte* record
   }
 }
 
+// The range of a token that is least when `count` elements are left out, at either end.
+Grid least_range(const float* x, int64_t head_dim, int64_t count) {
+  std::array<float, 1024> sorted{};
+  std::copy_n(x, head_dim, sorted.begin());
+  std::sort(sorted.begin(), sorted.begin() + head_dim);
+  const auto at = [&](int64_t i) { return sorted[static_cast<size_t>(i)]; };
+  count = std::min(count, head_dim - 1);
+  int64_t best = 0;
+  for (int64_t below = 1; below <= count; ++below) {
+    if (at(head_dim - 1 - count + below) - at(below) < at(head_dim - 1 - count + best) - at(best))
+      best = below;
+  }
+  const float low = at(best);
+  const float high = at(head_dim - 1 - count + best);
+  const float half = std::max((high - low) / 2, kSmallestScale);
+  return {float_from_f16(f16_from_float(half)), float_from_f16(f16_from_float((high + low) / 2))};
+}
+
+// Codes of a table, and the elements that they miss most, the lower channel first among equals.
+void encode_by_table(const KVPart& part, int64_t head_dim, const float* x, int64_t slot, std::byte* record,
+                     const HeadTables& tables, uint8_t* codes) {
+  const int64_t first = part.outliers_before(slot, head_dim);
+  const int64_t count = part.outliers_before(slot + 1, head_dim) - first;
+  Grid range;
+  if (part.codec == KVCodec::token_table) {
+    range = least_range(x, head_dim, count);
+    const std::array<uint16_t, 2> pair = {f16_from_float(range.scale), f16_from_float(range.least)};
+    std::memcpy(record + part.parameters + slot * 4, pair.data(), sizeof pair);
+  }
+  const int bounds = (1 << part.bits) - 1;
+  std::array<float, 1024> missing{};
+  for (int64_t d = 0; d < head_dim; ++d) {
+    if (part.codec == KVCodec::channel_table) range = {tables.scale[d], tables.middle[d]};
+    const float normalized = (x[d] - range.least) / range.scale;
+    int code = 0;
+    while (code < bounds && tables.bounds[code] < normalized) ++code;
+    codes[d] = static_cast<uint8_t>(code);
+    missing[static_cast<size_t>(d)] = x[d] - (tables.values[code] * range.scale + range.least);
+  }
+  std::array<int16_t, 1024> order{};
+  for (int64_t d = 0; d < head_dim; ++d) order[static_cast<size_t>(d)] = static_cast<int16_t>(d);
+  const auto error = [&](int16_t d) { return std::abs(missing[static_cast<size_t>(d)]); };
+  std::partial_sort(order.begin(), order.begin() + count, order.begin() + head_dim,
+                    [&](int16_t a, int16_t b) { return error(a) != error(b) ? error(a) > error(b) : a < b; });
+  std::sort(order.begin(), order.begin() + count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int16_t d = order[static_cast<size_t>(i)];
+    const std::array<uint16_t, 2> entry = {static_cast<uint16_t>(slot * head_dim + d),
+                                           f16_from_float(missing[static_cast<size_t>(d)])};
+    std::memcpy(record + part.outliers + (first + i) * 4, entry.data(), sizeof entry);
+  }
+}
+
 }  // namespace
+
+void add_outliers(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, int64_t count,
+                  float* out) {
+  const int64_t end = part.outliers_before(slot + count, head_dim);
+  for (int64_t i = part.outliers_before(slot, head_dim); i < end; ++i) {
+    std::array<uint16_t, 2> entry{};
+    std::memcpy(entry.data(), record + part.outliers + i * 4, sizeof entry);
+    out[entry[0] - slot * head_dim] += float_from_f16(entry[1]);
+  }
+}
 
 void encode_channels(const KVPart& part, int64_t head_dim, const float* x, int64_t group, std::byte* record) {
   std::vector<Grid> grids(static_cast<size_t>(head_dim));
@@ -126,10 +189,13 @@ void encode_channels(const KVPart& part, int64_t head_dim, const float* x, int64
   }
 }
 
-void encode_token(const KVPart& part, int64_t head_dim, const float* x, int64_t slot, std::byte* record) {
+void encode_token(const KVPart& part, int64_t head_dim, const float* x, int64_t slot, std::byte* record,
+                  const HeadTables& tables) {
   std::array<uint8_t, 1024> codes{};
   if (part.codec == KVCodec::digits) {
     encode_digits(part, head_dim, x, slot, record, codes.data());
+  } else if (part.has_table()) {
+    encode_by_table(part, head_dim, x, slot, record, tables, codes.data());
   } else {
     for (int64_t g = 0; g < part.groups; ++g) {
       const int64_t begin = g * part.group;
@@ -144,20 +210,29 @@ void encode_token(const KVPart& part, int64_t head_dim, const float* x, int64_t 
 }
 
 void decode_reference(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot,
-                      int64_t count, float* out) {
-  for (int64_t t = slot; t < slot + count; ++t, out += head_dim) {
+                      int64_t count, float* out, const HeadTables& tables) {
+  float* row_out = out;
+  for (int64_t t = slot; t < slot + count; ++t, row_out += head_dim) {
     if (part.codec == KVCodec::digits) {
-      decode_digits(part, head_dim, record, t, out);
+      decode_digits(part, head_dim, record, t, row_out);
       continue;
     }
     const std::byte* row = record + part.codes + t * part.row_bytes;
     for (int64_t d = 0; d < head_dim; ++d) {
+      const uint8_t code = code_at(row, d, part.bits);
+      if (part.codec == KVCodec::channel_table) {
+        row_out[d] = tables.values[code] * tables.scale[d] + tables.middle[d];
+        continue;
+      }
       const int64_t pair = part.codec == KVCodec::channel_grid ? t / part.group * head_dim + d
-                                                               : t * part.groups + d / part.group;
+                           : part.codec == KVCodec::token_grid ? t * part.groups + d / part.group
+                                                               : t;
       const Grid grid = load_grid(record + part.parameters + pair * 4);
-      out[d] = grid.scale * static_cast<float>(code_at(row, d, part.bits)) + grid.least;
+      row_out[d] =
+          grid.scale * (part.has_table() ? tables.values[code] : static_cast<float>(code)) + grid.least;
     }
   }
+  if (part.has_table()) add_outliers(part, head_dim, record, slot, count, out);
 }
 
 }  // namespace quantloom::kv_cache

@@ -13,12 +13,14 @@ namespace {
 constexpr int64_t kPageTokens = 128;
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kPairBytes = 4;  // a scale and a least value
+constexpr int64_t kOutlierBytes = 4;
 
 KVPart part_of(const KVFormat& format, KVSide side, int64_t head_dim, int64_t page_tokens, int64_t& end) {
   KVPart part;
   const bool keys = side == KVSide::keys;
   part.bits = keys ? format.key_bits : format.value_bits;
-  part.codec = format.kind == KVKind::sdr            ? KVCodec::digits
+  part.codec = format.kind == KVKind::kvquant        ? (keys ? KVCodec::channel_table : KVCodec::token_table)
+               : format.kind == KVKind::sdr          ? KVCodec::digits
                : format.kind == KVKind::kivi && keys ? KVCodec::channel_grid
                                                      : KVCodec::token_grid;
   part.row_bytes = ceil_div(head_dim * part.bits, 32) * 4;
@@ -32,7 +34,12 @@ KVPart part_of(const KVFormat& format, KVSide side, int64_t head_dim, int64_t pa
   } else {
     part.group = format.group_size == 0 ? head_dim : std::min(format.group_size, head_dim);
     part.groups = ceil_div(head_dim, part.group);
-    if (part.codec == KVCodec::token_grid) {
+    if (part.has_table()) {
+      if (!keys) end = checked_pad(end + page_tokens * kPairBytes, kAlignment);
+      part.outlier_share = format.outliers;
+      part.outliers = end;
+      end += part.outliers_before(page_tokens, head_dim) * kOutlierBytes;
+    } else if (part.codec == KVCodec::token_grid) {
       end += page_tokens * part.groups * kPairBytes;
     } else {
       part.shift_bits = std::bit_width(static_cast<unsigned>(8 - part.bits));
@@ -55,6 +62,11 @@ KVLayout kv_layout(const KVFormat& format, int64_t head_dim) {
   }
   if (format.hadamard && !hadamard_size(head_dim)) {
     throw InvalidArgument("head_dim", text_of(head_dim), "the order of a known Hadamard matrix");
+  }
+  if (format.outliers > 0 && head_dim > 65536 / kPageTokens) {
+    throw InvalidArgument(
+        "head_dim", text_of(head_dim),
+        text_of("at most ", 65536 / kPageTokens, " with outliers, whose places take 16 bits"));
   }
   KVLayout layout;
   layout.head_dim = head_dim;

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "kv_cache/kv_codes.hpp"
 #include "simd_targets.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -81,14 +80,14 @@ void load_pairs(const std::byte* from, int64_t count, float* scales, float* leas
 }
 
 void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, int64_t count,
-                 float* HWY_RESTRICT out) {
-  if (part.codec == KVCodec::digits) return decode_reference(part, head_dim, record, slot, count, out);
+                 float* HWY_RESTRICT out, const HeadTables& tables) {
   const DF df;
   const auto step = static_cast<int64_t>(hn::Lanes(df));
   alignas(64) uint8_t codes[1024 + 64] = {};
   alignas(64) float scales[1024 + kRowPadding] = {};
   alignas(64) float least[1024 + kRowPadding] = {};
   int64_t loaded = -1;
+  float* const begin = out;
   for (int64_t t = slot; t < slot + count; ++t, out += head_dim) {
     unpack_row(part.bits, record + part.codes + t * part.row_bytes, head_dim, codes);
     if (part.codec == KVCodec::channel_grid) {
@@ -104,6 +103,47 @@ void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, 
       }
       continue;
     }
+    if (part.codec == KVCodec::digits) {
+      uint16_t stored = 0;
+      std::memcpy(&stored, record + part.parameters + t * 2, sizeof stored);
+      const VF half = hn::Set(df, static_cast<float>(1 << (part.bits - 1)));
+      const VF all = hn::Add(half, half);
+      const auto* shifts = reinterpret_cast<const uint8_t*>(record + part.shifts + t * part.shift_bytes);
+      for (int64_t g = 0; g < part.groups; ++g) {
+        const int64_t bit = g * part.shift_bits;
+        const int pair = shifts[bit / 8] | (bit % 8 + part.shift_bits > 8 ? shifts[bit / 8 + 1] << 8 : 0);
+        const int shift = (pair >> (bit % 8)) & ((1 << part.shift_bits) - 1);
+        // Exact, as scale * (code * 2^shift) is.
+        const VF scale = hn::Set(df, float_from_f16(stored) * static_cast<float>(1 << shift));
+        const int64_t end = std::min((g + 1) * part.group, head_dim);
+        for (int64_t d = g * part.group; d < end; d += step) {
+          const VF code = load_codes(codes + d);
+          const VF value = hn::Sub(code, hn::IfThenElseZero(hn::Ge(code, half), all));  // two's complement
+          hn::StoreU(hn::Mul(scale, value), df, out + d);
+        }
+      }
+      continue;
+    }
+    if (part.has_table()) {
+      // Of values, one pair for all channels.
+      const bool by_channel = part.codec == KVCodec::channel_table;
+      if (!by_channel) load_pairs(record + part.parameters + t * 4, 1, scales, least);
+      const hn::Rebind<int32_t, DF> di;
+      const hn::Rebind<uint8_t, DF> db;
+      int64_t d = 0;
+      for (; d + step <= head_dim; d += step) {
+        const auto index = hn::PromoteTo(di, hn::LoadU(db, codes + d));
+        const VF value = hn::GatherIndex(df, tables.values, index);
+        const VF scale = by_channel ? hn::LoadU(df, tables.scale + d) : hn::Set(df, scales[0]);
+        const VF middle = by_channel ? hn::LoadU(df, tables.middle + d) : hn::Set(df, least[0]);
+        hn::StoreU(hn::MulAdd(value, scale, middle), df, out + d);
+      }
+      for (; d < head_dim; ++d) {
+        out[d] = tables.values[codes[d]] * (by_channel ? tables.scale[d] : scales[0]) +
+                 (by_channel ? tables.middle[d] : least[0]);
+      }
+      continue;
+    }
     load_pairs(record + part.parameters + t * part.groups * 4, part.groups, scales, least);
     for (int64_t g = 0; g < part.groups; ++g) {
       const VF scale = hn::Set(df, scales[g]);
@@ -113,6 +153,31 @@ void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, 
       for (int64_t d = g * part.group; d < end; d += step) {
         hn::StoreU(hn::MulAdd(scale, load_codes(codes + d), low), df, out + d);
       }
+    }
+  }
+  if (part.has_table()) add_outliers(part, head_dim, record, slot, count, begin);
+}
+
+void rotate_rows(float* HWY_RESTRICT rows, int64_t count, int64_t head_dim, const float* HWY_RESTRICT cosines,
+                 const float* HWY_RESTRICT sines, int64_t half) {
+  const DF df;
+  const auto step = static_cast<int64_t>(hn::Lanes(df));
+  for (int64_t t = 0; t < count; ++t, rows += head_dim, cosines += half, sines += half) {
+    int64_t i = 0;
+    // No fused operations: every instruction set gives the same bits.
+    for (; i + step <= half; i += step) {
+      const VF a = hn::LoadU(df, rows + i);
+      const VF b = hn::LoadU(df, rows + half + i);
+      const VF c = hn::LoadU(df, cosines + i);
+      const VF s = hn::LoadU(df, sines + i);
+      hn::StoreU(hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), df, rows + i);
+      hn::StoreU(hn::Add(hn::Mul(b, c), hn::Mul(a, s)), df, rows + half + i);
+    }
+    for (; i < half; ++i) {
+      const float a = rows[i];
+      const float b = rows[half + i];
+      rows[i] = a * cosines[i] - b * sines[i];
+      rows[half + i] = b * cosines[i] + a * sines[i];
     }
   }
 }
@@ -206,12 +271,18 @@ HWY_AFTER_NAMESPACE();
 namespace quantloom::kv_cache {
 
 HWY_EXPORT(decode_rows);
+HWY_EXPORT(rotate_rows);
 HWY_EXPORT(widen_row);
 HWY_EXPORT(attend_block);
 
 void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, int64_t count,
-                 float* out) {
-  HWY_DYNAMIC_DISPATCH(decode_rows)(part, head_dim, record, slot, count, out);
+                 float* out, const HeadTables& tables) {
+  HWY_DYNAMIC_DISPATCH(decode_rows)(part, head_dim, record, slot, count, out, tables);
+}
+
+void rotate_rows(float* rows, int64_t count, int64_t head_dim, const float* cosines, const float* sines,
+                 int64_t half) {
+  HWY_DYNAMIC_DISPATCH(rotate_rows)(rows, count, head_dim, cosines, sines, half);
 }
 
 void widen_row(DType dtype, const std::byte* from, int64_t count, float* out) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kv_cache/kv_codes.hpp"
 #include "quantloom/dtype.hpp"
 #include "quantloom/kv_cache/kv_layout.hpp"
 
@@ -14,10 +15,14 @@ inline constexpr int64_t kRowPadding = 16;
 // Bytes that they read beyond a record.
 inline constexpr int64_t kRecordPadding = 16;
 
-// decode_reference(), bit for bit. Of a grid, whose codes are below 2^8 and scales float16, scale * code is
-// exact in float32: a fused multiplication and addition rounds the same.
+// decode_reference(), bit for bit. Of a grid, whose codes are below 2^8 or numbers of float16 and scales
+// float16, scale * code is exact in float32: a fused multiplication and addition rounds the same.
 void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, int64_t count,
-                 float* out);
+                 float* out, const HeadTables& tables);
+// Turns the channels i and i + half, i < half, of each of `count` vectors by the angle of its position:
+// cosines and sines [count, half].
+void rotate_rows(float* rows, int64_t count, int64_t head_dim, const float* cosines, const float* sines,
+                 int64_t half);
 // count numbers of `dtype` as float32.
 void widen_row(DType dtype, const std::byte* from, int64_t count, float* out);
 

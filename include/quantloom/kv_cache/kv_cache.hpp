@@ -15,7 +15,12 @@
 #include <vector>
 
 #include "quantloom/kv_cache/kv_layout.hpp"
+#include "quantloom/kv_cache/kv_tables.hpp"
 #include "quantloom/tensor.hpp"
+
+namespace quantloom::kv_cache {
+struct HeadTables;
+}
 
 namespace quantloom {
 
@@ -56,8 +61,10 @@ struct KVUsage {
 
 class KVCache {
  public:
-  // Throws InvalidArgument / TypeMismatch naming the field that is out of range.
-  KVCache(KVFormat format, KVShape shape, int64_t capacity = 0);
+  // `tables`: for the kind kvquant, and no other. Throws InvalidArgument / TypeMismatch naming the field that
+  // is out of range.
+  KVCache(KVFormat format, KVShape shape, int64_t capacity = 0,
+          std::shared_ptr<const KVTables> tables = nullptr);
   KVCache(KVCache&&) = default;
   KVCache& operator=(KVCache&&) = default;
   // A cache of its own with the same tokens.
@@ -72,7 +79,8 @@ class KVCache {
 
   // Adds the tokens [starts[s], keys.tokens) to each sequence s; without starts all of them. Throws before
   // anything is changed: InvalidArgument or TypeMismatch for a wrong shape or dtype, NumericError naming
-  // sequence, head and token for a value that is not finite or beyond 32752 in magnitude (float16 scales).
+  // sequence, head and token for a value that is not finite or beyond 32752 in magnitude (float16 scales),
+  // InvalidArgument for tokens past the last position of the tables.
   void append(const KVTokens& keys, const KVTokens& values, std::span<const int64_t> starts = {},
               int threads = 0);
   // Sequence s becomes what sequence sources[s] was; their number may change.
@@ -104,6 +112,7 @@ class KVCache {
   void release_page(int32_t page);
   std::byte* page_data(int32_t page) const;
   void own_page(Sequence& sequence, int64_t page);
+  kv_cache::HeadTables head_tables(KVSide side, int64_t head) const;
   int64_t coded_of(KVSide side, int64_t length) const;
   std::byte* exact_row(KVSide side, int64_t sequence, int64_t head, int64_t slot) const;
   void append_head(const KVTokens& x, KVSide side, int64_t sequence, int64_t head, int64_t start);
@@ -113,6 +122,7 @@ class KVCache {
   KVFormat format_;
   KVShape shape_;
   KVLayout layout_;
+  std::shared_ptr<const KVTables> tables_;
   std::vector<Sequence> sequences_;
   // Exact tokens [sequences, kv_heads, first + window, head_dim]: token t < first at slot t, others at slot
   // first + (t - first) % window.

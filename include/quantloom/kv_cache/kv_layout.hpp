@@ -10,6 +10,9 @@
 //                          by token:   float16 (scale, min) [page_tokens, groups]
 //                          sdr:        float16 scale [page_tokens], then shifts [page_tokens, shift_bytes]:
 //                                      a dense bit stream per token; codes are two's complement
+//                          tables:  nothing for keys; of values, float16 (scale, middle) [page_tokens]; then
+//                                   outliers [n]: uint16 slot * head_dim + channel, and what is missing there
+//                                   in float16; tokens in order, and channels of a token
 //   codes of the values    as those of the keys
 //   their parameters
 //
@@ -26,7 +29,7 @@ namespace quantloom {
 
 enum class KVSide : uint8_t { keys, values };
 
-enum class KVCodec : uint8_t { channel_grid, token_grid, digits };
+enum class KVCodec : uint8_t { channel_grid, token_grid, digits, channel_table, token_table };
 
 // The keys or the values of a record.
 struct KVPart {
@@ -37,9 +40,17 @@ struct KVPart {
   int64_t row_bytes = 0;  // of a token's codes
   int64_t codes = 0;      // byte offsets in a record
   int64_t parameters = 0;
-  int64_t shifts = 0;       // of digits
-  int64_t shift_bytes = 0;  // of digits, for a token
-  int shift_bits = 0;       // of digits, for a group
+  int64_t shifts = 0;         // of digits
+  int64_t shift_bytes = 0;    // of digits, for a token
+  int shift_bits = 0;         // of digits, for a group
+  int64_t outliers = 0;       // of tables: byte offset
+  int64_t outlier_share = 0;  // in 1/10000 of elements
+
+  bool has_table() const { return codec == KVCodec::channel_table || codec == KVCodec::token_table; }
+  // Outliers of the tokens in slots before this one.
+  int64_t outliers_before(int64_t slot, int64_t head_dim) const {
+    return slot * head_dim * outlier_share / 10000;
+  }
 };
 
 struct KVLayout {
@@ -55,7 +66,8 @@ struct KVLayout {
 };
 
 // head_dim: a multiple of 8 from 8 to 1024 (InvalidArgument otherwise); with hadamard a size that
-// transforms/hadamard.hpp knows.
+// transforms/hadamard.hpp knows;
+// with outliers at most 512.
 KVLayout kv_layout(const KVFormat& format, int64_t head_dim);
 
 }  // namespace quantloom

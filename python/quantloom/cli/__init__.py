@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from quantloom.cli import bench, checkpoints, demo, doctor, evaluate, inspect, quantize, trellis_search
+from quantloom.cli import (
+    bench,
+    checkpoints,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    kv_calibrate,
+    quantize,
+    trellis_search,
+)
 
 __all__ = ["app", "main"]
 
@@ -51,6 +61,7 @@ app.command("inspect")(inspect.inspect)
 app.command("export")(checkpoints.export)
 app.command("import")(checkpoints.import_)
 app.command("rotate")(checkpoints.rotate)
+app.command("kv-calibrate")(kv_calibrate.kv_calibrate)
 app.command("trellis-search")(trellis_search.trellis_search)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

@@ -62,7 +62,7 @@ def evaluate(
         typer.Option(
             metavar="FORMAT",
             help='Keep keys and values in this format and attend to them as stored: "kivi:2", "token:4", '
-            '"sdr:4"; or "float16". Default: no cache.',
+            '"sdr:4"; a file of `quantloom kv-calibrate`; or "float16". Default: no cache.',
             show_default=False,
         ),
     ] = None,
@@ -99,9 +99,11 @@ def evaluate(
     ids = quantloom.evaluate.tokens(model, text)
     with common.progress_bar(progress) as update:
         update("loading", 0, 1)
-        loaded = _load(model, packed, device, dtype)
+        loaded = load_model(model, packed, device, dtype)
         if kv is not None:
-            loaded = quantloom.kv.CachedModel(loaded, kv, kv_chunk, kv_prefill.value)
+            calibration = quantloom.kv.KVCalibration.load(kv) if kv.endswith(".safetensors") else None
+            format = kv if calibration is None else calibration.format
+            loaded = quantloom.kv.CachedModel(loaded, format, kv_chunk, kv_prefill.value, calibration)
         settings = {"window": window, "windows": windows, "batch": batch}
         settings["progress"] = lambda done, total: update("evaluating", done, total)
         if reference is None:
@@ -151,7 +153,8 @@ def _cache_facts(model) -> dict:
     return facts
 
 
-def _load(folder: Path, packed: bool, device: str, dtype: Dtype | None):
+def load_model(folder: Path, packed: bool = False, device: str = "cpu", dtype: Dtype | None = None):
+    """A model of transformers, quantized or not."""
     import torch
 
     import quantloom

@@ -17,11 +17,15 @@ from typing import Any
 
 from quantloom.kv.format import KVFormat, kv_format_from_json, parse_kv_format
 from quantloom.kv.plain import KVCache, KVUsage
+from quantloom.kv.tables import KVCalibration, KVTables, RotaryEmbedding
 
 __all__ = [
     "KVCache",
+    "KVCalibration",
     "KVFormat",
+    "KVTables",
     "KVUsage",
+    "RotaryEmbedding",
     "kv_format_from_json",
     "parse_kv_format",
 ]
@@ -29,6 +33,8 @@ __all__ = [
 _LAZY = {
     "CachedModel": "evaluation",
     "KIVICache": "generation",
+    "KVQuantCache": "generation",
+    "calibrate": "calibration",
     "QuantizedKVCache": "generation",
     "use_attention": "generation",
 }

@@ -12,6 +12,7 @@ from quantloom import _checks
 from quantloom.kv.format import KVFormat, parse_kv_format
 from quantloom.kv.generation import QuantizedKVCache, use_attention
 from quantloom.kv.plain import KVUsage
+from quantloom.kv.tables import KVCalibration
 
 __all__ = ["CachedModel"]
 
@@ -43,6 +44,7 @@ class CachedModel(torch.nn.Module):
         format: a ``KVFormat`` or its short form; or ``"float16"``, ``"bfloat16"``: keys and values rounded to
             that.
         chunk: tokens of a piece. 1: token by token, as in decoding.
+        calibration: a ``KVCalibration``, for formats of the kind kvquant.
         prefill: what the tokens of a larger piece see of each other: ``"quantized"`` or ``"exact"``, as in
             ``QuantizedKVCache``.
 
@@ -51,13 +53,19 @@ class CachedModel(torch.nn.Module):
     """
 
     def __init__(
-        self, model: Any, format: KVFormat | str, chunk: int = 1, prefill: str = "quantized"
+        self,
+        model: Any,
+        format: KVFormat | str,
+        chunk: int = 1,
+        prefill: str = "quantized",
+        calibration: KVCalibration | None = None,
     ) -> None:
         super().__init__()
         self.format = format if format in _ROUNDED else parse_kv_format(format)
         self.chunk = _checks.integer("chunk", chunk, 1)
         self.prefill = _checks.choice("prefill", prefill, ("quantized", "exact"))
         self.model = model if format in _ROUNDED else use_attention(model)
+        self.calibration = calibration
         self.usage: KVUsage | None = None
 
     @property
@@ -75,7 +83,9 @@ class CachedModel(torch.nn.Module):
                     f"chunk: got {self.chunk} for {count} tokens with exact prefill, expected less: no token"
                     f" would see the cache"
                 )
-            cache = QuantizedKVCache(self.model.config, self.format, self.prefill, capacity=count)
+            cache = QuantizedKVCache(
+                self.model.config, self.format, self.prefill, capacity=count, calibration=self.calibration
+            )
         logits = [
             self.model(input_ids=piece, past_key_values=cache, use_cache=True).logits
             for piece in input_ids.split(self.chunk, dim=1)

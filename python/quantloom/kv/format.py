@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as _json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from quantloom import _checks, _core
 
 __all__ = ["KVFormat", "kv_format_from_json", "parse_kv_format"]
 
-_KINDS = ("kivi", "token", "sdr")
+_KINDS = ("kivi", "token", "sdr", "kvquant")
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,19 @@ class KVFormat:
         kind: ``"kivi"`` (Liu et al., 2024): keys in groups of tokens for each channel, values in groups of
             channels for each token. ``"token"``: both by token. ``"sdr"``: both by token, as 8-bit integers
             cut to their significant digits behind a shift that a group shares (QRazor: Lee et al., 2025).
-        key_bits: 1, 2, 3, 4 or 8; of sdr 2 to 7.
+            ``"kvquant"`` (Hooper et al., 2024): tables of values that ``ql.kv.calibrate`` finds, for
+            keys with fixed ranges of channels, usually before rotary embeddings, for values with a range
+            for each token and head; and corrections in float16 for the elements of a token that err most.
+        key_bits: 1, 2, 3, 4 or 8; of sdr 2 to 7, of kvquant 1 to 4.
         value_bits: likewise; None: as key_bits.
-        group_size: tokens or channels of a group; 0 (token only): all channels of a head. None: 32 for kivi,
-            0 for token, 16 for sdr.
+        group_size: tokens or channels of a group; 0 (token, kvquant): all channels of a head. None: 32 for
+            kivi, 0 for token and kvquant, 16 for sdr.
         window: recent tokens that are kept exact; of kivi a multiple of group_size, and its keys leave the
             window all at once when it is full. None: 128 for kivi, else 0.
-        first: tokens at the start of a sequence that are kept exact.
+        first: tokens at the start of a sequence that are kept exact. None: 1 for kvquant, else 0.
         hadamard: keys are stored rotated by a Hadamard matrix over the channels of a head, queries with them.
+        outliers: share of the elements of a token with a correction, a multiple of 0.0001 up to 0.1. None:
+            0.01 for kvquant, else 0.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -42,8 +48,9 @@ class KVFormat:
     value_bits: int | None = None
     group_size: int | None = None
     window: int | None = None
-    first: int = 0
+    first: int | None = None
     hadamard: bool = False
+    outliers: float | None = None
     _description: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,8 +59,9 @@ class KVFormat:
         kivi = self.kind == "kivi"
         defaults = {
             "value_bits": self.key_bits,
-            "group_size": 32 if kivi else 0 if self.kind == "token" else 16,
+            "group_size": 32 if kivi else 16 if self.kind == "sdr" else 0,
             "window": 128 if kivi else 0,
+            "first": 1 if self.kind == "kvquant" else 0,
         }
         for name in ("key_bits", "value_bits", "group_size", "window", "first"):
             value = getattr(self, name)
@@ -62,6 +70,12 @@ class KVFormat:
         _checks.boolean("hadamard", self.hadamard)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("kind",)}
         del fields["_description"]
+        outliers = (0.01 if self.kind == "kvquant" else 0.0) if self.outliers is None else self.outliers
+        outliers = _checks.real("outliers", outliers)
+        fields["outliers"] = round(outliers * 10000)
+        if not math.isclose(fields["outliers"] / 10000, outliers, abs_tol=1e-9) or not 0 <= outliers <= 0.1:
+            raise ValueError(f"outliers: got {outliers}, expected a multiple of 0.0001 from 0 to 0.1")
+        put(self, "outliers", fields["outliers"] / 10000)
         fields |= {"kv_cache": self.kind, "version": 1}
         put(self, "_description", _core.kv_format_canonical(_json.dumps(fields)))
 
@@ -94,6 +108,7 @@ def kv_format_from_json(json: str) -> KVFormat:
         entry["window"],
         entry["first"],
         entry["hadamard"],
+        entry["outliers"] / 10000,
     )
 
 
@@ -104,7 +119,9 @@ def parse_kv_format(spec: str | KVFormat) -> KVFormat:
       bits and values of 2
     - ``token:4[:g64][:r32]``: keys and values by token, one scale for all channels of a head or for groups
     - ``sdr:4[:g16]``: the 4 significant bits of 8-bit integers, the shift shared by 16 channels
-    - each also with ``:first4`` (tokens at the start that stay exact) and ``:hadamard`` (keys rotated)
+    - ``kvquant:3[:1%]``: tables of 8 values, corrections for 1% of the elements
+    - each also with ``:first4`` (tokens at the start that stay exact) and, but for kvquant,
+      ``:hadamard`` (keys rotated)
 
     Raises ValueError naming what was not understood.
     """

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from quantloom import _checks
 from quantloom.kv.format import KVFormat, parse_kv_format
 from quantloom.kv.plain import KVCache, KVUsage
+from quantloom.kv.tables import KVCalibration
 
-__all__ = ["KIVICache", "QuantizedKVCache", "use_attention"]
+__all__ = ["KIVICache", "KVQuantCache", "QuantizedKVCache", "use_attention"]
 
 ATTENTION = "quantloom"
 _PREFILLS = ("exact", "quantized")
@@ -25,9 +26,10 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, owner: _Settings) -> None:
+    def __init__(self, settings: _Settings, index: int) -> None:
         super().__init__()
-        self.settings = owner
+        self.settings = settings
+        self.index = index
         self.cache: KVCache | None = None
         self.columns = 0  # tokens of the batch, padding included
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -40,7 +42,10 @@ class _Layer(CacheLayerMixin):
             )
         sequences, heads, _, dim = key_states.shape
         settings = self.settings
-        self.cache = KVCache(settings.format, sequences, heads, dim, key_states.dtype, settings.capacity)
+        tables = settings.tables(self.index)
+        self.cache = KVCache(
+            settings.format, sequences, heads, dim, key_states.dtype, settings.capacity, tables
+        )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
@@ -177,12 +182,27 @@ class _Layer(CacheLayerMixin):
 class _Settings:
     """What the layers of a cache share."""
 
-    def __init__(self, config: Any, format: KVFormat, prefill: str, capacity: int, padding: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        format: KVFormat,
+        prefill: str,
+        capacity: int,
+        padding: Any,
+        calibration: KVCalibration | None,
+    ) -> None:
         self.config = config
         self.format = format
+        self.calibration = calibration
         self.prefill = prefill
         self.capacity = capacity
         self.padding = padding
+
+    def tables(self, layer: int) -> Any:
+        if self.calibration is None:
+            return None
+        positions = getattr(self.config, "max_position_embeddings", None) or 0
+        return self.calibration.core_tables(layer, max(positions, self.capacity))
 
     @property
     def direct(self) -> bool:
@@ -212,6 +232,7 @@ class QuantizedKVCache(Cache):
             single token always sees what is stored, itself included.
         capacity: tokens of each sequence to take memory for at the start.
         padding: the attention mask of the prompt ``[sequences, tokens]``; only without ``use_attention``.
+        calibration: for formats of the kind kvquant: a ``KVCalibration`` of the model in this format.
     """
 
     def __init__(
@@ -221,6 +242,7 @@ class QuantizedKVCache(Cache):
         prefill: str = "exact",
         capacity: int = 0,
         padding: torch.Tensor | None = None,
+        calibration: KVCalibration | None = None,
     ) -> None:
         if not isinstance(config, transformers.PretrainedConfig):
             raise TypeError(f"config: got {_checks.type_name(config)}, expected the config of a model")
@@ -237,8 +259,18 @@ class QuantizedKVCache(Cache):
         self.format = parse_kv_format(format)
         self.prefill = _checks.choice("prefill", prefill, _PREFILLS)
         capacity = _checks.integer("capacity", capacity, 0)
-        settings = _Settings(text, self.format, prefill, capacity, padding)
-        super().__init__(layers=[_Layer(settings) for _ in range(text.num_hidden_layers)])
+        needed = self.format.kind == "kvquant"
+        if needed != isinstance(calibration, KVCalibration):
+            got = "none" if calibration is None else _checks.type_name(calibration)
+            raise ValueError(f"calibration: got {got}, expected {'a KVCalibration' if needed else 'none'}")
+        if needed and calibration.format != self.format:
+            raise ValueError(f"calibration: is for {calibration.format}, expected {self.format}")
+        if needed and len(calibration.layers) != text.num_hidden_layers:
+            raise ValueError(
+                f"calibration: has {len(calibration.layers)} layers, expected {text.num_hidden_layers}"
+            )
+        settings = _Settings(text, self.format, prefill, capacity, padding, calibration)
+        super().__init__(layers=[_Layer(settings, index) for index in range(text.num_hidden_layers)])
 
     def usage(self) -> KVUsage:
         """What all layers hold together; ``tokens`` and the coded ones are those of the first layer."""
@@ -278,6 +310,32 @@ class KIVICache(QuantizedKVCache):
         key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
         format = KVFormat("kivi", key_bits, value_bits, group_size, window, first, hadamard)
         super().__init__(config, format, prefill, capacity, padding)
+
+
+class KVQuantCache(QuantizedKVCache):
+    """``QuantizedKVCache`` in the format of a calibration (KVQuant: Hooper et al., 2024).
+
+        calibration = ql.kv.calibrate(model, ids, "kvquant:3:1%")
+        cache = ql.kv.KVQuantCache(model.config, calibration)
+
+    Args:
+        config: of the model.
+        calibration: a ``KVCalibration``, or the path of one that was saved.
+        others: as in ``QuantizedKVCache``. Keys are taken to have the position of their place in the
+            sequence.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        calibration: KVCalibration | Any,
+        prefill: str = "exact",
+        capacity: int = 0,
+        padding: torch.Tensor | None = None,
+    ) -> None:
+        if not isinstance(calibration, KVCalibration):
+            calibration = KVCalibration.load(calibration)
+        super().__init__(config, calibration.format, prefill, capacity, padding, calibration)
 
 
 def use_attention(model: Any) -> Any:

@@ -47,6 +47,7 @@ class KVCache:
         head_dim: a multiple of 8 up to 1024.
         dtype: of all that is appended: float16, bfloat16 or float32; exact tokens are kept in it.
         capacity: tokens.
+        tables: for formats of the kind kvquant: ``KVCalibration.core_tables`` of a layer.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -59,6 +60,7 @@ class KVCache:
         head_dim: int,
         dtype: Any = "float16",
         capacity: int = 0,
+        tables: _core.KVTables | None = None,
     ) -> None:
         self.format = parse_kv_format(format)
         self.dtype = _arrays.dtype_name("dtype", dtype, _arrays.FLOATS)
@@ -71,6 +73,7 @@ class KVCache:
             self.head_dim,
             self.dtype,
             _checks.integer("capacity", capacity, 0),
+            tables,
         )
 
     @property

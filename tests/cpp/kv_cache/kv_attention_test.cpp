@@ -9,6 +9,7 @@
 namespace quantloom {
 namespace {
 
+using testing::make_cache;
 using testing::RandomTokens;
 
 struct Case {
@@ -29,6 +30,8 @@ const std::vector<Case> kCases = {{"kivi:2", 128, 2, 8, 700, 1, DType::f16},
                                   {"token:4", 8, 3, 3, 65, 64, DType::f32},
                                   {"token:8:g20:r7", 40, 1, 4, 64, 5, DType::f16},
                                   {"sdr:4", 128, 2, 2, 300, 1, DType::f16},
+                                  {"kvquant:3:1%:first1", 80, 2, 4, 200, 2, DType::f16},
+                                  {"kvquant:4,2:5%:r9", 128, 1, 4, 600, 1, DType::f32},
                                   {"kivi:2", 128, 1, 3, 1, 1, DType::f32},
                                   {"token:4", 64, 1, 70, 1025, 2, DType::f16}};
 
@@ -38,7 +41,7 @@ TEST(KVAttention, IsThatOfFloat64OnEveryInstructionSet) {
     const RandomTokens keys(shape, c.length, 1);
     const RandomTokens values(shape, c.length, 2);
     const RandomTokens queries({2, c.heads, c.dim, c.dtype}, c.queries, 3);
-    KVCache cache(kv_format_from_spec(c.spec), shape);
+    KVCache cache = make_cache(kv_format_from_spec(c.spec), shape);
     // The second sequence is shorter, perhaps than the queries.
     cache.append(keys.all(), values.all(), std::vector<int64_t>{0, c.length * 2 / 3});
     const float scale = 1 / std::sqrt(static_cast<float>(c.dim));
@@ -80,7 +83,7 @@ TEST(KVAttention, OfOneTokenIsItsValueAndOfNoneIsZero) {
   const KVShape shape{2, 1, 16, DType::f32};
   const RandomTokens x(shape, 1, 4);
   const RandomTokens queries(shape, 2, 5);
-  KVCache cache(kv_format_from_spec("kivi:2"), shape);
+  KVCache cache = make_cache(kv_format_from_spec("kivi:2"), shape);
   cache.append(x.all(), x.all(), std::vector<int64_t>{0, 1});
   std::vector<float> out(2 * 2 * 16, -1.0F);
   attend(cache, queries.all(), 1.0F, out.data());
@@ -99,7 +102,7 @@ TEST(KVAttention, LargeScoresStayFinite) {
   const RandomTokens values(shape, 200, 7);
   RandomTokens queries(shape, 1, 8);
   for (int64_t i = 0; i < 16; ++i) queries.set(i, 1000.0F);
-  KVCache cache(kv_format_from_spec("token:8:r200"), shape);
+  KVCache cache = make_cache(kv_format_from_spec("token:8:r200"), shape);
   cache.append(keys.all(), values.all());
   std::vector<float> out(16);
   attend(cache, queries.all(), 1.0F, out.data());
@@ -109,7 +112,7 @@ TEST(KVAttention, LargeScoresStayFinite) {
 TEST(KVAttention, RefusesBadQueries) {
   const KVShape shape{2, 2, 16, DType::f32};
   const RandomTokens x(shape, 4, 9);
-  KVCache cache(kv_format_from_spec("kivi:2"), shape);
+  KVCache cache = make_cache(kv_format_from_spec("kivi:2"), shape);
   cache.append(x.all(), x.all());
   std::vector<float> out(1024);
   const auto refuse = [&](const KVShape& other) {

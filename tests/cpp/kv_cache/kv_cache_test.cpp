@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "kv_cache/kv_tokens.hpp"
@@ -12,27 +13,37 @@
 namespace quantloom {
 namespace {
 
+using testing::make_cache;
 using testing::RandomTokens;
 using testing::same_sequence;
 
-const std::vector<const char*> kSpecs = {
-    "kivi:2:g32:r128",        "kivi:4:g32:r32",       "kivi:3,1:g24:r48:first3",
-    "kivi:8:g16:r16",         "kivi:1:g64:r64",       "token:4",
-    "token:3:g20:r7:first1",  "token:8:r130",         "sdr:4:g16",
-    "sdr:3,6:g9:r5:hadamard", "kivi:2:g8:r8:hadamard"};
+const std::vector<const char*> kSpecs = {"kivi:2:g32:r128",
+                                         "kivi:4:g32:r32",
+                                         "kivi:3,1:g24:r48:first3",
+                                         "kivi:8:g16:r16",
+                                         "kivi:1:g64:r64",
+                                         "token:4",
+                                         "token:3:g20:r7:first1",
+                                         "token:8:r130",
+                                         "sdr:4:g16",
+                                         "sdr:3,6:g9:r5:hadamard",
+                                         "kivi:2:g8:r8:hadamard",
+                                         "kvquant:3:1%:first1",
+                                         "kvquant:2,4:2.5%:r9:first0"};
 
 TEST(KVCache, StreamingEqualsBulkAtEveryLength) {
-  for (const char* spec : {"kivi:2:g32:r128", "kivi:4:g32:r32:first5", "token:4:r3", "sdr:4:g16"}) {
+  for (const char* spec :
+       {"kivi:2:g32:r128", "kivi:4:g32:r32:first5", "token:4:r3", "sdr:4:g16", "kvquant:3:1%:first1"}) {
     const KVFormat format = kv_format_from_spec(spec);
     const KVShape shape{1, 1, 16, DType::f16};
     const RandomTokens keys(shape, 513, 1);
     const RandomTokens values(shape, 513, 2);
-    KVCache streamed(format, shape);
-    KVCache chunked(format, shape, 300);
+    KVCache streamed = make_cache(format, shape);
+    KVCache chunked = make_cache(format, shape, 300);
     int64_t chunk = 0;
     for (int64_t length = 0; length <= 513; ++length) {
       if (length > 0) streamed.append(keys.view(length - 1, 1), values.view(length - 1, 1), {}, 1);
-      KVCache bulk(format, shape, length);
+      KVCache bulk = make_cache(format, shape, length);
       bulk.append(keys.view(0, length), values.view(0, length), {}, 1);
       ASSERT_TRUE(same_sequence(streamed, 0, bulk, 0)) << spec << " at " << length;
       if (length - chunked.length(0) == 1 + chunk % 37) {
@@ -75,7 +86,7 @@ TEST(KVCache, QuantizesKeysByChannelAndValuesByTokenUnderTheRulesOfKivi) {
       const KVShape shape{1, 2, 80, DType::bf16};
       const RandomTokens keys(shape, length, 3);
       const RandomTokens values(shape, length, 4);
-      KVCache cache(format, shape);
+      KVCache cache = make_cache(format, shape);
       cache.append(keys.all(), values.all());
       const int64_t coded_keys = length - length % 64;
       const int64_t coded_values = length - std::min<int64_t>(length, 64);
@@ -125,7 +136,7 @@ TEST(KVCache, DecodesAsThePlainLoopsOnEveryInstructionSet) {
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         const KVShape shape{1, 1, dim, dtype};
         const RandomTokens keys(shape, 300, 5);
-        KVCache cache(kv_format_from_spec(spec), shape, 100);
+        KVCache cache = make_cache(kv_format_from_spec(spec), shape, 100);
         cache.append(keys.all(), keys.all());
         const auto count = static_cast<size_t>(250 * dim);
         std::vector<float> expected(count);
@@ -153,13 +164,13 @@ TEST(KVCache, SequencesDoNotDependOnTheirBatchMates) {
     const KVShape shape{3, 2, 16, DType::f32};
     const RandomTokens keys(shape, 170, 6);
     const RandomTokens values(shape, 170, 7);
-    KVCache batch(format, shape);
+    KVCache batch = make_cache(format, shape);
     // Sequences of 170, 41 and 0 tokens after the first call, padded on the left; then 5 more of each.
     const std::vector<int64_t> starts = {0, 129, 170};
     batch.append(keys.all(), values.all(), starts, 2);
     for (int64_t i = 0; i < 5; ++i) batch.append(keys.view(i, 1), values.view(i, 1), {}, 3);
     for (int64_t s = 0; s < 3; ++s) {
-      KVCache alone(format, {1, 2, 16, DType::f32});
+      KVCache alone = make_cache(format, {1, 2, 16, DType::f32});
       const int64_t from = starts[static_cast<size_t>(s)];
       alone.append(keys.view(from, 170 - from, s, 1), values.view(from, 170 - from, s, 1));
       alone.append(keys.view(0, 5, s, 1), values.view(0, 5, s, 1));
@@ -174,7 +185,7 @@ TEST(KVCache, ReorderingSharesPagesUntilTheyAreWritten) {
     const KVShape shape{2, 1, 16, DType::f16};
     const RandomTokens keys(shape, 700, 8);
     const RandomTokens values(shape, 700, 9);
-    KVCache cache(format, shape);
+    KVCache cache = make_cache(format, shape);
     cache.append(keys.view(0, 400), values.view(0, 400));
     const int64_t pages = cache.usage().page_bytes;
     cache.reorder(std::vector<int64_t>{1, 1, 0});
@@ -185,7 +196,7 @@ TEST(KVCache, ReorderingSharesPagesUntilTheyAreWritten) {
     for (int64_t i = 0; i < 150; ++i) cache.append(more_keys.view(i, 1), more_values.view(i, 1));
     const std::vector<int64_t> sources = {1, 1, 0};
     for (int64_t s = 0; s < 3; ++s) {
-      KVCache alone(format, {1, 1, 16, DType::f16});
+      KVCache alone = make_cache(format, {1, 1, 16, DType::f16});
       const int64_t source = sources[static_cast<size_t>(s)];
       alone.append(keys.view(0, 400, source, 1), values.view(0, 400, source, 1));
       alone.append(more_keys.view(0, 150, s, 1), more_values.view(0, 150, s, 1));
@@ -196,15 +207,113 @@ TEST(KVCache, ReorderingSharesPagesUntilTheyAreWritten) {
     EXPECT_EQ(cache.usage().page_bytes, 0);
     // Used pages come back as new ones.
     cache.append(keys.view(0, 300, 0, 1), values.view(0, 300, 0, 1));
-    KVCache fresh(format, {1, 1, 16, DType::f16});
+    KVCache fresh = make_cache(format, {1, 1, 16, DType::f16});
     fresh.append(keys.view(0, 300, 0, 1), values.view(0, 300, 0, 1));
     EXPECT_TRUE(same_sequence(cache, 0, fresh, 0)) << spec;
   }
 }
 
+TEST(KVCache, KeysComeBackFromBeforeTheirRotation) {
+  const KVShape shape{2, 2, 40, DType::f32};
+  const RandomTokens keys(shape, 200, 20);
+  KVCache cache = make_cache(kv_format_from_spec("kvquant:2:r200"), shape);
+  cache.append(keys.all(), keys.all(), std::vector<int64_t>{0, 50});
+  std::vector<float> read(200 * 40 + 16);
+  for (int64_t s = 0; s < 2; ++s) {
+    cache.read(KVSide::keys, s, 1, 0, cache.length(s), read.data());
+    const auto* given = reinterpret_cast<const float*>(keys.all().row(s, 1, s * 50));
+    for (int64_t i = 0; i < cache.length(s) * 40; ++i) {
+      ASSERT_NEAR(read[static_cast<size_t>(i)], given[i], 1e-5F * 40) << i;
+    }
+  }
+}
+
+// The definition of kvquant's values, written again: outliers are what errs most, and make up for it.
+TEST(KVCache, KvquantKeepsTheElementsThatErrMost) {
+  const KVShape shape{1, 1, 128, DType::f32};
+  const KVFormat format = kv_format_from_spec("kvquant:2:1%:first0");
+  RandomTokens x(shape, 300, 21);
+  for (int64_t d = 0; d < 128; ++d) x.set(77 * 128 + d, d == 5 ? 100.0F : 0.5F);  // ties
+  KVCache cache = make_cache(format, shape);
+  cache.append(x.all(), x.all());
+  const auto tables = testing::random_tables(format, shape);
+  std::vector<float> read(300 * 128 + 16);
+  cache.read(KVSide::values, 0, 0, 0, 300, read.data());
+  int64_t corrected = 0;
+  for (int64_t t = 0; t < 300; ++t) {
+    const auto* given = reinterpret_cast<const float*>(x.all().row(0, 0, t));
+    const int64_t slot = t % 128;
+    const int64_t count = (slot + 1) * 128 / 100 - slot * 128 / 100;
+    std::vector<float> sorted(given, given + 128);
+    std::sort(sorted.begin(), sorted.end());
+    size_t best = 0;
+    const auto width = [&](size_t below) {
+      return sorted[127 - static_cast<size_t>(count) + below] - sorted[below];
+    };
+    for (size_t below = 1; below <= static_cast<size_t>(count); ++below) {
+      if (width(below) < width(best)) best = below;
+    }
+    const auto half = [](float value) { return float_from_f16(f16_from_float(value)); };
+    const float low = sorted[best];
+    const float high = sorted[127 - static_cast<size_t>(count) + best];
+    const float scale = half(std::max((high - low) / 2, 0x1p-24F));
+    const float middle = half((high + low) / 2);
+    std::vector<std::pair<float, int64_t>> errors;
+    std::vector<float> plain(128);
+    for (int64_t d = 0; d < 128; ++d) {
+      size_t code = 0;
+      while (code < 3 && tables->values.bounds[code] < (given[d] - middle) / scale) ++code;
+      plain[static_cast<size_t>(d)] = tables->values.values[code] * scale + middle;
+      errors.emplace_back(-std::abs(given[d] - plain[static_cast<size_t>(d)]), d);
+    }
+    std::sort(errors.begin(), errors.end());
+    for (int64_t i = 0; i < 128; ++i) {
+      const auto d = static_cast<size_t>(errors[static_cast<size_t>(i)].second);
+      const float missing = i < count ? half(given[d] - plain[d]) : 0.0F;
+      corrected += i < count ? 1 : 0;
+      ASSERT_EQ(read[static_cast<size_t>(t) * 128 + d], plain[d] + missing) << t << ", " << d;
+    }
+  }
+  EXPECT_EQ(corrected, 163 + 163 + 44 * 128 / 100);
+  EXPECT_EQ(cache.usage().code_bytes, 300 * 2 * 32 + 300 * 4 + 2 * corrected * 4);
+}
+
+TEST(KVCache, TablesMustFit) {
+  const KVShape shape{1, 2, 16, DType::f16};
+  const KVFormat format = kv_format_from_spec("kvquant:2");
+  EXPECT_THROW(KVCache(format, shape), InvalidArgument);
+  EXPECT_THROW(KVCache(kv_format_from_spec("kivi:2"), shape, 0, testing::random_tables(format, shape)),
+               InvalidArgument);
+  const auto refuse = [&](const auto& change) {
+    auto tables = std::make_shared<KVTables>(*testing::random_tables(format, shape));
+    change(*tables);
+    EXPECT_THROW(KVCache(format, shape, 0, tables), InvalidArgument);
+  };
+  refuse([](KVTables& t) { t.keys.bounds.pop_back(); });
+  refuse([](KVTables& t) { t.values.values[1] = 0.1F; });
+  refuse([](KVTables& t) { t.values.bounds = {0.5F, 0.25F, 1.0F}; });
+  refuse([](KVTables& t) { t.key_scale[3] = 0; });
+  refuse([](KVTables& t) { t.key_middle.push_back(0); });
+  const auto refuse_rotation = [&](const auto& change) {
+    refuse([&](KVTables& t) {
+      auto rotation = std::make_shared<KVRotation>(*t.rotation);
+      change(*rotation);
+      t.rotation = rotation;
+    });
+  };
+  refuse_rotation([](KVRotation& r) { r.rotated = 18; });
+  refuse_rotation([](KVRotation& r) { r.rotated = 0; });
+  refuse_rotation([](KVRotation& r) { r.sines.pop_back(); });
+  refuse_rotation([](KVRotation& r) { r.cosines[7] = std::nanf(""); });
+  KVCache cache = make_cache(format, shape);
+  const RandomTokens x(shape, 1201, 22);
+  EXPECT_THROW(cache.append(x.all(), x.all()), InvalidArgument);  // 1200 positions
+  EXPECT_EQ(cache.length(0), 0);
+}
+
 TEST(KVCache, TakesItsMemoryAtTheStart) {
   const KVShape shape{2, 2, 64, DType::f16};
-  KVCache cache(kv_format_from_spec("kivi:2"), shape, 1000);
+  KVCache cache = make_cache(kv_format_from_spec("kivi:2"), shape, 1000);
   const int64_t reserved = cache.usage().reserved_bytes;
   // 8 pages of 128 tokens for each sequence, 3 bits for each element, and the window.
   EXPECT_EQ(reserved, 2 * (8 * 128 * 2 * 2 * 64 * 3 / 8) + 2 * 2 * 2 * 128 * 64 * 2 + 16);
@@ -222,10 +331,11 @@ TEST(KVCache, TakesItsMemoryAtTheStart) {
 
 TEST(KVCache, ConstantGroupsAndZerosAreSafe) {
   for (const char* spec : kSpecs) {
+    if (kv_format_from_spec(spec).kind == KVKind::kvquant) continue;  // random tables need not hold a middle
     const KVShape shape{1, 1, 16, DType::f32};
     RandomTokens x(shape, 400, 13);
     for (int64_t i = 0; i < 400 * 16; ++i) x.set(i, i < 200 * 16 ? 0.0F : 1.5F);
-    KVCache cache(kv_format_from_spec(spec), shape);
+    KVCache cache = make_cache(kv_format_from_spec(spec), shape);
     cache.append(x.all(), x.all());
     std::vector<float> read(400 * 16 + 16);
     cache.read(KVSide::values, 0, 0, 0, 400, read.data());
@@ -242,12 +352,12 @@ TEST(KVCache, ConstantGroupsAndZerosAreSafe) {
 TEST(KVCache, ClonesAreCachesOfTheirOwn) {
   const KVShape shape{1, 2, 16, DType::f16};
   const RandomTokens x(shape, 300, 19);
-  KVCache cache(kv_format_from_spec("kivi:2:g8:r8:first2"), shape);
+  KVCache cache = make_cache(kv_format_from_spec("kivi:2:g8:r8:first2"), shape);
   cache.append(x.view(0, 150), x.view(0, 150));
   KVCache copy = cache.clone();
   EXPECT_TRUE(same_sequence(cache, 0, copy, 0));
   copy.append(x.view(150, 150), x.view(150, 150));
-  KVCache fresh(kv_format_from_spec("kivi:2:g8:r8:first2"), shape);
+  KVCache fresh = make_cache(kv_format_from_spec("kivi:2:g8:r8:first2"), shape);
   fresh.append(x.view(0, 150), x.view(0, 150));
   EXPECT_TRUE(same_sequence(cache, 0, fresh, 0));
 }
@@ -256,10 +366,10 @@ TEST(KVCache, ThreadsDoNotMatter) {
   const KVShape shape{3, 3, 64, DType::f16};
   const RandomTokens keys(shape, 333, 14);
   const RandomTokens values(shape, 333, 15);
-  KVCache one(kv_format_from_spec("kivi:2"), shape);
+  KVCache one = make_cache(kv_format_from_spec("kivi:2"), shape);
   one.append(keys.all(), values.all(), {}, 1);
   for (const int threads : {2, 4}) {
-    KVCache more(kv_format_from_spec("kivi:2"), shape);
+    KVCache more = make_cache(kv_format_from_spec("kivi:2"), shape);
     more.append(keys.all(), values.all(), {}, threads);
     for (int64_t s = 0; s < 3; ++s) EXPECT_TRUE(same_sequence(one, s, more, s));
   }
@@ -272,10 +382,10 @@ TEST(KVCache, RefusesBadInputBeforeAnythingChanges) {
   EXPECT_THROW(KVCache(format, {-1, 1, 16, DType::f16}), InvalidArgument);
   EXPECT_THROW(KVCache(format, {2, 2, 16, DType::i8}), TypeMismatch);
   EXPECT_THROW(KVCache(format, shape, -1), InvalidArgument);
-  KVCache cache(format, shape);
+  KVCache cache = make_cache(format, shape);
   RandomTokens x(shape, 20, 16);
   cache.append(x.all(), x.all());
-  KVCache before(format, shape);
+  KVCache before = make_cache(format, shape);
   before.append(x.all(), x.all());
   RandomTokens bad(shape, 20, 17);
   for (const float value : {std::numeric_limits<float>::infinity(), std::nanf(""), 40000.0F}) {

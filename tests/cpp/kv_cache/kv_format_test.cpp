@@ -11,9 +11,13 @@ namespace {
 TEST(KVFormat, ShortFormsAndDescriptionsComeBack) {
   for (const char* spec :
        {"kivi:2:g32:r128", "kivi:4,2:g64:r64:first4", "kivi:1:g16:r48:hadamard", "kivi:8:g1:r1", "token:4",
-        "token:8:g64:r32", "token:3,4:first1", "sdr:4:g16", "sdr:7,2:g8:r5:first2:hadamard"}) {
+        "token:8:g64:r32", "token:3,4:first1", "sdr:4:g16", "sdr:7,2:g8:r5:first2:hadamard",
+        "kvquant:3:1%:first1", "kvquant:4,2:0.25%:first0", "kvquant:1:r7:2.5%:first3"}) {
     const KVFormat format = kv_format_from_spec(spec);
-    EXPECT_EQ(format.spec(), spec);
+    EXPECT_EQ(kv_format_from_spec(format.spec()), format) << spec;
+    if (std::string_view(spec).find(":r7:") == std::string_view::npos) {
+      EXPECT_EQ(format.spec(), spec);
+    }
     EXPECT_EQ(kv_format_from_json(format.to_json()), format) << spec;
   }
   EXPECT_EQ(kv_format_from_spec("kivi:2").spec(), "kivi:2:g32:r128");
@@ -43,7 +47,16 @@ TEST(KVFormat, RefusesWhatItDoesNotUnderstand) {
                            "sdr:4:hadamar",
                            "kivi:2:first-1",
                            "kivi:2:",
-                           "kivi:2:g99999999999999999999"}) {
+                           "kivi:2:g99999999999999999999",
+                           "kvquant:5",
+                           "kvquant:2:11%",
+                           "kvquant:2:g8",
+                           "kvquant:2:hadamard",
+                           "kvquant:2:%",
+                           "kvquant:2:1.234%",
+                           "kvquant:2:1.%",
+                           "kivi:2:1%",
+                           "kvquant:2:1%:2%"}) {
     EXPECT_THROW(kv_format_from_spec(spec), InvalidArgument) << spec;
   }
   EXPECT_THROW(kv_format_from_json("{}"), InvalidArgument);
@@ -69,6 +82,10 @@ TEST(KVLayout, StoresTheBitsOfItsFormula) {
   EXPECT_EQ(bits("kivi:4,2", 128), 4.0);
   // 16 bits of scale and 8 shifts of 3 bits for 128 channels.
   EXPECT_EQ(bits("sdr:4:g16", 128), 4.0 + 40.0 / 128);
+  // 163 outliers of 32 bits in 128 tokens of 128 channels, padded to 16 bytes, and 32 bits for each value.
+  EXPECT_EQ(bits("kvquant:4:1%", 128), 4.0 + 656.0 * 8 / (128 * 128) + 32.0 / 128 / 2);
+  EXPECT_EQ(bits("kvquant:2:0%", 128), 2.0 + 32.0 / 128 / 2);
+  EXPECT_THROW(bits("kvquant:2", 520), InvalidArgument);
   // 80 channels of 3 bits are 7.5 words; groups of 32, 32 and 16 of a value.
   const KVLayout odd = kv_layout(kv_format_from_spec("kivi:3"), 80);
   EXPECT_EQ(odd.keys.row_bytes, 32);

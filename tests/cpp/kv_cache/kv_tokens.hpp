@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "quantloom/kv_cache/kv_cache.hpp"
 #include "test_matrices.hpp"
@@ -48,6 +49,44 @@ struct RandomTokens {
   int64_t tokens;
   Tensor memory;
 };
+
+// Tables as a calibration could give them; keys turn in three quarters of their channels.
+inline std::shared_ptr<const KVTables> random_tables(const KVFormat& format, const KVShape& shape) {
+  auto tables = std::make_shared<KVTables>();
+  const auto table = [](int bits, uint64_t seed) {
+    KVTable result;
+    result.values = random_table(size_t{1} << bits, seed);
+    for (size_t i = 1; i < result.values.size(); ++i) {
+      result.bounds.push_back((result.values[i - 1] + result.values[i]) / 2);
+    }
+    return result;
+  };
+  tables->keys = table(format.key_bits, 901);
+  tables->values = table(format.value_bits, 902);
+  const CounterRandom random(903);
+  for (int64_t i = 0; i < shape.kv_heads * shape.head_dim; ++i) {
+    const auto at = static_cast<uint64_t>(i);
+    tables->key_scale.push_back(
+        float_from_f16(f16_from_float(static_cast<float>(1 + 2 * random.uniform(at)))));
+    tables->key_middle.push_back(float_from_f16(f16_from_float(static_cast<float>(random.normal(at)))));
+  }
+  auto rotation = std::make_shared<KVRotation>();
+  rotation->rotated = shape.head_dim * 3 / 4;
+  for (int64_t t = 0; t < 1200; ++t) {
+    for (int64_t i = 0; i < rotation->rotated / 2; ++i) {
+      const double angle = static_cast<double>(t) * std::pow(100.0, -static_cast<double>(i) / 10);
+      rotation->cosines.push_back(static_cast<float>(std::cos(angle)));
+      rotation->sines.push_back(static_cast<float>(std::sin(angle)));
+    }
+  }
+  tables->rotation = rotation;
+  return tables;
+}
+
+inline KVCache make_cache(const KVFormat& format, const KVShape& shape, int64_t capacity = 0) {
+  return KVCache(format, shape, capacity,
+                 format.kind == KVKind::kvquant ? random_tables(format, shape) : nullptr);
+}
 
 // Everything that two caches hold for a sequence of each is the same, bit for bit.
 inline bool same_sequence(const KVCache& a, int64_t s, const KVCache& b, int64_t t) {
