@@ -25,13 +25,14 @@ def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_rows(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The codes uint8 ``[rows, count]`` of ``pack_rows``."""
+    """The codes ``[rows, count]`` of ``pack_rows``, as uint8, or uint16 for those of 9 to 16 bits."""
     words = np.ascontiguousarray(words)
-    codes = np.empty((len(words), count), np.uint8)
+    kind = np.uint8 if bits <= 8 else np.uint16
+    codes = np.empty((len(words), count), kind)
     step = max(1, _CHUNK // max(1, count))
     for first in range(0, len(words), step):
         part = words[first : first + step].view(np.uint8)
         flags = np.unpackbits(part, axis=1, count=count * bits, bitorder="little")
-        flags = flags.reshape(len(part), count, bits) << np.arange(bits, dtype=np.uint8)
-        codes[first : first + step] = flags.sum(-1, dtype=np.uint8)
+        flags = flags.reshape(len(part), count, bits).astype(kind) << np.arange(bits, dtype=kind)
+        codes[first : first + step] = flags.sum(-1, dtype=kind)
     return codes

@@ -22,18 +22,21 @@ class LayerDistillation:
     calibration windows, h being the hidden states that enter the layer: the share of what the layer adds to
     them that is wrong. All of the layer is trained: the quantized weights, rounded in every step to the
     scales that are stored (the gradient passes straight through), and biases and norms, rounded to the
-    model's dtype. Inputs are rounded as at run time. AdamW takes steps of ``rate * sqrt(loss at the start) *
-    rms(tensor)``, falling to 0: in proportion to the error that there is to mend, so that one rate serves
-    all layers and numbers of bits. Held-out windows choose the step whose weights are kept; if none of them
-    is better there than the start, the start is kept. Any rounding may come before; formats are ``Uniform``,
-    ``Codebook`` and ``SDR``, perhaps with ``Outliers``, which keep their values.
+    model's dtype. Of ``Additive`` formats tables and scales are trained instead, and codes stay (the block
+    fine-tuning of AQLM: Egiazarian et al., 2024). Inputs are rounded as at run time. AdamW takes steps of
+    ``rate * sqrt(loss at the start) * rms(tensor)``, falling to 0: in proportion to the error that there is
+    to mend, so that one rate serves all layers and numbers of bits. Held-out windows choose the step whose
+    weights are kept; if none of them is better there than the start, the start is kept. Any rounding may
+    come before; formats are ``Additive``, and ``Uniform``, ``Codebook`` and ``SDR``, perhaps with
+    ``Outliers``, which keep their values.
 
     Args:
         steps: of AdamW, for each layer; at least 1. More of them are not always better: with 200 of two
             windows a small model was further from the original than with 100 of one.
         batch: windows in a step; at least 1.
         rate: > 0, see above.
-        weight_decay: of the weights, not of biases and norms; >= 0, relative to a step of the optimizer.
+        weight_decay: of the weights, not of tables, scales, biases and norms; >= 0, relative to a step of the
+            optimizer.
         inputs: ``"teacher"``: h comes from the layers of the original; ``"student"``: from those before as
             they are stored, with exact activations, as calibration has them; ``"both"``: the rounded layer
             gets the student's and the original one the teacher's, so that it mends errors of those before

@@ -193,6 +193,29 @@ def test_a_start_that_nothing_improves_is_kept(model, tmp_path):
     assert hashes(tmp_path / "wild")["model.safetensors"] == hashes(tmp_path / "plain")["model.safetensors"]
 
 
+def test_tables_are_trained_where_codes_stand_for_their_entries(model, tmp_path):
+    """AQLM's block fine-tuning: tables, scales and norms."""
+    given = ql.Recipe.parse("additive:2x4:g4", "beam_search:rounds=2", distillation=LKD)
+    report = models.quantize(model, given, IDS, output=tmp_path / "out", **SETTINGS)
+    models.quantize(
+        model, dataclasses.replace(given, distillation=None), IDS, output=tmp_path / "plain", **SETTINGS
+    )
+    first = report.distillation[0]
+    assert first.best_step > 0
+    assert first.held_out_after < first.held_out_before and first.loss_after < first.loss_before
+    assert all(entry.held_out_after <= entry.held_out_before for entry in report.distillation)
+    trained, plain = (
+        ql.load_tensors(tmp_path / name / "model.safetensors", "torch") for name in ("out", "plain")
+    )
+    # Blocks that come later were rounded for other inputs.
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(trained[name].planes["codes"], plain[name].planes["codes"])
+    for plane in ("codebook", "scales"):
+        assert not torch.equal(trained[name].planes[plane], plain[name].planes[plane])
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(trained[norm], plain[norm])
+
+
 def test_what_is_trained(tmp_path):
     """Codes, norms and biases; not scales, nor Linears that are left out."""
     source = model_factory.write_model(tmp_path / "model", model_factory.phi())

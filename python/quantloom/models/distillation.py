@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import quantloom as ql
+from quantloom._trained_matrices import trained_matrix, training_refusal
 from quantloom._training_weights import StraightThrough
-from quantloom._weight_grids import WeightGrid, grid_refusal
 from quantloom.models.calibration import BlockCall, HiddenStates, TokenWindows, run_block
 from quantloom.models.records import WorkFolder
 from quantloom.models.report import DistillationReport
@@ -37,7 +37,7 @@ def check_distillation(recipe: Any, targets: Targets, held_out_windows: int) -> 
     if recipe.distillation is None:
         return
     for name, form in targets.formats.items():
-        reason = grid_refusal(form)
+        reason = training_refusal(form)
         if reason is not None:
             raise ValueError(f"distillation: {name}: {reason}")
     if held_out_windows < 1:
@@ -132,7 +132,7 @@ class Distiller:
             student = _Student(self, block, call, dtypes)
             source, targets = self._inputs(block, inputs, False), self.states(block.index + 1)
             report, masters = self._train(student, source, targets)
-            packed = {name: student.grids[name].packed(masters[_weight(block, name)]) for name in names}
+            packed = {name: student.matrices[name].packed(student.of(masters, name)) for name in names}
             replaced = {
                 f"{block.name}.{inner}": masters[inner].to(dtypes[f"{block.name}.{inner}"]).cpu()
                 for inner in student.vectors
@@ -192,8 +192,8 @@ class Distiller:
                         self.tick(block, 3)
                     if not math.isfinite(total):
                         break
-                    for name, master in masters.items():
-                        master.grad = values[name].grad
+                    for name, gradient in student.gradients(masters, values).items():
+                        masters[name].grad = gradient
                     for group in optimizer.param_groups:
                         group["lr"] = group["initial_lr"] * (1 - (step - 1) / settings.steps)
                     optimizer.step()
@@ -227,7 +227,7 @@ class _Student:
         work, targets = distiller.work, distiller.targets
         self.originals = distiller.weights
         packed = {name: work.packed(name, targets.formats[name]) for name in self.originals}
-        self.grids = {name: WeightGrid(q.to(distiller.device)) for name, q in packed.items()}
+        self.matrices = {name: trained_matrix(q.to(distiller.device)) for name, q in packed.items()}
         self.transforms = {name: q.transform for name, q in packed.items()}
         self.activations = {
             name: ql.parse_activations(spec)
@@ -281,49 +281,76 @@ class _Student:
             for handle in handles:
                 handle.remove()
 
+    def of(self, masters: Values, name: str) -> Values:
+        """The parameters of a Linear's weight by their own names."""
+        inner = f"{_weight(self.block, name)}:"
+        return {key.removeprefix(inner): value for key, value in masters.items() if key.startswith(inner)}
+
+    def _all(self, parameters: dict[str, Values]) -> Values:
+        """Parameters of Linears' weights, by names that ``of`` takes apart."""
+        return {
+            f"{_weight(self.block, name)}:{key}": value
+            for name, own in parameters.items()
+            for key, value in own.items()
+        }
+
     def stored(self) -> Values:
-        """The values that are stored."""
-        values = {_weight(self.block, name): grid.values for name, grid in self.grids.items()}
-        return values | {inner: self.block.module.get_parameter(inner).detach() for inner in self.vectors}
+        """Parameters of what is stored."""
+        return self._all({name: matrix.stored() for name, matrix in self.matrices.items()}) | {
+            inner: self.block.module.get_parameter(inner).detach() for inner in self.vectors
+        }
 
     def start(self) -> tuple[Values, Values]:
         """The values that are stored, and what is trained: the weights before they were rounded, where
-        rounding them to the stored grid gives what is stored, and elsewhere that itself."""
-        values = self.stored()
-        masters = {inner: values[inner].clone() for inner in self.vectors}
-        for name, grid in self.grids.items():
-            original, inner = self.originals[name], _weight(self.block, name)
-            masters[inner] = torch.where(grid.round(original) == values[inner], original, values[inner])
+        rounding them to the stored grid gives what is stored, and elsewhere that itself; or tables."""
+        values = {_weight(self.block, name): matrix.values for name, matrix in self.matrices.items()}
+        vectors = {inner: self.block.module.get_parameter(inner).detach() for inner in self.vectors}
+        starts = {name: matrix.start(self.originals[name]) for name, matrix in self.matrices.items()}
+        masters = self._all(starts) | {inner: value.clone() for inner, value in vectors.items()}
         for master in masters.values():
             master.requires_grad_()
-        return values, masters
+        return values | vectors, masters
 
     @torch.no_grad()
     def rounded(self, masters: Values) -> Values:
         """What is trained as it would be stored."""
-        values = {_weight(self.block, name): masters[_weight(self.block, name)] for name in self.grids}
-        values = {inner: grid.round(values[inner]) for inner, grid in zip(values, self.grids.values())}
+        values = {
+            _weight(self.block, name): matrix.round(self.of(masters, name))
+            for name, matrix in self.matrices.items()
+        }
         return values | {
             inner: masters[inner].to(dtype).to(torch.float32, copy=True)
             for inner, dtype in self.vectors.items()
         }
 
+    @torch.no_grad()
+    def gradients(self, masters: Values, values: Values) -> Values:
+        """Of what is trained, from those of ``rounded(masters)``."""
+        found = {}
+        for name, matrix in self.matrices.items():
+            gradient = values[_weight(self.block, name)].grad
+            found[name] = matrix.gradients(self.of(masters, name), gradient)
+        return self._all(found) | {inner: values[inner].grad for inner in self.vectors}
+
     def optimizer(self, masters: Values, relative: float, decay: float) -> torch.optim.AdamW:
         """AdamW with steps of `relative` to the RMS of each tensor; a bias counts by the larger one of its
         own and its Linear's."""
         groups = []
+        matrices = {_weight(self.block, name): matrix for name, matrix in self.matrices.items()}
         for inner, master in masters.items():
             size = master.detach().square().mean().sqrt()
-            beside = masters.get(f"{inner.removesuffix('bias')}weight")
-            if inner.endswith("bias") and beside is not None:
+            weight = f"{inner.removesuffix('bias')}weight"
+            if inner.endswith("bias") and weight in matrices:
+                beside = masters.get(f"{weight}:", matrices[weight].values)
                 size = torch.maximum(size, beside.detach().square().mean().sqrt())
             rate = relative * float(size)
+            owner = matrices.get(inner.partition(":")[0])
             groups.append(
                 {
                     "params": [master],
                     "lr": rate,
                     "initial_lr": rate,
-                    "weight_decay": 0.0 if inner in self.vectors else decay,
+                    "weight_decay": decay if owner is not None and owner.decayed else 0.0,
                 }
             )
         return torch.optim.AdamW(groups, betas=_BETAS, eps=_EPS)
