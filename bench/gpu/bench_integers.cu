@@ -2,8 +2,8 @@
 // alone (without rounding and scales), measured in turns in one run. The weights of successive launches are
 // other copies, more than the L2 cache holds.
 //
-//   bench_integers [--quick] [--tiles] [--json FILE]
-// --tiles times every size of tile.
+//   bench_integers [--quick] [--tiles] [--only NxKxM]... [--json FILE]
+// --tiles times every size of tile, --only measures these products alone.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -209,7 +209,22 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
   return row;
 }
 
-nlohmann::json run(bool quick, bool tiles) {
+// "4096x14336x512": outputs, inputs, tokens.
+Case case_of(const std::string& text) {
+  Case c;
+  char end = 0;
+  long long n = 0;
+  long long k = 0;
+  long long m = 0;
+  if (std::sscanf(text.c_str(), "%lldx%lldx%lld%c", &n, &k, &m, &end) != 3 || n < 1 || k < 1 || m < 1) {
+    throw InvalidArgument("--only", text, "outputs x inputs x tokens, such as 4096x14336x512");
+  }
+  c.shape = {n, k};
+  c.m = m;
+  return c;
+}
+
+nlohmann::json run(bool quick, bool tiles, const std::vector<std::string>& only) {
   int device = 0;
   cudaDeviceProp properties{};
   check_cuda(cudaGetDevice(&device), "device");
@@ -230,11 +245,17 @@ nlohmann::json run(bool quick, bool tiles) {
   const std::vector<int64_t> tokens =
       quick ? std::vector<int64_t>{16, 64, 128, 256, 512, 1024, 4096}
             : std::vector<int64_t>{1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
-  for (const Shape& shape : shapes) {
-    for (const int64_t m : tokens) {
-      for (const bool outliers : {false, true}) {
-        report["rows"].push_back(measure(stream, {shape, m, outliers}, tiles && !outliers));
-      }
+  std::vector<Case> cases;
+  for (const std::string& text : only) cases.push_back(case_of(text));
+  if (only.empty()) {
+    for (const Shape& shape : shapes) {
+      for (const int64_t m : tokens) cases.push_back({shape, m, false});
+    }
+  }
+  for (Case& c : cases) {
+    for (const bool outliers : {false, true}) {
+      c.outliers = outliers;
+      report["rows"].push_back(measure(stream, c, tiles && !outliers));
     }
   }
   return report;
@@ -246,13 +267,16 @@ nlohmann::json run(bool quick, bool tiles) {
 int main(int argc, char** argv) {
   std::vector<char*> rest;
   bool tiles = false;
+  std::vector<std::string> only;
   for (int i = 0; i < argc; ++i) {
     if (std::string_view(argv[i]) == "--tiles") {
       tiles = true;
+    } else if (std::string_view(argv[i]) == "--only" && i + 1 < argc) {
+      only.emplace_back(argv[++i]);
     } else {
       rest.push_back(argv[i]);
     }
   }
   return quantloom::bench::run_program("bench_integers", static_cast<int>(rest.size()), rest.data(),
-                                       [&](bool quick) { return quantloom::run(quick, tiles); });
+                                       [&](bool quick) { return quantloom::run(quick, tiles, only); });
 }

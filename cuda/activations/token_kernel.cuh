@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
     round_tokens_kernel(const Source source, const Sink sink, const TokenTask task) {
   using T = typename Source::Value;
   let_next_begin();
-  wait_for_previous();
   const int64_t row = blockIdx.x;
   if (row >= task.rows) {
+    wait_for_previous();
     sink.pad(row);
     return;
   }
@@ -135,8 +135,27 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
   // Vectors that hold inputs.
   const auto filled = static_cast<int>((task.cols + kVectorValues - 1) / kVectorValues);
 
+  // Where outliers are is no work of a kernel that lets this one begin before its end.
+  [[maybe_unused]] uint32_t masks[kVectors > 0 ? kVectors : 1];
+  [[maybe_unused]] int64_t outliers = 0;
+  [[maybe_unused]] int column = -1;  // of this thread's first outlier
+  if constexpr (kOutliers) {
+    outliers = task.outliers.size();
+    if (thread < outliers) column = task.outliers.columns(task.cols)[thread];
+    if constexpr (kVectors > 0) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int v = thread + i * threads;
+        masks[i] = v < filled ? task.outliers.mask(v) : 0;
+      }
+    }
+  }
+  wait_for_previous();
+
   typename Source::Raw raw[kVectors > 0 ? kVectors : 1];
   if constexpr (kVectors > 0) source.load_all(row, thread, threads, raw);
+  [[maybe_unused]] typename Source::Raw first_outlier;
+  if (kOutliers && column >= 0) first_outlier = source.load(row, column / kVectorValues);
   const auto terms = source.measure(row, [&](const auto& visit) {
     if constexpr (kVectors > 0) {
 #pragma unroll
@@ -151,7 +170,7 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
     for (int i = 0; i < kVectors; ++i) {
       const int v = thread + i * threads;
       values[i] = source.finish(raw[i], v, terms);
-      if (kOutliers && v < filled) values[i].clear(task.outliers.mask(v));
+      if constexpr (kOutliers) values[i].clear(masks[i]);
     }
   }
   // Calls visit(values, v, i) for this thread's vectors, and in whole warps for some more of zeros.
@@ -171,15 +190,16 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
     }
   };
   if constexpr (kOutliers) {
-    const int64_t count = task.outliers.size();
-    const int32_t* const columns = task.outliers.columns(task.cols);
-    for (int64_t i = thread; i < count; i += threads) {
-      const int32_t column = columns[i];
-      const auto v = static_cast<int>(column / kVectorValues);
-      const uint32_t bits = source.finish(source.load(row, v), v, terms).pick(column % kVectorValues);
-      sink.keep(row, column, i, bits, T{});
+    const auto keep = [&](const auto& of_outlier, int at, int64_t i) {
+      const TokenVector<T> found = source.finish(of_outlier, at / kVectorValues, terms);
+      sink.keep(row, at, i, found.pick(at % kVectorValues), T{});
+    };
+    if (column >= 0) keep(first_outlier, column, thread);
+    for (int64_t i = int64_t{thread} + threads; i < outliers; i += threads) {
+      const int at = task.outliers.columns(task.cols)[i];
+      keep(source.load(row, at / kVectorValues), at, i);
     }
-    sink.end_outliers(row, count, thread, threads);
+    sink.end_outliers(row, outliers, thread, threads);
   }
 
   TokenRange<T> range;
@@ -212,7 +232,9 @@ __global__ void __launch_bounds__(kVectors > 0 ? kKeepingThreads : kMostTokenThr
       sum = __dp4a(static_cast<int>(codes.x), 0x01010101, sum);
       sum = __dp4a(static_cast<int>(codes.y), 0x01010101, sum);
     }
-    const uint32_t kept = kOutliers && v < filled ? task.outliers.mask(v) : 0;
+    uint32_t kept = 0;
+    if constexpr (kOutliers && kVectors > 0) kept = masks[i];
+    if constexpr (kOutliers && kVectors == 0) kept = v < filled ? task.outliers.mask(v) : 0;
     sink.store(place + i * step, found, codes, grid, count, kept);
   };
   if (!good) {

@@ -60,6 +60,15 @@ __device__ __forceinline__ void put_value(T* to, uint32_t bits) {
   }
 }
 
+// Four bytes, each of the sign of the byte that 4 bits of kBytes name (8 more than its number), which
+// __byte_perm() does not do.
+template <uint32_t kBytes>
+__device__ __forceinline__ uint32_t fill_with_signs(uint32_t value) {
+  uint32_t filled;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(filled) : "r"(value), "n"(kBytes));
+  return filled;
+}
+
 template <class T>
 struct TokenVector {
   static constexpr bool kPairs = sizeof(T) == 2;  // two values in a word
@@ -87,14 +96,17 @@ struct TokenVector {
   }
   // Zeros where `mask` has bits.
   __device__ __forceinline__ void clear(uint32_t mask) {
+    if constexpr (kPairs) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if constexpr (kPairs) {
-        const uint32_t two = mask >> 2 * i & 3U;
-        words[i] &= ~(((two | two << 15) & 0x10001U) * 0xFFFFU);
-      } else {
-        words[i] = (mask >> i & 1U) != 0 ? 0 : words[i];
+      for (int i = 0; i < kWords; i += 2) {
+        // Bit j of four to the top of byte j, whose sign then fills half a word.
+        const uint32_t signs = (mask >> 2 * i & 0xFU) * 0x10204080U & 0x80808080U;
+        words[i] &= ~fill_with_signs<0x9988>(signs);
+        words[i + 1] &= ~fill_with_signs<0xBBAA>(signs);
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = (mask >> i & 1U) != 0 ? 0 : words[i];
     }
   }
   // The first `count`, but for those of which `skipped` has a bit. wide: `to` is at a multiple of 16 bytes.

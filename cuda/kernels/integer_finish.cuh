@@ -41,13 +41,15 @@ class IntegerFinish {
  public:
   static constexpr int kTokens = Tile::kOwnTokens;
 
-  // `row`: the first of the warpgroup's outputs; `token`: the first token.
+  // `row`: the first of the warpgroup's outputs; those of the tokens from `token` to `end` - 1 that exist are
+  // written.
   __device__ __forceinline__ IntegerFinish(const IntegerArguments& p, unsigned char* memory, uint32_t shared,
-                                           int warpgroup, int64_t row, int64_t token)
+                                           int warpgroup, int64_t row, int64_t token, int64_t end)
       : p_(&p),
         barrier_(warpgroup),
         row_(row),
         token_(token),
+        end_(min(end, p.m)),
         terms_(Tile::kTerms + warpgroup * Tile::kTermBytes),
         results_(Tile::kResults + warpgroup * Tile::kResultBytes),
         memory_(memory),
@@ -62,7 +64,7 @@ class IntegerFinish {
       bias_[i] = p_->bias != nullptr && row < p_->n ? load_half(p_->bias, row) : 0.0F;
     }
     for (int i = thread(); i < kTokens; i += kWarpgroupThreads) {
-      if (token_ + i >= p_->m) break;
+      if (token_ + i >= end_) break;
       const integers::TokenTerms* const from = p_->terms + token_ + i;
       copy_word_async(shared_ + terms_ + 4 * i, &from->scale);
       if (!p_->has_zeros) continue;
@@ -111,6 +113,7 @@ class IntegerFinish {
   __device__ __forceinline__ void write(const int (&sum)[kTokens / 2]) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (chunk > 0 && token_ + chunk * Tile::kChunk >= end_) break;
       round_chunk(sum, chunk);
       copy_chunk(chunk);
     }
@@ -203,7 +206,7 @@ class IntegerFinish {
     const int piece = thread() % 8;
     const int64_t column = row_ + 8 * piece;
     const auto width = static_cast<int>(min(int64_t{8}, p_->n - column));
-    const auto tokens = static_cast<int>(min(int64_t{Tile::kChunk}, p_->m - first));
+    const auto tokens = static_cast<int>(min(int64_t{Tile::kChunk}, end_ - first));
     const unsigned char* from =
         memory_ + results_ + piece_at(thread() / 8, piece);  // 16 tokens on: the same place
     uint16_t* to = static_cast<uint16_t*>(p_->y) + (first + thread() / 8) * p_->y_stride + column;
@@ -225,6 +228,7 @@ class IntegerFinish {
   int barrier_;
   int64_t row_;
   int64_t token_;
+  int64_t end_;
   int terms_;  // places in shared memory
   int results_;
   unsigned char* memory_;

@@ -22,7 +22,8 @@ using cuda::IntegerShape;
 using integers::TokenTerms;
 
 std::string name_of_shape(const IntegerShape& shape) {
-  return text_of(shape.tokens, "x", shape.rows, "x", shape.parts);
+  const std::string name = text_of(shape.tokens, "x", shape.rows, "x", shape.parts);
+  return shape.tiles == 1 ? name : text_of(name, "x", shape.tiles);
 }
 
 const IntegerKernel& kernel_for(const IntegerShape& shape, bool outliers) {
@@ -218,8 +219,8 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   p.blocks = static_cast<int>(layout.blocks);
   p.row_tiles = static_cast<int>(layout.row_tiles);
   p.row_groups = static_cast<int>(ceil_div(layout.row_tiles, int64_t{shape.rows}));
-  p.token_tiles = static_cast<int>(ceil_div(arguments.m, int64_t{shape.tokens}));
-  p.band = std::max(1, 2048 / shape.tokens);
+  p.token_tiles = static_cast<int>(ceil_div(arguments.m, int64_t{shape.cluster_tokens()}));
+  p.band = std::max(1, 2048 / shape.cluster_tokens());
   p.has_zeros = layout.asymmetric || !activations.symmetric;
   p.bfloat16 = arguments.dtype == DType::bf16;
   p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
@@ -228,8 +229,11 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   if (tiles > std::numeric_limits<int32_t>::max() / 16) {
     throw Unsupported(text_of("matmul_integers_cuda: no kernel for ", arguments.m, " tokens"));
   }
-  const int clusters = static_cast<int>(
-      shape.parts > 1 ? tiles : std::min<int64_t>(tiles, cuda::resident_clusters(kernel, device)));
+  const int64_t resident = cuda::resident_clusters(kernel, device);
+  const int64_t halved = cuda::halved_tiles(shape, tiles, resident);
+  p.whole_tiles = static_cast<int>(tiles - halved);
+  p.tiles = static_cast<int>(tiles + halved);
+  const int clusters = static_cast<int>(shape.parts > 1 ? tiles : std::min<int64_t>(p.tiles, resident));
   kernel.launch(p, clusters, true, stream);
 }
 

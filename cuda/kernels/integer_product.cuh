@@ -4,8 +4,9 @@
 // A tile of 128 outputs x kTokens tokens belongs to a block of threads: one warp fetches blocks of 128
 // columns by bulk copies into a ring of stages, two warpgroups multiply them, 64 outputs each (wgmma, int32
 // sums, which are exact). The kRows blocks of a cluster have the same tokens: each fetches its share of them
-// and sends it to all. Or kParts blocks share a tile: each takes a part of the columns, and sends its sums to
-// the blocks that finish them.
+// and sends it to all. Or they have kTiles tiles of the same outputs, whose weights they share likewise. Or
+// kParts blocks share a tile: each takes a part of the columns, and sends its sums to the blocks that finish
+// them.
 //
 // Outliers are multiplied after the integers, as float16 onto the scaled float32 sums, in the same order
 // whatever the sizes of tiles: a token's result does not depend on the others.
@@ -26,23 +27,24 @@ class IntegerConsumer {
   __device__ __forceinline__ IntegerConsumer(uint32_t shared, int warpgroup)
       : shared_(shared), warpgroup_(warpgroup) {}
 
-  // Sums of `blocks` blocks of columns.
-  __device__ __forceinline__ void multiply(int (&sum)[Tile::kTokens / 2], int blocks) {
-    multiply<0>(sum, blocks, [](int /*piece*/) {});
+  // Sums of `blocks` blocks of columns: of all tokens of a tile, or of half of them.
+  template <int kTokens>
+  __device__ __forceinline__ void multiply(int (&sum)[kTokens / 2], int blocks) {
+    multiply<kTokens, 0>(sum, blocks, [](int /*piece*/) {});
   }
   // The same, with pieces of other work while the first products run.
-  template <int kPieces, class Work>
-  __device__ __forceinline__ void multiply(int (&sum)[Tile::kTokens / 2], int blocks, const Work& work) {
+  template <int kTokens, int kPieces, class Work>
+  __device__ __forceinline__ void multiply(int (&sum)[kTokens / 2], int blocks, const Work& work) {
     int before = -1;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      if (piece < blocks) begin_block(sum, piece > 0);
+      if (piece < blocks) begin_block<kTokens>(sum, piece > 0);
       work(piece);
       if (piece < blocks) end_block(before);
     }
 #pragma unroll 1
     for (int block = kPieces; block < blocks; ++block) {
-      begin_block(sum, block > 0);
+      begin_block<kTokens>(sum, block > 0);
       end_block(before);
     }
     wait_for_products<0>();
@@ -51,8 +53,9 @@ class IntegerConsumer {
     if (before >= 0) leave(before);
   }
 
-  // Adds `blocks` blocks of 64 outliers, of the tokens from `first` on.
-  __device__ __forceinline__ void add_outliers(int (&sum)[Tile::kOwnTokens / 2], int blocks, int first) {
+  // Adds `blocks` blocks of 64 outliers, of kTokens tokens from `first` on.
+  template <int kTokens>
+  __device__ __forceinline__ void add_outliers(int (&sum)[kTokens / 2], int blocks, int first) {
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
       wait_for_phase(full(at_.stage), at_.parity);
@@ -61,9 +64,7 @@ class IntegerConsumer {
       const uint64_t x = token_descriptor(stage + Tile::kWeightBytes + first * integers::kBlockBytes);
       open_products();
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        multiply_halves<Tile::kOwnTokens>(sum, w + 2 * step, x + 2 * step, 1);
-      }
+      for (int step = 0; step < 4; ++step) add_halves<0, kTokens>(sum, w + 2 * step, x + 2 * step);
       close_products();
       wait_for_products<0>();
 #pragma unroll
@@ -74,7 +75,20 @@ class IntegerConsumer {
   }
 
  private:
-  __device__ __forceinline__ void begin_block(int (&sum)[Tile::kTokens / 2], bool add) {
+  // For the tokens from kFirst on, as many at once as an instruction takes.
+  template <int kFirst, int kTokens>
+  static __device__ __forceinline__ void add_halves(int (&sum)[kTokens / 2], uint64_t w, uint64_t x) {
+    if constexpr (kFirst < kTokens) {
+      constexpr int kLeft = kTokens - kFirst;
+      constexpr int kPart = kLeft == 48 ? 32 : kLeft;
+      multiply_halves<kPart>(reinterpret_cast<int(&)[kPart / 2]>(sum[kFirst / 2]), w,
+                             x + kFirst * (integers::kBlockBytes / 16), 1);
+      add_halves<kFirst + kPart, kTokens>(sum, w, x);
+    }
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void begin_block(int (&sum)[kTokens / 2], bool add) {
     wait_for_phase(full(at_.stage), at_.parity);
     const uint32_t stage = shared_ + at_.stage * Tile::kStageBytes;
     const uint64_t w = token_descriptor(stage + warpgroup_ * integers::kSlabBytes);
@@ -82,7 +96,7 @@ class IntegerConsumer {
     open_products();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      multiply_integers<Tile::kTokens>(sum, w + 2 * step, x + 2 * step, add || step > 0 ? 1 : 0);
+      multiply_integers<kTokens>(sum, w + 2 * step, x + 2 * step, add || step > 0 ? 1 : 0);
     }
     close_products();
   }
@@ -100,10 +114,10 @@ class IntegerConsumer {
   __device__ __forceinline__ void leave(int stage) const {
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
     const uint32_t barrier = full(stage) + 8;
-    if constexpr (Tile::kRows == 1) {
+    if constexpr (Tile::kSharers == 1) {
       if (thread == 0) arrive(barrier);
     } else {
-      if (thread < Tile::kRows) arrive_at(barrier, thread);
+      if (thread < Tile::kSharers) arrive_at(barrier, thread);
     }
   }
 
@@ -124,10 +138,11 @@ class SumExchange {
                 4),
         barrier_(reinterpret_cast<uint64_t*>(memory + Tile::kBarriers + 16 * Tile::kStages)) {}
 
-  // By one thread, before the blocks of the cluster meet.
-  __device__ __forceinline__ void prepare() const {
+  // By one thread of block `rank`, before the blocks of the cluster meet.
+  __device__ __forceinline__ void prepare(int rank) const {
+    const int own = min(Tile::kOwnTokens, Tile::kTokens - rank * Tile::kOwnTokens);
     Delivery::prepare(barrier_);
-    Delivery::expect(barrier_, Tile::kExchangeBytes);
+    Delivery::expect(barrier_, max(own, 0) * (Tile::kParts * kTileRows * 4));
     Delivery::all_expected(barrier_);
   }
   __device__ __forceinline__ void send(const int (&sum)[Tile::kTokens / 2], int rank) const {
@@ -172,7 +187,26 @@ __device__ __forceinline__ IntegerFinish<Tile> finish_of(const IntegerArguments&
           shared,
           warpgroup,
           int64_t{place.row_tile} * kTileRows + warpgroup * integers::kSlabRows,
-          int64_t{place.token_tile} * Tile::kTokens + first};
+          place.token + first,
+          place.token + place.tokens};
+}
+
+// One tile, or, of class HalfTile<Tile>, half of one.
+template <class Tile, class Part>
+__device__ __forceinline__ void multiply_tile(const IntegerArguments& p, unsigned char* memory,
+                                              uint32_t shared, int warpgroup, const TilePlace& place,
+                                              IntegerConsumer<Tile>& consumer) {
+  const bool has_rows = place.row_tile < p.row_tiles;
+  IntegerFinish<Part> finish = finish_of<Part>(p, memory, shared, warpgroup, place, 0);
+  if (has_rows) finish.fetch_terms();
+  int sum[Part::kTokens / 2];
+  consumer.template multiply<Part::kTokens>(sum, p.blocks);
+  if (has_rows) finish.begin(sum);
+  if constexpr (Tile::kOutliers) {
+    if (has_rows) finish.scale(sum);
+    consumer.template add_outliers<Part::kTokens>(sum, p.outlier_blocks, 0);
+  }
+  if (has_rows) finish.write(sum);
 }
 
 // The tiles of a cluster, each finished before the next begins.
@@ -181,20 +215,15 @@ __device__ __forceinline__ void multiply_whole(const IntegerArguments& p, unsign
                                                uint32_t shared, int rank, int warpgroup,
                                                IntegerConsumer<Tile>& consumer) {
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
-  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < p.row_groups * p.token_tiles;
-       tile += clusters) {
+  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < p.tiles; tile += clusters) {
     const TilePlace place = place_of_tile<Tile>(p, tile, rank);
-    const bool has_rows = place.row_tile < p.row_tiles;
-    IntegerFinish<Tile> finish = finish_of<Tile>(p, memory, shared, warpgroup, place, 0);
-    if (has_rows) finish.fetch_terms();
-    int sum[Tile::kTokens / 2];
-    consumer.multiply(sum, p.blocks);
-    if (has_rows) finish.begin(sum);
-    if constexpr (Tile::kOutliers) {
-      if (has_rows) finish.scale(sum);
-      consumer.add_outliers(sum, p.outlier_blocks, 0);
+    if constexpr (Tile::kHalves) {
+      if (place.tokens < Tile::kTokens) {
+        multiply_tile<Tile, HalfTile<Tile>>(p, memory, shared, warpgroup, place, consumer);
+        continue;
+      }
     }
-    if (has_rows) finish.write(sum);
+    multiply_tile<Tile, Tile>(p, memory, shared, warpgroup, place, consumer);
   }
 }
 
@@ -206,15 +235,14 @@ __device__ __forceinline__ void multiply_deferred(const IntegerArguments& p, uns
                                                   IntegerConsumer<Tile>& consumer) {
   using Finish = IntegerFinish<Tile>;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
-  const int tiles = p.row_groups * p.token_tiles;
-  Finish finish = finish_of<Tile>(p, memory, shared, warpgroup, {0, 0}, 0);
+  Finish finish = finish_of<Tile>(p, memory, shared, warpgroup, {}, 0);
   bool pending = false;  // a tile is to be finished
   int last[Tile::kTokens / 2];
 #pragma unroll 1
-  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < tiles; tile += clusters) {
+  for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < p.tiles; tile += clusters) {
     const TilePlace place = place_of_tile<Tile>(p, tile, rank);
     int sum[Tile::kTokens / 2];
-    consumer.template multiply<Finish::kPieces>(sum, p.blocks, [&](int piece) {
+    consumer.template multiply<Tile::kTokens, Finish::kPieces>(sum, p.blocks, [&](int piece) {
       if (pending) finish.piece(piece, last);
     });
     pending = place.row_tile < p.row_tiles;
@@ -225,7 +253,7 @@ __device__ __forceinline__ void multiply_deferred(const IntegerArguments& p, uns
         finish.begin(sum);
         finish.scale(sum);
       }
-      consumer.add_outliers(sum, p.outlier_blocks, 0);
+      consumer.template add_outliers<Tile::kTokens>(sum, p.outlier_blocks, 0);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kTokens / 2; ++i) last[i] = sum[i];
@@ -248,7 +276,7 @@ __device__ __forceinline__ void multiply_part(const IntegerArguments& p, unsigne
                       place_of_tile<Tile>(p, static_cast<int>(blockIdx.x) / Tile::kCluster, rank), first);
   if (is_owner) finish.fetch_terms();
   int sum[Tile::kTokens / 2];
-  consumer.multiply(sum, blocks);
+  consumer.template multiply<Tile::kTokens>(sum, blocks);
   const SumExchange<Tile> exchange(memory, warpgroup);
   exchange.send(sum, rank);
   if (!is_owner) return;
@@ -257,13 +285,13 @@ __device__ __forceinline__ void multiply_part(const IntegerArguments& p, unsigne
   finish.begin(own);
   if constexpr (Tile::kOutliers) {
     finish.scale(own);
-    consumer.add_outliers(own, p.outlier_blocks, first);
+    consumer.template add_outliers<Tile::kOwnTokens>(own, p.outlier_blocks, first);
   }
   finish.write(own);
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kMostThreads, Tile::kBlocks)
     multiply_integer_tiles(const __grid_constant__ IntegerArguments p) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char tile_memory[];
@@ -272,12 +300,11 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;
-  const int tiles = p.row_groups * p.token_tiles;
   // With parts there is one tile to a cluster.
   const int begin = Tile::kParts > 1 ? static_cast<int>(int64_t{p.blocks} * rank / Tile::kParts) : 0;
   const int end =
       Tile::kParts > 1 ? static_cast<int>(int64_t{p.blocks} * (rank + 1) / Tile::kParts) : p.blocks;
-  const bool is_owner = rank * Tile::kOwnTokens < Tile::kTokens || Tile::kParts == 1;
+  const bool is_owner = Tile::kParts == 1 || rank * Tile::kOwnTokens < Tile::kTokens;
   const int outlier_blocks = Tile::kOutliers && is_owner ? p.outlier_blocks : 0;
 
   let_next_begin();
@@ -286,10 +313,10 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       start_barrier(loader.full(stage), 1);
-      start_barrier(loader.empty(stage), 2 * Tile::kRows);
+      start_barrier(loader.empty(stage), 2 * Tile::kSharers);
     }
     publish_barriers();
-    if constexpr (Tile::kParts > 1) SumExchange<Tile>(tile_memory, 0).prepare();
+    if constexpr (Tile::kParts > 1) SumExchange<Tile>(tile_memory, 0).prepare(rank);
   }
   __syncthreads();
   if constexpr (Tile::kCluster > 1) {
@@ -298,10 +325,10 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
   }
 
   if (warpgroup == 2) {
-    if constexpr (Tile::kTokens > 64) leave_registers<Tile::kTokens == 256 ? 40 : 56>();
+    if constexpr (Tile::kMovesRegisters) leave_registers<Tile::kFewRegisters>();
     if (threadIdx.x == 2 * kWarpgroupThreads) {
       bool is_first = true;
-      for (int tile = cluster; tile < tiles; tile += clusters) {
+      for (int tile = cluster; tile < p.tiles; tile += clusters) {
         loader.begin_tile(place_of_tile<Tile>(p, tile, rank));
         int block = begin;
         if (is_first) {
@@ -337,7 +364,7 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
       }
     }
   } else {
-    if constexpr (Tile::kTokens > 64) take_registers<Tile::kTokens == 256 ? 232 : 224>();
+    if constexpr (Tile::kMovesRegisters) take_registers<Tile::kManyRegisters>();
     wait_for_previous();
     IntegerConsumer<Tile> consumer(shared, warpgroup);
     if constexpr (Tile::kDeferred) {
@@ -348,7 +375,7 @@ __global__ void __launch_bounds__(kIntegerThreads, Tile::kBlocks)
       multiply_whole<Tile>(p, tile_memory, shared, rank, warpgroup, consumer);
     }
   }
-  if constexpr (Tile::kRows > 1) {
+  if constexpr (Tile::kSharers > 1) {
     // Others may still send to this block, or tell it that they have read what it sent.
     __syncwarp();
     cluster_begin();

@@ -37,7 +37,9 @@ struct IntegerArguments {
   int row_tiles = 0;   // of 128 outputs
   int row_groups = 0;  // tiles of a cluster
   int token_tiles = 0;
-  int band = 1;  // token tiles that are multiplied at about the same time
+  int tiles = 0;        // with each half of one that is cut
+  int whole_tiles = 0;  // those before the ones that are cut into halves
+  int band = 1;         // token tiles that are multiplied at about the same time
   bool has_zeros = false;
   bool bfloat16 = false;
   bool y_in_pieces = false;  // y may be written 16 bytes at a time
@@ -48,12 +50,18 @@ struct IntegerShape {
   int tokens = 0;
   int rows = 1;
   int parts = 1;
+  int tiles = 1;
 
-  int cluster() const { return rows * parts; }
+  int cluster() const { return rows * parts * tiles; }
+  int cluster_tokens() const { return tokens * tiles; }
   // Each part has a block of columns.
   bool takes(int64_t k) const { return parts == 1 || k > 128 * (parts - 1); }
   friend bool operator==(const IntegerShape&, const IntegerShape&) = default;
 };
+
+// Of so many tiles, those that are cut into halves: the last ones, where halves of them keep more of
+// `resident` clusters busy for half the time.
+int64_t halved_tiles(const IntegerShape& shape, int64_t tiles, int64_t resident);
 
 struct IntegerKernel {
   IntegerShape shape;

@@ -13,16 +13,22 @@ inline constexpr int kTileRows = 2 * integers::kSlabRows;
 inline constexpr int kIntegerThreads = 384;
 inline constexpr int kWarpgroupThreads = 128;
 
-// kRows or kParts is 1.
-template <int kTokens_, int kRows_, int kParts_, bool kOutliers_>
+// Of kRows, kParts and kTiles two are 1.
+template <int kTokens_, int kRows_, int kParts_, int kTiles_, bool kOutliers_>
 struct IntegerTile {
   static constexpr int kTokens = kTokens_;
   static constexpr int kRows = kRows_;
   static constexpr int kParts = kParts_;
+  static constexpr int kTiles = kTiles_;
   static constexpr bool kOutliers = kOutliers_;
-  static constexpr int kCluster = kRows * kParts;
-  // Tokens whose sums a block finishes: all of a tile, or a share of them.
-  static constexpr int kOwnTokens = kTokens / kParts < 8 ? 8 : kTokens / kParts;
+  static constexpr int kCluster = kRows * kParts * kTiles;
+  // Blocks that send to each other what they fetch.
+  static constexpr int kSharers = kRows * kTiles;
+  // Tokens whose sums a block finishes: all of a tile, or a share of them. Some blocks may have fewer or
+  // none.
+  static constexpr int kOwnTokens = kParts == 1             ? kTokens
+                                    : kTokens / kParts <= 8 ? 8
+                                                            : (kTokens / kParts + 15) / 16 * 16;
 
   static constexpr int kWeightBytes = 2 * integers::kSlabBytes;
   static constexpr int kTokenBytes = kTokens * integers::kBlockBytes;
@@ -31,9 +37,18 @@ struct IntegerTile {
   static constexpr int kBlocks = kTokens == 16 || (kTokens == 64 && kParts >= 4) ? 2 : 1;
   // A tile is finished while the products of the next one run.
   static constexpr bool kDeferred = kTokens == 128 && kParts == 1;
+  // The last tiles may be cut into two of half the tokens.
+  static constexpr bool kHalves = kTokens == 256;
+  // Registers move from the warpgroup that fetches to those that multiply.
+  static constexpr bool kMovesRegisters = kTokens == 256 || kDeferred;
+  // What registers are allotted for: others leave some, so that blocks of the kernel before this one may
+  // still run beside it.
+  static constexpr int kMostThreads = kTokens == 128 && !kMovesRegisters ? 576 : kIntegerThreads;
+  static constexpr int kFewRegisters = kTokens == 256 ? 40 : 56;
+  static constexpr int kManyRegisters = (504 - kFewRegisters) / 2;
   static constexpr int kStages = kTokens == 256 || (kTokens == 128 && kParts > 1) ? 4
                                  : kTokens == 64                                  ? (kBlocks == 2 ? 3 : 6)
-                                 : kDeferred                                      ? 6
+                                 : kTokens == 128                                 ? 6
                                                                                   : 5;
   // Sums of the own tokens in int32, from all parts.
   static constexpr int kPartBytes = kOwnTokens * kTileRows * 4;
@@ -50,8 +65,15 @@ struct IntegerTile {
   static constexpr int kBarriers = kTerms + 2 * kTermBytes;
   // A pair for each stage, and one for the exchange.
   static constexpr int kAllBytes = kBarriers + 16 * kStages + 16;
-  static_assert(kParts == 1 || kRows == 1);
+  static_assert((kParts == 1) + (kRows == 1) + (kTiles == 1) >= 2 && kTiles <= 2);
   static_assert(kTokens / kRows % 8 == 0 && kAllBytes <= (kBlocks == 2 ? 115712 : 232448));
+};
+
+// Half the tokens of a tile that has them all to itself, in the same memory.
+template <class Tile>
+struct HalfTile : Tile {
+  static constexpr int kTokens = Tile::kTokens / 2;
+  static constexpr int kOwnTokens = kTokens;
 };
 
 __device__ __forceinline__ uint32_t block_in_cluster() {
@@ -102,20 +124,31 @@ __device__ __forceinline__ void leave_registers() {
 }
 // Where a tile lies.
 struct TilePlace {
-  int row_tile;    // of 128 outputs
-  int token_tile;  // of kTokens
+  int row_tile;   // of 128 outputs
+  int64_t token;  // the first
+  int tokens;     // of which some may be beyond the last
 };
 
 // Clusters walk over bands of `band` token tiles, in each over all row groups, so that what is fetched at
 // the same time is shared in the L2 cache.
 template <class Tile>
 __device__ __forceinline__ TilePlace place_of_tile(const IntegerArguments& p, int index, int rank) {
-  const int per_band = p.band * p.row_groups;
-  const int band = index / per_band;
-  const int width = min(p.band, p.token_tiles - band * p.band);
-  const int in_band = index - band * per_band;
-  const int row = Tile::kParts > 1 ? 0 : rank;
-  return {in_band / width * Tile::kRows + row, band * p.band + in_band % width};
+  int half = -1;
+  if constexpr (Tile::kHalves) {
+    const int extra = index - p.whole_tiles;
+    if (extra >= 0) {
+      index = p.whole_tiles + extra / 2;
+      half = extra % 2;
+    }
+  }
+  const int begin = index / (p.band * p.row_groups) * p.band;
+  const int width = min(p.band, p.token_tiles - begin);
+  const int in_band = index - begin * p.row_groups;
+  const int64_t token = int64_t{begin + in_band % width} * (Tile::kTokens * Tile::kTiles);
+  constexpr int kHalf = Tile::kTokens / 2;
+  return {in_band / width * Tile::kRows + (Tile::kRows > 1 ? rank : 0),
+          token + (Tile::kTiles > 1 ? rank * Tile::kTokens : max(half, 0) * kHalf),
+          half < 0 ? Tile::kTokens : kHalf};
 }
 
 // A ring's stage and the parity of its phase.
@@ -144,8 +177,7 @@ class IntegerLoader {
         tokens_policy_(cache_policy<Reuse::most>()) {}
 
   __device__ __forceinline__ void begin_tile(const TilePlace& place) {
-    const int64_t rows = p_.m_padded - static_cast<int64_t>(place.token_tile) * Tile::kTokens;
-    tokens_ = static_cast<int>(max(int64_t{0}, min(rows, int64_t{Tile::kTokens})));
+    tokens_ = static_cast<int>(max(int64_t{0}, min(p_.m_padded - place.token, int64_t{place.tokens})));
     has_rows_ = place.row_tile < p_.row_tiles;
     place_ = place;
   }
@@ -158,15 +190,17 @@ class IntegerLoader {
   // `order`: an operand in integer order, of `blocks` blocks to a slab.
   __device__ __forceinline__ void copy_weights(const unsigned char* order, int64_t blocks, int64_t block) {
     if (!has_rows_) return;
-    copy<kTileRows, 1>(shared_ + at_.stage * Tile::kStageBytes, order, blocks, block,
-                       int64_t{place_.row_tile} * kTileRows, 0, kTileRows, weights_policy_);
+    constexpr int kShare = kTileRows / Tile::kTiles;
+    const int first = Tile::kTiles > 1 ? rank_ * kShare : 0;
+    copy<kShare, Tile::kTiles>(shared_ + at_.stage * Tile::kStageBytes, order, blocks, block,
+                               int64_t{place_.row_tile} * kTileRows, first, first + kShare, weights_policy_);
   }
   __device__ __forceinline__ void copy_tokens(const unsigned char* order, int64_t blocks, int64_t block) {
     constexpr int kShare = Tile::kTokens / Tile::kRows;
-    const int first = rank_ * kShare;
+    const int share = Tile::kHalves ? place_.tokens / Tile::kRows : kShare;
+    const int first = Tile::kRows > 1 ? rank_ * share : 0;
     copy<kShare, Tile::kRows>(shared_ + at_.stage * Tile::kStageBytes + Tile::kWeightBytes, order, blocks,
-                              block, int64_t{place_.token_tile} * Tile::kTokens, first,
-                              min(first + kShare, tokens_), tokens_policy_);
+                              block, place_.token, first, min(first + share, tokens_), tokens_policy_);
   }
   __device__ __forceinline__ void advance() { at_.advance(); }
   __device__ __forceinline__ StageCursor<Tile::kStages>& at() { return at_; }

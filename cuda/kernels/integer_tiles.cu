@@ -12,26 +12,32 @@
 namespace quantloom::cuda {
 namespace {
 
-template <int kTokens, int kRows, int kParts, bool kOutliers>
+template <bool kOutliers, int kTokens, int kRows, int kParts, int kTiles = 1>
 constexpr IntegerKernel kernel_of() {
-  using Tile = IntegerTile<kTokens, kRows, kParts, kOutliers>;
-  return {{kTokens, kRows, kParts}, kOutliers, launch_integer_tiles<Tile>, resident_integer_clusters<Tile>};
+  using Tile = IntegerTile<kTokens, kRows, kParts, kTiles, kOutliers>;
+  return {{kTokens, kRows, kParts, kTiles},
+          kOutliers,
+          launch_integer_tiles<Tile>,
+          resident_integer_clusters<Tile>};
 }
 
 template <bool kOutliers>
-constexpr std::array<IntegerKernel, 11> kernels_with() {
+constexpr std::array<IntegerKernel, 14> kernels_with() {
   return {{
-      kernel_of<256, 2, 1, kOutliers>(),
-      kernel_of<128, 2, 1, kOutliers>(),
-      kernel_of<128, 1, 2, kOutliers>(),
-      kernel_of<128, 1, 4, kOutliers>(),
-      kernel_of<64, 1, 1, kOutliers>(),
-      kernel_of<64, 1, 2, kOutliers>(),
-      kernel_of<64, 1, 4, kOutliers>(),
-      kernel_of<64, 1, 8, kOutliers>(),
-      kernel_of<16, 1, 1, kOutliers>(),
-      kernel_of<16, 1, 2, kOutliers>(),
-      kernel_of<16, 1, 4, kOutliers>(),
+      kernel_of<kOutliers, 256, 2, 1>(),
+      kernel_of<kOutliers, 128, 2, 1>(),
+      kernel_of<kOutliers, 128, 1, 2>(),
+      kernel_of<kOutliers, 128, 1, 3>(),
+      kernel_of<kOutliers, 128, 1, 4>(),
+      kernel_of<kOutliers, 64, 1, 1>(),
+      kernel_of<kOutliers, 64, 1, 1, 2>(),
+      kernel_of<kOutliers, 64, 1, 2>(),
+      kernel_of<kOutliers, 64, 1, 3>(),
+      kernel_of<kOutliers, 64, 1, 4>(),
+      kernel_of<kOutliers, 64, 1, 8>(),
+      kernel_of<kOutliers, 16, 1, 1>(),
+      kernel_of<kOutliers, 16, 1, 2>(),
+      kernel_of<kOutliers, 16, 1, 4>(),
   }};
 }
 
@@ -78,12 +84,21 @@ TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
   }
   // Few tokens: what arrives, alone (bound by latency) or where many fetch.
   constexpr double kFetched = 8.3e6;  // bytes that the L2 cache gives in a microsecond
-  const double alone = shape.tokens == 128 ? 0.36 : shape.tokens == 64 ? 0.25 : 0.28;
-  const double bytes = 128.0 * (128 + shape.tokens) * static_cast<double>(blocks_running);
-  return {shape, std::max(alone, bytes / kFetched), shape.parts == 1 ? 1.0 : 0.5 * shape.parts * shape.parts};
+  const double alone = shape.tokens == 128 ? 0.34 : shape.tokens == 64 ? 0.26 : 0.28;
+  const double bytes = 128.0 * (128.0 / shape.tiles + shape.tokens) * static_cast<double>(blocks_running);
+  const double tile = shape.parts == 1      ? 1.0
+                      : shape.tokens == 128 ? 4.6
+                      : shape.tokens == 64  ? 0.5 + 0.8 * shape.parts
+                                            : 0.5 * shape.parts * shape.parts;
+  return {shape, std::max(alone, bytes / kFetched), tile};
 }
 
 }  // namespace
+
+int64_t halved_tiles(const IntegerShape& shape, int64_t tiles, int64_t resident) {
+  const int64_t last = tiles % resident;
+  return shape.tokens == 256 && tiles > resident && 2 * last <= resident ? last : 0;
+}
 
 IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceFacts& device) {
   constexpr double kFromMemory = 4.2e6;  // bytes in a microsecond
@@ -93,13 +108,14 @@ IntegerShape choose_integer_shape(int64_t m, int64_t n, int64_t k, const DeviceF
   for (const IntegerKernel& kernel : kPlain) {
     const IntegerShape& shape = kernel.shape;
     if (!shape.takes(k)) continue;
-    const int64_t clusters =
-        ceil_div(ceil_div(n, int64_t{kTileRows}), int64_t{shape.rows}) * ceil_div(m, int64_t{shape.tokens});
+    const int64_t clusters = ceil_div(ceil_div(n, int64_t{kTileRows}), int64_t{shape.rows}) *
+                             ceil_div(m, int64_t{shape.cluster_tokens()});
     const int64_t resident = resident_clusters(kernel, device);
     const int64_t waves = ceil_div(clusters, resident);
     const int64_t blocks = ceil_div(ceil_div(k, int64_t{128}), int64_t{shape.parts});
     const TileCost cost = cost_of(shape, std::min(clusters, resident) * shape.cluster());
-    const double time = static_cast<double>(waves) * (static_cast<double>(blocks) * cost.block + cost.tile);
+    double time = static_cast<double>(waves) * (static_cast<double>(blocks) * cost.block + cost.tile);
+    if (halved_tiles(shape, clusters, resident) > 0) time -= 0.45 * static_cast<double>(blocks) * cost.block;
     // Neither bound hides the other entirely.
     const double all = std::cbrt(time * time * time + memory * memory * memory);
     if (all < least) {

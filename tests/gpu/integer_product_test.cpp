@@ -1,4 +1,6 @@
 // Products of integers, against exact sums, and integer order on the device.
+#include "kernels/integer_product.hpp"
+
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -348,6 +350,28 @@ TEST_F(IntegerCuda, LargeMatricesAreRight) {
     c.outliers = m == 1 ? 0 : 37;
     c.seed = static_cast<uint64_t>(m);
     check_product(c, true);
+  }
+}
+
+TEST_F(IntegerCuda, LastTilesInHalvesGiveTheSameBytes) {
+  for (const cuda::IntegerKernel& kernel : cuda::integer_kernels()) {
+    if (kernel.shape.tokens != 256) continue;
+    const int64_t resident = cuda::resident_clusters(kernel, current_device());
+    for (const int64_t m : {100, 250}) {
+      IntegerCase c;
+      c.n = (resident + 3) * kernel.shape.rows * 128 - 100;
+      c.k = 130;
+      c.m = m;
+      c.outliers = kernel.outliers ? 70 : 0;
+      c.seed = static_cast<uint64_t>(m);
+      SCOPED_TRACE(c.text());
+      ASSERT_GT(cuda::halved_tiles(kernel.shape, resident + 3, resident), 0);
+      const IntegerProduct product(c);
+      const auto halves = product.run({.tile = "256x2x1"}, 0, c.m);
+      const auto others = product.run({.tile = "128x2x1"}, 0, c.m);
+      ASSERT_TRUE(halves && others);
+      EXPECT_TRUE(*halves == *others);
+    }
   }
 }
 
