@@ -21,8 +21,23 @@ using DF = hn::CappedTag<float, 16>;
 using VF = hn::Vec<DF>;
 using DBytes = hn::CappedTag<uint8_t, 16>;
 
+// How eight codes of other sizes than 2, 4 and 8 bits are taken apart: each gets the two bytes that it
+// begins in, is moved to the upper one by a product with a power of two, and down again.
+struct EightCodes {
+  explicit EightCodes(int bits) {
+    for (int j = 0; j < 8; ++j) {
+      places[2 * j] = static_cast<uint8_t>(j * bits / 8);
+      places[2 * j + 1] = static_cast<uint8_t>(j * bits / 8 + 1);
+      factors[j] = static_cast<uint16_t>(1 << (8 - j * bits % 8));
+    }
+  }
+  alignas(16) uint8_t places[16];
+  alignas(16) uint16_t factors[8];
+};
+
 // The codes of a row as bytes; reads up to 15 bytes beyond it and writes up to 63 codes more.
-void unpack_row(int bits, const std::byte* row, int64_t head_dim, uint8_t* HWY_RESTRICT codes) {
+void unpack_row(int bits, [[maybe_unused]] const EightCodes& eight, const std::byte* row, int64_t head_dim,
+                uint8_t* HWY_RESTRICT codes) {
   const DBytes d;
   const auto step = static_cast<int64_t>(hn::Lanes(d));
   const auto* bytes = reinterpret_cast<const uint8_t*>(row);
@@ -42,12 +57,25 @@ void unpack_row(int bits, const std::byte* row, int64_t head_dim, uint8_t* HWY_R
                             hn::And(hn::ShiftRight<4>(v), mask), hn::ShiftRight<6>(v), d, codes + 4 * i);
     }
   } else {
-    const uint64_t mask = (uint64_t{1} << bits) - 1;
-    for (int64_t i = 0; i < head_dim; i += 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, bytes + i / 8 * bits, sizeof word);
-      for (int64_t j = 0; j < 8; ++j) codes[i + j] = static_cast<uint8_t>((word >> (j * bits)) & mask);
+#if HWY_TARGET == HWY_SCALAR
+    for (int64_t i = 0; i < head_dim; ++i) {
+      const int64_t bit = i * bits;
+      const int pair = bytes[bit / 8] | bytes[bit / 8 + 1] << 8;
+      codes[i] = static_cast<uint8_t>((pair >> (bit % 8)) & ((1 << bits) - 1));
     }
+#else
+    const hn::Repartition<uint16_t, DBytes> dw;
+    const hn::Rebind<uint8_t, decltype(dw)> dhalf;
+    const auto place = hn::Load(d, eight.places);
+    const auto factor = hn::Load(dw, eight.factors);
+    const auto mask = hn::Set(dw, static_cast<uint16_t>((1 << bits) - 1));
+    for (int64_t i = 0; i < head_dim; i += 8) {
+      const auto pairs = hn::BitCast(dw, hn::TableLookupBytes(hn::LoadU(d, bytes + i / 8 * bits), place));
+      const auto code = hn::And(hn::ShiftRight<8>(hn::Mul(pairs, factor)), mask);
+      const hn::RebindToSigned<decltype(dw)> ds;
+      hn::StoreU(hn::DemoteTo(dhalf, hn::BitCast(ds, code)), dhalf, codes + i);
+    }
+#endif
   }
 }
 
@@ -86,10 +114,11 @@ void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, 
   alignas(64) uint8_t codes[1024 + 64] = {};
   alignas(64) float scales[1024 + kRowPadding] = {};
   alignas(64) float least[1024 + kRowPadding] = {};
+  const EightCodes eight(part.bits);
   int64_t loaded = -1;
   float* const begin = out;
   for (int64_t t = slot; t < slot + count; ++t, out += head_dim) {
-    unpack_row(part.bits, record + part.codes + t * part.row_bytes, head_dim, codes);
+    unpack_row(part.bits, eight, record + part.codes + t * part.row_bytes, head_dim, codes);
     if (part.codec == KVCodec::channel_grid) {
       const int64_t group = t / part.group;
       if (group != loaded) {
@@ -207,60 +236,147 @@ void widen_row(DType dtype, const std::byte* from, int64_t count, float* HWY_RES
   for (; i < count; ++i) out[i] = float_from_bf16(bits[i]);
 }
 
-// Scores of one query and kCount keys at once, so that sums do not wait for each other.
-template <int kCount>
-HWY_INLINE void score(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, int64_t head_dim,
-                      float* HWY_RESTRICT scores) {
+// Most queries whose sums are held in registers at once.
+constexpr int kTile = 4;
+constexpr int64_t kMostTokens = 64;
+
+#if HWY_TARGET != HWY_SCALAR
+// The sums of the lanes of four vectors, next to each other, in fewer steps than one by one.
+HWY_INLINE void store_four_sums(const VF (&v)[4], float* HWY_RESTRICT to) {
+  const DF df;
+  const hn::CappedTag<float, 4> block;
+  const VF even = hn::Add(hn::InterleaveLower(df, v[0], v[2]), hn::InterleaveUpper(df, v[0], v[2]));
+  const VF odd = hn::Add(hn::InterleaveLower(df, v[1], v[3]), hn::InterleaveUpper(df, v[1], v[3]));
+  const VF all = hn::Add(hn::InterleaveLower(df, even, odd), hn::InterleaveUpper(df, even, odd));
+  alignas(64) float blocks[16];
+  hn::Store(all, df, blocks);
+  auto sum = hn::Load(block, blocks);
+  for (size_t i = 4; i < hn::Lanes(df); i += 4) sum = hn::Add(sum, hn::Load(block, blocks + i));
+  hn::StoreU(sum, block, to);
+}
+#endif
+
+// weights[r * kMostTokens + t] = query r . key t, of kRows queries and kCount keys, so that no sum waits for
+// another and each vector that is loaded meets several.
+template <int kRows, int kCount>
+HWY_INLINE void score(const float* HWY_RESTRICT queries, int64_t stride, const float* HWY_RESTRICT keys,
+                      int64_t head_dim, float* HWY_RESTRICT weights) {
   const DF df;
   const auto step = static_cast<int64_t>(hn::Lanes(df));
-  VF sum[kCount];
-  for (int t = 0; t < kCount; ++t) sum[t] = hn::Zero(df);
+  VF sum[kRows][kCount];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kCount; ++t) sum[r][t] = hn::Zero(df);
+  }
   for (int64_t d = 0; d < head_dim; d += step) {
-    const VF q = hn::Load(df, query + d);
-    for (int t = 0; t < kCount; ++t) {
-      sum[t] = hn::MulAdd(q, hn::LoadU(df, keys + t * head_dim + d), sum[t]);
+    VF key[kCount];
+    for (int t = 0; t < kCount; ++t) key[t] = hn::LoadU(df, keys + t * head_dim + d);
+    for (int r = 0; r < kRows; ++r) {
+      const VF query = hn::Load(df, queries + r * stride + d);
+      for (int t = 0; t < kCount; ++t) sum[r][t] = hn::MulAdd(query, key[t], sum[r][t]);
     }
   }
-  for (int t = 0; t < kCount; ++t) scores[t] = hn::GetLane(hn::SumOfLanes(df, sum[t]));
+  for (int r = 0; r < kRows; ++r) {
+    float* to = weights + r * kMostTokens;
+#if HWY_TARGET != HWY_SCALAR
+    if constexpr (kCount == 4) {
+      store_four_sums(sum[r], to);
+      continue;
+    }
+#endif
+    for (int t = 0; t < kCount; ++t) to[t] = hn::GetLane(hn::SumOfLanes(df, sum[r][t]));
+  }
+}
+
+// Scores to weights of the softmax, of which only the first `seen` are not 0; returns what earlier sums are
+// multiplied with.
+HWY_INLINE float weigh(int64_t seen, float* HWY_RESTRICT weights, SoftmaxRow& state) {
+  const DF df;
+  const auto step = static_cast<int64_t>(hn::Lanes(df));
+  std::fill(weights + seen, weights + kMostTokens, 0.0F);
+  if (seen == 0) return 1.0F;
+  const float largest = std::max(state.largest, *std::max_element(weights, weights + seen));
+  std::fill(weights + seen, weights + kMostTokens, -HUGE_VALF);
+  VF total = hn::Zero(df);
+  for (int64_t t = 0; t < kMostTokens; t += step) {
+    // Below -87 float32 has no exponential of its own; what is left there is 0.
+    const VF below = hn::Sub(hn::LoadU(df, weights + t), hn::Set(df, largest));
+    const VF bounded = hn::Max(below, hn::Set(df, -87.0F));
+    const VF weight = hn::IfThenElseZero(hn::Ge(below, hn::Set(df, -87.0F)), hn::Exp(df, bounded));
+    hn::StoreU(weight, df, weights + t);
+    total = hn::Add(total, weight);
+  }
+  const float kept = std::exp(state.largest - largest);
+  state.sum = state.sum * kept + hn::GetLane(hn::SumOfLanes(df, total));
+  state.largest = largest;
+  return kept;
+}
+
+// sums = kept * sums + weights . values
+template <int kRows, int kVectors>
+HWY_INLINE void gather(const float* HWY_RESTRICT weights, const float* kept, const float* HWY_RESTRICT values,
+                       int64_t tokens, int64_t head_dim, float* HWY_RESTRICT sums, int64_t stride) {
+  const DF df;
+  const auto step = static_cast<int64_t>(hn::Lanes(df));
+  VF sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = hn::Mul(hn::Load(df, sums + r * stride + v * step), hn::Set(df, kept[r]));
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    VF value[kVectors];
+    for (int v = 0; v < kVectors; ++v) value[v] = hn::LoadU(df, values + t * head_dim + v * step);
+    for (int r = 0; r < kRows; ++r) {
+      const VF weight = hn::Set(df, weights[r * kMostTokens + t]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(weight, value[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(sum[r][v], df, sums + r * stride + v * step);
+  }
+}
+
+template <int kRows>
+void attend_tile(const float* HWY_RESTRICT queries, int64_t stride, const int64_t* HWY_RESTRICT visible,
+                 const float* HWY_RESTRICT keys, const float* HWY_RESTRICT values, int64_t tokens,
+                 int64_t head_dim, SoftmaxRow* HWY_RESTRICT state, float* HWY_RESTRICT sums) {
+  const auto step = static_cast<int64_t>(hn::Lanes(DF()));
+  alignas(64) float weights[kRows * kMostTokens];
+  int64_t seen[kRows];
+  int64_t most = 0;
+  for (int r = 0; r < kRows; ++r) {
+    seen[r] = std::clamp<int64_t>(visible[r], 0, tokens);
+    most = std::max(most, seen[r]);
+  }
+  if (most == 0) return;
+  int64_t t = 0;
+  for (; t + 4 <= most; t += 4) score<kRows, 4>(queries, stride, keys + t * head_dim, head_dim, weights + t);
+  for (; t < most; ++t) score<kRows, 1>(queries, stride, keys + t * head_dim, head_dim, weights + t);
+  float kept[kRows];
+  for (int r = 0; r < kRows; ++r) kept[r] = weigh(seen[r], weights + r * kMostTokens, state[r]);
+  int64_t d = 0;
+  for (; d + step < head_dim; d += 2 * step) {
+    gather<kRows, 2>(weights, kept, values + d, most, head_dim, sums + d, stride);
+  }
+  if (d < head_dim) gather<kRows, 1>(weights, kept, values + d, most, head_dim, sums + d, stride);
 }
 
 void attend_block(const float* HWY_RESTRICT queries, int64_t rows, int64_t stride,
                   const int64_t* HWY_RESTRICT visible, const float* HWY_RESTRICT keys,
                   const float* HWY_RESTRICT values, int64_t tokens, int64_t head_dim,
                   SoftmaxRow* HWY_RESTRICT state, float* HWY_RESTRICT sums) {
-  const DF df;
-  const auto step = static_cast<int64_t>(hn::Lanes(df));
-  alignas(64) float weights[64 + kRowPadding];
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t seen = std::min(visible[r], tokens);
-    if (seen <= 0) continue;
-    const float* query = queries + r * stride;
-    int64_t t = 0;
-    for (; t + 4 <= seen; t += 4) score<4>(query, keys + t * head_dim, head_dim, weights + t);
-    for (; t < seen; ++t) score<1>(query, keys + t * head_dim, head_dim, weights + t);
-    float largest = state[r].largest;
-    for (t = 0; t < seen; ++t) largest = std::max(largest, weights[t]);
-    for (t = seen; t < seen + kRowPadding; ++t) weights[t] = -HUGE_VALF;
-    const float kept = std::exp(state[r].largest - largest);
-    VF total = hn::Zero(df);
-    for (t = 0; t < seen; t += step) {
-      // Below -87 float32 has no exponential of its own; what is left there is 0.
-      const VF below = hn::Sub(hn::LoadU(df, weights + t), hn::Set(df, largest));
-      const VF bounded = hn::Max(below, hn::Set(df, -87.0F));
-      const VF weight = hn::IfThenElseZero(hn::Ge(below, hn::Set(df, -87.0F)), hn::Exp(df, bounded));
-      hn::StoreU(weight, df, weights + t);
-      total = hn::Add(total, weight);
-    }
-    state[r].sum = state[r].sum * kept + hn::GetLane(hn::SumOfLanes(df, total));
-    state[r].largest = largest;
-    float* HWY_RESTRICT out = sums + r * stride;
-    for (int64_t d = 0; d < head_dim; d += step) {
-      VF sum = hn::Mul(hn::Load(df, out + d), hn::Set(df, kept));
-      for (t = 0; t < seen; ++t) {
-        sum = hn::MulAdd(hn::Set(df, weights[t]), hn::LoadU(df, values + t * head_dim + d), sum);
-      }
-      hn::Store(sum, df, out + d);
-    }
+  int64_t r = 0;
+  for (; r + kTile <= rows; r += kTile) {
+    attend_tile<kTile>(queries + r * stride, stride, visible + r, keys, values, tokens, head_dim, state + r,
+                       sums + r * stride);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    attend_tile<2>(queries + r * stride, stride, visible + r, keys, values, tokens, head_dim, state + r,
+                   sums + r * stride);
+  }
+  if (r < rows) {
+    attend_tile<1>(queries + r * stride, stride, visible + r, keys, values, tokens, head_dim, state + r,
+                   sums + r * stride);
   }
 }
 
