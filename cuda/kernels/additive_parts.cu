@@ -1,4 +1,4 @@
-// Products of one token with codes of one large table (formats/additive_order.hpp).
+// Products of a few tokens with codes of one large table (formats/additive_order.hpp).
 //
 // A table of 65536 vectors lies in the L2 cache, which gives a processor two of them in three clocks. So a
 // block of threads keeps one part of it in shared memory, which gives three a clock, and multiplies the codes
@@ -33,7 +33,8 @@ struct PartsArguments {
   const uint32_t* lists;   // [slices][n][parts]
   const uint4* table;
   const void* x;
-  float* partial;  // [slices][parts][n]
+  int64_t x_stride;
+  float* partial;  // [tokens][slices][parts][n]
   int64_t k;
   int64_t n;
   int64_t pieces;  // of a row and slice
@@ -45,28 +46,34 @@ struct PartsArguments {
 template <int kDim>
 constexpr int kInputBytes = kSliceBlocks* kDim * 2;
 
-template <class T, int kDim>
-__device__ __forceinline__ float dot(const unsigned char* table, const unsigned char* x, float sum) {
+// sums[t] += the product of a vector of the table and those of the tokens.
+template <class T, int kDim, int kTokens>
+__device__ __forceinline__ void add_products(const unsigned char* table, const unsigned char* x, int lane,
+                                             float (&sums)[kTokens]) {
 #pragma unroll
   for (int i = 0; i < kDim / 8; ++i) {
-    const uint4 a = *reinterpret_cast<const uint4*>(table + 16 * i);
-    const uint4 b = *reinterpret_cast<const uint4*>(x + 16 * i);
-    sum = fmaf(HalfPair<__half>::low(a.x), HalfPair<T>::low(b.x), sum);
-    sum = fmaf(HalfPair<__half>::high(a.x), HalfPair<T>::high(b.x), sum);
-    sum = fmaf(HalfPair<__half>::low(a.y), HalfPair<T>::low(b.y), sum);
-    sum = fmaf(HalfPair<__half>::high(a.y), HalfPair<T>::high(b.y), sum);
-    sum = fmaf(HalfPair<__half>::low(a.z), HalfPair<T>::low(b.z), sum);
-    sum = fmaf(HalfPair<__half>::high(a.z), HalfPair<T>::high(b.z), sum);
-    sum = fmaf(HalfPair<__half>::low(a.w), HalfPair<T>::low(b.w), sum);
-    sum = fmaf(HalfPair<__half>::high(a.w), HalfPair<T>::high(b.w), sum);
+    // Of vectors of 16, neighbouring lanes read different halves, which lie in different banks.
+    const int at = kDim == 8 ? 0 : 16 * (i ^ (lane & 1));
+    const uint4 values = *reinterpret_cast<const uint4*>(table + at);
+    const uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const uint4 inputs = *reinterpret_cast<const uint4*>(x + t * kInputBytes<kDim> + at);
+      const uint32_t words[4] = {inputs.x, inputs.y, inputs.z, inputs.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        sums[t] = fmaf(HalfPair<__half>::low(pairs[c]), HalfPair<T>::low(words[c]), sums[t]);
+        sums[t] = fmaf(HalfPair<__half>::high(pairs[c]), HalfPair<T>::high(words[c]), sums[t]);
+      }
+    }
   }
-  return sum;
 }
 
 // The products of a lane's four entries, of which the first `count` count.
-template <class T, int kDim>
-__device__ __forceinline__ void add_piece(const unsigned char* table, const unsigned char* x, uint2 codes,
-                                          uint32_t places, int count, float (&sums)[2]) {
+template <class T, int kDim, int kTokens>
+__device__ __forceinline__ void add_piece(const unsigned char* table, const unsigned char* x, int lane,
+                                          uint2 codes, uint32_t places, int count,
+                                          float (&sums)[2][kTokens]) {
   constexpr int kBits = additive::part_bits(kDim);
   constexpr int kShift = kDim == 8 ? 4 : 5;  // bytes of a vector
   constexpr uint32_t kCodes = ((1U << kBits) - 1U) << kShift;
@@ -78,7 +85,8 @@ __device__ __forceinline__ void add_piece(const unsigned char* table, const unsi
     const uint32_t low = (word >> (i % 2 * 16 + kBits)) & ((1U << kLow) - 1U);
     const uint32_t high = (places >> (8 * i)) & 0xFFU;
     if (i < count) {
-      sums[i % 2] = dot<T, kDim>(table + (code & kCodes), x + ((low | high << kLow) << kShift), sums[i % 2]);
+      add_products<T, kDim, kTokens>(table + (code & kCodes), x + ((low | high << kLow) << kShift), lane,
+                                     sums[i % 2]);
     }
   }
 }
@@ -104,7 +112,7 @@ struct Ahead {
   }
 };
 
-template <class T, int kDim>
+template <class T, int kDim, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_constant__ PartsArguments p) {
   extern __shared__ __align__(128) unsigned char memory[];
   unsigned char* const table = memory;
@@ -126,10 +134,13 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
   for (int slice = 0; slice < p.slices; ++slice) {
     if (slice > 0) __syncthreads();
     const int64_t first_input = int64_t{slice} * kSliceBlocks * kDim;
-    for (int i = static_cast<int>(threadIdx.x); i < kSliceBlocks * kDim; i += kThreads) {
-      const bool inside = first_input + i < p.k;
-      reinterpret_cast<uint16_t*>(x)[i] =
-          inside ? static_cast<const uint16_t*>(p.x)[first_input + i] : uint16_t{0};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const auto* const inputs = static_cast<const uint16_t*>(p.x) + t * p.x_stride + first_input;
+      auto* const to = reinterpret_cast<uint16_t*>(x + t * kInputBytes<kDim>);
+      for (int i = static_cast<int>(threadIdx.x); i < kSliceBlocks * kDim; i += kThreads) {
+        to[i] = first_input + i < p.k ? inputs[i] : uint16_t{0};
+      }
     }
     __syncthreads();
     const int64_t of_slice = slice * p.n;
@@ -139,73 +150,102 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
     for (; row < last_row; row += kWarps) {
       const Ahead now = next;
       if (row + kWarps < last_row) next.load(p, of_slice + row + kWarps, part, lane);
-      float sums[2] = {0.0F, 0.0F};
+      float sums[2][kTokens] = {};
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int left = now.list.count - i * kStepEntries - lane * kPieceEntries;
-        if (left > 0) add_piece<T, kDim>(table, x, now.codes[i], now.places[i], left, sums);
+        if (left > 0) {
+          add_piece<T, kDim, kTokens>(table, x, lane, now.codes[i], now.places[i], left, sums);
+        }
       }
       const int64_t first = (of_slice + row) * p.pieces + now.list.first / kPieceEntries;
       for (int at = kAhead * 32 + lane; at * kPieceEntries < now.list.count; at += 32) {
-        add_piece<T, kDim>(table, x, __ldcs(p.codes + first + at), __ldcs(p.places + first + at),
-                           now.list.count - at * kPieceEntries, sums);
+        add_piece<T, kDim, kTokens>(table, x, lane, __ldcs(p.codes + first + at),
+                                    __ldcs(p.places + first + at), now.list.count - at * kPieceEntries, sums);
       }
-      float sum = sums[0] + sums[1];
 #pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0U, sum, mask);
-      if (lane == 0) p.partial[(int64_t{slice} * p.parts + part) * p.n + row] = sum;
+      for (int t = 0; t < kTokens; ++t) {
+        float sum = sums[0][t] + sums[1][t];
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0U, sum, mask);
+        const int64_t list = (int64_t{t} * p.slices + slice) * p.parts + part;
+        if (lane == 0) p.partial[list * p.n + row] = sum;
+      }
     }
   }
 }
 
 struct FinishArguments {
   const float* partial;
-  int count;
+  int count;  // of lists of a row
   int64_t n;
   const void* scales;
   DType scale_dtype;
   const void* bias;
   void* y;
+  int64_t y_stride;
   DType dtype;
 };
 
 __global__ void __launch_bounds__(kFinishThreads) add_parts(const __grid_constant__ FinishArguments p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  const int64_t token = blockIdx.y;
   let_next_begin();
   wait_for_previous();
   if (row >= p.n) return;
   float sum = 0.0F;
 #pragma unroll 8
-  for (int i = 0; i < p.count; ++i) sum += p.partial[i * p.n + row];
+  for (int i = 0; i < p.count; ++i) sum += p.partial[(token * p.count + i) * p.n + row];
   if (p.count > 0) sum *= load_float(p.scales, p.scale_dtype, row);
   if (p.bias != nullptr) sum += load_float(p.bias, p.dtype, row);
+  const int64_t to = token * p.y_stride + row;
   if (p.dtype == DType::f16) {
-    static_cast<__half*>(p.y)[row] = __float2half_rn(sum);
+    static_cast<__half*>(p.y)[to] = __float2half_rn(sum);
   } else {
-    static_cast<__nv_bfloat16*>(p.y)[row] = __float2bfloat16_rn(sum);
+    static_cast<__nv_bfloat16*>(p.y)[to] = __float2bfloat16_rn(sum);
   }
 }
 
-template <class T, int kDim>
-void launch_of(const PartsArguments& arguments, int bytes, cudaStream_t stream) {
-  const auto kernel = multiply_parts<T, kDim>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+int input_bytes(const AdditiveLayout& layout) {
+  return layout.in_group == 8 ? kInputBytes<8> : kInputBytes<16>;
+}
+
+template <class T, int kDim, int kTokens>
+void launch_tokens(const PartsArguments& arguments, cudaStream_t stream) {
+  constexpr int kBytes = additive::kPartBytes + kTokens * kInputBytes<kDim>;
+  const auto kernel = multiply_parts<T, kDim, kTokens>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
              "matmul_cuda: shared memory of multiply_parts");
   LaunchSettings settings(dim3(static_cast<unsigned>(arguments.parts * arguments.ranges)), dim3(kThreads),
                           stream, false, 1);
-  settings.config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  settings.config.dynamicSmemBytes = kBytes;
   check_cuda(cudaLaunchKernelEx(&settings.config, kernel, arguments),
              "matmul_cuda: launch of multiply_parts");
+}
+
+template <class T>
+void launch_of(const PartsArguments& arguments, int dim, int tokens, cudaStream_t stream) {
+  if (dim == 16) return launch_tokens<T, 16, 1>(arguments, stream);
+  if (tokens == 1) return launch_tokens<T, 8, 1>(arguments, stream);
+  if (tokens == 2) return launch_tokens<T, 8, 2>(arguments, stream);
+  launch_tokens<T, 8, 3>(arguments, stream);
+}
+
+// Tokens that have room at a time.
+int tokens_at_once(const AdditiveLayout& layout, const DeviceFacts& device) {
+  const int room = (device.shared_memory - additive::kPartBytes) / input_bytes(layout);
+  return std::clamp(room, 1, layout.in_group == 8 ? 3 : 1);
 }
 
 }  // namespace
 
 int parts_bytes(const AdditiveLayout& layout) {
-  return additive::kPartBytes + (layout.in_group == 8 ? kInputBytes<8> : kInputBytes<16>);
+  return additive::kPartBytes + input_bytes(layout);
 }
 
-int64_t parts_workspace(const AdditiveLayout& layout) {
-  return checked_mul(checked_mul(layout.slices, layout.parts), checked_mul(layout.n, 4));
+int64_t parts_workspace(const AdditiveLayout& layout, int64_t m, const DeviceFacts& device) {
+  const int64_t tokens = std::min<int64_t>(m, tokens_at_once(layout, device));
+  return checked_mul(checked_mul(layout.slices, layout.parts), checked_mul(layout.n, 4 * tokens));
 }
 
 void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const CudaMatmulArguments& a,
@@ -216,6 +256,7 @@ void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const C
                            reinterpret_cast<const uint32_t*>(w.plane("lists").bytes()),
                            reinterpret_cast<const uint4*>(w.plane("codebook").bytes()),
                            nullptr,
+                           a.x_stride,
                            static_cast<float*>(a.workspace),
                            layout.k,
                            layout.n,
@@ -225,17 +266,13 @@ void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const C
                            static_cast<int>(layout.slices)};
   const int64_t most = ceil_div(layout.n, int64_t{kWarps});
   arguments.ranges = static_cast<int>(std::clamp<int64_t>(device.processors / layout.parts, 1, most));
-  const int bytes = parts_bytes(layout);
-  for (int64_t token = 0; token < a.m; ++token) {
+  const int at_once = tokens_at_once(layout, device);
+  for (int64_t token = 0; token < a.m; token += at_once) {
+    const auto tokens = static_cast<int>(std::min<int64_t>(at_once, a.m - token));
     arguments.x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
     if (layout.slices > 0) {
-      if (layout.in_group == 8) {
-        a.dtype == DType::f16 ? launch_of<__half, 8>(arguments, bytes, stream)
-                              : launch_of<__nv_bfloat16, 8>(arguments, bytes, stream);
-      } else {
-        a.dtype == DType::f16 ? launch_of<__half, 16>(arguments, bytes, stream)
-                              : launch_of<__nv_bfloat16, 16>(arguments, bytes, stream);
-      }
+      a.dtype == DType::f16 ? launch_of<__half>(arguments, layout.in_group, tokens, stream)
+                            : launch_of<__nv_bfloat16>(arguments, layout.in_group, tokens, stream);
     }
     const FinishArguments finish{arguments.partial,
                                  static_cast<int>(layout.slices * layout.parts),
@@ -244,8 +281,10 @@ void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const C
                                  layout.scale_dtype,
                                  a.bias,
                                  static_cast<uint16_t*>(a.y) + token * a.y_stride,
+                                 a.y_stride,
                                  a.dtype};
-    LaunchSettings settings(dim3(static_cast<unsigned>(ceil_div(layout.n, int64_t{kFinishThreads}))),
+    LaunchSettings settings(dim3(static_cast<unsigned>(ceil_div(layout.n, int64_t{kFinishThreads})),
+                                 static_cast<unsigned>(tokens)),
                             dim3(kFinishThreads), stream, device.code >= 90, 1);
     check_cuda(cudaLaunchKernelEx(&settings.config, add_parts, finish), "matmul_cuda: launch of add_parts");
   }

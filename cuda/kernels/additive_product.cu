@@ -18,14 +18,14 @@ using additive::PartEntry;
 using additive::PartList;
 
 constexpr std::string_view kParts = "additive_parts";
-// Each token reads all codes; from so many on, decoding once is faster.
-constexpr int64_t kMostPartsTokens = 4;
+// Two or three tokens read all codes; for more than so many, decoding once is faster.
+constexpr int64_t kMostPartsTokens = 8;
 constexpr int kThreads = 256;
 constexpr int kPieceColumns = 8;
 
 constexpr std::array<CudaProduct, 2> kProducts = {{
     {.name = kParts,
-     .description = "a large table in parts, each in the shared memory of some processors; token by token",
+     .description = "a large table in parts, each in the shared memory of some processors",
      .max_tokens = kMostPartsTokens,
      .workspace = true},
     {.name = "decode",
@@ -160,35 +160,35 @@ struct DecodedParts {
   int64_t blocks;
   int64_t slices;
   int64_t first_row;
-  int64_t rows;
   int64_t stride;
 };
 
-// A warp decodes the lists of a row and slice, a lane a vector at a time.
+// A block of threads decodes the lists of a row and slice, a thread a vector at a time, into shared memory,
+// from where they go to memory in the order of their columns.
 template <class Out, int kDim>
 __global__ void __launch_bounds__(kThreads)
     decode_parts(const __grid_constant__ DecodedParts w, Out* __restrict__ out) {
   constexpr int kBits = additive::part_bits(kDim);
-  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
-  const auto lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t in_rows = warp / w.slices;
-  const int64_t slice = warp - in_rows * w.slices;
-  if (in_rows >= w.rows) return;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Out* const values_of_slice = reinterpret_cast<Out*>(memory);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t in_rows = blockIdx.x / w.slices;
+  const int64_t slice = blockIdx.x - in_rows * w.slices;
   const int64_t row = w.first_row + in_rows;
   const int64_t of_row = slice * w.n + row;
   const float scale = load_float(w.scales, w.scale_dtype, row);
+  const auto blocks =
+      static_cast<int>(min(w.blocks - slice * kSliceBlocks, static_cast<int64_t>(kSliceBlocks)));
+#pragma unroll 4
   for (int part = 0; part < w.parts; ++part) {
     const PartList list = PartList::from(__ldg(w.lists + of_row * w.parts + part));
-    for (int i = lane; i < list.count; i += 32) {
+    for (int i = thread; i < list.count; i += kThreads) {
       const int64_t at = of_row * w.capacity + list.first + i;
-      const PartEntry entry = PartEntry::from(kBits, w.codes[at], w.places[at]);
-      const int64_t block = slice * kSliceBlocks + entry.place;
+      const PartEntry entry = PartEntry::from(kBits, __ldg(w.codes + at), __ldg(w.places + at));
       const uint4* const from =
           w.table + (static_cast<int64_t>(entry.code | static_cast<uint32_t>(part) << kBits)) * (kDim / 8);
 #pragma unroll
       for (int e = 0; e < kDim / 8; ++e) {
-        // A block may reach beyond the padded columns.
-        if (block * kDim + 8 * e >= w.stride || block >= w.blocks) continue;
         const uint4 pairs = __ldg(from + e);
         const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
         float values[8];
@@ -197,10 +197,15 @@ __global__ void __launch_bounds__(kThreads)
           values[2 * c] = __fmul_rn(HalfPair<__half>::low(words[c]), scale);
           values[2 * c + 1] = __fmul_rn(HalfPair<__half>::high(words[c]), scale);
         }
-        store_eight(values, out + in_rows * w.stride + block * kDim + 8 * e);
+        store_eight(values, values_of_slice + entry.place * kDim + 8 * e);
       }
     }
   }
+  __syncthreads();
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(Out));
+  auto* const to = reinterpret_cast<uint4*>(out + in_rows * w.stride + slice * kSliceBlocks * kDim);
+  for (int i = thread; i < blocks * kDim / kPiece; i += kThreads)
+    to[i] = reinterpret_cast<const uint4*>(memory)[i];
 }
 
 dim3 grid_for(int64_t threads) {
@@ -225,10 +230,14 @@ void launch_decode(const AdditiveLayout& layout, const PreparedPlanes& w, int64_
                                layout.blocks,
                                layout.slices,
                                first_row,
-                               rows,
                                stride};
     const auto kernel = layout.in_group == 8 ? decode_parts<Out, 8> : decode_parts<Out, 16>;
-    kernel<<<grid_for(rows * layout.slices * 32), kThreads, 0, stream>>>(decoded, out);
+    const auto bytes = static_cast<int>(std::min<int64_t>(layout.blocks, kSliceBlocks) * layout.in_group *
+                                        static_cast<int64_t>(sizeof(Out)));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory of decode_parts");
+    kernel<<<grid_for(rows * layout.slices * kThreads), kThreads, static_cast<size_t>(bytes), stream>>>(
+        decoded, out);
   } else {
     const DecodedRows decoded{reinterpret_cast<const uint32_t*>(w.plane("codes").bytes()),
                               reinterpret_cast<const __half*>(w.plane("codebook").bytes()),
@@ -289,7 +298,7 @@ AdditivePlan additive_plan(const AdditiveLayout& layout, int64_t m, DType dtype,
     std::optional<std::string> reason;
     if (product.name == kParts) {
       reason = why_no_parts(layout, m, dtype, device);
-      if (!empty && !reason) plan.workspace = parts_workspace(layout);
+      if (!empty && !reason) plan.workspace = parts_workspace(layout, m, device);
     } else if (dtype != DType::f16 && dtype != DType::bf16 && dtype != DType::f32) {
       reason = text_of("kernel ", product.name, " takes no ", name_of(dtype), " activations");
     } else if (!empty) {

@@ -32,9 +32,9 @@ void prepare_additive_planes(const AdditiveLayout& layout, const PackedTensor& p
 void unprepare_additive_planes(const AdditiveLayout& layout, const PreparedPlanes& prepared,
                                PackedTensor& packed, cudaStream_t stream);
 
-// "additive_parts": one token, a table in parts.
-int parts_bytes(const AdditiveLayout& layout);  // of shared memory
-int64_t parts_workspace(const AdditiveLayout& layout);
+// "additive_parts": a few tokens, a table in parts.
+int parts_bytes(const AdditiveLayout& layout);  // of shared memory, for one token
+int64_t parts_workspace(const AdditiveLayout& layout, int64_t m, const DeviceFacts& device);
 void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const CudaMatmulArguments& arguments,
                   const DeviceFacts& device);
 

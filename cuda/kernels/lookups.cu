@@ -10,6 +10,8 @@
 //
 // Sums of passes meet in memory and are added in a fixed order by a second kernel.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "common/check.cuh"
 #include "common/half_pairs.cuh"
@@ -27,12 +29,13 @@ constexpr int kEntries = 256;
 // lie in turns, so that an entry's address is its code in the second byte.
 constexpr int kEntryBytes = 256;
 constexpr int kPairBytes = kEntries * kEntryBytes;
-constexpr int kPlanes = 6;
 constexpr int kFinishThreads = 256;
 constexpr int kFinishRows = 32;
+constexpr int kMostRanges = 64;
 
-// How vectors of kDim weights with kTables tables lie in a block of 64 x 64.
-template <int kDim, int kTables>
+// How vectors of kDim weights with kTables tables lie in a block of 64 x 64, of which as many make a pass as
+// fill kPlanes planes.
+template <int kDim, int kTables, int kPlanes>
 struct Order {
   static constexpr int kWords = kTables * 8 / kDim;  // of a lane in a unit of 16 rows
   // A block's planes: for vectors of 4 weights, those of its first 32 columns of each 64... are apart from
@@ -85,7 +88,7 @@ __device__ __forceinline__ void exchange_bytes(uint32_t& a, uint32_t& b, int lan
 //   vectors of 8   a + 2 b + 4 (lane / 16) + 8 (lane % 2), a and b those of the field
 //   vectors of 4   2 (lane / 8) + a + 8 i, a that of the step; second bit of the step: the set of planes
 template <int kDim, int kTables>
-__device__ __forceinline__ void exchange(uint32_t (&w)[4][Order<kDim, kTables>::kWords], int lane) {
+__device__ __forceinline__ void exchange(uint32_t (&w)[4][kTables * 8 / kDim], int lane) {
   if constexpr (kDim == 8 && kTables == 1) {
 #pragma unroll
     for (int unit = 0; unit < 4; unit += 2) {
@@ -148,9 +151,9 @@ struct LookupArguments {
 };
 
 // Products of the pass's inputs with all entries.
-template <int kDim, int kTables>
+template <int kDim, int kTables, int kPlanes>
 __device__ __forceinline__ void fill(const LookupArguments& p, int first_block, unsigned char* planes) {
-  using O = Order<kDim, kTables>;
+  using O = Order<kDim, kTables, kPlanes>;
   constexpr int kPlaneSets = O::kBlocks * O::kSets;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int vector = lane % 8;
@@ -213,9 +216,9 @@ __device__ __forceinline__ void load_codes(const LookupArguments& p, int row_blo
   }
 }
 
-template <int kDim, int kTables>
+template <int kDim, int kTables, int kPlanes>
 __global__ void __launch_bounds__(kThreads, 1) look_up(const __grid_constant__ LookupArguments p) {
-  using O = Order<kDim, kTables>;
+  using O = Order<kDim, kTables, kPlanes>;
   constexpr int kWords = O::kWords;
   extern __shared__ __align__(128) unsigned char planes[];
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1) look_up(const __grid_constant__ L
   if (row_block < last_row) load_codes<kWords, O::kBlocks>(p, row_block, first_block, lane, next);
   let_next_begin();
   wait_for_previous();
-  fill<kDim, kTables>(p, first_block, planes);
+  fill<kDim, kTables, kPlanes>(p, first_block, planes);
   __syncthreads();
 
   // The address of entry 0 in the lane's words.
@@ -341,10 +344,51 @@ __global__ void __launch_bounds__(kFinishThreads) add_passes(const __grid_consta
   }
 }
 
-template <int kDim, int kTables>
+// Planes of the blocks of a pass, and ranges of rows.
+struct Deal {
+  int planes = 0;
+  int passes = 0;
+  int ranges = 1;
+};
+
+// Planes of a block of 64 columns.
+int block_planes(const FragmentLayout& layout) {
+  return layout.tables * (layout.dim == 8 ? 1 : 2);
+}
+
+// The least estimated time; `splits`: ranges, if not 0.
+Deal deal_of(const FragmentLayout& layout, int processors, int splits) {
+  // Microseconds, fitted to an H200: of a block of threads and of each of its planes; of a word of codes in
+  // each of its warps, and of what is left to do for a block of rows.
+  constexpr double kBegin = 1.5;
+  constexpr double kPlane = 0.25;
+  constexpr double kWord = 0.22;
+  constexpr double kRows = 0.15;
+  const auto row_blocks = static_cast<int>(layout.row_blocks);
+  Deal best;
+  double least = std::numeric_limits<double>::infinity();
+  for (const int planes : {6, 4, 2}) {
+    if (planes < block_planes(layout) || planes % block_planes(layout) != 0) continue;
+    const int blocks = planes / block_planes(layout);
+    const auto passes = static_cast<int>(ceil_div(layout.column_blocks, int64_t{blocks}));
+    for (int ranges = 1; ranges <= std::min(row_blocks, kMostRanges); ++ranges) {
+      if (splits > 0 && ranges != std::min({splits, row_blocks, kMostRanges})) continue;
+      const double waves = std::ceil(static_cast<double>(passes) * ranges / processors);
+      const double rounds = std::ceil(std::ceil(static_cast<double>(row_blocks) / ranges) / kWarps);
+      const double time =
+          waves * (kBegin + planes * kPlane + rounds * (blocks * layout.bits * kWord + kRows));
+      if (time >= least) continue;
+      least = time;
+      best = {planes, passes, ranges};
+    }
+  }
+  return best;
+}
+
+template <int kDim, int kTables, int kPlanes>
 void launch_order(const LookupArguments& arguments, int passes, const ProductLaunch& launch) {
-  const auto kernel = look_up<kDim, kTables>;
-  constexpr int kBytes = Order<kDim, kTables>::kBytes;
+  const auto kernel = look_up<kDim, kTables, kPlanes>;
+  constexpr int kBytes = Order<kDim, kTables, kPlanes>::kBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
              "matmul_cuda: shared memory of look_up");
   LaunchSettings settings(dim3(static_cast<unsigned>(passes * arguments.ranges)), dim3(kThreads),
@@ -353,8 +397,17 @@ void launch_order(const LookupArguments& arguments, int passes, const ProductLau
   check_cuda(cudaLaunchKernelEx(&settings.config, kernel, arguments), "matmul_cuda: launch of look_up");
 }
 
-int blocks_of_pass(const FragmentLayout& layout) {
-  return kPlanes / (layout.tables * (layout.dim == 8 ? 1 : 2));
+template <int kDim, int kTables>
+void launch_planes(const LookupArguments& arguments, const Deal& deal, const ProductLaunch& launch) {
+  if constexpr (kTables * 8 / kDim == 4) {
+    launch_order<kDim, kTables, 4>(arguments, deal.passes, launch);
+  } else if (deal.planes == 6) {
+    launch_order<kDim, kTables, 6>(arguments, deal.passes, launch);
+  } else if (deal.planes == 4) {
+    launch_order<kDim, kTables, 4>(arguments, deal.passes, launch);
+  } else {
+    launch_order<kDim, kTables, 2>(arguments, deal.passes, launch);
+  }
 }
 
 }  // namespace
@@ -367,39 +420,31 @@ bool is_looked_up(const FragmentLayout& layout) {
 }
 
 int lookup_bytes(const FragmentLayout& layout) {
-  const int planes = blocks_of_pass(layout) * layout.tables * (layout.dim == 8 ? 1 : 2);
-  return (planes + 1) / 2 * kPairBytes;
+  return (block_planes(layout) == 4 ? 4 : 6) / 2 * kPairBytes;
 }
 
-int64_t lookup_workspace(const FragmentLayout& layout) {
-  const int64_t passes = ceil_div(layout.column_blocks, int64_t{blocks_of_pass(layout)});
-  return checked_mul(checked_mul(passes, layout.row_blocks), 64 * 4);
+int64_t lookup_workspace(const FragmentLayout& layout, const DeviceFacts& device, int splits) {
+  const Deal deal = deal_of(layout, device.processors, splits);
+  return checked_mul(checked_mul(deal.passes, layout.row_blocks), 64 * 4);
 }
 
 void launch_lookups(const FragmentLayout& layout, const ProductLaunch& launch, const DeviceFacts& device) {
   const ProductArguments& p = launch.arguments;
-  const auto passes = static_cast<int>(ceil_div(layout.column_blocks, int64_t{blocks_of_pass(layout)}));
-  // Rows in so many ranges that all processors have work, a warp two blocks of rows or more.
-  const int wanted = static_cast<int>(ceil_div(int64_t{device.processors}, int64_t{std::max(passes, 1)}));
-  int ranges = launch.splits > 0 ? launch.splits : wanted;
-  if (launch.splits == 0 && passes < device.processors && passes * wanted > device.processors) {
-    ranges = std::max(wanted - 1, 1);
+  const Deal deal = deal_of(layout, device.processors, launch.splits);
+  const LookupArguments arguments{p.w.codes,  p.w.table,      static_cast<int>(layout.table_entries),
+                                  p.x,        launch.dtype,   p.w.k,
+                                  p.partial,  p.w.row_blocks, p.w.column_blocks,
+                                  deal.ranges};
+  if (deal.passes > 0) {
+    if (layout.dim == 8 && layout.tables == 1) launch_planes<8, 1>(arguments, deal, launch);
+    if (layout.dim == 8 && layout.tables == 2) launch_planes<8, 2>(arguments, deal, launch);
+    if (layout.dim == 8 && layout.tables == 4) launch_planes<8, 4>(arguments, deal, launch);
+    if (layout.dim == 4 && layout.tables == 1) launch_planes<4, 1>(arguments, deal, launch);
+    if (layout.dim == 4 && layout.tables == 2) launch_planes<4, 2>(arguments, deal, launch);
   }
-  ranges = std::clamp(ranges, 1, p.w.row_blocks);
-  const LookupArguments arguments{p.w.codes, p.w.table,      static_cast<int>(layout.table_entries),
-                                  p.x,       launch.dtype,   p.w.k,
-                                  p.partial, p.w.row_blocks, p.w.column_blocks,
-                                  ranges};
-  if (passes > 0) {
-    if (layout.dim == 8 && layout.tables == 1) launch_order<8, 1>(arguments, passes, launch);
-    if (layout.dim == 8 && layout.tables == 2) launch_order<8, 2>(arguments, passes, launch);
-    if (layout.dim == 8 && layout.tables == 4) launch_order<8, 4>(arguments, passes, launch);
-    if (layout.dim == 4 && layout.tables == 1) launch_order<4, 1>(arguments, passes, launch);
-    if (layout.dim == 4 && layout.tables == 2) launch_order<4, 2>(arguments, passes, launch);
-  }
-  const FinishArguments finish{p.partial, passes,     layout.row_blocks * 64,
-                               p.w.n,     p.w.scales, p.w.scale_dtype,
-                               p.bias,    p.y,        launch.dtype};
+  const FinishArguments finish{p.partial, deal.passes, layout.row_blocks * 64,
+                               p.w.n,     p.w.scales,  p.w.scale_dtype,
+                               p.bias,    p.y,         launch.dtype};
   LaunchSettings settings(dim3(static_cast<unsigned>(ceil_div(layout.row_blocks * 64, int64_t{kFinishRows}))),
                           dim3(kFinishThreads), launch.stream, device.code >= 90, 1);
   check_cuda(cudaLaunchKernelEx(&settings.config, add_passes, finish), "matmul_cuda: launch of add_passes");

@@ -17,8 +17,9 @@ constexpr std::string_view kLookups = "lookups";
 bool is_looked_up(const FragmentLayout& layout);
 // Bytes of shared memory that it takes.
 int lookup_bytes(const FragmentLayout& layout);
-int64_t lookup_workspace(const FragmentLayout& layout);
-// launch.arguments.partial: lookup_workspace() bytes.
+// `splits`: of CudaMatmulOptions; ranges of rows.
+int64_t lookup_workspace(const FragmentLayout& layout, const DeviceFacts& device, int splits);
+// launch.arguments.partial: lookup_workspace() bytes, for launch.splits.
 void launch_lookups(const FragmentLayout& layout, const ProductLaunch& launch, const DeviceFacts& device);
 
 }  // namespace quantloom::cuda

@@ -228,7 +228,7 @@ Plan plan_of(const CudaProduct& product, const FragmentLayout& layout, const cud
   } else if (product.name == "decode") {
     plan.workspace = cuda::decoded_workspace(w, static_cast<int>(m), dtype);
   } else if (product.name == cuda::kLookups) {
-    plan.workspace = cuda::lookup_workspace(layout);
+    plan.workspace = cuda::lookup_workspace(layout, device, options.splits);
   } else if (product.name != kRepeated) {
     const int tokens = std::max(static_cast<int>(m), 1);
     const auto plan_with = [&](bool digits) {

@@ -69,29 +69,34 @@ QUANTLOOM_HOST_DEVICE constexpr int octet_entry(int octet, int j) {
 // entries it has.
 using Octet = uint32_t;
 
+// The group of banks, of eight, that member `member` of an octet meets with vector `index`.
+QUANTLOOM_HOST_DEVICE constexpr uint32_t group_of(int bits, int member, uint32_t index) {
+  return bits == part_bits(8) ? 1U << index % 8 : 1U << (2 * (index % 4) + static_cast<uint32_t>(member) % 2);
+}
+
 // Deals an entry of a list of `count` entries, and returns its place in the list. octets(i): octet i of
 // octets_of(count), all 0 at first.
 template <class Octets>
 QUANTLOOM_HOST_DEVICE int deal_entry(const Octets& octets, int count, int bits, PartEntry entry) {
-  // Vectors of 16 weights take two of the groups.
-  const uint32_t groups = bits == part_bits(8) ? 8 : 4;
-  const uint32_t code_group = 1U << entry.code % groups;
-  const uint32_t place_group = 256U << entry.place % groups;
   int best = -1;
   int least = 3;
   for (int i = 0; i < octets_of(count) && least > 0; ++i) {
     const Octet octet = octets(i);
     const auto members = static_cast<int>(octet >> 16);
     if (members == 8 || octet_entry(i, members) >= count) continue;
+    // Vectors of 16 take two groups of banks, of which neighbouring lanes read different ones first.
+    const uint32_t code_group = group_of(bits, members, entry.code);
+    const uint32_t place_group = group_of(bits, members, entry.place) << 8;
     const int met = ((octet & code_group) != 0 ? 1 : 0) + ((octet & place_group) != 0 ? 1 : 0);
     if (met >= least) continue;
     least = met;
     best = i;
   }
   Octet& chosen = octets(best);
-  const int place = octet_entry(best, static_cast<int>(chosen >> 16));
-  chosen = (chosen | code_group | place_group) + 0x10000U;
-  return place;
+  const auto member = static_cast<int>(chosen >> 16);
+  chosen |= group_of(bits, member, entry.code) | group_of(bits, member, entry.place) << 8;
+  chosen += 0x10000U;
+  return octet_entry(best, member);
 }
 
 }  // namespace quantloom::additive

@@ -130,6 +130,27 @@ TEST_F(AdditiveCuda, OneToken) {
   }
 }
 
+// Tokens that share what is read of the table, and one or two left.
+TEST_F(AdditiveCuda, FewTokensWithATableInParts) {
+  Draws draws(6);
+  for (const char* const spec : {"additive:1x16:g8", "additive:1x14:g8:bf16", "additive:1x15:g16"}) {
+    for (int64_t m = 2; m <= 8 && !HasFailure(); ++m) {
+      ProductCase c;
+      c.format = format_from_spec(spec);
+      c.n = 1 + draws.below(200);
+      c.k = 1 + draws.below(m == 5 ? 40'000 : 900);
+      c.m = m;
+      c.exact = m % 2 == 0;
+      c.dtype = m % 3 == 0 ? DType::bf16 : DType::f16;
+      c.bias = m % 2 == 1;
+      c.x_gap = draws.below(5);
+      c.y_gap = draws.below(5);
+      c.seed = static_cast<uint64_t>(m);
+      EXPECT_TRUE(check_case(c, draws).contains("additive_parts"));
+    }
+  }
+}
+
 TEST_F(AdditiveCuda, LargerMatrices) {
   Draws draws(4);
   for (const auto& [n, k, spec] :
