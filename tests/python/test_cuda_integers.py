@@ -231,7 +231,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(RuntimeError, match=r"integer_tiles.*exact"):
         ql.matmul(x, q, kernel="integer_tiles")
     with pytest.raises(RuntimeError, match=r"no CUDA kernel"):
-        ql.prepare(ql.quantize(torch.randn(8, 64), "additive:1x8:g8").to("cuda"), activations="int8:token")
+        ql.prepare(
+            ql.quantize(torch.randn(8, 64), "vector_codebook:16x3:g6").to("cuda"), activations="int8:token"
+        )
 
 
 @needs_integers
@@ -250,7 +252,7 @@ def test_says_what_it_can_multiply():
         for spec in ("uniform:4:g64", "uniform:8:channel", "sdr:4:g16"):
             for activations in ("exact", "int8:token", "int8:g16", "sdr4:g16:b16"):
                 assert ql.can_matmul(spec, 3, dtype, "cuda", activations)
-    assert not ql.can_matmul("additive:1x8:g8", 1, "float16", "cuda", "int8:token")
+    assert not ql.can_matmul("vector_codebook:16x3:g6", 1, "float16", "cuda", "int8:token")
     assert "scale" in ql.can_matmul("uniform:4", 1, "float16", "cuda", "int8:tensor:static").reason
     assert ql.can_matmul("uniform:8:channel", 1, "float16", "cuda", "int8:token", "integer_tiles").yes == (
         integers_run()
