@@ -1,5 +1,6 @@
 """The notebooks of examples/notebooks, run from the first cell to the last on small settings."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_formats_on_synthetic_data(monkeypatch):
     assert elements["CRD"][0] < elements["NF4"][0] < elements["INT4"][0] < elements["E3M0"][0]
 
 
+def test_additive_quantization(monkeypatch):
+    results = run("additive_quantization", monkeypatch)
+    steps = results["steps"]
+    assert all(after <= before * 1.0001 for before, after in itertools.pairwise(steps))
+    assert steps[-1] < 0.9 * steps[0]
+    for losses in results["rounds"].values():
+        assert losses[-1] < losses[0]
+    rounded, *trained = results["model"].values()
+    assert len(trained) == 2 and max(trained) < rounded
+
+
 def test_entropy_coding(monkeypatch):
     results = run("entropy_coding", monkeypatch)
     for _, _, entropy, huffman, rans, *_ in results["laws"]:
@@ -110,8 +122,9 @@ def test_committed_outputs_are_whole(path):
     assert "Warning" not in text
 
 
-def test_there_are_five():
+def test_there_are_six():
     assert [path.stem for path in NOTEBOOKS] == [
+        "additive_quantization",
         "direct_cast_and_training",
         "entropy_coding",
         "formats_on_synthetic_data",
