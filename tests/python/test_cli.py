@@ -14,7 +14,18 @@ from quantloom.cli import app, common
 from typer.testing import CliRunner
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
-COMMANDS = ["quantize", "plan", "eval", "inspect", "export", "import", "trellis-search", "demo", "doctor"]
+COMMANDS = [
+    "quantize",
+    "plan",
+    "eval",
+    "inspect",
+    "export",
+    "import",
+    "trellis-search",
+    "kv-calibrate",
+    "demo",
+    "doctor",
+]
 
 
 def run(*arguments, code=0):

@@ -91,3 +91,40 @@ def test_eval_tells_what_was_measured(tmp_path):
     )
     assert run.exit_code == 0
     assert "1 tokens at once" in run.output
+
+
+def test_quantized_weights_and_caches_compose(model):
+    """Packed weights with a quantized cache: the same as their decoded weights with it."""
+    packed, decoded = copy.deepcopy(model), copy.deepcopy(model)
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, torch.nn.Linear) or name == "lm_head":
+            continue
+        module = ql.nn.QuantLinear.from_linear(linear, "uniform:4:g32")
+        parent, _, child = name.rpartition(".")
+        setattr(packed.get_submodule(parent), child, module)
+        decoded.get_submodule(name).weight.data = module.packed.dequantize()
+    row = torch.from_numpy(ids(48)[None])
+    with torch.no_grad():
+        a = ql.kv.CachedModel(packed, "kivi:2:g8:r8")(row).logits
+        b = ql.kv.CachedModel(decoded, "kivi:2:g8:r8")(row).logits
+        exact = ql.kv.CachedModel(decoded, "bfloat16")(row).logits
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    assert (a - exact).abs().amax() > 0.05
+
+
+def test_eval_hides_passages(tmp_path):
+    made = model_factory.llama()
+    made.max_position_embeddings = 96
+    folder = model_factory.write_model(tmp_path / "model", made)
+    text = tmp_path / "text.u16"
+    ids(1000).astype("<u2").tofile(text)
+    arguments = (
+        f"eval {folder} --text {text} --window 96 --windows 1 --kv kivi:2 --kv-chunk 16 --needle 2 --json"
+    )
+    run = CliRunner().invoke(app, arguments.split())
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)["needle"]
+    assert found["tokens"] == 2 * 2 * 16
+    assert 0 <= found["recall"] <= 1
+    run = CliRunner().invoke(app, arguments.replace("--json", "").split())
+    assert "hidden passages continued" in run.output

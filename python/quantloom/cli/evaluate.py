@@ -73,6 +73,15 @@ def evaluate(
         Prefill,
         typer.Option(help="What tokens that are fed at once see of each other: what is stored, or exact."),
     ] = Prefill.quantized,
+    needle: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also hide so many passages of 32 tokens at 10% and at 50% of a window, and ask for their "
+            "second half at its end: the share of tokens that the model ranks first.",
+            show_default=False,
+        ),
+    ] = None,
     json: common.Json = False,
     progress: common.Progress = None,
     traceback: common.Traceback = False,
@@ -120,6 +129,17 @@ def evaluate(
     result["window"] = window
     if kv is not None:
         result |= _cache_facts(loaded)
+    if needle is not None:
+        with common.progress_bar(progress) as update:
+            found = quantloom.kv.needle(
+                loaded,
+                ids,
+                context=window,
+                count=needle,
+                batch=batch,
+                progress=lambda done, total: update("hiding", done, total),
+            )
+        result["needle"] = common.plain(found)
     if json:
         common.print_json(result)
         return
@@ -137,6 +157,10 @@ def evaluate(
         if "kv_bytes_per_token" in result:
             rows.append(["  bits of a coded element", f"{result['kv_bits']:.3f}"])
             rows.append(["  bytes of a token, window included", f"{result['kv_bytes_per_token']:.1f}"])
+    if needle is not None:
+        facts = result["needle"]
+        rows.append(["hidden passages continued", f"{facts['recall']:.2%} of {facts['tokens']} tokens"])
+        rows.append(["  of passages that are not there", f"{facts['baseline']:.2%}"])
     rows.append(["scored tokens", f"{result['tokens']} in {result['windows']} windows of {window}"])
     common.console().print(common.table(str(model), ["measure", "value"], rows))
 

@@ -16,6 +16,7 @@ import importlib
 from typing import Any
 
 from quantloom.kv.format import KVFormat, kv_format_from_json, parse_kv_format
+from quantloom.kv.needle import NeedleResult, needle
 from quantloom.kv.plain import KVCache, KVUsage
 from quantloom.kv.tables import KVCalibration, KVTables, RotaryEmbedding
 
@@ -25,8 +26,10 @@ __all__ = [
     "KVFormat",
     "KVTables",
     "KVUsage",
+    "NeedleResult",
     "RotaryEmbedding",
     "kv_format_from_json",
+    "needle",
     "parse_kv_format",
 ]
 
