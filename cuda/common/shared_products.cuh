@@ -1,5 +1,6 @@
-// Warpgroup products (wgmma, sm_90a) of two operands in shared memory, each as rows of 128 bytes in integer
-// order (src/activations/integer_order.hpp): 64 rows of weights times kTokens tokens. See warpgroup.cuh for
+// Warpgroup products (wgmma, sm_90a) of operands in shared memory, each as rows of 128 bytes in integer
+// order (src/activations/integer_order.hpp): 64 rows of weights times kTokens tokens; or of weights in
+// registers, in register order (src/kernels/register_order.hpp). See warpgroup.cuh for
 // what brackets them.
 //
 // A lane's sums: of rows g and g + 8 of its warp's 16 (g = lane / 4) and tokens 8 j + 2 t and + 1 (t = lane %
@@ -71,6 +72,24 @@ __device__ __forceinline__ void multiply_halves(int (&sum)[kTokens / 2], uint64_
   QUANTLOOM_PRODUCTS(QUANTLOOM_HALVES);
 }
 
+// sum = w x, plus sum if `add` is not 0: 32 columns of int8, `w` being a thread's part of 64 x 32 weights.
+#define QUANTLOOM_OF_REGISTERS(tokens, count, w0, w1, w2, w3, place, last)                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #last                                            \
+               ", 0;\n"                                                                              \
+               "wgmma.mma_async.sync.aligned.m64n" #tokens "k32.s32.s8.s8 {" QUANTLOOM_NAMES_##count \
+               "}, {%" #w0 ", %" #w1 ", %" #w2 ", %" #w3 "}, %" #place ", p;\n}"                     \
+               : QUANTLOOM_SUMS_##count("+r", 0)                                                     \
+               : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x), "r"(add))
+template <int kTokens>
+__device__ __forceinline__ void multiply_registers(int (&sum)[kTokens / 2], const uint32_t (&w)[4],
+                                                   uint64_t x, int add) {
+  if constexpr (kTokens == 16) QUANTLOOM_OF_REGISTERS(16, 8, 8, 9, 10, 11, 12, 13);
+  if constexpr (kTokens == 64) QUANTLOOM_OF_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37);
+  if constexpr (kTokens == 128) QUANTLOOM_OF_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69);
+  if constexpr (kTokens == 256) QUANTLOOM_OF_REGISTERS(256, 128, 128, 129, 130, 131, 132, 133);
+}
+
+#undef QUANTLOOM_OF_REGISTERS
 #undef QUANTLOOM_PRODUCTS
 #undef QUANTLOOM_HALVES
 #undef QUANTLOOM_INTEGERS

@@ -76,14 +76,12 @@ class IntegerFinish {
 
   // Waits for the terms, and takes zero points out of the sums.
   __device__ __forceinline__ void begin(int (&sum)[kTokens / 2]) {
-    wait_for_copies();
-    warpgroup_barrier(barrier_);
+    await_terms();
     if (!p_->has_zeros) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const RowTerms terms = p_->rows[row_ + thread() / 32 * 16 + lane() / 4 + 8 * i];
-      const auto* const pairs =
-          reinterpret_cast<const int2*>(memory_ + terms_ + 4 * kTokens) + lane() % 4 * 2;
+      const RowTerms terms = terms_of_row(i);
+      const int2* const pairs = token_pairs();
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
@@ -132,7 +130,7 @@ class IntegerFinish {
     }
   }
 
- private:
+ protected:
   static __device__ __forceinline__ int thread() {
     return static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   }
@@ -144,6 +142,21 @@ class IntegerFinish {
   __device__ __forceinline__ float2 token_scales(int j) const {
     return reinterpret_cast<const float2*>(memory_ + terms_)[4 * j + lane() % 4];
   }
+  // Zero points and sums of tokens 2 t ...
+  __device__ __forceinline__ const int2* token_pairs() const {
+    return reinterpret_cast<const int2*>(memory_ + terms_ + 4 * kTokens) + lane() % 4 * 2;
+  }
+  __device__ __forceinline__ void await_terms() const {
+    wait_for_copies();
+    warpgroup_barrier(barrier_);
+  }
+  __device__ __forceinline__ const RowTerms& terms_of_row(int i) const {
+    return p_->rows[row_ + thread() / 32 * 16 + lane() / 4 + 8 * i];
+  }
+
+  const IntegerArguments* p_;
+
+ private:
   __device__ __forceinline__ float finished(int sum, int i, float token_scale) const {
     if constexpr (Tile::kOutliers) return __int_as_float(sum) + bias_[i];
     return __fmaf_rn(__fmul_rn(static_cast<float>(sum), scale_[i]), token_scale, bias_[i]);
@@ -224,7 +237,6 @@ class IntegerFinish {
     }
   }
 
-  const IntegerArguments* p_;
   int barrier_;
   int64_t row_;
   int64_t token_;

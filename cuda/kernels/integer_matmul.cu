@@ -7,7 +7,9 @@
 #include "activations/token_rounding.hpp"
 #include "common/device.hpp"
 #include "kernels/integer_layout.hpp"
+#include "kernels/integer_mma.hpp"
 #include "kernels/integer_product.hpp"
+#include "kernels/integer_registers.hpp"
 #include "kernels/overlap.cuh"
 #include "kernels/product_memory.hpp"
 #include "kernels/tile_products.cuh"
@@ -46,6 +48,7 @@ struct TokenSpace {
   int64_t terms = 0;
   int64_t range = 0;
   int64_t outliers = 0;
+  int64_t sums = 0;
   int64_t bytes = 0;
 };
 
@@ -57,6 +60,10 @@ TokenSpace token_space(const IntegerLayout& layout, int64_t m, bool outliers) {
   space.outliers = checked_pad(space.range + 4 * cuda::kRangeWords, kAlignment);
   space.bytes = space.outliers;
   if (outliers) space.bytes += integers::order_bytes(m, 2 * layout.outliers);
+  space.sums = checked_pad(space.bytes, kAlignment);
+  if (const int64_t sums = cuda::register_sum_bytes(layout, m); sums > 0) {
+    space.bytes = checked_add(space.sums, sums);
+  }
   return space;
 }
 
@@ -81,16 +88,31 @@ bool shares_dynamic_scale(const ActivationFormat& format) {
   return format.scope == ActivationScope::tensor && !format.is_static;
 }
 
-std::optional<std::string> why_not_device(const DeviceFacts& device) {
-  if (device.architecture == 90 && device.code == 90 && cuda::runs_wgmma()) return std::nullopt;
+bool has_warpgroup_products(const DeviceFacts& device) {
+  return device.architecture == 90 && device.code == 90 && cuda::runs_wgmma();
+}
+
+std::optional<std::string> why_not_device(const DeviceFacts& device, const ActivationFormat& activations) {
+  if (has_warpgroup_products(device)) return std::nullopt;
+  if (device.code < 80) {
+    return text_of(
+        "integer products need a device of compute capability 8.0 or later and a build for it, this device"
+        " has ",
+        device.architecture / 10, ".", device.architecture % 10);
+  }
+  if (!activations.has_outliers()) return std::nullopt;
   return text_of(
-      "integer products need a device of compute capability 9.0 and a build for sm_90a, this device"
-      " has ",
+      "integer products with outliers need a device of compute capability 9.0 and a build for sm_90a, this"
+      " device has ",
       device.architecture / 10, ".", device.architecture % 10);
 }
 
 std::optional<std::string> why_not_sums(const IntegerLayout& layout, const ActivationFormat& format) {
-  const int64_t product = layout.largest() * largest_code(format);
+  // Sums of groups are of 128 columns at most.
+  if (layout.grouped()) return std::nullopt;
+  // In registers, 4 bits become 8.
+  const int64_t largest = layout.in_registers ? int64_t{128} : layout.largest();
+  const int64_t product = largest * largest_code(format);
   const int64_t most = std::numeric_limits<int32_t>::max() / product;
   if (layout.k <= most) return std::nullopt;
   return text_of("integer products of ", format.spec(), " take at most ", most,
@@ -130,11 +152,15 @@ std::optional<std::string> why_not_matmul_integers_cuda(const Format& format,
                                                         DType dtype) {
   if (const auto reason = why_not_integers(format)) return reason;
   if (const auto reason = why_not_activations(activations)) return reason;
-  if (const auto reason = why_not_sums(integer_layout(format, 0, k, 0), activations)) return reason;
+  const IntegerLayout layout = integer_layout(format, 0, k, 0);
+  if (layout.grouped() && activations.has_outliers()) {
+    return text_of("integer products take outliers with one scale for each output, not ", format.spec());
+  }
+  if (const auto reason = why_not_sums(layout, activations)) return reason;
   if (dtype != DType::f16 && dtype != DType::bf16) {
     return text_of("integer products take no ", name_of(dtype), " activations");
   }
-  return why_not_device(current_device());
+  return why_not_device(current_device(), activations);
 }
 
 std::string integer_tile(int64_t m, int64_t n, int64_t k) {
@@ -146,6 +172,24 @@ std::vector<std::string> integer_tiles(int64_t k) {
   for (const IntegerKernel& kernel : cuda::integer_kernels()) {
     if (!kernel.outliers && kernel.shape.takes(k)) names.push_back(name_of_shape(kernel.shape));
   }
+  return names;
+}
+
+std::string integer_tile(const IntegerPlanes& w, int64_t m) {
+  const IntegerLayout layout = integer_layout(*w.format, w.n, w.k, std::ssize(w.outlier_columns));
+  if (!has_warpgroup_products(current_device())) return cuda::kMmaTile;
+  if (!layout.in_registers) return integer_tile(m, w.n, w.k);
+  return cuda::name_of_shape(
+      cuda::register_kernel(layout, "", std::max<int64_t>(m, 1), current_device()).shape);
+}
+
+std::vector<std::string> integer_tiles(const IntegerPlanes& w) {
+  const IntegerLayout layout = integer_layout(*w.format, w.n, w.k, std::ssize(w.outlier_columns));
+  std::vector<std::string> names;
+  if (has_warpgroup_products(current_device())) {
+    names = layout.in_registers ? cuda::register_tiles(layout) : integer_tiles(w.k);
+  }
+  if (layout.outliers == 0) names.push_back(cuda::kMmaTile);
   return names;
 }
 
@@ -163,7 +207,17 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   const IntegerLayout layout = layout_for(w, activations, arguments.dtype);
   require_arguments(w, arguments);
   const DeviceFacts device = current_device();
-  const IntegerShape shape = shape_of(options.tile, std::max<int64_t>(arguments.m, 1), w.n, w.k, device);
+  const bool by_mma = options.tile == cuda::kMmaTile || !has_warpgroup_products(device);
+  if (by_mma && ((!options.tile.empty() && options.tile != cuda::kMmaTile) || layout.outliers > 0)) {
+    throw InvalidArgument("tile", options.tile, "one of integer_tiles(w)");
+  }
+  const int64_t tokens_at_least = std::max<int64_t>(arguments.m, 1);
+  const cuda::RegisterKernel* const in_registers =
+      layout.in_registers && !by_mma ? &cuda::register_kernel(layout, options.tile, tokens_at_least, device)
+                                     : nullptr;
+  const IntegerShape shape = layout.in_registers || by_mma
+                                 ? IntegerShape()
+                                 : shape_of(options.tile, tokens_at_least, w.n, w.k, device);
   if (arguments.m == 0 || w.n == 0) return;
   const TokenSpace space = token_space(layout, arguments.m, layout.outliers > 0);
   require_memory(w, arguments, space.bytes, device.index);
@@ -190,7 +244,7 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
     tokens.outlier_values = workspace + space.outliers;
     tokens.outliers = layout.outliers;
   }
-  tokens.sums = layout.asymmetric;
+  tokens.sums = layout.asymmetric && !layout.grouped();
   const CudaMatrix x{arguments.x, arguments.dtype, arguments.m, w.k,
                      arguments.m > 1 ? arguments.x_stride : w.k};
   uint32_t* range = nullptr;
@@ -217,13 +271,20 @@ void matmul_integers_cuda(const IntegerPlanes& w, const CudaMatmulArguments& arg
   p.m_padded = checked_pad(arguments.m, cuda::kTokenRows);
   p.n = w.n;
   p.blocks = static_cast<int>(layout.blocks);
+  p.has_zeros = (layout.asymmetric && !layout.grouped()) || !activations.symmetric;
+  p.bfloat16 = arguments.dtype == DType::bf16;
+  p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
+  if (by_mma) {
+    return cuda::multiply_by_mma(layout, p, reinterpret_cast<float*>(workspace + space.sums), device, stream);
+  }
+  if (in_registers != nullptr) {
+    return cuda::multiply_in_registers(layout, *in_registers, p,
+                                       reinterpret_cast<float*>(workspace + space.sums), device, stream);
+  }
   p.row_tiles = static_cast<int>(layout.row_tiles);
   p.row_groups = static_cast<int>(ceil_div(layout.row_tiles, int64_t{shape.rows}));
   p.token_tiles = static_cast<int>(ceil_div(arguments.m, int64_t{shape.cluster_tokens()}));
   p.band = std::max(1, 2048 / shape.cluster_tokens());
-  p.has_zeros = layout.asymmetric || !activations.symmetric;
-  p.bfloat16 = arguments.dtype == DType::bf16;
-  p.y_in_pieces = aligned(arguments.y, 16) && (arguments.m == 1 || p.y_stride % 8 == 0);
   const IntegerKernel& kernel = kernel_for(shape, layout.outliers > 0);
   const int64_t tiles = checked_mul(p.row_groups, p.token_tiles);
   if (tiles > std::numeric_limits<int32_t>::max() / 16) {

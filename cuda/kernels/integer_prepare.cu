@@ -10,6 +10,7 @@
 #include "kernels/integer_product.hpp"
 #include "kernels/packed_codes.cuh"
 #include "kernels/product_memory.hpp"
+#include "kernels/register_records.hpp"
 #include "quantloom/activations/cuda_activations.hpp"
 #include "quantloom/formats/bit_packing.hpp"
 
@@ -219,8 +220,10 @@ void prepare_integers_cuda(const PackedTensor& packed, IntegerPlanes& prepared, 
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   const IntegerLayout layout =
       integer_layout(*packed.format, packed.n, packed.k, std::ssize(prepared.outlier_columns));
+  require_consecutive(layout, packed.planes);
   const Source source = source_of(layout, packed.planes);
   copy_to(packed.planes, prepared.planes, cuda_stream);
+  if (layout.in_registers) return cuda::order_records(layout, packed, prepared, cuda_stream);
   const int64_t rows = 128 * layout.row_tiles;
   auto* const integers = reinterpret_cast<int8_t*>(prepared.planes.at("integers").bytes());
   if (const int64_t pieces = rows * layout.blocks * 8; pieces > 0) {
@@ -252,6 +255,7 @@ void unprepare_integers_cuda(const IntegerPlanes& prepared, PackedTensor& packed
   if (codes.byte_count() == 0) return;
   check_cuda(cudaMemsetAsync(codes.bytes(), 0, static_cast<size_t>(codes.byte_count()), cuda_stream),
              "unprepare_integers_cuda: zeroing codes");
+  if (layout.in_registers) return cuda::unorder_records(layout, prepared, packed, cuda_stream);
   const int64_t pieces = layout.n * layout.blocks * 8;
   unorder_codes<<<blocks_for(pieces), kThreads, 0, cuda_stream>>>(source_of(layout, prepared.planes), pieces,
                                                                   data_of<int8_t>(prepared.plane("integers")),

@@ -7,6 +7,7 @@ products of integers take, says ``include/quantloom/kernels/integer_cuda.hpp``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from quantloom import _arrays, _core, _cuda, _cuda_activations
 from quantloom.activations import ActivationFormat
-from quantloom.formats import Format, Outliers
+from quantloom.formats import Format, Outliers, Uniform, format_from_json
 from quantloom.tensors import PackedTensor
 
 __all__ = [
@@ -34,6 +35,7 @@ _ELSEWHERE = (
     "integer products take weights whose outliers lie in the columns of the activations' static outliers, in"
     " each row, not others"
 )
+_PERMUTED = "integer products take groups of consecutive columns, not those of a group_index"
 _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -81,6 +83,8 @@ def why_not_tensor(q: PackedTensor, activations: ActivationFormat, dtype: str) -
     """None if the integers of `q`, on its CUDA device, are multiplied, else the reason why not. Waits for
     the device if `q` has outliers."""
     reason = why_not(q.format.to_json(), activations, q.shape[1], dtype, q.device)
+    if reason is None and "group_index" in q.planes and isinstance(q.format, Uniform):
+        return _PERMUTED
     return _why_not_places(q, columns_of(activations)) if reason is None else reason
 
 
@@ -215,8 +219,61 @@ def _integers(planes: Mapping[str, torch.Tensor], n: int, k: int) -> torch.Tenso
     return rows.permute(0, 2, 3, 1, 4, 5).reshape(64 * slabs, 128 * blocks)[:n, :k]
 
 
-def decode(planes: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+def _register_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes ``[slabs, blocks, bytes]`` of a byte in register order, as ``[64 * slabs, 128 * blocks]``."""
+    slabs, blocks = codes.shape[:2]
+    # Steps of 32 columns, warps, rows g, columns 4 q; halves of 16 columns, rows g and g + 8, bytes.
+    rows = codes.view(slabs, blocks, 4, 4, 8, 4, 2, 2, 4).permute(0, 3, 7, 4, 1, 2, 6, 5, 8)
+    return rows.reshape(64 * slabs, 128 * blocks)
+
+
+def _register_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """The same of 4 bits, as int32 from 0 to 15."""
+    slabs, blocks = codes.shape[:2]
+    # Pairs of steps, warps, rows g, columns 4 q; steps, halves, bytes, whose halves have rows g and g + 8.
+    pairs = codes.view(torch.uint8).view(slabs, blocks, 2, 4, 8, 4, 2, 2, 4).to(torch.int32)
+    both = torch.stack((pairs & 15, pairs >> 4), dim=-1).permute(0, 3, 9, 4, 1, 2, 6, 7, 5, 8)
+    return both.reshape(64 * slabs, 128 * blocks)
+
+
+def _decode_records(
+    planes: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype, format: Uniform
+) -> torch.Tensor:
+    """W of planes in register order (``src/kernels/register_order.hpp``)."""
+    stored = planes["integers"]
+    slabs, blocks = stored.shape[:2]
+    nibbles = format.bits <= 4
+    size = 4096 if nibbles else 8192
+    codes = _register_nibbles(stored[..., :size]) if nibbles else _register_bytes(stored[..., :size])
+    codes = codes[:n, :k].to(torch.int32)
+    if not isinstance(format.group_size, int):
+        rows = planes["rows"][:n]
+        scales = rows[:, :1].contiguous().view(torch.float32)
+        return (((codes ^ 8) - 8 - rows[:, 2:3]).to(torch.float32) * scales).to(dtype)
+    run = math.gcd(format.group_size, 128)
+    pairs = not format.symmetric and (nibbles or format.bits == 8)
+    terms = stored[..., size:].contiguous().view(torch.int32).view(slabs, blocks, 128 // run, 64, 1 + pairs)
+    terms = terms.permute(4, 0, 3, 1, 2).reshape(1 + pairs, 64 * slabs, 128 // run * blocks)
+    terms = terms.repeat_interleave(run, dim=2)[:, :n, :k]
+    scales = terms[0].contiguous().view(torch.float32)
+    if not nibbles:
+        # code - center, or code - zero point: of 8 bits the difference of the two lies beside the scale.
+        values = codes.to(torch.float32)
+        return ((values + terms[1].contiguous().view(torch.float32) if pairs else values) * scales).to(dtype)
+    if pairs:
+        return ((codes - (terms[1] & 15)).to(torch.float32) * scales).to(dtype)
+    # Scales stand for 16 times the code.
+    return (((codes ^ 8) - 8).to(torch.float32) * (scales * 16)).to(dtype)
+
+
+def decode(
+    planes: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype, format: str
+) -> torch.Tensor:
     """W ``[n, k]`` of planes in integer order: what ``PackedTensor.dequantize`` gives."""
+    if planes["integers"].dim() == 3:
+        described = format_from_json(format)
+        assert isinstance(described, Uniform)
+        return _decode_records(planes, n, k, dtype, described)
     rows = planes["rows"][:n]
     scales, zeros = rows[:, :1].contiguous().view(torch.float32), rows[:, 2:3]
     w = (_integers(planes, n, k).to(torch.int32) - zeros).to(torch.float32) * scales
@@ -315,5 +372,5 @@ def multiply(
     rows, y, m, _ = _cuda.operands(x, n, k, device, bias)
     if m and isinstance(activations, ActivationFormat):
         rows = _cuda_activations.round_values(rows, activations)
-    w = decode(planes, n, k, x.dtype)
+    w = decode(planes, n, k, x.dtype, format)
     return torch.nn.functional.linear(rows, w, bias).reshape(y.shape)

@@ -200,7 +200,7 @@ def _linear_integers_fake(x, planes, bias, names, format, n, k, activations):
 def _dequantize_prepared(planes, names, format, n, k, dtype):
     named = dict(zip(names.split(","), planes, strict=True))
     if "integers" in named:
-        return _cuda_integers.decode(named, n, k, dtype)
+        return _cuda_integers.decode(named, n, k, dtype, format)
     return kernels.PreparedTensor._from_planes(format, (n, k), named).dequantize(dtype)
 
 

@@ -163,7 +163,7 @@ class PreparedTensor:
 
         dtype = _arrays.torch_dtype(name)
         if self._columns is not None:
-            return _cuda_integers.decode(self._planes, *self._shape, dtype)
+            return _cuda_integers.decode(self._planes, *self._shape, dtype, self._format.to_json())
         return _cuda.decode(self._planes, self._core, *self._shape, dtype)
 
     def __repr__(self) -> str:
@@ -193,8 +193,9 @@ def prepare(
         threads: for the CPU; on a CUDA device the work is queued on torch's current stream.
         activations: how inputs will enter products, see ``matmul``. On a CUDA device an ``ActivationFormat``
             whose integers can be multiplied with those of `q` (``matmul_is_integer`` tells) gives integer
-            order, 8 bits to a weight, for activations with these static outliers; otherwise, as for
-            ``"exact"``, the order of exact products. On the CPU there is one order.
+            order, for activations with these static outliers, of 8 bits to a weight, or 4 if `q` has at most
+            4 and no outliers; otherwise, as for ``"exact"``, the order of exact products. On the CPU there is
+            one order.
 
     Raises RuntimeError if no kernel takes its format (``kernel_table`` lists them).
     """
@@ -294,10 +295,11 @@ def matmul(
             short form (``"int8:token"``): the product of ``round_activations(x, ...)``, of the integers
             themselves where that is possible, else of the rounded values (``matmul_is_integer`` tells
             which). On the CPU integers of uniform, spqr and sdr weights are multiplied where the inputs that
-            share scales make whole steps of 16. On a CUDA device of compute capability 9.0 those of float16
-            or bfloat16 x with one scale for each token or for all, and of uniform weights (2 bits and more)
-            with one scale for each output or for all, or sdr weights; outliers must be static, and are then
-            multiplied as float16. A transform of W comes before the rounding.
+            share scales make whole steps of 16. On a CUDA device of compute capability 8.0 or later those of
+            float16 or bfloat16 x with one scale for each token or for all, and of uniform weights (2 bits and
+            more) with one scale for each output, for all or for each group of a multiple of 32 consecutive
+            columns, or sdr weights; on devices of 9.0 also with static outliers, multiplied as float16, which
+            groups do not take. A transform of W comes before the rounding.
         threads: 0 for OpenMP's default. The result does not depend on it.
         bias: None or ``[n]``, of the kind and dtype of `x`.
         kernel: on a CUDA device the name of a kernel, as in ``kernel_table()``; None: the one that suits.

@@ -34,6 +34,14 @@ std::vector<std::string> integer_tiles(int64_t /*k*/) {
   return {};
 }
 
+std::string integer_tile(const IntegerPlanes& /*w*/, int64_t /*m*/) {
+  refuse("integer_tile");
+}
+
+std::vector<std::string> integer_tiles(const IntegerPlanes& /*w*/) {
+  return {};
+}
+
 int64_t matmul_integers_cuda_workspace(const IntegerPlanes& /*w*/, int64_t /*m*/, DType /*dtype*/,
                                        const ActivationFormat& /*activations*/) {
   refuse("matmul_integers_cuda_workspace");

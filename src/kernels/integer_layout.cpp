@@ -69,8 +69,12 @@ std::optional<std::string> why_not_integers(const Format& format) {
   if (uniform == nullptr) {
     return text_of("integer products take weights of the formats uniform and sdr, not ", format.spec());
   }
-  if (uniform->group_size > 0) {
-    return text_of("integer products take weights with one scale for each output, not ", format.spec());
+  if (uniform->group_size > 0 && &dense != &format) {
+    return text_of("integer products take outliers of weights with one scale for each output, not ",
+                   format.spec());
+  }
+  if (uniform->group_size > 0 && uniform->group_size % 32 != 0) {
+    return text_of("integer products take groups of a multiple of 32 columns, not ", format.spec());
   }
   if (uniform->bits < 2) return text_of("integer products take weights of 2 to 8 bits, not ", format.spec());
   return std::nullopt;
@@ -101,6 +105,16 @@ IntegerLayout integer_layout(const Format& format, int64_t n, int64_t k, int64_t
     layout.scale_dtype = uniform.scale_dtype;
     layout.asymmetric = !uniform.symmetric;
     layout.per_tensor = uniform.group_size == Uniform::kPerTensor;
+    if (uniform.group_size > 0) {
+      if (outlier_columns > 0) {
+        throw Unsupported(
+            text_of("integer products take outliers with one scale for each output, not ", format.spec()));
+      }
+      layout.group_columns = uniform.group_size;
+      layout.step_columns = uniform.group_size % 128 == 0 ? 128 : uniform.group_size % 64 == 0 ? 64 : 32;
+    }
+    layout.in_registers =
+        layout.grouped() || (uniform.bits <= 4 && outlier_columns == 0 && &dense == &format);
   }
   layout.outliers = outlier_columns;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
@@ -122,7 +136,12 @@ std::vector<PlaneSpec> integer_planes(const Format& format, int64_t n, int64_t k
     if (spec.name == "codes" || (spec.name == "group_index" && !with_group_index)) continue;
     specs.push_back({spec.name, spec.dtype, spec.shape});
   }
-  specs.push_back({"integers", DType::i8, {2 * layout.row_tiles, layout.blocks, 64, 128}});
+  if (layout.in_registers) {
+    static_cast<void>(checked_mul(checked_mul(2 * layout.row_tiles, layout.blocks), layout.record_bytes()));
+    specs.push_back({"integers", DType::i8, {2 * layout.row_tiles, layout.blocks, layout.record_bytes()}});
+  } else {
+    specs.push_back({"integers", DType::i8, {2 * layout.row_tiles, layout.blocks, 64, 128}});
+  }
   specs.push_back({"rows", DType::i32, {128 * layout.row_tiles, 4}});
   if (layout.outliers > 0) {
     specs.push_back({"outlier_index", DType::i32, {outlier_index_words(k, layout.outliers)}});
@@ -167,6 +186,7 @@ IntegerPlanes prepare_integers(const PackedTensor& packed, std::vector<int32_t> 
   require_planes_on_cpu(packed.planes, "prepare_integers");
   const int64_t outliers = std::ssize(outlier_columns);
   const IntegerLayout layout = integer_layout(*packed.format, packed.n, packed.k, outliers);
+  require_consecutive(layout, packed.planes);
   IntegerPlanes prepared{{packed.format, packed.n, packed.k, {}}, std::move(outlier_columns)};
   const std::vector<int32_t>& columns = prepared.outlier_columns;
   for (const PlaneSpec& spec :
@@ -174,6 +194,11 @@ IntegerPlanes prepare_integers(const PackedTensor& packed, std::vector<int32_t> 
     Tensor plane(spec.dtype, spec.shape);
     if (!is_integer_plane(spec.name)) copy_plane(packed.plane(spec.name), plane);
     prepared.planes.emplace(spec.name, std::move(plane));
+  }
+  if (layout.in_registers) {
+    fill_records(layout, packed, prepared);
+    validate_integers(prepared);
+    return prepared;
   }
   const auto bytes = prepared.planes.at("integers").values<int8_t>();
   const auto rows = prepared.planes.at("rows").values<int32_t>();
@@ -233,6 +258,10 @@ PackedTensor unprepare_integers(const IntegerPlanes& prepared) {
     Tensor plane(spec.dtype, spec.shape);
     if (spec.name != "codes") copy_plane(prepared.plane(spec.name), plane);
     packed.planes.emplace(spec.name, std::move(plane));
+  }
+  if (layout.in_registers) {
+    codes_of_records(layout, prepared, packed);
+    return packed;
   }
   const auto bytes = prepared.plane("integers").values<int8_t>();
   Tensor& plane = packed.planes.at("codes");

@@ -17,6 +17,7 @@
 #include "kernels/integer_layout.hpp"
 #include "product_case.hpp"
 #include "quantloom/activations/quantized_activations.hpp"
+#include "quantloom/formats/bit_packing.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/sdr.hpp"
 #include "quantloom/kernels/integer_cuda.hpp"
@@ -36,6 +37,12 @@ class IntegerCuda : public ::testing::Test {
 };
 class IntegerCudaSmall : public IntegerCuda {};
 
+// Devices without warpgroup products multiply no outliers.
+bool takes_outliers() {
+  const ActivationFormat format = activation_format_from_spec("int8:token:outliers=6:static-outliers");
+  return !why_not_matmul_integers_cuda(Uniform(8, Uniform::kPerChannel), format, 64, DType::f16);
+}
+
 struct IntegerCase {
   int64_t n = 1;
   int64_t k = 1;
@@ -53,6 +60,7 @@ struct IntegerCase {
   bool prepare_on_cpu = false;
   uint64_t seed = 0;
 
+  bool grouped() const { return format.starts_with("uniform") && format.find(":g") != std::string::npos; }
   std::string text() const {
     return text_of(format, " [", n, ", ", k, "] m=", m, " ", activations, " ", name_of(dtype),
                    " outliers=", outliers, own_outliers ? " own" : "", bias ? " bias" : "",
@@ -192,13 +200,86 @@ class IntegerProduct {
         const double got = half_value(c_.dtype, y[static_cast<size_t>(t * c_.n + r)]);
         const double unit = c_.dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
         // Products of scales and codes were rounded to float32 before they were added here.
-        const double bound = unit * std::abs(sum) + 0x1p-20 * size + 0x1p-10 * outliers + 0x1p-24;
+        const double runs = c_.grouped() ? 0x1p-24 * static_cast<double>(ceil_div(c_.k, int64_t{32})) : 0.0;
+        const double bound = unit * std::abs(sum) + (0x1p-20 + runs) * size + 0x1p-10 * outliers + 0x1p-24;
         if (!(std::abs(got - sum) <= bound)) {
           return text_of("token ", t, ", output ", r, ": ", got, ", expected ", sum, " within ", bound);
         }
       }
     }
     return "";
+  }
+
+  // With groups: exact sums of runs of columns with one scale, each scaled and added by std::fma in the order
+  // of columns, which is what the product says it does.
+  std::vector<uint16_t> in_order() const {
+    const auto& format = dynamic_cast<const Uniform&>(*packed_.format);
+    const int64_t step = format.group_size % 128 == 0 ? 128 : format.group_size % 64 == 0 ? 64 : 32;
+    const int64_t groups = ceil_div(c_.k, format.group_size);
+    const FloatMatrix x(x_.data(), c_.dtype, c_.m, c_.k, c_.k);
+    const QuantizedActivations q = quantize_activations(x, activations_);
+    const auto codes = q.planes.at("codes").values<int8_t>();
+    const auto scales = q.planes.at("scales").values<float>();
+    const auto shared = activations_.scope == ActivationScope::tensor;
+    const auto shifts =
+        activations_.has_shifts() ? q.planes.at("shifts").values<uint8_t>() : std::span<const uint8_t>();
+    const int64_t shift_groups = activations_.has_shifts() ? ceil_div(c_.k, activations_.group_size) : 0;
+    std::vector<uint16_t> y;
+    std::vector<std::vector<int>> w(static_cast<size_t>(c_.n));
+    std::vector<float> sums;
+    const auto scale_of = [&](int64_t r, int64_t group) {
+      const Tensor& plane = packed_.plane("scales");
+      const auto at = static_cast<size_t>(r * groups + group);
+      return plane.dtype() == DType::f32   ? plane.values<float>()[at]
+             : plane.dtype() == DType::f16 ? float_from_f16(plane.values<uint16_t>()[at])
+                                           : float_from_bf16(plane.values<uint16_t>()[at]);
+    };
+    for (int64_t r = 0; r < c_.n; ++r) {
+      const Tensor& plane = packed_.plane("codes");
+      const auto words = static_cast<size_t>(plane.shape()[1]);
+      std::vector<uint8_t> row(static_cast<size_t>(c_.k));
+      unpack_bits(plane.values<uint32_t>().subspan(static_cast<size_t>(r) * words, words), format.bits, 0,
+                  row);
+      double sum = 0;
+      for (int64_t c = 0; c < c_.k; ++c) {
+        uint8_t zero = static_cast<uint8_t>(1 << (format.bits - 1));
+        if (!format.symmetric) {
+          const Tensor& zeros = packed_.plane("zeros");
+          const auto zero_words = static_cast<size_t>(zeros.shape()[1]);
+          unpack_bits(zeros.values<uint32_t>().subspan(
+                          static_cast<size_t>(c / format.group_size) * zero_words, zero_words),
+                      format.bits, r, {&zero, 1});
+        }
+        w[static_cast<size_t>(r)].push_back(row[static_cast<size_t>(c)] - zero);
+        sum += static_cast<double>(scale_of(r, c / format.group_size)) * (row[static_cast<size_t>(c)] - zero);
+      }
+      sums.push_back(static_cast<float>(sum));
+    }
+    for (int64_t t = 0; t < c_.m; ++t) {
+      for (int64_t r = 0; r < c_.n; ++r) {
+        float sum = 0;
+        for (int64_t first = 0; first < c_.k; first += step) {
+          int run = 0;
+          for (int64_t c = first; c < std::min(first + step, c_.k); ++c) {
+            int code = codes[static_cast<size_t>(t * c_.k + c)];
+            if (!shifts.empty()) {
+              code *= 1 << shifts[static_cast<size_t>(t * shift_groups + c / activations_.group_size)];
+            }
+            run += code * w[static_cast<size_t>(r)][static_cast<size_t>(c)];
+          }
+          sum = std::fma(static_cast<float>(run), scale_of(r, first / format.group_size), sum);
+        }
+        const auto at = static_cast<size_t>(shared ? 0 : t);
+        if (!activations_.symmetric) {
+          sum = std::fma(-static_cast<float>(q.planes.at("zeros").values<int8_t>()[at]),
+                         sums[static_cast<size_t>(r)], sum);
+        }
+        sum *= scales[at];
+        if (c_.bias) sum += half_value(c_.dtype, bias_[static_cast<size_t>(r)]);
+        y.push_back(half_bits(c_.dtype, sum));
+      }
+    }
+    return y;
   }
 
  private:
@@ -235,6 +316,17 @@ const std::vector<std::string> kFormats = {"uniform:8:channel",
                                            "uniform:6:channel:f32",
                                            "uniform:3:channel:asym:bf16",
                                            "uniform:5:tensor:asym",
+                                           "uniform:2:channel",
+                                           "uniform:4:g128",
+                                           "uniform:4:g64:asym",
+                                           "uniform:3:g32:asym:bf16",
+                                           "uniform:2:g384",
+                                           "uniform:4:g128:asym",
+                                           "uniform:8:g128",
+                                           "uniform:5:g96:f32",
+                                           "uniform:7:g64:asym",
+                                           "uniform:8:g128:asym",
+                                           "uniform:8:g32:asym:f32",
                                            "sdr:4:g16",
                                            "sdr:3:g24"};
 const std::vector<std::string> kActivations = {
@@ -259,7 +351,7 @@ IntegerCase random_case(Draws& draws, uint64_t seed) {
   c.prepare_on_cpu = draws.below(2) == 0;
   const bool grid = c.format.starts_with("uniform");
   // Significant digits have no outliers.
-  if (draws.below(2) == 0 && !c.activations.starts_with("sdr")) {
+  if (draws.below(2) == 0 && !c.activations.starts_with("sdr") && !c.grouped()) {
     c.outliers = 1 + draws.below(std::min<int64_t>(c.k, 150));
     c.own_outliers = grid && draws.below(2) == 0;
   }
@@ -293,12 +385,14 @@ void check_order(const IntegerCase& c) {
   }
 }
 
-void check_product(const IntegerCase& c, bool all_tiles) {
+void check_product(IntegerCase c, bool all_tiles) {
+  if (c.outliers > 0 && !takes_outliers()) c.outliers = 0;
+  c.own_outliers = c.own_outliers && c.outliers > 0;
   SCOPED_TRACE(c.text());
   const IntegerProduct product(c);
   std::vector<std::string> tiles = {""};
   if (all_tiles) {
-    const std::vector<std::string> names = integer_tiles(c.k);
+    const std::vector<std::string> names = integer_tiles(product.prepared());
     tiles.insert(tiles.end(), names.begin(), names.end());
   }
   std::optional<std::vector<uint16_t>> first;
@@ -308,6 +402,8 @@ void check_product(const IntegerCase& c, bool all_tiles) {
     ASSERT_TRUE(y) << "memory around y changed";
     if (!first) {
       EXPECT_EQ(product.compare(*y), "");
+      const bool small = c.m * c.n * c.k < 100'000'000;
+      EXPECT_TRUE(!c.grouped() || !small || *y == product.in_order()) << "runs added in another order";
       first = y;
     }
     EXPECT_TRUE(*y == *first) << "another tile gives other bytes";
@@ -350,6 +446,13 @@ TEST_F(IntegerCuda, LargeMatricesAreRight) {
     c.outliers = m == 1 ? 0 : 37;
     c.seed = static_cast<uint64_t>(m);
     check_product(c, true);
+    c.outliers = 0;
+    c.n = 300;
+    c.m = std::min<int64_t>(m, 270);
+    for (const char* format : {"uniform:4:channel", "uniform:4:g128", "uniform:8:g128:asym"}) {
+      c.format = format;
+      check_product(c, true);
+    }
   }
 }
 
@@ -433,7 +536,11 @@ TEST_F(IntegerCuda, RefusesWithTheReason) {
         .value_or("");
   };
   EXPECT_EQ(reason("uniform:8:channel", "int8:token", 4096, DType::f16), "");
-  EXPECT_NE(reason("uniform:8:g128", "int8:token", 4096, DType::f16).find("one scale for each output"),
+  EXPECT_EQ(reason("uniform:8:g128:asym", "int8:token:asym", 400000, DType::f16), "");
+  EXPECT_NE(reason("uniform:8:g16", "int8:token", 4096, DType::f16).find("multiple of 32"),
+            std::string::npos);
+  EXPECT_NE(reason("uniform:8:g128", "int8:token:outliers=6:static-outliers", 4096, DType::f16)
+                .find("one scale for each output"),
             std::string::npos);
   EXPECT_NE(reason("uniform:8:channel", "int8:g128", 4096, DType::f16).find("one scale for each token"),
             std::string::npos);
@@ -447,6 +554,23 @@ TEST_F(IntegerCuda, RefusesWithTheReason) {
   CudaMatmulArguments arguments;
   arguments.m = 1;
   EXPECT_THROW(matmul_integers_cuda(product.prepared(), arguments, token), InvalidArgument);
+}
+
+TEST_F(IntegerCudaSmall, EveryTileOfGroupsIsRight) {
+  for (const char* format : {"uniform:4:channel:asym", "uniform:4:g128", "uniform:4:g32:asym",
+                             "uniform:8:g64", "uniform:8:g128:asym", "uniform:6:g64:asym"}) {
+    for (const int64_t m : {3, 150}) {
+      IntegerCase c;
+      c.n = 200;
+      c.k = 300;
+      c.m = m;
+      c.bias = true;
+      c.activations = m == 3 ? "int8:token:asym" : "int8:token";
+      c.format = format;
+      check_product(c, true);
+      check_order(c);
+    }
+  }
 }
 
 TEST_F(IntegerCudaSmall, EveryTileIsRight) {

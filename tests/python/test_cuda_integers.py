@@ -24,6 +24,13 @@ WEIGHTS = [
     "uniform:2:channel:bf16",
     "sdr:4:g16",
 ]
+GROUPS = [
+    "uniform:4:g128",
+    "uniform:4:g64:asym",
+    "uniform:8:g128",
+    "uniform:8:g64:asym",
+    "uniform:6:g32:asym",
+]
 ACTIVATIONS = [
     "int8:token",
     "int8:token:asym",
@@ -34,10 +41,11 @@ ACTIVATIONS = [
     "sdr4:g16:b8",
     OUTLIERS,
 ]
-# Products of rounded values: of weights or activations with a scale for each group, or outliers that the
-# batch decides.
+# Products of rounded values: of groups of other sizes or with outliers, activations with a scale for each
+# group, or outliers that the batch decides.
 ROUNDED = [
-    ("uniform:4:g64", "int8:token"),
+    ("uniform:4:g16", "int8:token"),
+    ("uniform:4:g64", "int8:g64"),
     ("uniform:8:channel", "int8:g50"),
     ("uniform:8:channel", "int8:token:outliers=3"),
     ("codebook:nf4:g64", "int8:token"),
@@ -54,6 +62,7 @@ def _seed():
 
 
 def integers_run() -> bool:
+    """With outliers, too."""
     return torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -105,8 +114,13 @@ def assert_near(
 
 
 @needs_integers
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("spec", WEIGHTS)
+@pytest.mark.parametrize(
+    ("spec", "activations"),
+    [
+        *((spec, activations) for spec in WEIGHTS for activations in ACTIVATIONS),
+        *((spec, activations) for spec in GROUPS for activations in ACTIVATIONS if activations != OUTLIERS),
+    ],
+)
 def test_products_of_integers(spec, activations):
     q = weights(spec, activations)
     there = q.to("cuda")
@@ -258,7 +272,7 @@ def test_says_what_it_can_multiply():
         integers_run()
     )
     for kernel, activations in (("integer_tiles", "int8:token"), ("integer_tiles", "exact")):
-        possible, reason = ql.can_matmul("uniform:4:g64", 1, "float16", "cuda", activations, kernel)
+        possible, reason = ql.can_matmul("uniform:4:g16", 1, "float16", "cuda", activations, kernel)
         assert not possible
         assert reason
     # Significant digits have no other order than that of integers, which takes shared outlier columns.
@@ -371,7 +385,7 @@ def test_operators_pass_the_checks_of_torch():
 @pytest.mark.parametrize(
     ("spec", "activations", "integer"),
     [
-        *((spec, "int8:token", True) for spec in WEIGHTS),
+        *((spec, "int8:token", True) for spec in WEIGHTS + GROUPS),
         *(("uniform:8:channel", activations, True) for activations in ACTIVATIONS),
         *((spec, activations, spec.startswith("sdr")) for spec, activations in ROUNDED),
     ],
@@ -392,6 +406,21 @@ def test_modules(spec, activations, integer, dtype):
     back = there.cpu()
     assert same_planes(back.packed, q)
     assert back.prepared is None
+
+
+@needs_integers
+def test_groups_of_scattered_columns_are_rounded():
+    hessian = ql.Hessian(256)
+    hessian.add(torch.randn(300, 256) * torch.randn(256).exp())
+    q = ql.quantize(torch.randn(24, 256), "uniform:4:g64", ql.GPTQ(hessian, static_groups=False))
+    assert "group_index" in q.planes
+    there = q.to("cuda")
+    assert "group_index" in ql.matmul_is_integer(there, "int8:token").reason
+    x = inputs(5, 256)
+    x[..., 3] /= 20
+    y = ql.matmul(x.cuda(), there, "int8:token").float().cpu()
+    expected = ql.matmul(x.float(), q, "int8:token")
+    assert (y - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
 @needs_integers
@@ -504,7 +533,8 @@ def test_transforms_come_before_the_rounding():
         ("uniform:8:channel", "int8:token:outliers=2:static-outliers", "nearest", True),
         ("uniform:8:channel", "int8:tensor:static", "nearest", True),
         ("sdr:4:g16", "sdr4:g16:b8", "nearest", True),
-        ("uniform:4:g64", "int8:token", "nearest", False),
+        ("uniform:4:g64", "int8:token", "nearest", True),
+        ("uniform:4:g16", "int8:token", "nearest", False),
     ],
 )
 def test_models(tmp_path, spec, activations, rounding, integer):

@@ -26,6 +26,16 @@ SPECS = [
     "sdr:4:g16",
     "sdr:3:g24",
 ]
+GROUPS = [
+    "uniform:4:g128",
+    "uniform:4:g64:asym",
+    "uniform:2:g96:asym:bf16",
+    "uniform:3:g32:f32",
+    "uniform:8:g256",
+    "uniform:8:g128:asym",
+    "uniform:7:g64:asym",
+    "uniform:5:g32:asym",
+]
 SHAPES = [(0, 5), (3, 0), (1, 1), (17, 33), (65, 129), (130, 300)]
 
 
@@ -59,16 +69,23 @@ def same(a: ql.PackedTensor, b: ql.PackedTensor) -> bool:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + GROUPS)
 def test_there_and_back(spec, shape):
     q = packed(spec, *shape)
     there = prepared(q)
-    assert there.planes["integers"].shape == (2 * -(-shape[0] // 128), -(-shape[1] // 128), 64, 128)
+    integers = there.planes["integers"]
+    assert integers.shape[:2] == (2 * -(-shape[0] // 128), -(-shape[1] // 128))
+    in_registers = spec in GROUPS or (spec.startswith("uniform") and q.format.bits <= 4)
+    assert integers.dim() == (3 if in_registers else 4)
+    if in_registers and spec not in GROUPS:
+        assert integers.shape[2] == 4096
     back = there.unprepare()
     assert back.format == q.format
     assert same(back, q)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert torch.equal(_cuda_integers.decode(there.planes, *shape, dtype), q.dequantize(dtype))
+        assert torch.equal(
+            _cuda_integers.decode(there.planes, *shape, dtype, q.format.to_json()), q.dequantize(dtype)
+        )
 
 
 @pytest.mark.parametrize("spec", SPECS[:6])
@@ -77,7 +94,9 @@ def test_outliers_there_and_back(spec):
     for q in (packed(spec), kept(spec, columns)):
         there = prepared(q, columns)
         assert same(there.unprepare(), q)
-        assert torch.equal(_cuda_integers.decode(there.planes, *q.shape, torch.float32), q.dequantize())
+        assert torch.equal(
+            _cuda_integers.decode(there.planes, *q.shape, torch.float32, q.format.to_json()), q.dequantize()
+        )
         weights = there.planes["outlier_weights"]
         assert weights.dtype == torch.float16
 
@@ -98,7 +117,9 @@ def test_permuted_digits():
     assert "group_index" in q.planes
     there = prepared(q)
     assert same(there.unprepare(), q)
-    assert torch.equal(_cuda_integers.decode(there.planes, *q.shape, torch.float32), q.dequantize())
+    assert torch.equal(
+        _cuda_integers.decode(there.planes, *q.shape, torch.float32, q.format.to_json()), q.dequantize()
+    )
 
 
 def test_planes_are_checked():
@@ -120,7 +141,7 @@ def test_planes_are_checked():
 
 def test_refusals_name_the_reason():
     for spec, reason in [
-        ("uniform:4:g64", "one scale for each output"),
+        ("uniform:4:g16", "multiple of 32"),
         ("uniform:1:channel", "2 to 8 bits"),
         ("codebook:nf4:channel", "uniform and sdr"),
     ]:
@@ -159,7 +180,7 @@ def _reference_operators():
         _cuda_integers.descriptor(named, format, n, k, columns)
         if isinstance(operand, ql.ActivationFormat):
             x = ql.round_activations(x, operand)
-        return torch.nn.functional.linear(x, _cuda_integers.decode(named, n, k, x.dtype), bias)
+        return torch.nn.functional.linear(x, _cuda_integers.decode(named, n, k, x.dtype, format), bias)
 
     def linear(x, planes, bias, names, format, n, k):
         named = dict(zip(names.split(","), planes, strict=True))
@@ -169,7 +190,7 @@ def _reference_operators():
     def dequantize(planes, names, format, n, k, dtype):
         named = dict(zip(names.split(","), planes, strict=True))
         if "integers" in named:
-            return _cuda_integers.decode(named, n, k, dtype)
+            return _cuda_integers.decode(named, n, k, dtype, format)
         return ql.PreparedTensor._from_planes(format, (n, k), named).dequantize(dtype)
 
     library = torch.library.Library("quantloom", "IMPL")

@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <cstring>
 #include <set>
 
 #include "quantloom/formats/outliers.hpp"
+#include "quantloom/formats/uniform.hpp"
 #include "quantloom/random.hpp"
 #include "quantloom/rounding/nearest.hpp"
 
@@ -120,6 +123,75 @@ void check_planes(const Matrix& matrix, const IntegerPlanes& prepared) {
   }
 }
 
+// The same in register order, from what register_order.hpp says in words.
+void check_records(const Matrix& matrix, const IntegerPlanes& prepared) {
+  const auto& format = dynamic_cast<const Uniform&>(*matrix.packed.format);
+  const int64_t n = prepared.n;
+  const int64_t k = prepared.k;
+  const bool grouped = format.group_size > 0;
+  const bool nibbles = format.bits <= 4;
+  const bool pairs = grouped && !format.symmetric && (nibbles || format.bits == 8);
+  const int64_t run = !grouped                       ? 128
+                      : format.group_size % 128 == 0 ? 128
+                      : format.group_size % 64 == 0  ? 64
+                                                     : 32;
+  const int64_t term_bytes = !grouped ? 0 : pairs ? 8 : 4;
+  const int64_t code_bytes = nibbles ? 4096 : 8192;
+  const int64_t record_bytes = code_bytes + 128 / run * 64 * term_bytes;
+  const int64_t blocks = ceil_div(k, int64_t{128});
+  const auto records = prepared.plane("integers").values<int8_t>();
+  const auto rows = prepared.plane("rows").values<int32_t>();
+  ASSERT_EQ(std::ssize(records), ceil_div(n, int64_t{128}) * 2 * blocks * record_bytes);
+  std::vector<float> w(static_cast<size_t>(n * k));
+  dequantize(matrix.packed, {w.data(), n, k});
+  for (int64_t r = 0; r < ceil_div(n, int64_t{128}) * 128; ++r) {
+    double sum = 0;
+    int32_t codes = 0;
+    for (int64_t c = 0; c < blocks * 128; ++c) {
+      const int64_t at = (r / 64 * blocks + c / 128) * record_bytes;
+      const int64_t thread = r % 64 / 16 * 32 + r % 8 * 4 + c % 16 / 4;
+      const int64_t step = c % 128 / 32;
+      const int64_t half = c % 32 / 16;
+      const bool lower = r % 16 >= 8;
+      const int64_t place = nibbles ? (step / 2 * 128 + thread) * 16 + (step % 2 * 2 + half) * 4 + c % 4
+                                    : (step * 128 + thread) * 16 + (half * 2 + (lower ? 1 : 0)) * 4 + c % 4;
+      const int byte = records[static_cast<size_t>(at + place)];
+      int code = nibbles ? (lower ? byte >> 4 : byte) & 15 : byte;
+      if (nibbles && !pairs) code = (code ^ 8) - 8;
+      if (r >= n || c >= k) {
+        ASSERT_EQ(code, 0) << r << " " << c;
+        continue;
+      }
+      codes += code;
+      float value = 0;
+      if (grouped) {
+        const int64_t term = at + code_bytes + (c % 128 / run * 64 + r % 64) * term_bytes;
+        float scale = 0;
+        std::memcpy(&scale, records.data() + term, 4);
+        if (nibbles && !pairs) scale *= 16;
+        if (pairs && nibbles) code -= records[static_cast<size_t>(term + 4)];
+        if (pairs && !nibbles) {
+          float center_less_zero = 0;
+          std::memcpy(&center_less_zero, records.data() + term + 4, 4);
+          code += static_cast<int>(center_less_zero);
+        }
+        value = scale * static_cast<float>(code);
+        sum += value;
+      } else {
+        value = std::bit_cast<float>(rows[static_cast<size_t>(4 * r)]) *
+                static_cast<float>(code - rows[static_cast<size_t>(4 * r + 2)]);
+      }
+      ASSERT_EQ(value, w[static_cast<size_t>(r * k + c)]) << r << " " << c;
+    }
+    if (grouped) {
+      const float stored = std::bit_cast<float>(rows[static_cast<size_t>(4 * r + 1)]);
+      EXPECT_NEAR(stored, sum, 1e-5 * (1 + std::abs(sum)));
+    } else {
+      EXPECT_EQ(rows[static_cast<size_t>(4 * r + 1)], codes);
+    }
+  }
+}
+
 void check_case(const Case& c) {
   SCOPED_TRACE(text_of(c.format, " [", c.n, ", ", c.k, "] outliers=", c.outliers, " own=", c.own_outliers,
                        " seed=", c.seed));
@@ -127,7 +199,11 @@ void check_case(const Case& c) {
   const IntegerPlanes prepared = prepare_integers(matrix.packed, matrix.columns);
   EXPECT_NO_THROW(validate_integers(prepared));
   EXPECT_FALSE(prepared.has("codes"));
-  check_planes(matrix, prepared);
+  if (prepared.plane("integers").shape().size() == 3) {
+    check_records(matrix, prepared);
+  } else {
+    check_planes(matrix, prepared);
+  }
   const PackedTensor back = unprepare_integers(prepared);
   EXPECT_EQ(back.format->to_json(), matrix.packed.format->to_json());
   ASSERT_EQ(back.planes.size(), matrix.packed.planes.size());
@@ -138,14 +214,33 @@ void check_case(const Case& c) {
 }
 
 TEST(IntegerLayout, HoldsTheMatrixAndGivesItBack) {
-  const std::vector<std::string> formats = {
-      "uniform:8:channel",      "uniform:8:channel:asym", "uniform:8:tensor",  "uniform:7:channel:bf16",
-      "uniform:6:channel:f32",  "uniform:5:tensor:asym",  "uniform:4:channel", "uniform:3:channel:asym:bf16",
-      "uniform:2:channel:asym", "uniform:2:tensor",       "sdr:4:g16",         "sdr:3:g24",
-      "sdr:6:g8:f32",           "sdr:2:g128:bf16"};
+  const std::vector<std::string> formats = {"uniform:8:channel",
+                                            "uniform:8:channel:asym",
+                                            "uniform:8:tensor",
+                                            "uniform:7:channel:bf16",
+                                            "uniform:6:channel:f32",
+                                            "uniform:5:tensor:asym",
+                                            "uniform:4:channel",
+                                            "uniform:3:channel:asym:bf16",
+                                            "uniform:2:channel:asym",
+                                            "uniform:2:tensor",
+                                            "sdr:4:g16",
+                                            "sdr:3:g24",
+                                            "sdr:6:g8:f32",
+                                            "sdr:2:g128:bf16",
+                                            "uniform:4:g128",
+                                            "uniform:4:g64:asym",
+                                            "uniform:3:g96:asym:bf16",
+                                            "uniform:2:g32:f32",
+                                            "uniform:8:g256",
+                                            "uniform:8:g128:asym",
+                                            "uniform:8:g32:asym",
+                                            "uniform:7:g64:asym",
+                                            "uniform:5:g32:asym:bf16",
+                                            "uniform:6:g64"};
   const CounterRandom random(7);
   uint64_t draw = 0;
-  for (uint64_t seed = 0; seed < 10; ++seed) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
     for (const std::string& format : formats) {
       Case c{format,
              static_cast<int64_t>(random.below(draw, 200)),
@@ -153,7 +248,8 @@ TEST(IntegerLayout, HoldsTheMatrixAndGivesItBack) {
              0,
              false,
              seed};
-      if (random.below(draw + 2, 2) == 0 && c.k > 0) {
+      const bool grouped = format.starts_with("uniform") && format.find(":g") != std::string::npos;
+      if (random.below(draw + 2, 2) == 0 && c.k > 0 && !grouped) {
         c.outliers = 1 + static_cast<int64_t>(random.below(draw + 3, 80));
         c.own_outliers = random.below(draw + 4, 2) == 0;
       }
@@ -170,6 +266,12 @@ TEST(IntegerLayout, TakesEmptyMatrices) {
     check_case({format, 0, 0});
     check_case({format, 1, 1, 1, true});
   }
+  for (const char* format : {"uniform:4:channel", "uniform:4:g128", "uniform:8:g64:asym"}) {
+    check_case({format, 0, 5});
+    check_case({format, 5, 0});
+    check_case({format, 0, 0});
+    check_case({format, 1, 1});
+  }
 }
 
 TEST(IntegerLayout, SaysWhyNot) {
@@ -178,10 +280,13 @@ TEST(IntegerLayout, SaysWhyNot) {
   EXPECT_EQ(reason("outliers:1%:uniform:8:channel"), "");
   EXPECT_EQ(reason("sdr:4:g16"), "");
   EXPECT_NE(reason("uniform:1:channel").find("2 to 8 bits"), std::string::npos);
-  EXPECT_NE(reason("uniform:4:g128").find("one scale for each output"), std::string::npos);
+  EXPECT_EQ(reason("uniform:4:g128"), "");
+  EXPECT_NE(reason("uniform:4:g48").find("multiple of 32"), std::string::npos);
+  EXPECT_NE(reason("outliers:1%:uniform:4:g128").find("one scale for each output"), std::string::npos);
   EXPECT_NE(reason("codebook:nf4:channel").find("uniform and sdr"), std::string::npos);
   EXPECT_NE(reason("outliers:1%:codebook:nf4:g64").find("uniform and sdr"), std::string::npos);
-  EXPECT_THROW(integer_planes(*format_from_spec("uniform:4:g128"), 8, 256, 0, false), Unsupported);
+  EXPECT_THROW(integer_planes(*format_from_spec("uniform:4:g16"), 8, 256, 0, false), Unsupported);
+  EXPECT_THROW(integer_planes(*format_from_spec("uniform:4:g128"), 8, 256, 3, false), Unsupported);
 }
 
 TEST(IntegerLayout, RefusesOutliersElsewhere) {
