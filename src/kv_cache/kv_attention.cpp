@@ -76,7 +76,9 @@ void run_piece(const KVCache& cache, const KVTokens& q, float scale, const Piece
     limits[static_cast<size_t>(r)] = cache.length(piece.sequence) - q.tokens + token + 1;
     state[r] = {-std::numeric_limits<float>::infinity(), 0};
   }
-  for (int64_t t = piece.first_token, end = t + piece.tokens; t < end; t += kBlockTokens) {
+  const int64_t seen = std::max<int64_t>(limits.back(), 0);
+  const int64_t end = std::min(piece.first_token + piece.tokens, seen);
+  for (int64_t t = piece.first_token; t < end; t += kBlockTokens) {
     const int64_t count = std::min(kBlockTokens, end - t);
     cache.read(KVSide::keys, piece.sequence, piece.kv_head, t, count, keys);
     cache.read(KVSide::values, piece.sequence, piece.kv_head, t, count, values);
@@ -104,6 +106,9 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
     rotated = kv_cache::rotate_tokens(queries, true);
     q = kv_cache::view_of(rotated);
   }
+  // Many queries are pieces enough: they pass over all tokens, and no results of parts are kept.
+  const int64_t run = rows <= kMostRows ? kPieceTokens : std::numeric_limits<int64_t>::max();
+  const auto parts_of = [&](int64_t s) { return rows <= kMostRows ? ceil_div(cache.length(s), run) : 1; };
   // The parts of one result follow each other.
   std::vector<Piece> pieces;
   int64_t places = 0;
@@ -111,8 +116,9 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
     for (int64_t h = 0; h < kv_heads; ++h) {
       for (int64_t first = 0; first < rows; first += kMostRows) {
         const int64_t count = std::min(kMostRows, rows - first);
-        for (int64_t t = 0; t < cache.length(s); t += kPieceTokens) {
-          pieces.push_back({s, h, first, count, t, std::min(kPieceTokens, cache.length(s) - t), places});
+        for (int64_t part = 0; part < parts_of(s); ++part) {
+          const int64_t t = part * run;
+          pieces.push_back({s, h, first, count, t, std::min(run, cache.length(s) - t), places});
           places += count;
         }
       }
@@ -133,7 +139,7 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
   });
   for (size_t i = 0; i < pieces.size();) {
     const Piece& piece = pieces[i];
-    const int64_t parts = ceil_div(cache.length(piece.sequence), kPieceTokens);
+    const int64_t parts = parts_of(piece.sequence);
     for (int64_t r = 0; r < piece.rows; ++r) {
       const auto at = [&](int64_t part) { return piece.place + part * piece.rows + r; };
       float largest = -std::numeric_limits<float>::infinity();

@@ -74,6 +74,27 @@ def test_without_a_cache_and_with_a_dynamic_one_it_is_plain_attention(models):
     assert torch.equal(a, b)
 
 
+def test_long_prompts_go_in_runs(models, monkeypatch):
+    ours, theirs = models
+    ids = prompt(50, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    results = []
+    for run in (512, 7):
+        monkeypatch.setattr("quantloom.kv.generation._RUN", run)
+        cache = ql.kv.KIVICache(ours.config, window=256)
+        with torch.no_grad():
+            parts = [
+                ours(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+                for part, end in zip(ids.split([20, 30], dim=1), (20, 50))
+            ]
+        results.append(torch.cat(parts, dim=1))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(results[0][1, 9:], expected[1, 9:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_window_that_holds_everything_is_exact(models):
     ours, theirs = models
     ids = prompt(40)

@@ -10,9 +10,10 @@ namespace quantloom {
 // (already appended): query i sees the tokens up to its own. A query that sees none gives zeros.
 //
 // out: float32 [sequences, m, heads, head_dim], contiguous. Keys and values are decoded exactly as
-// KVCache::read() gives them; products and sums are float32 over pieces of 512 tokens, whose results are
-// merged in order: the same for any number of threads, and within 1e-5 of the float64 reference, relative to
-// the largest |value|, where |scale * q . key| stays below 100.
+// KVCache::read() gives them; products and sums are float32 over pieces of 512 tokens (of all, for
+// more than 64 queries of a KV head), whose results are merged in order: the same for any number of threads,
+// and within 1e-5 of the float64 reference, relative to the largest |value|, where |scale * q . key| stays
+// below 100.
 //
 // Throws TypeMismatch or InvalidArgument naming the argument. threads 0: OpenMP's default.
 void attend(const KVCache& cache, const KVTokens& queries, float scale, float* out, int threads = 0);

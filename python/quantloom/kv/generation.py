@@ -17,6 +17,7 @@ __all__ = ["KIVICache", "KVQuantCache", "QuantizedKVCache", "use_attention"]
 
 ATTENTION = "quantloom"
 _PREFILLS = ("exact", "quantized")
+_RUN = 512  # queries that one mask serves
 _UNKNOWN = ("softcap", "sliding_window", "position_bias", "s_aux")
 
 
@@ -355,18 +356,29 @@ def _exact_attention(
     visible: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """PyTorch's attention of the last tokens; `visible` [sequences, keys] are those that are no padding."""
+    """PyTorch's attention of the last tokens, [sequences, tokens, heads, head_dim].
+
+    `visible` [sequences, keys]: those that are no padding. Queries go in runs, so that masks stay small.
+    """
     count, columns = queries.shape[2], keys.shape[2]
-    causal = torch.ones(count, columns, dtype=torch.bool, device=queries.device).tril(columns - count)
-    mask = causal[None, None]
-    if visible is not None:
-        mask = mask & visible.to(queries.device)[:, None, None, :]
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    blind = ~mask.any(dim=-1, keepdim=True)  # rows of padding
-    return out.masked_fill(blind, 0.0).transpose(1, 2)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if visible is None and count == columns:
+        return attend(queries, keys, values, is_causal=True, scale=scale).transpose(1, 2)
+    runs = []
+    for first in range(0, count, _RUN):
+        part = queries[:, :, first : first + _RUN]
+        end = columns - count + first + part.shape[2]
+        mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=queries.device)
+        mask = mask.tril(end - part.shape[2])[None, None]
+        if visible is not None:
+            mask = mask & visible.to(queries.device)[:, None, None, :end]
+        out = attend(part, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale)
+        blind = ~mask.any(dim=-1, keepdim=True)  # rows of padding
+        runs.append(out.masked_fill(blind, 0.0))
+    return torch.cat(runs, dim=2).transpose(1, 2)
 
 
 def attention(

@@ -33,7 +33,8 @@ const std::vector<Case> kCases = {{"kivi:2", 128, 2, 8, 700, 1, DType::f16},
                                   {"kvquant:3:1%:first1", 80, 2, 4, 200, 2, DType::f16},
                                   {"kvquant:4,2:5%:r9", 128, 1, 4, 600, 1, DType::f32},
                                   {"kivi:2", 128, 1, 3, 1, 1, DType::f32},
-                                  {"token:4", 64, 1, 70, 1025, 2, DType::f16}};
+                                  {"token:4", 64, 1, 70, 1025, 2, DType::f16},
+                                  {"kivi:4", 64, 1, 2, 1200, 100, DType::f16}};
 
 TEST(KVAttention, IsThatOfFloat64OnEveryInstructionSet) {
   for (const Case& c : kCases) {
