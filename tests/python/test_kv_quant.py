@@ -159,7 +159,7 @@ def test_both_attentions_agree_and_generate(model, calibration):
     tokens = torch.from_numpy(ids(48, 7)[None])
 
     def logits(model):
-        cache = ql.kv.KVQuantCache(model.config, calibration)
+        cache = ql.kv.KVQuantCache(model.config, calibration, capacity=64)
         with torch.no_grad():
             steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(48)]
         return torch.cat(steps, dim=1), cache
@@ -171,6 +171,13 @@ def test_both_attentions_agree_and_generate(model, calibration):
     assert (a - exact)[:, 2:].abs().amax(dim=(0, 2)).amin() > 1e-4  # every token after the first sees codes
     torch.testing.assert_close(a[:, :1], exact[:, :1], rtol=1e-4, atol=1e-4)
     assert [layer.cache.coded_keys(0) for layer in cache.layers] == [47, 47]
+    twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        more = [ours(tokens[:, :1], past_key_values=each).logits for each in (cache, twin)]
+    assert torch.equal(*more)
+    full = ql.kv.KVQuantCache(ours.config, calibration)
+    with pytest.raises(ValueError, match="expected tokens below 48"), torch.no_grad():
+        ours(torch.cat([tokens, tokens[:, :1]], dim=1), past_key_values=full)
     prompt = tokens[:, :20].repeat(2, 1)
     mask = torch.ones_like(prompt)
     mask[1, :6] = 0

@@ -199,6 +199,9 @@ class _Settings:
         self.capacity = capacity
         self.padding = padding
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Settings:
+        return self  # nothing in it changes; the config is the model's own
+
     def tables(self, layer: int) -> Any:
         if self.calibration is None:
             return None
@@ -323,7 +326,7 @@ class KVQuantCache(QuantizedKVCache):
         config: of the model.
         calibration: a ``KVCalibration``, or the path of one that was saved.
         others: as in ``QuantizedKVCache``. Keys are taken to have the position of their place in the
-            sequence.
+            sequence; a `capacity` beyond the model's max_position_embeddings allows for longer ones.
     """
 
     def __init__(
