@@ -146,6 +146,7 @@ nlohmann::json measure(const bench::Stream& stream, const Case& c, bool tiles) {
                             cuda::IntegerTokens tokens;
                             tokens.codes = reinterpret_cast<int8_t*>(workspace.get());
                             tokens.terms = reinterpret_cast<integers::TokenTerms*>(y.get());
+                            tokens.sums = false;
                             if (!columns.empty()) {
                               tokens.outlier_index = weights[0].planes.plane("outlier_index").bytes();
                               tokens.outlier_values = outlier_memory.get();

@@ -55,12 +55,13 @@ __device__ __forceinline__ DeviceGrid grid_between(const GridRule& rule, float l
 
 // rne(value / scale) between bounds, plus the zero.
 //
-// For nearly all values a product with y = rn(1 / scale) decides: it is within 255 * 2^-24 of the quotient,
-// and the quotient's own rounding to float32 moves it by 2^-17 at most, so that both round to the same
-// integer unless the product is nearer than kDoubt to a tie. Those values are divided. The division needs no
-// instruction sequence of its own: one step of correction by the remainder makes the product faithful, and a
-// second one the correctly rounded quotient (Markstein, 1990), where neither y nor a remainder that matters
-// is subnormal; other scales divide all their values.
+// For nearly all values products decide, with a little less and a little more than rn(1 / scale): the
+// quotient, rounded to float32, is between them (that inverse is within 2^-24 of its place, the product with
+// 1 - 2^-22 or 1 + 2^-22 rounds by 2^-24, and the quotient's own rounding is 2^-24), so that all three round
+// to the same integer unless the two differ. Those values are divided. The division needs no instruction
+// sequence of its own: one step of correction by the remainder makes the product faithful, and a second one
+// the correctly rounded quotient (Markstein, 1990), where neither the inverse nor a remainder that matters is
+// subnormal; other scales divide all their values.
 class Coder {
  public:
   __device__ __forceinline__ Coder(const GridRule& rule, DeviceGrid grid) : scale_(grid.scale) {
@@ -93,10 +94,22 @@ class Coder {
     return quick_codes<false>(v);
   }
 
+  // For many vectors at once: the codes of codes_within() unless `doubtful`; those are divided().
+  template <class Vector>
+  __device__ __forceinline__ uint2 likely_codes(const Vector& v, bool& doubtful) const {
+    const uint2 found = product_codes<false>(v, doubtful);
+    doubtful |= !quick_;
+    return found;
+  }
+  template <class Vector>
+  __device__ __forceinline__ uint2 divided_within(const Vector& v) const {
+    return divided_codes(*this, v);
+  }
+
  private:
   // A float whose low bits are the nearest integer, ties to even, from -2^22 to 2^22.
   static constexpr float kMagic = 0x1.8p23F;
-  static constexpr float kDoubt = 0x1p-15F;
+  static constexpr float kDoubt = 0x1p-22F;
 
   // Only the lowest 22 bits count.
   __device__ __forceinline__ uint32_t divided(float value) const {
@@ -124,19 +137,25 @@ class Coder {
 
   template <bool kBounded, class Vector>
   __device__ __forceinline__ uint2 quick_codes(const Vector& v) const {
+    bool doubtful;
+    const uint2 found = product_codes<kBounded>(v, doubtful);
+    return doubtful ? divided_codes(*this, v) : found;
+  }
+  template <bool kBounded, class Vector>
+  __device__ __forceinline__ uint2 product_codes(const Vector& v, bool& doubtful) const {
+    const float less = __fmul_rn(inverse_, 1.0F - kDoubt);
+    const float more = __fmul_rn(inverse_, 1.0F + kDoubt);
     uint32_t bits[8];
-    float doubt = 0;
+    uint32_t differences = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float value = v.value(i);
       if constexpr (kBounded) value = fminf(fmaxf(value, low_), high_);
-      const float shifted = __fmaf_rn(value, inverse_, kMagic);
-      const float rest = __fmaf_rn(value, inverse_, __fsub_rn(kMagic, shifted));
-      doubt = fmaxf(doubt, fabsf(rest));
-      bits[i] = __float_as_uint(shifted);
+      bits[i] = __float_as_uint(__fmaf_rn(value, less, kMagic));
+      differences |= bits[i] ^ __float_as_uint(__fmaf_rn(value, more, kMagic));
       if constexpr (kBounded) bits[i] += static_cast<uint32_t>(zero_);
     }
-    if (doubt > 0.5F - kDoubt) return divided_codes(*this, v);
+    doubtful = differences != 0;
     return {
         __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410),
         __byte_perm(__byte_perm(bits[4], bits[5], 0x0040), __byte_perm(bits[6], bits[7], 0x0040), 0x5410)};

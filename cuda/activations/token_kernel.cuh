@@ -278,10 +278,8 @@ struct TokenShape {
   }
 };
 
-template <class Source, class Sink>
-void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask& task, cudaStream_t stream,
-                         bool overlap) {
-  if (task.padded_rows == 0) return;
+// For rows of so many vectors on the current device. Throws InvalidArgument if there are too many.
+inline TokenShape token_shape(int64_t row_vectors, const TokenTask& task, bool few) {
   // Numbers of vectors are ints, and blocks are counted in 31 bits.
   if (task.cols > (int64_t{1} << 31) || task.padded_rows >= (int64_t{1} << 31)) {
     throw InvalidArgument("x", text_of("shape [", task.rows, ", ", task.cols, "]"), "sizes below 2^31");
@@ -291,8 +289,14 @@ void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask
   check_cuda(cudaGetDevice(&device), "current CUDA device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
              "processors of the CUDA device");
-  const TokenShape shape(sink.vectors(task.cols), task.rows, processors, !Source::kEveryShape,
-                         task.outliers.index != nullptr);
+  return {row_vectors, task.rows, processors, few, task.outliers.index != nullptr};
+}
+
+template <class Source, class Sink>
+void launch_token_kernel(const Source& source, const Sink& sink, const TokenTask& task, cudaStream_t stream,
+                         bool overlap) {
+  if (task.padded_rows == 0) return;
+  const TokenShape shape = token_shape(sink.vectors(task.cols), task, !Source::kEveryShape);
   const auto launch = [&](auto kernel) {
     const LaunchSettings settings(dim3(static_cast<unsigned>(task.padded_rows)),
                                   dim3(static_cast<unsigned>(shape.threads)), stream, overlap, 1);

@@ -1,5 +1,6 @@
 #include <bit>
 
+#include "activations/even_tokens.cuh"
 #include "activations/produced.hpp"
 #include "activations/token_kernel.cuh"
 #include "activations/token_rounding.hpp"
@@ -16,7 +17,13 @@ constexpr int64_t kMostInputs = int64_t{1} << 23;
 template <class T>
 void round_matrix(const TokenMatrix<T>& x, const TokenTask& task, const IntegerTokens& out,
                   cudaStream_t stream, bool overlap) {
-  launch_token_kernel(MatrixSource<T>{x}, order_sink(out, x.cols), task, stream, overlap);
+  const IntegerOrderSink sink = order_sink(out, x.cols);
+  if constexpr (sizeof(T) == 2) {
+    if (task.padded_rows > 0 && takes_even_tokens(x, task) &&
+        launch_even_tokens(x, sink, task, stream, overlap))
+      return;
+  }
+  launch_token_kernel(MatrixSource<T>{x}, sink, task, stream, overlap);
 }
 
 }  // namespace

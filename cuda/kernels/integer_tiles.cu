@@ -83,7 +83,7 @@ TileCost cost_of(const IntegerShape& shape, int64_t blocks_running) {
     if (cost.shape == shape) return cost;
   }
   // Few tokens: what arrives, alone (bound by latency) or where many fetch.
-  constexpr double kFetched = 8.3e6;  // bytes that the L2 cache gives in a microsecond
+  constexpr double kFetched = 10.4e6;  // bytes that the L2 cache gives in a microsecond
   const double alone = shape.tokens == 128 ? 0.34 : shape.tokens == 64 ? 0.26 : 0.28;
   const double bytes = 128.0 * (128.0 / shape.tiles + shape.tokens) * static_cast<double>(blocks_running);
   const double tile = shape.parts == 1      ? 1.0

@@ -32,7 +32,7 @@ struct Found {
 
 // The format without its outliers is what the launcher takes; their columns go as places.
 Found run(const ActivationValues& x, const ActivationFormat& format, const std::vector<int32_t>& columns,
-          bool overlap, cudaStream_t stream) {
+          bool sums, bool overlap, cudaStream_t stream) {
   const auto outliers = static_cast<int64_t>(columns.size());
   const int64_t code_bytes = integers::order_bytes(x.m, x.k);
   const int64_t outlier_bytes = integers::order_bytes(x.m, 2 * outliers);
@@ -49,6 +49,7 @@ Found run(const ActivationValues& x, const ActivationFormat& format, const std::
   cuda::IntegerTokens out;
   out.codes = reinterpret_cast<int8_t*>(codes.get());
   out.terms = reinterpret_cast<integers::TokenTerms*>(terms.get());
+  out.sums = sums;
   if (format.has_outliers()) {
     out.outlier_index = device_index.get();
     out.outlier_values = values.get();
@@ -62,14 +63,16 @@ Found run(const ActivationValues& x, const ActivationFormat& format, const std::
           download(values.get(), outlier_bytes)};
 }
 
-void expect_equal_to_cpu(const ActivationValues& x, const char* spec, bool overlap = false) {
+void expect_equal_to_cpu(const ActivationValues& x, const char* spec, bool overlap = false,
+                         bool sums = true) {
+  if (sums) expect_equal_to_cpu(x, spec, overlap, false);
   SCOPED_TRACE(text_of(spec, " [", x.m, ", ", x.k, "] ", name_of(x.dtype), " stride ", x.stride, " offset ",
-                       x.offset));
+                       x.offset, sums ? " sums" : ""));
   const ActivationFormat format = activation_format_from_spec(spec);
   const std::vector<int32_t> columns = format.outlier_columns.value_or(std::vector<int32_t>());
   const QuantizedActivations expected = quantize_activations(x.on_host(), format);
   const Stream stream;
-  const Found found = run(x, format, columns, overlap, stream);
+  const Found found = run(x, format, columns, sums, overlap, stream);
   const int64_t padded_rows = ceil_div(x.m, int64_t{cuda::kTokenRows}) * cuda::kTokenRows;
   const int64_t row_blocks = ceil_div(x.k, int64_t{integers::kBlockBytes});
   const auto* const codes = expected.planes.at("codes").values<int8_t>().data();
@@ -91,7 +94,7 @@ void expect_equal_to_cpu(const ActivationValues& x, const char* spec, bool overl
     const auto at = static_cast<size_t>(scales.size() == 1 ? 0 : t);
     const int zero = format.symmetric ? 0 : expected.planes.at("zeros").values<int8_t>()[at];
     int32_t sum = 0;
-    for (int64_t c = 0; c < x.k; ++c) sum += codes[t * x.k + c] - zero;
+    for (int64_t c = 0; c < x.k && sums; ++c) sum += codes[t * x.k + c] - zero;
     ASSERT_EQ(terms.scale, scales[at]) << "token " << t;
     ASSERT_EQ(terms.zero, zero) << "token " << t;
     ASSERT_EQ(terms.sum, sum) << "token " << t;
@@ -165,43 +168,62 @@ TEST_F(TokenRounding, EqualTheCpuForAllLengths) {
   }
 }
 
+TEST_F(TokenRounding, EqualTheCpuInWholeBlocks) {
+  uint64_t seed = 400;
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    for (const int64_t k : {128, 640, 4096, 14336, 20480, 32768, 32896}) {
+      for (const int64_t m : {1, 21}) {
+        for (const char* spec : {"int8:token", "int4:token", "int8:token:outliers=2:columns=0,3,64,127"}) {
+          expect_equal_to_cpu(activation_values(m, k, dtype, ++seed), spec, m > 1);
+        }
+      }
+    }
+    expect_equal_to_cpu(activation_values(600, 4096, dtype, ++seed), "int8:token");
+  }
+}
+
 TEST_F(TokenRounding, OverlapsWithTheKernelBeforeIt) {
   expect_equal_to_cpu(activation_values(300, 4096, DType::f16, 7), "int8:token", true);
 }
 
 // Range and quotients at the ends of float32.
 TEST_F(TokenRounding, TakesTheLargestAndTheSmallestValues) {
-  ActivationValues x = activation_values(6, 64, DType::f32, 9);
-  for (int64_t c = 0; c < 64; ++c) {
-    const auto step = static_cast<float>(c % 9 - 4);
-    x.put(0, c, step * 0x1p124F);
-    x.put(1, c, step * 0x1p-147F);
-    x.put(2, c, step * 0x1p-128F);
-    x.put(3, c, c == 5 ? 0x1.fffffep126F : step * 0x1p-140F);
-    x.put(4, c, c % 2 == 0 ? 0x1.fffffep126F : -0x1.fffffep126F);
-    x.put(5, c, -0.0F);
-  }
-  for (const char* spec : {"int8:token", "int8:token:asym", "int2:token", "int4:token:asym",
-                           "int8:tensor:static=1.2e-38", "int8:tensor:static=1e38"}) {
-    expect_equal_to_cpu(x, spec);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const int64_t k = dtype == DType::f32 ? 64 : 128;
+    const float largest = dtype == DType::f32 ? 0x1.fffffep126F : 0x1.fep126F;
+    ActivationValues x = activation_values(6, k, dtype, 9);
+    for (int64_t c = 0; c < k; ++c) {
+      const auto step = static_cast<float>(c % 9 - 4);
+      x.put(0, c, step * 0x1p124F);
+      x.put(1, c, step * (dtype == DType::f32 ? 0x1p-147F : 0x1p-131F));
+      x.put(2, c, step * 0x1p-128F);
+      x.put(3, c, c == 5 ? largest : step * 0x1p-140F);
+      x.put(4, c, c % 2 == 0 ? largest : -largest);
+      x.put(5, c, -0.0F);
+    }
+    for (const char* spec : {"int8:token", "int8:token:asym", "int2:token", "int4:token:asym",
+                             "int8:tensor:static=1.2e-38", "int8:tensor:static=1e38"}) {
+      expect_equal_to_cpu(x, spec);
+    }
   }
 }
 
 TEST_F(TokenRoundingSmall, GivesNaNToTokensThatCannotBeRounded) {
   for (const DType dtype : kFloats) {
     for (const char* spec : {"int8:token", "int4:token:asym", "int8:tensor:static=0.5"}) {
-      ActivationValues x = activation_values(5, 70, dtype, 3);
+      const int64_t k = dtype == DType::bf16 ? 128 : 70;
+      ActivationValues x = activation_values(5, k, dtype, 3);
       x.put(0, 69, std::numeric_limits<float>::infinity());
       x.put(2, 0, std::numeric_limits<float>::quiet_NaN());
       x.put(3, 8, -std::numeric_limits<float>::infinity());
       const ActivationFormat format = activation_format_from_spec(spec);
       const Stream stream;
-      const Found found = run(x, format, {}, false, stream);
+      const Found found = run(x, format, {}, false, false, stream);
       for (int64_t t = 0; t < 5; ++t) {
         integers::TokenTerms terms;
         std::memcpy(&terms, found.terms.data() + 16 * t, 16);
         EXPECT_EQ(std::isnan(terms.scale), t == 0 || t == 2 || t == 3) << spec << " token " << t;
-        for (int64_t c = 0; c < 70 && std::isnan(terms.scale); ++c) {
+        for (int64_t c = 0; c < k && std::isnan(terms.scale); ++c) {
           ASSERT_EQ(found.codes[static_cast<size_t>(integers::place_of(t, c, 1))], std::byte{0});
         }
       }
