@@ -5,7 +5,8 @@
 #include <limits>
 
 #include "additive/code_sweep.hpp"
-#include "additive/code_walk.hpp"
+#include "additive/code_walk.cuh"
+#include "additive/split_products.hpp"
 #include "common/math_handles.hpp"
 #include "fit/centroid_sums.hpp"
 #include "rounding/additive_problem.hpp"
@@ -63,22 +64,20 @@ __global__ void __launch_bounds__(kThreads) start_errors_kernel(WalkTask<Real> t
     const Real factor = task.scales[group * task.scale_count + natural * task.in_group / task.scale_columns];
     const auto wanted = static_cast<Real>(task.weights[(group * task.out_group + a) * task.columns +
                                                        natural * task.in_group + column % task.in_group]);
-    for (int b = 0; b < task.beam; ++b) task.errors[b * size + at] = wanted - factor * sum;
+    for (int b = 0; b < task.beam; ++b) store_error(task, b * size + at, wanted - factor * sum);
   }
 }
 
-// What hypotheses have before the run, from those that they come from. Rows of `length` values, of which the
-// first `width` are copied.
+// What hypotheses have before the run, from those that they come from: of rows of `length` values the first
+// `width`. A block for each row of [beam][count][rows].
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    inherit_kernel(const T* from, T* to, const int32_t* origins, int64_t beam, int64_t count, int64_t rows,
-                   int64_t length, int64_t width) {
-  for (int64_t at = first_thread(); at < beam * count * rows * width; at += thread_count()) {
-    const int64_t row = at / width;
-    const int64_t state = row / rows;
-    const int64_t parent = origins[state] * count + state % count;
-    to[row * length + at % width] = from[(parent * rows + row % rows) * length + at % width];
-  }
+    inherit_kernel(const T* from, T* to, const int32_t* origins, int64_t count, int rows, int64_t length,
+                   int64_t width) {
+  const int64_t row = blockIdx.x;
+  const int64_t state = row / rows;
+  const T* const own = from + ((origins[state] * count + state % count) * rows + row % rows) * length;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) to[row * length + i] = own[i];
 }
 
 // elements [codebooks][dim][padded] and halves [codebooks][padded][words] of tables.
@@ -103,23 +102,6 @@ DeviceBuffer<T> uploaded(const std::vector<T>& values, cudaStream_t stream) {
   return buffer;
 }
 
-void multiply(const BlasScope& blas, int m, int n, int k, const float* h, int columns, const float* errors,
-              float* products) {
-  const float one = 1;
-  const float zero = 0;
-  check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, m, n, k, &one, h, columns, errors, columns, &zero,
-                              products, m),
-               "products of errors");
-}
-void multiply(const BlasScope& blas, int m, int n, int k, const double* h, int columns, const double* errors,
-              double* products) {
-  const double one = 1;
-  const double zero = 0;
-  check_cublas(cublas().dgemm(blas.handle(), kOpN, kOpN, m, n, k, &one, h, columns, errors, columns, &zero,
-                              products, m),
-               "products of errors");
-}
-
 template <class Real>
 void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSearchOptions& options,
            std::span<const int64_t> row_groups) {
@@ -130,7 +112,7 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
   const int64_t dim = format.dim();
   const int64_t padded = checked_pad(entries, kEntryTile);
   const int64_t half_dim = dim <= 8 ? 8 : 16;
-  const bool by_tiles = std::is_same_v<Real, float> && options.code_penalties.empty();
+  constexpr bool kSplit = std::is_same_v<Real, float>;
 
   WalkTask<Real> task{};
   task.beam = options.beam;
@@ -163,6 +145,8 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
   const DeviceBuffer<Real> h(checked_mul(problem.columns, problem.columns), stream);
   problem.hessian(block_order.data(), h.data());
   task.h = h.data();
+  const DeviceBuffer<float> h_parts(kSplit ? 2 * h.count() : 0, stream);
+  if constexpr (kSplit) split(h.data(), h_parts.data(), h_parts.data() + h.count(), h.count(), stream);
   const DeviceBuffer<Real> tables(arrays.tables.count(), stream);
   convert(arrays.tables.data(), tables.data(), arrays.tables.count(), 1.0, stream);
   const DeviceBuffer<Real> scales(arrays.scales.count(), stream);
@@ -187,7 +171,8 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
   const DeviceBuffer<Real> penalty_buffer = uploaded(penalties, stream);
   task.penalties = penalties.empty() ? nullptr : penalty_buffer.data();
   // Largest magnitude of the tables, for the units of scores by tiles.
-  const float reach = by_tiles
+  const Scoring scoring = scoring_of(task);
+  const float reach = scoring == Scoring::tiles
                           ? checked_largest({arrays.tables.data(), DType::f32, books * entries, dim, dim},
                                             "codebook", true, stream)
                           : 0.0F;
@@ -197,7 +182,12 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
   const int64_t code_count = checked_mul(task.count, problem.blocks * books);
   const int sides = task.beam > 1 ? 2 : 1;
   const int64_t error_count = checked_mul(rows, problem.columns);
-  const DeviceBuffer<Real> errors(checked_mul(sides, error_count), stream);
+  // Of each side, and of float32 of each part.
+  const DeviceBuffer<Real> errors(checked_mul((kSplit ? 2 : 1) * sides, error_count), stream);
+  const auto set_errors = [&](int side) {
+    task.errors = errors.data() + side * error_count;
+    task.errors_low = kSplit ? task.errors + sides * error_count : nullptr;
+  };
   const DeviceBuffer<uint16_t> codes(checked_mul(sides * task.beam, code_count), stream);
   const DeviceBuffer<uint16_t> start(code_count, stream);
   const DeviceBuffer<Real> products(checked_mul(rows, width), stream);
@@ -216,7 +206,7 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
       arrays.codes.data(), start.data(), task.rows, task.block_order, task.count, problem.blocks, books);
   check_cuda(cudaGetLastError(), "launch of order_codes");
   for (int side = 0; side < sides; ++side) {
-    task.errors = errors.data() + side * error_count;
+    set_errors(side);
     start_errors_kernel<<<blocks_for(error_count / task.beam), kThreads, 0, stream>>>(task);
     check_cuda(cudaGetLastError(), "launch of start_errors");
   }
@@ -229,20 +219,34 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
     const int64_t column = first * task.in_group;
     const auto run_width = static_cast<int>(task.run_blocks * task.in_group);
     weigh_entries(task, norms.data(), units.data(), reach, stream);
-    // Column-major, (E H)^T = H E^T, for the columns of the run.
-    multiply(blas, run_width, static_cast<int>(task.live * task.count * task.out_group),
-             static_cast<int>(problem.columns), h.data() + column, static_cast<int>(problem.columns),
-             errors.data() + side * error_count, products.data());
+    const Real* const own = errors.data() + side * error_count;
+    const int live_rows = static_cast<int>(task.live * task.count * task.out_group);
+    const auto columns = static_cast<int>(problem.columns);
+    if constexpr (kSplit) {
+      const float* const high = h_parts.data() + column;
+      cuda::multiply(blas, live_rows, run_width, columns, {own, own + sides * error_count, columns},
+                     {high, high + h.count(), columns}, products.data(), run_width);
+    } else {
+      // Column-major, (E H)^T = H E^T, for the columns of the run.
+      const double one = 1;
+      const double zero = 0;
+      check_cublas(
+          cublas().dgemm(blas.handle(), kOpN, kOpN, run_width, live_rows, columns, &one, h.data() + column,
+                         columns, own, columns, &zero, products.data(), run_width),
+          "products of errors");
+    }
     const int next = sides - 1 - side;
-    task.errors = errors.data() + next * error_count;
+    set_errors(next);
     task.codes = codes.data() + next * task.beam * code_count;
-    walk_run(task, by_tiles, stream);
+    walk_run(task, scoring, stream);
     if (task.beam > 1 && first > 0) {
-      inherit_kernel<<<blocks_for(rows * column), kThreads, 0, stream>>>(
-          errors.data() + side * error_count, task.errors, origins.data(), task.beam, task.count,
-          task.out_group, problem.columns, column);
-      inherit_kernel<<<blocks_for(task.beam * task.count * first * books), kThreads, 0, stream>>>(
-          codes.data() + side * task.beam * code_count, task.codes, origins.data(), task.beam, task.count, 1,
+      for (int part = 0; part < (kSplit ? 2 : 1); ++part) {
+        inherit_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+            own + part * sides * error_count, part == 0 ? task.errors : task.errors_low, origins.data(),
+            task.count, task.out_group, problem.columns, column);
+      }
+      inherit_kernel<<<static_cast<unsigned>(task.beam * task.count), kThreads, 0, stream>>>(
+          codes.data() + side * task.beam * code_count, task.codes, origins.data(), task.count, 1,
           problem.blocks * books, first * books);
       check_cuda(cudaGetLastError(), "launch of inherit");
     }

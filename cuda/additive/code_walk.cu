@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "additive/code_walk.cuh"
+#include "additive/thread_scores.cuh"
 #include "additive/tile_scores.cuh"
 #include "common/check.cuh"
 #include "quantloom/checked_math.hpp"
@@ -14,6 +15,9 @@ constexpr int kPlainStates = 16;
 constexpr int kFewThreads = 256;  // of tiles, for tables of few entries
 constexpr int kManyThreads = 512;
 constexpr int kWeighThreads = 256;
+constexpr int kCluster = 4;
+constexpr int kClusterTiles = 2;                // of 16 states, for each of its thread blocks
+constexpr int64_t kFewestSharedEntries = 4096;  // of tables that clusters search
 
 // Scores by the definition, in any type.
 template <class Real, int kKept>
@@ -24,9 +28,15 @@ struct PlainScorer {
   static __device__ __forceinline__ Real worth_of(Real /*scale*/, Real /*unit*/) { return 1; }
   static __device__ __forceinline__ Real square_of(Real scale) { return scale * scale; }
 
+  __device__ __forceinline__ Nothing prefetch(const WalkTask<Real>& /*task*/, const WalkMemory& /*memory*/,
+                                              const ScoreTask<Real>& /*scores*/, int /*book*/) const {
+    return {};
+  }
+
   __device__ __forceinline__ void score(const WalkTask<Real>& task, const WalkMemory& memory,
                                         const WalkState<Real>& state, const ScoreTask<Real>& scores,
-                                        const uint16_t* codes, int /*book*/, int states, int live) const {
+                                        const uint16_t* codes, int /*book*/, int states, int live,
+                                        Nothing /*first*/) const {
     const int warps = static_cast<int>(blockDim.x / 32);
     for (int s = static_cast<int>(threadIdx.x / 32); s < states; s += warps) {
       if (s % task.beam >= live) continue;
@@ -47,14 +57,24 @@ struct PlainScorer {
   }
 };
 
+template <int kPadded, int kKept>
+__global__ void __launch_bounds__(kEntryThreads, 2) thread_kernel(WalkTask<float> task, WalkMemory memory) {
+  walk(task, memory, ThreadScorer<kPadded, kKept>());
+}
+
 template <class Real, int kKept>
 __global__ void __launch_bounds__(kPlainThreads) plain_kernel(WalkTask<Real> task, WalkMemory memory) {
   walk(task, memory, PlainScorer<Real, kKept>());
 }
 
 template <int kTiles, int kSteps, int kKept>
-__global__ void __launch_bounds__(kManyThreads) tile_kernel(WalkTask<float> task, WalkMemory memory) {
-  walk(task, memory, TileScorer<kTiles, kSteps, kKept>());
+__global__ void __launch_bounds__(kManyThreads, 1) tile_kernel(WalkTask<float> task, WalkMemory memory) {
+  walk(task, memory, TileScorer<kTiles, kSteps, kKept, 1>());
+}
+
+template <int kSteps>
+__global__ void __launch_bounds__(kFewThreads) cluster_kernel(WalkTask<float> task, WalkMemory memory) {
+  walk(task, memory, TileScorer<kClusterTiles * kCluster, kSteps, 1, kCluster>());
 }
 
 template <class Real>
@@ -143,14 +163,24 @@ int tiles_of(const WalkTask<Real>& task) {
 
 template <class Real, class Kernel>
 void launch(const WalkTask<Real>& task, const WalkMemory& memory, int threads, Kernel kernel,
-            cudaStream_t stream) {
-  const int64_t bytes = memory.bytes<Real>();
+            cudaStream_t stream, int cluster = 1) {
+  const auto bytes = static_cast<size_t>(memory.bytes<Real>());
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
       "shared memory of a search");
-  const auto blocks = static_cast<unsigned>(ceil_div(task.count, int64_t{memory.states} / memory.beam));
-  kernel<<<blocks, threads, static_cast<size_t>(bytes), stream>>>(task, memory);
-  check_cuda(cudaGetLastError(), "launch of a search");
+  const int64_t blocks = ceil_div(task.count, int64_t{memory.states} / memory.beam);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(checked_pad(blocks, cluster)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, task, memory), "launch of a search");
 }
 
 template <class Real>
@@ -166,8 +196,32 @@ void walk_plain(const WalkTask<Real>& task, cudaStream_t stream) {
   }
 }
 
+template <int kPadded>
+void walk_threads(const WalkTask<float>& task, cudaStream_t stream) {
+  WalkMemory memory = memory_of(task, kPlainStates);
+  memory.splits = kEntryThreads / 32;
+  memory.kept = kept_of(task.beam);
+  switch (memory.kept) {
+    case 1:
+      return launch(task, memory, kEntryThreads, thread_kernel<kPadded, 1>, stream);
+    case 4:
+      return launch(task, memory, kEntryThreads, thread_kernel<kPadded, 4>, stream);
+    default:
+      return launch(task, memory, kEntryThreads, thread_kernel<kPadded, kMostBeam>, stream);
+  }
+}
+
 template <int kSteps>
 void walk_tiles(const WalkTask<float>& task, cudaStream_t stream) {
+  if (task.beam == 1 && task.entries >= kFewestSharedEntries &&
+      attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    WalkMemory memory = memory_of(task, 16 * kClusterTiles);
+    memory.splits = kCluster;
+    memory.kept = 1;
+    memory.gathered = kCluster * memory.states;
+    memory.warps = kFewThreads / 32;
+    return launch(task, memory, kFewThreads, cluster_kernel<kSteps>, stream, kCluster);
+  }
   const int tiles = tiles_of(task);
   WalkMemory memory = memory_of(task, 16 * tiles);
   const int threads = task.padded / kEntryTile < kManyThreads / 32 ? kFewThreads : kManyThreads;
@@ -200,11 +254,19 @@ void weigh_entries(const WalkTask<Real>& task, Real* norms, Real* units, float r
 }
 
 template <class Real>
-void walk_run(const WalkTask<Real>& task, bool by_tiles, cudaStream_t stream) {
+Scoring scoring_of(const WalkTask<Real>& task) {
+  if (sizeof(Real) == 8) return Scoring::plain;
+  if (task.penalties == nullptr) return Scoring::tiles;
+  return task.entries <= kMostThreadEntries ? Scoring::threads : Scoring::plain;
+}
+
+template <class Real>
+void walk_run(const WalkTask<Real>& task, Scoring scoring, cudaStream_t stream) {
   if constexpr (std::is_same_v<Real, float>) {
-    if (by_tiles) {
-      return task.out_group * task.in_group <= 8 ? walk_tiles<1>(task, stream) : walk_tiles<2>(task, stream);
-    }
+    const bool small = task.out_group * task.in_group <= 8;
+    if (scoring == Scoring::threads)
+      return small ? walk_threads<8>(task, stream) : walk_threads<16>(task, stream);
+    if (scoring == Scoring::tiles) return small ? walk_tiles<1>(task, stream) : walk_tiles<2>(task, stream);
   }
   walk_plain(task, stream);
 }
@@ -221,6 +283,8 @@ int widest_run(const WalkTask<Real>& task) {
     memory.splits = kManyThreads / 32;
     memory.kept = kept_of(task.beam);
     if (sizeof(Real) == 4) memory.states = kept_of(task.beam) == 1 ? 64 : 32;
+    memory.gathered = kCluster * kClusterTiles * 16;
+    memory.warps = kFewThreads / 32;
     return memory.bytes<Real>() <= limit;
   };
   while (run.run_blocks > 1 && !fits()) run.run_blocks = ceil_div(run.run_blocks, 2);
@@ -229,8 +293,10 @@ int widest_run(const WalkTask<Real>& task) {
 
 template void weigh_entries(const WalkTask<float>&, float*, float*, float, cudaStream_t);
 template void weigh_entries(const WalkTask<double>&, double*, double*, float, cudaStream_t);
-template void walk_run(const WalkTask<float>&, bool, cudaStream_t);
-template void walk_run(const WalkTask<double>&, bool, cudaStream_t);
+template Scoring scoring_of(const WalkTask<float>&);
+template Scoring scoring_of(const WalkTask<double>&);
+template void walk_run(const WalkTask<float>&, Scoring, cudaStream_t);
+template void walk_run(const WalkTask<double>&, Scoring, cudaStream_t);
 template int widest_run(const WalkTask<float>&);
 template int widest_run(const WalkTask<double>&);
 

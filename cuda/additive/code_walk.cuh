@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "additive/code_walk.hpp"
+#include "additive/split_products.hpp"
 #include "common/shared_memory.cuh"
 
 namespace quantloom::cuda {
@@ -21,20 +22,15 @@ struct WalkMemory {
   int dim;
   int run_codes;  // of a state
   int beam;
-  int splits;  // parts that the entries of a table are searched in; 0: not by tiles
-  int kept;    // of each
+  int splits;    // parts that the entries of a table are searched in, of whose best candidates are kept:
+  int kept;      // so many of each
+  int gathered;  // states of a whole cluster; 0 without one
+  int warps;     // of a thread block of a cluster
 
   __host__ __device__ int sides() const { return beam > 1 ? 2 : 1; }
   __host__ __device__ int64_t product_values() const { return static_cast<int64_t>(sides()) * states * row; }
   template <class Real>
-  __host__ __device__ int64_t bytes() const {
-    const int64_t reals = static_cast<int64_t>(width) * width + product_values() + 2 * states * dim +
-                          3 * states + states * beam;
-    int64_t ints = static_cast<int64_t>(states) * (beam + sides() + 2);
-    ints += static_cast<int64_t>(2) * states * splits * kept;
-    return 8 * (static_cast<int64_t>(sides()) * states) + static_cast<int64_t>(sizeof(Real)) * reals +
-           4 * ints + 2 * static_cast<int64_t>(sides()) * states * run_codes + 16;
-  }
+  int64_t bytes() const;
 };
 
 template <class Real>
@@ -44,6 +40,7 @@ struct WalkState {
   Real* products;      // [sides][states][row]
   Real* factors;       // [states][dim]: of a code's entry in its score
   Real* changes;       // [states][dim]
+  Real* scales;        // [states]: of the present block
   Real* worth;         // [states]: what a score of 1 is worth as a loss
   Real* bases;         // [states]: the score of the present code
   Real* squares;       // [states]: of a norm in a score
@@ -54,15 +51,20 @@ struct WalkState {
   int* chosen;         // [states]
   float* kept_scores;  // [states][splits][kept]
   int* kept_places;
+  float* gathered_factors;  // [gathered][dim]
+  float* gathered_scores;   // [gathered][warps]
+  int* gathered_places;
   uint16_t* codes;  // [sides][states][run_codes]
+  const void* end;
 
-  __device__ WalkState(const WalkMemory& m, void* memory) {
+  __host__ __device__ WalkState(const WalkMemory& m, void* memory) {
     losses = static_cast<double*>(memory);
-    h = reinterpret_cast<Real*>(losses + m.sides() * m.states);
-    products = h + m.width * m.width;
-    factors = products + m.product_values();
+    factors = reinterpret_cast<Real*>(losses + m.sides() * m.states);  // at a multiple of 16 bytes
     changes = factors + m.states * m.dim;
-    worth = changes + m.states * m.dim;
+    h = changes + m.states * m.dim;
+    products = h + m.width * m.width;
+    scales = products + m.product_values();
+    worth = scales + m.states;
     bases = worth + m.states;
     squares = bases + m.states;
     scores = squares + m.states;
@@ -72,9 +74,20 @@ struct WalkState {
     chosen = parents + m.states;
     kept_scores = reinterpret_cast<float*>(chosen + m.states);
     kept_places = reinterpret_cast<int*>(kept_scores + m.states * m.splits * m.kept);
-    codes = reinterpret_cast<uint16_t*>(kept_places + m.states * m.splits * m.kept);
+    gathered_factors = reinterpret_cast<float*>(kept_places + m.states * m.splits * m.kept);
+    gathered_scores = gathered_factors + m.gathered * m.dim;
+    gathered_places = reinterpret_cast<int*>(gathered_scores + m.gathered * m.warps);
+    codes = reinterpret_cast<uint16_t*>(gathered_places + m.gathered * m.warps);
+    end = codes + m.sides() * m.states * m.run_codes;
   }
 };
+
+template <class Real>
+int64_t WalkMemory::bytes() const {
+  alignas(16) static char base[1];
+  const WalkState<Real> state(*this, base);
+  return static_cast<const char*>(state.end) - base + 16;
+}
 
 // The least of all lanes' scores; of equal ones that of the lowest number.
 template <class Real>
@@ -145,6 +158,7 @@ __device__ __forceinline__ Real score_of(const ScoreTask<Real>& task, const Real
                                          int64_t entry) {
   Real score = square * task.norms[entry];
   if (task.penalties != nullptr) score += task.penalties[entry];
+#pragma unroll 8
   for (int i = 0; i < task.dim; ++i) score = fma(factors[i], task.elements[i * task.padded + entry], score);
   return score;
 }
@@ -171,7 +185,20 @@ __device__ void score_all(const ScoreTask<Real>& task, const Real* factors, Real
   }
 }
 
-// The thread block's way along its run. Scorer: what fills scores and found, see the two of code_walk.cu.
+template <class Real>
+__device__ __forceinline__ void store_error(const WalkTask<Real>& task, int64_t at, Real error) {
+  if constexpr (sizeof(Real) == 4) {
+    task.errors[at] = tf32_part(error);
+    task.errors_low[at] = error - tf32_part(error);
+  } else {
+    task.errors[at] = error;
+  }
+}
+
+// What scorers without anything to load beforehand have loaded.
+struct Nothing {};
+
+// The thread block's way along its run. Scorer: what fills scores, found and bases.
 template <class Real, class Scorer>
 __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const Scorer& scorer) {
   const WalkState<Real> state(memory, dynamic_shared_memory<double>());
@@ -184,7 +211,8 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
   const int run_codes = memory.run_codes;
   const int rows_here = memory.states / beam;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * rows_here;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(rows_here), task.count - first_row));
+  const int rows =
+      static_cast<int>(min(static_cast<int64_t>(rows_here), max(task.count - first_row, int64_t{0})));
   const int states = rows * beam;
   const int64_t first_column = task.first_block * g;
   const int64_t row_codes = task.blocks * task.codebooks;
@@ -220,6 +248,12 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
     const int64_t scale_column = task.block_order[position] * static_cast<int64_t>(g) / task.scale_columns;
     const int column = block * g;
     const Real unit = task.units[block];
+    if (block == 0 || task.scale_count > 1) {
+      for (int s = tid; s < states; s += threads) {
+        state.scales[s] = task.scales[group_of(s) * task.scale_count + scale_column];
+      }
+      __syncthreads();
+    }
     for (int turn = 0; turn < task.codebooks; ++turn) {
       const int book = task.table_order[position * task.codebooks + turn];
       const Real* const table = task.tables + book * task.entries * dim;
@@ -232,15 +266,15 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
       Real* const products = state.products + side * memory.states * memory.row;
       uint16_t* const codes = state.codes + side * memory.states * run_codes;
       double* const losses = state.losses + side * memory.states;
-      const auto scale_of = [&](int s) { return task.scales[group_of(s) * task.scale_count + scale_column]; };
 
+      const auto first = scorer.prefetch(task, memory, scores, book);
       // What is wanted of this code: the product without the present one's share.
       for (int i = tid; i < states * dim; i += threads) {
         const int s = i / dim;
         const int a = i % dim / g;
         const int c = i % g;
         if (s % beam >= live) continue;
-        const Real factor = scale_of(s);
+        const Real factor = state.scales[s];
         const Real* const own = table + codes[s * run_codes + block * task.codebooks + book] * dim + a * g;
         Real target = 0;
         for (int j = 0; j < g; ++j) target = fma(own[j], state.h[(column + j) * width + column + c], target);
@@ -252,7 +286,8 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
         }
       }
       __syncthreads();
-      scorer.score(task, memory, state, scores, codes + block * task.codebooks + book, book, states, live);
+      scorer.score(task, memory, state, scores, codes + block * task.codebooks + book, book, states, live,
+                   first);
       __syncthreads();
 
       // The best candidates of each group of rows, of all its hypotheses.
@@ -311,21 +346,34 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
         const int parent = state.parents[s];
         const int present = codes[parent * run_codes + block * task.codebooks + book];
         state.changes[i] =
-            scale_of(s) * (table[state.chosen[s] * dim + i % dim] - table[present * dim + i % dim]);
+            state.scales[s] * (table[state.chosen[s] * dim + i % dim] - table[present * dim + i % dim]);
       }
       __syncthreads();
       const int other = memory.sides() - 1 - side;
       Real* const new_products = state.products + other * memory.states * memory.row;
       uint16_t* const new_codes = state.codes + other * memory.states * run_codes;
-      const int tail = width - column;
-      for (int i = tid; i < states * task.out_group * tail; i += threads) {
-        const int c = column + i % tail;
-        const int a = i / tail % task.out_group;
-        const int s = i / tail / task.out_group;
-        const Real* const change = state.changes + s * dim + a * g;
-        Real value = products[state.parents[s] * memory.row + a * width + c];
-        for (int j = 0; j < g; ++j) value = fma(-change[j], state.h[(column + j) * width + c], value);
-        new_products[s * memory.row + a * width + c] = value;
+      // A warp takes two states at once, so that each element of H serves both.
+      const int warps = threads / 32;
+      for (int s = tid / 32; s < states; s += 2 * warps) {
+        const int t = min(s + warps, memory.states - 1);
+        const bool both = s + warps < states;
+        for (int a = 0; a < task.out_group; ++a) {
+          const Real* const first = state.changes + s * dim + a * g;
+          const Real* const second = state.changes + t * dim + a * g;
+          const int own = state.parents[s] * memory.row + a * width;
+          const int next = both ? state.parents[t] * memory.row + a * width : own;
+          for (int c = column + tid % 32; c < width; c += 32) {
+            Real value = products[own + c];
+            Real other_value = products[next + c];
+            for (int j = 0; j < g; ++j) {
+              const Real h = state.h[(column + j) * width + c];
+              value = fma(-first[j], h, value);
+              other_value = fma(-second[j], h, other_value);
+            }
+            new_products[s * memory.row + a * width + c] = value;
+            if (both) new_products[t * memory.row + a * width + c] = other_value;
+          }
+        }
       }
       if (beam == 1) {
         for (int s = tid; s < states; s += threads) {
@@ -368,7 +416,8 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
     const Real factor = task.scales[group * task.scale_count + natural * g / task.scale_columns];
     const auto wanted =
         static_cast<Real>(task.weights[(group * task.out_group + a) * task.columns + natural * g + c % g]);
-    task.errors[(place_of(s) * task.out_group + a) * task.columns + first_column + c] = wanted - factor * sum;
+    store_error(task, (place_of(s) * task.out_group + a) * task.columns + first_column + c,
+                wanted - factor * sum);
   }
 }
 

@@ -45,7 +45,8 @@ struct WalkTask {
   const uint16_t* start;  // [count][blocks][codebooks]
   const Real* products;   // [live][count][out_group][run]: errors H, in the columns of the run
   // What the run makes of its own columns and blocks:
-  Real* errors;      // [beam][count][out_group][columns]
+  Real* errors;      // [beam][count][out_group][columns]; of float32 the TF32 part
+  Real* errors_low;  // of float32: the rest
   uint16_t* codes;   // [beam][count][blocks][codebooks]
   double* losses;    // [beam][count]: beyond that of the start
   int32_t* origins;  // [beam][count]: which of those that began the run each comes from
@@ -55,9 +56,16 @@ struct WalkTask {
 template <class Real>
 void weigh_entries(const WalkTask<Real>& task, Real* norms, Real* units, float reach, cudaStream_t stream);
 
-// Walks along a run. by_tiles: float32 scores from tensor cores; a code changes only if that lowers the loss.
+// How candidates are scored: by the definition; each thread its entries of small tables, in float32; or by
+// tensor cores, without penalties. With the latter two a code changes only if that lowers the loss.
+enum class Scoring { plain, threads, tiles };
+
 template <class Real>
-void walk_run(const WalkTask<Real>& task, bool by_tiles, cudaStream_t stream);
+Scoring scoring_of(const WalkTask<Real>& task);
+
+// Walks along a run.
+template <class Real>
+void walk_run(const WalkTask<Real>& task, Scoring scoring, cudaStream_t stream);
 
 // The widest run whose state fits into the shared memory of the current device.
 template <class Real>

@@ -2,6 +2,7 @@
 
 #include "additive/entry_sums.hpp"
 #include "additive/refit.hpp"
+#include "additive/split_products.hpp"
 #include "common/block_sum.cuh"
 #include "common/math_handles.hpp"
 #include "common/matrix_checks.hpp"
@@ -243,14 +244,19 @@ class Refit {
         size_(arrays.tables.count()),
         blas_(stream_),
         h_(checked_mul(problem.columns, problem.columns), stream_),
+        h_high_(h_.count(), stream_),
+        h_low_(h_.count(), stream_),
         scales_(arrays.scales.count(), stream_),
         numbers_(size_, stream_),
         values_(checked_mul(problem.n, problem.columns), stream_),
+        high_(values_.count(), stream_),
+        low_(values_.count(), stream_),
         products_(values_.count(), stream_),
         losses_(problem.row_groups, stream_),
         partial_(kDotBlocks, stream_),
         sum_(1, stream_) {
     problem.hessian(nullptr, h_.data());
+    split(h_.data(), h_high_.data(), h_low_.data(), h_.count(), stream_);
     convert(arrays.scales.data(), scales_.data(), scales_.count(), 1 / problem.weight_unit(), stream_);
   }
 
@@ -360,13 +366,11 @@ class Refit {
   }
   // products = values H
   void multiply() {
-    const float one = 1;
-    const float zero = 0;
     const auto columns = static_cast<int>(problem_.columns);
-    check_cublas(
-        cublas().sgemm(blas_.handle(), kOpN, kOpN, columns, static_cast<int>(problem_.n), columns, &one,
-                       h_.data(), columns, values_.data(), columns, &zero, products_.data(), columns),
-        "products of a refit");
+    split(values_.data(), high_.data(), low_.data(), values_.count(), stream_);
+    cuda::multiply(blas_, static_cast<int>(problem_.n), columns, columns,
+                   {high_.data(), low_.data(), columns}, {h_high_.data(), h_low_.data(), columns},
+                   products_.data(), columns);
   }
   // Sets values to the errors, products to theirs with H, losses to those of groups of rows.
   void find_losses() {
@@ -414,10 +418,14 @@ class Refit {
   cudaStream_t stream_;
   int64_t size_;  // of all tables
   BlasScope blas_;
-  DeviceBuffer<float> h_;         // [columns, columns]
+  DeviceBuffer<float> h_;  // [columns, columns]
+  DeviceBuffer<float> h_high_;
+  DeviceBuffer<float> h_low_;
   DeviceBuffer<double> scales_;   // in units of the weights
   DeviceBuffer<double> numbers_;  // tables
   DeviceBuffer<float> values_;    // [n, columns]
+  DeviceBuffer<float> high_;
+  DeviceBuffer<float> low_;
   DeviceBuffer<float> products_;  // [n, columns]
   DeviceBuffer<double> losses_;   // [N]
   DeviceBuffer<double> partial_;

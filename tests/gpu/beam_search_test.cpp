@@ -146,8 +146,9 @@ TEST_F(BeamSearchCudaSmall, Float32IsAlmostFloat64) {
 }
 
 TEST_F(BeamSearchCuda, LargeTablesFindWhatTheCpuFinds) {
-  for (const char* spec : {"additive:1x11:g8", "additive:1x10:g16", "additive:1x11:g2x4"}) {
-    const Problem problem(spec, 256, 512, 7);
+  for (const char* spec : {"additive:1x11:g8", "additive:1x10:g16", "additive:1x11:g2x4", "additive:1x12:g8",
+                           "additive:1x12:g16"}) {
+    const Problem problem(spec, 300, 512, 7);
     for (const int beam : {1, 3, 6}) {
       CodeSearchOptions options;
       options.beam = beam;

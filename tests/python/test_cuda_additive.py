@@ -13,7 +13,7 @@ from quantloom.beam_search import refit_tables, search_codes
 
 pytestmark = needs_cuda
 
-FORMATS = ["additive:2x5:g8", "additive:1x8:g2x4:scale16:bf16", "additive:3x3:g3"]
+FORMATS = ["additive:2x5:g8", "additive:1x6:g2x4:scale16:bf16", "additive:3x3:g3"]
 
 
 def layer(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -63,7 +63,7 @@ def test_quantize(spec, dtype):
 @pytest.mark.parametrize("spec", FORMATS)
 @pytest.mark.parametrize("beam", [1, 3])
 def test_search_codes(spec, beam):
-    w, hessian = layer(40, 48, 2)
+    w, hessian = layer(72, 96, 2)  # more blocks than entries
     q = ql.quantize(w, spec, ql.BeamSearch(hessian, rounds=0, refit=0))
     shape = q.planes["codebook"].shape[:2]
     penalties = np.random.default_rng(0).random(shape, np.float32)

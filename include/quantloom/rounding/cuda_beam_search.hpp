@@ -21,11 +21,12 @@ std::shared_ptr<const Additive> fit_additive_cuda(const Additive& format, const 
                                                   const AdditiveFitOptions& options, void* stream);
 
 // As search_codes(), from and to the codes of `packed`. In float64 the codes of that search. Else candidates
-// are scored by tensor cores (not with code penalties), to about 2^-22 of the largest term, and the best of
-// them again in float32; a code changes only if that lowers the loss of its hypothesis, in these sums.
+// are scored by tensor cores (with code penalties by float32 sums alone), to about 2^-22 of the largest term,
+// and the best of them again in float32; a code changes only if that lowers the loss of its hypothesis, in
+// these sums. Products of errors and H are taken of TF32 parts: about 21 bits of each value count.
 //
-// Memory on the device beyond inputs and planes, for float32: 4 n k for the weights, 4 k^2 for H, and for
-// each hypothesis 4 n k (8 n k from two hypotheses on); tables and their norms.
+// Memory on the device beyond inputs and planes, for float32: 4 n k for the weights, 12 k^2 for H, and for
+// each hypothesis 8 n k (16 n k from two hypotheses on); tables and their norms.
 void search_codes_cuda(const CudaMatrix& w, PackedTensor& packed, const CudaHessian& hessian,
                        const CodeSearchOptions& options, std::span<const int64_t> row_groups, void* stream);
 

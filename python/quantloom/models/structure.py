@@ -191,6 +191,13 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
 def require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
     """Raises RuntimeError naming the first module that no CUDA kernel rounds so."""
     last = rounding.then if isinstance(rounding, ChannelScaling) else rounding
+    if isinstance(last, ql.BeamSearch):
+        if last.start == "gptq":
+            raise RuntimeError(
+                f"device: got {device!r}, but first codes by feedback of errors are found on the CPU only;"
+                ' expected a beam_search without gptq, or "cpu"'
+            )
+        return
     search = last.scale_search
     for name, form in targets.formats.items():
         if not _core.rounds_on_cuda(form.to_json()):
