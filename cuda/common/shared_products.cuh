@@ -84,6 +84,7 @@ template <int kTokens>
 __device__ __forceinline__ void multiply_registers(int (&sum)[kTokens / 2], const uint32_t (&w)[4],
                                                    uint64_t x, int add) {
   if constexpr (kTokens == 16) QUANTLOOM_OF_REGISTERS(16, 8, 8, 9, 10, 11, 12, 13);
+  if constexpr (kTokens == 32) QUANTLOOM_OF_REGISTERS(32, 16, 16, 17, 18, 19, 20, 21);
   if constexpr (kTokens == 64) QUANTLOOM_OF_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37);
   if constexpr (kTokens == 128) QUANTLOOM_OF_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69);
   if constexpr (kTokens == 256) QUANTLOOM_OF_REGISTERS(256, 128, 128, 129, 130, 131, 132, 133);

@@ -14,6 +14,8 @@ std::span<const RegisterKernel> register_kernels_of_groups() {
       register_kernel_of<64, 1, 1, kNibbles, 1, kPairs>(),
       team_kernel_of<16, 2, kNibbles, 1, kPairs>(),
       team_kernel_of<16, 4, kNibbles, 1, kPairs>(),
+      team_kernel_of<32, 2, kNibbles, 1, kPairs>(),
+      team_kernel_of<32, 4, kNibbles, 1, kPairs>(),
 
       register_kernel_of<256, 2, 2, kNibbles, 2, kPairs>(),
       register_kernel_of<128, 1, 1, kNibbles, 2, kPairs>(),

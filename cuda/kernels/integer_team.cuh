@@ -248,16 +248,31 @@ class TeamConsumer : private RegisterConsumer<Tile> {
     }
     if (round * Tile::kTeam + member_ < blocks) leave(stage_[kSlot]);
     team_barrier();
+    // All are loaded before they are added one after the other.
+    constexpr int kRuns = Tile::kTeam * kSteps;
+    float2 pairs[kRuns][kOwnPairs];
+    float scales[kRuns][2];
 #pragma unroll
-    for (int part = 0; part < Tile::kTeam * kSteps; ++part) {
-      if (round * Tile::kTeam + part / kSteps >= blocks) break;
+    for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+      for (int i = 0; i < kOwnPairs; ++i) pairs[run][i] = *pair_at(to, run, member_ * kOwnPairs + i);
+      // Of rows g, and g + 8 where the pair's number is odd.
+      const float* const of_rows = scales_at(to, run) + row;
+      if constexpr (kOwnPairs == 1) {
+        scales[run][0] = of_rows[member_ % 2 * 8];
+      } else {
+        scales[run][0] = of_rows[0];
+        scales[run][1] = of_rows[8];
+      }
+    }
+    const int there = min(kRuns, (blocks - round * Tile::kTeam) * kSteps);
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      if (run >= there) break;
 #pragma unroll
       for (int i = 0; i < kOwnPairs; ++i) {
-        const int index = member_ * kOwnPairs + i;  // rows g, and g + 8 where odd
-        const float2 pair = *pair_at(to, part, index);
-        const float scale = scales_at(to, part)[row + index % 2 * 8];
-        own[i][0] = __fmaf_rn(pair.x, scale, own[i][0]);
-        own[i][1] = __fmaf_rn(pair.y, scale, own[i][1]);
+        own[i][0] = __fmaf_rn(pairs[run][i].x, scales[run][i % 2], own[i][0]);
+        own[i][1] = __fmaf_rn(pairs[run][i].y, scales[run][i % 2], own[i][1]);
       }
     }
     turn_ ^= 1;
