@@ -51,7 +51,7 @@ double block_time(const RegisterShape& shape, int steps) {
   if (shape.tokens == 128) return (shape.slabs == 2 ? 0.39 : grouped ? 0.6 : 0.47) * runs;
   if (shape.team == 1) return (shape.tokens == 16 ? 0.28 : grouped ? 0.39 : 0.28) * runs;
   if (shape.tokens == 64) return 0.13;
-  if (shape.tokens == 32) return shape.team == 2 ? 0.3 : 0.25;
+  if (shape.tokens == 32) return 0.3;
   // Two share a processor, or one has it.
   return (shape.team == 2 ? (grouped ? 0.32 : 0.18) : grouped ? 0.17 : 0.09) * runs;
 }

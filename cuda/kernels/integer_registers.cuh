@@ -45,7 +45,8 @@ struct RegisterTile {
   static constexpr int kUnit = kGrouped && kTokens > 64 ? 64 : kTokens;
   static constexpr int kUnits = kTokens / kUnit * (kGrouped ? kSteps : 1);
   // Registers hold the weights of two blocks, so that products of one block run while the next is unpacked.
-  static constexpr bool kAhead = !kTokenSums && (kTokens <= 64 || (kTokens == 128 && kSlabs == 2));
+  static constexpr bool kAhead =
+      !kTokenSums && kSteps <= 1 && (kTokens <= 64 || (kTokens == 128 && kSlabs == 2));
 
   static constexpr int kRecordBytes = registers::record_bytes(kNibbles, kSteps, kPairs);
   static constexpr int kTokenBytes = kTokens * integers::kBlockBytes;
