@@ -24,8 +24,8 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kFinishThreads = 128;
 // Pieces of a list that a lane has loaded ahead.
-constexpr int kAhead = 3;
-constexpr int kStepEntries = 32 * kPieceEntries;
+template <int kTokens>
+constexpr int kAhead = kTokens == 1 ? 4 : 3;
 
 struct PartsArguments {
   const uint2* codes;      // [slices][n][capacity / 4]
@@ -91,28 +91,25 @@ __device__ __forceinline__ void add_piece(const unsigned char* table, const unsi
   }
 }
 
-// What a lane loads ahead of a row's list.
-struct Ahead {
-  PartList list;
-  uint2 codes[kAhead];
-  uint32_t places[kAhead];
+// Pieces of a row's list, of which a lane has every kLanes-th.
+template <int kPieces, int kLanes>
+struct Pieces {
+  uint2 codes[kPieces];
+  uint32_t places[kPieces];
 
-  __device__ __forceinline__ void load(const PartsArguments& p, int64_t of_row, int part, int lane) {
-    list = PartList::from(__ldg(p.lists + of_row * p.parts + part));
-    const int64_t first = of_row * p.pieces + list.first / kPieceEntries + lane;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      codes[i] = make_uint2(0U, 0U);
-      places[i] = 0U;
-      if (i * kStepEntries + lane * kPieceEntries < list.count) {
-        codes[i] = __ldcs(p.codes + first + 32 * i);
-        places[i] = __ldcs(p.places + first + 32 * i);
-      }
+  // Piece `i` of a lane. `first`: its first one.
+  __device__ __forceinline__ void load(const PartsArguments& p, int i, int64_t first, int count, int lane) {
+    codes[i] = make_uint2(0U, 0U);
+    places[i] = 0U;
+    if ((i * kLanes + lane) * kPieceEntries < count) {
+      codes[i] = __ldcs(p.codes + first + i * kLanes);
+      places[i] = __ldcs(p.places + first + i * kLanes);
     }
   }
 };
 
-template <class T, int kDim, int kTokens>
+// kLanes of a warp take a row.
+template <class T, int kDim, int kTokens, int kLanes>
 __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_constant__ PartsArguments p) {
   extern __shared__ __align__(128) unsigned char memory[];
   unsigned char* const table = memory;
@@ -121,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int part = static_cast<int>(blockIdx.x) % p.parts;
   const int range = static_cast<int>(blockIdx.x) / p.parts;
-  const int64_t first_row = p.n * range / p.ranges;
-  const int64_t last_row = p.n * (range + 1) / p.ranges;
+  const auto first_row = static_cast<int>(p.n * range / p.ranges);
+  const auto last_row = static_cast<int>(p.n * (range + 1) / p.ranges);
   let_next_begin();
   wait_for_previous();
   constexpr int kPieces = additive::kPartBytes / 16;
@@ -143,34 +140,55 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
       }
     }
     __syncthreads();
+    // The list of a row is known a turn before its pieces are loaded, and those a turn before they are used.
+    constexpr int kRows = 32 / kLanes;
+    constexpr int kStep = kWarps * kRows;
+    const int in_row = lane % kLanes;
     const int64_t of_slice = slice * p.n;
-    int64_t row = first_row + warp;
-    Ahead next;
-    if (row < last_row) next.load(p, of_slice + row, part, lane);
-    for (; row < last_row; row += kWarps) {
-      const Ahead now = next;
-      if (row + kWarps < last_row) next.load(p, of_slice + row + kWarps, part, lane);
+    int row = first_row + warp * kRows + lane / kLanes;
+    const auto list_of = [&](int at) {
+      return at < last_row ? __ldg(p.lists + (of_slice + at) * p.parts + part) : 0U;
+    };
+    const auto first_piece = [&](int at, PartList list) {
+      return (of_slice + at) * p.pieces + list.first / kPieceEntries + in_row;
+    };
+    PartList list = PartList::from(list_of(row));
+    PartList next_list = PartList::from(list_of(row + kStep));
+    Pieces<kAhead<kTokens>, kLanes> pieces;
+#pragma unroll
+    for (int i = 0; i < kAhead<kTokens>; ++i) {
+      pieces.load(p, i, first_piece(row, list), list.count, in_row);
+    }
+    for (int turn = first_row + warp * kRows; turn < last_row; turn += kStep) {
+      const uint32_t after_next = list_of(row + 2 * kStep);
+      const int64_t next_piece = first_piece(row + kStep, next_list);
       float sums[2][kTokens] = {};
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int left = now.list.count - i * kStepEntries - lane * kPieceEntries;
-        if (left > 0) {
-          add_piece<T, kDim, kTokens>(table, x, lane, now.codes[i], now.places[i], left, sums);
-        }
+      for (int i = 0; i < kAhead<kTokens>; ++i) {
+        const uint2 codes = pieces.codes[i];
+        const uint32_t places = pieces.places[i];
+        pieces.load(p, i, next_piece, next_list.count, in_row);
+        const int left = list.count - (i * kLanes + in_row) * kPieceEntries;
+        if (left > 0) add_piece<T, kDim, kTokens>(table, x, lane, codes, places, left, sums);
       }
-      const int64_t first = (of_slice + row) * p.pieces + now.list.first / kPieceEntries;
-      for (int at = kAhead * 32 + lane; at * kPieceEntries < now.list.count; at += 32) {
+      const int64_t first = first_piece(row, list);
+      for (int at = kAhead<kTokens> * kLanes; (at + in_row) * kPieceEntries < list.count; at += kLanes) {
         add_piece<T, kDim, kTokens>(table, x, lane, __ldcs(p.codes + first + at),
-                                    __ldcs(p.places + first + at), now.list.count - at * kPieceEntries, sums);
+                                    __ldcs(p.places + first + at), list.count - (at + in_row) * kPieceEntries,
+                                    sums);
       }
+      __syncwarp();
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         float sum = sums[0][t] + sums[1][t];
 #pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0U, sum, mask);
-        const int64_t list = (int64_t{t} * p.slices + slice) * p.parts + part;
-        if (lane == 0) p.partial[list * p.n + row] = sum;
+        for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0U, sum, mask);
+        const int64_t place = (int64_t{t} * p.slices + slice) * p.parts + part;
+        if (in_row == 0 && row < last_row) p.partial[place * p.n + row] = sum;
       }
+      list = next_list;
+      next_list = PartList::from(after_next);
+      row += kStep;
     }
   }
 }
@@ -210,10 +228,10 @@ int input_bytes(const AdditiveLayout& layout) {
   return layout.in_group == 8 ? kInputBytes<8> : kInputBytes<16>;
 }
 
-template <class T, int kDim, int kTokens>
-void launch_tokens(const PartsArguments& arguments, cudaStream_t stream) {
+template <class T, int kDim, int kTokens, int kLanes>
+void launch_lanes(const PartsArguments& arguments, cudaStream_t stream) {
   constexpr int kBytes = additive::kPartBytes + kTokens * kInputBytes<kDim>;
-  const auto kernel = multiply_parts<T, kDim, kTokens>;
+  const auto kernel = multiply_parts<T, kDim, kTokens, kLanes>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
              "matmul_cuda: shared memory of multiply_parts");
   LaunchSettings settings(dim3(static_cast<unsigned>(arguments.parts * arguments.ranges)), dim3(kThreads),
@@ -223,12 +241,22 @@ void launch_tokens(const PartsArguments& arguments, cudaStream_t stream) {
              "matmul_cuda: launch of multiply_parts");
 }
 
+template <class T, int kDim, int kTokens>
+void launch_tokens(const PartsArguments& arguments, int64_t list, cudaStream_t stream) {
+  // Eight lanes for lists that they have mostly loaded ahead.
+  if (list <= 8 * kPieceEntries * (kAhead<kTokens> - 1)) {
+    return launch_lanes<T, kDim, kTokens, 8>(arguments, stream);
+  }
+  launch_lanes<T, kDim, kTokens, 16>(arguments, stream);
+}
+
+// `list`: entries of a list on average.
 template <class T>
-void launch_of(const PartsArguments& arguments, int dim, int tokens, cudaStream_t stream) {
-  if (dim == 16) return launch_tokens<T, 16, 1>(arguments, stream);
-  if (tokens == 1) return launch_tokens<T, 8, 1>(arguments, stream);
-  if (tokens == 2) return launch_tokens<T, 8, 2>(arguments, stream);
-  launch_tokens<T, 8, 3>(arguments, stream);
+void launch_of(const PartsArguments& arguments, int dim, int tokens, int64_t list, cudaStream_t stream) {
+  if (dim == 16) return launch_tokens<T, 16, 1>(arguments, list, stream);
+  if (tokens == 1) return launch_tokens<T, 8, 1>(arguments, list, stream);
+  if (tokens == 2) return launch_tokens<T, 8, 2>(arguments, list, stream);
+  launch_tokens<T, 8, 3>(arguments, list, stream);
 }
 
 // Tokens that have room at a time.
@@ -266,13 +294,14 @@ void launch_parts(const AdditiveLayout& layout, const PreparedPlanes& w, const C
                            static_cast<int>(layout.slices)};
   const int64_t most = ceil_div(layout.n, int64_t{kWarps});
   arguments.ranges = static_cast<int>(std::clamp<int64_t>(device.processors / layout.parts, 1, most));
+  const int64_t list = std::min<int64_t>(layout.blocks, kSliceBlocks) / layout.parts;
   const int at_once = tokens_at_once(layout, device);
   for (int64_t token = 0; token < a.m; token += at_once) {
     const auto tokens = static_cast<int>(std::min<int64_t>(at_once, a.m - token));
     arguments.x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
     if (layout.slices > 0) {
-      a.dtype == DType::f16 ? launch_of<__half>(arguments, layout.in_group, tokens, stream)
-                            : launch_of<__nv_bfloat16>(arguments, layout.in_group, tokens, stream);
+      a.dtype == DType::f16 ? launch_of<__half>(arguments, layout.in_group, tokens, list, stream)
+                            : launch_of<__nv_bfloat16>(arguments, layout.in_group, tokens, list, stream);
     }
     const FinishArguments finish{arguments.partial,
                                  static_cast<int>(layout.slices * layout.parts),

@@ -155,6 +155,7 @@ struct DecodedParts {
   const void* scales;
   DType scale_dtype;
   int parts;
+  uint32_t last_vector;  // of the table
   int64_t n;
   int64_t capacity;
   int64_t blocks;
@@ -162,6 +163,19 @@ struct DecodedParts {
   int64_t first_row;
   int64_t stride;
 };
+
+// Eight values of the table, scaled.
+template <class Out>
+__device__ __forceinline__ void store_scaled(uint4 pairs, float scale, Out* to) {
+  const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+  float values[8];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    values[2 * c] = __fmul_rn(HalfPair<__half>::low(words[c]), scale);
+    values[2 * c + 1] = __fmul_rn(HalfPair<__half>::high(words[c]), scale);
+  }
+  store_eight(values, to);
+}
 
 // A block of threads decodes the lists of a row and slice, a thread a vector at a time, into shared memory,
 // from where they go to memory in the order of their columns.
@@ -179,25 +193,42 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = load_float(w.scales, w.scale_dtype, row);
   const auto blocks =
       static_cast<int>(min(w.blocks - slice * kSliceBlocks, static_cast<int64_t>(kSliceBlocks)));
-#pragma unroll 4
-  for (int part = 0; part < w.parts; ++part) {
-    const PartList list = PartList::from(__ldg(w.lists + of_row * w.parts + part));
-    for (int i = thread; i < list.count; i += kThreads) {
-      const int64_t at = of_row * w.capacity + list.first + i;
-      const PartEntry entry = PartEntry::from(kBits, __ldg(w.codes + at), __ldg(w.places + at));
-      const uint4* const from =
-          w.table + (static_cast<int64_t>(entry.code | static_cast<uint32_t>(part) << kBits)) * (kDim / 8);
+  // Vectors of several parts are on their way at once.
+  constexpr int kBatch = kDim == 8 ? 4 : 2;
+  for (int first_part = 0; first_part < w.parts; first_part += kBatch) {
+    PartList lists[kBatch];
+    int longest = 0;
 #pragma unroll
-      for (int e = 0; e < kDim / 8; ++e) {
-        const uint4 pairs = __ldg(from + e);
-        const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-        float values[8];
+    for (int b = 0; b < kBatch; ++b) {
+      const int part = first_part + b;
+      lists[b] = PartList::from(part < w.parts ? __ldg(w.lists + of_row * w.parts + part) : 0U);
+      longest = max(longest, lists[b].count);
+    }
+    for (int i = thread; i < longest; i += kThreads) {
+      uint32_t low[kBatch];
+      uint32_t high[kBatch];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          values[2 * c] = __fmul_rn(HalfPair<__half>::low(words[c]), scale);
-          values[2 * c + 1] = __fmul_rn(HalfPair<__half>::high(words[c]), scale);
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t at = of_row * w.capacity + lists[b].first + i;
+        low[b] = i < lists[b].count ? __ldg(w.codes + at) : 0U;
+        high[b] = i < lists[b].count ? __ldg(w.places + at) : 0U;
+      }
+      uint4 pairs[kBatch][kDim / 8];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const uint32_t code = PartEntry::from(kBits, low[b], high[b]).code;
+        const uint32_t vector = min(code | static_cast<uint32_t>(first_part + b) << kBits, w.last_vector);
+#pragma unroll
+        for (int e = 0; e < kDim / 8; ++e) pairs[b][e] = __ldg(w.table + vector * (kDim / 8) + e);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const uint32_t place = PartEntry::from(kBits, low[b], high[b]).place;
+        if (i >= lists[b].count || static_cast<int>(place) >= blocks) continue;
+#pragma unroll
+        for (int e = 0; e < kDim / 8; ++e) {
+          store_scaled(pairs[b][e], scale, values_of_slice + place * kDim + 8 * e);
         }
-        store_eight(values, values_of_slice + entry.place * kDim + 8 * e);
       }
     }
   }
@@ -225,6 +256,7 @@ void launch_decode(const AdditiveLayout& layout, const PreparedPlanes& w, int64_
                                w.plane("scales").bytes(),
                                layout.scale_dtype,
                                layout.parts,
+                               (1U << layout.bits) - 1U,
                                layout.n,
                                layout.capacity,
                                layout.blocks,

@@ -22,4 +22,10 @@ int64_t lookup_workspace(const FragmentLayout& layout, const DeviceFacts& device
 // launch.arguments.partial: lookup_workspace() bytes, for launch.splits.
 void launch_lookups(const FragmentLayout& layout, const ProductLaunch& launch, const DeviceFacts& device);
 
+// Decoding of those with vectors of 8 weights: rows [n, stride] of `dtype`, as launch_decode_fragments()
+// makes them.
+bool decodes_vectors(const FragmentLayout& layout, const DeviceFacts& device);
+void decode_vectors_to(const FragmentLayout& layout, const FragmentMatrix& w, void* out, int64_t stride,
+                       DType dtype, const DeviceFacts& device, cudaStream_t stream);
+
 }  // namespace quantloom::cuda

@@ -22,6 +22,7 @@
 #include "kernels/spqr_fragments.hpp"
 #include "kernels/spqr_product.hpp"
 #include "kernels/stream_plan.hpp"
+#include "kernels/tile_support.cuh"
 #include "kernels/trellis_product.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
 
@@ -431,6 +432,20 @@ void repeat_stream(const PreparedPlanes& w, const CudaMatmulArguments& arguments
   }
 }
 
+// "decode" of vectors that have a decoder of their own.
+void run_decoded_vectors(const FragmentLayout& layout, const ProductLaunch& launch, void* workspace,
+                         const DeviceFacts& device) {
+  const ProductArguments& p = launch.arguments;
+  if (p.w.column_blocks == 0) return cuda::launch_bias_alone(launch);
+  const cuda::DecodedPlan plan = cuda::decoded_plan(p.w, p.m, launch.dtype, launch.splits);
+  for (int64_t first = 0; first < p.w.n; first += plan.rows) {
+    const ProductLaunch part = cuda::part_of_rows(launch, first, plan.rows, layout.bits);
+    cuda::decode_vectors_to(layout, part.arguments.w, workspace, layout.padded_k(), launch.dtype, device,
+                            launch.stream);
+    cuda::multiply_decoded(part, plan, first == 0, workspace);
+  }
+}
+
 // Without what depends on the kernel.
 ProductLaunch launch_of(const FragmentLayout& layout, const PreparedPlanes& w,
                         const CudaMatmulArguments& arguments, const CudaMatmulOptions& options,
@@ -508,7 +523,11 @@ void matmul_cuda(const PreparedPlanes& w, const CudaMatmulArguments& arguments,
   } else if (product.name == "tiles_wgmma") {
     launchers.tiles_wgmma(launch, arguments.workspace);
   } else if (product.name == "decode") {
-    launchers.decoded(launch, arguments.workspace);
+    if (cuda::decodes_vectors(layout, device)) {
+      run_decoded_vectors(layout, launch, arguments.workspace, device);
+    } else {
+      launchers.decoded(launch, arguments.workspace);
+    }
   } else if (product.name == cuda::kLookups) {
     launch.arguments.partial = static_cast<float*>(arguments.workspace);
     launch.splits = options.splits;
@@ -561,6 +580,9 @@ void decode_fragments_cuda(const PreparedPlanes& w, void* out, DType dtype, int6
   if (layout.bilevel()) {
     cuda::decode_spqr(layout, matrix, 0, w.n, out, dtype, stride, false, cuda_stream);
     return cuda::add_outliers_to_decoded(matrix, out, stride, dtype, cuda_stream);
+  }
+  if (cuda::decodes_vectors(layout, device)) {
+    return cuda::decode_vectors_to(layout, matrix, out, stride, dtype, device, cuda_stream);
   }
   cuda::launchers_of(layout).decode(matrix, out, stride, dtype, false, cuda_stream);
 }
