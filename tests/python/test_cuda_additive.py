@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from cuda_cases import needs_cuda, same_planes
 from quantloom.beam_search import refit_tables, search_codes
 
 pytestmark = needs_cuda
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 
 FORMATS = ["additive:2x5:g8", "additive:1x6:g2x4:scale16:bf16", "additive:3x3:g3"]
 
@@ -131,3 +134,20 @@ def test_refused():
         ql.quantize(w, "additive:1x3:g4", ql.BeamSearch(hessian))
     with pytest.raises(ValueError, match="row 2, column 3"):
         refit_tables(w, q, hessian)
+
+
+def test_models_on_the_device(tmp_path):
+    recipe = ql.Recipe.parse("additive:1x6:g4", "beam_search:rounds=2")
+    report = ql.models.quantize(
+        TINY, recipe, TINY / "calib.txt", output=tmp_path / "out", windows=4, window=128, device="cuda"
+    )
+    assert all(module.proxy_loss < module.proxy_loss_nearest for module in report.modules)
+    model = ql.models.load(tmp_path / "out", torch.float32)
+    reference = ql.models.load_reference(TINY)
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        logits, expected = (m(input_ids=ids).logits.float() for m in (model, reference))
+    assert float((logits - expected).norm() / expected.norm()) < 0.7
+    recipe = ql.Recipe.parse("additive:1x6:g4", "beam_search:gptq")
+    with pytest.raises(RuntimeError, match="device: got 'cuda:0'"):
+        ql.models.quantize(TINY, recipe, TINY / "calib.txt", output=tmp_path / "other", device="cuda")
