@@ -78,7 +78,9 @@ KVCache::KVCache(KVFormat format, KVShape shape, int64_t capacity, std::shared_p
                                  shape.head_dim});
   }
   const int64_t coded = std::max<int64_t>(0, capacity - format.first);
-  add_slab(checked_mul(shape.sequences, ceil_div(coded, layout_.page_tokens)));
+  const int64_t pages = ceil_div(coded, layout_.page_tokens);
+  for (Sequence& sequence : sequences_) sequence.pages.reserve(static_cast<size_t>(pages));
+  add_slab(checked_mul(shape.sequences, pages));
 }
 
 KVCache KVCache::clone() const {
