@@ -65,8 +65,8 @@ void unprepare_integers_cuda(const IntegerPlanes& prepared, PackedTensor& packed
 struct CudaIntegerOptions {
   // Lets the kernels start before the previous one in the stream has ended, see CudaMatmulOptions.
   bool overlap = false;
-  // For measurements and tests: the sizes of a tile, "tokens x rows x parts" such as "256x2x1"; empty:
-  // those that suit.
+  // For measurements and tests: the sizes of a tile, "tokens x rows x parts" and, unless it is 1, "x tiles",
+  // such as "256x2x1"; empty: those that suit.
   std::string tile = {};
 };
 
