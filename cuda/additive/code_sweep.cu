@@ -15,6 +15,7 @@ namespace quantloom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kMostBlocks = 8192;
 
 unsigned blocks_for(int64_t threads) {
@@ -179,6 +180,10 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
 
   const int64_t run_blocks = widest_run(task);
   const int64_t width = run_blocks * task.in_group;
+  // Runs whose products with the errors are brought up to date at once, where errors have one hypothesis:
+  // wide products make better use of the device.
+  const int64_t panel_runs = kSplit && task.beam == 1 ? std::max<int64_t>(kPanelColumns / width, 1) : 1;
+  const int64_t panel_blocks = panel_runs * run_blocks;
   const int64_t code_count = checked_mul(task.count, problem.blocks * books);
   const int sides = task.beam > 1 ? 2 : 1;
   const int64_t error_count = checked_mul(rows, problem.columns);
@@ -190,14 +195,15 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
   };
   const DeviceBuffer<uint16_t> codes(checked_mul(sides * task.beam, code_count), stream);
   const DeviceBuffer<uint16_t> start(code_count, stream);
-  const DeviceBuffer<Real> products(checked_mul(rows, width), stream);
+  const DeviceBuffer<Real> products(checked_mul(rows, panel_runs * width), stream);
+  const DeviceBuffer<Real> error_changes(panel_runs > 1 ? checked_mul(rows, width) : 0, stream);
+  task.error_changes = panel_runs > 1 ? error_changes.data() : nullptr;
   const DeviceBuffer<Real> norms(checked_mul(run_blocks * books, padded), stream);
   const DeviceBuffer<Real> units(run_blocks, stream);
   DeviceBuffer<double> losses(task.beam * task.count, stream);
   const DeviceBuffer<int32_t> origins(task.beam * task.count, stream);
   losses.fill_bytes(0);
   task.start = start.data();
-  task.products = products.data();
   task.norms = norms.data();
   task.units = units.data();
   task.losses = losses.data();
@@ -222,10 +228,16 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
     const Real* const own = errors.data() + side * error_count;
     const int live_rows = static_cast<int>(task.live * task.count * task.out_group);
     const auto columns = static_cast<int>(problem.columns);
+    const int64_t panel = first / panel_blocks * panel_blocks;
+    const auto panel_width = static_cast<int>(std::min(panel_blocks, problem.blocks - panel) * task.in_group);
+    task.product_stride = panel_width;
+    task.products = products.data() + (first - panel) * task.in_group;
     if constexpr (kSplit) {
       const float* const high = h_parts.data() + column;
-      cuda::multiply(blas, live_rows, run_width, columns, {own, own + sides * error_count, columns},
-                     {high, high + h.count(), columns}, products.data(), run_width);
+      if (first == panel) {
+        cuda::multiply(blas, live_rows, panel_width, columns, {own, own + sides * error_count, columns},
+                       {high, high + h.count(), columns}, products.data(), panel_width);
+      }
     } else {
       // Column-major, (E H)^T = H E^T, for the columns of the run.
       const double one = 1;
@@ -239,6 +251,19 @@ void sweep(const AdditiveProblem& problem, AdditiveArrays& arrays, const CodeSea
     set_errors(next);
     task.codes = codes.data() + next * task.beam * code_count;
     walk_run(task, scoring, stream);
+    const auto left =
+        static_cast<int>((panel - first - task.run_blocks) * task.in_group + panel_width);  // of the panel
+    if constexpr (kSplit) {
+      if (panel_runs > 1 && left > 0) {
+        // The errors' changes in this run, times H, in the runs to come.
+        const float one = 1;
+        float* const later = products.data() + (panel_width - left);
+        check_cublas(cublas().sgemm(blas.handle(), kOpN, kOpN, left, live_rows, run_width, &one,
+                                    h.data() + column * problem.columns + column + run_width, columns,
+                                    error_changes.data(), run_width, &one, later, panel_width),
+                     "products of changes");
+      }
+    }
     if (task.beam > 1 && first > 0) {
       for (int part = 0; part < (kSplit ? 2 : 1); ++part) {
         inherit_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(

@@ -15,9 +15,6 @@ constexpr int kPlainStates = 16;
 constexpr int kFewThreads = 256;  // of tiles, for tables of few entries
 constexpr int kManyThreads = 512;
 constexpr int kWeighThreads = 256;
-constexpr int kCluster = 4;
-constexpr int kClusterTiles = 2;                // of 16 states, for each of its thread blocks
-constexpr int64_t kFewestSharedEntries = 4096;  // of tables that clusters search
 
 // Scores by the definition, in any type.
 template <class Real, int kKept>
@@ -69,12 +66,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(WalkTask<Real> tas
 
 template <int kTiles, int kSteps, int kKept>
 __global__ void __launch_bounds__(kManyThreads, 1) tile_kernel(WalkTask<float> task, WalkMemory memory) {
-  walk(task, memory, TileScorer<kTiles, kSteps, kKept, 1>());
-}
-
-template <int kSteps>
-__global__ void __launch_bounds__(kFewThreads) cluster_kernel(WalkTask<float> task, WalkMemory memory) {
-  walk(task, memory, TileScorer<kClusterTiles * kCluster, kSteps, 1, kCluster>());
+  walk(task, memory, TileScorer<kTiles, kSteps, kKept>());
 }
 
 template <class Real>
@@ -163,24 +155,14 @@ int tiles_of(const WalkTask<Real>& task) {
 
 template <class Real, class Kernel>
 void launch(const WalkTask<Real>& task, const WalkMemory& memory, int threads, Kernel kernel,
-            cudaStream_t stream, int cluster = 1) {
+            cudaStream_t stream) {
   const auto bytes = static_cast<size_t>(memory.bytes<Real>());
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
       "shared memory of a search");
   const int64_t blocks = ceil_div(task.count, int64_t{memory.states} / memory.beam);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(checked_pad(blocks, cluster)));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, task, memory), "launch of a search");
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(task, memory);
+  check_cuda(cudaGetLastError(), "launch of a search");
 }
 
 template <class Real>
@@ -213,15 +195,6 @@ void walk_threads(const WalkTask<float>& task, cudaStream_t stream) {
 
 template <int kSteps>
 void walk_tiles(const WalkTask<float>& task, cudaStream_t stream) {
-  if (task.beam == 1 && task.entries >= kFewestSharedEntries &&
-      attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    WalkMemory memory = memory_of(task, 16 * kClusterTiles);
-    memory.splits = kCluster;
-    memory.kept = 1;
-    memory.gathered = kCluster * memory.states;
-    memory.warps = kFewThreads / 32;
-    return launch(task, memory, kFewThreads, cluster_kernel<kSteps>, stream, kCluster);
-  }
   const int tiles = tiles_of(task);
   WalkMemory memory = memory_of(task, 16 * tiles);
   const int threads = task.padded / kEntryTile < kManyThreads / 32 ? kFewThreads : kManyThreads;
@@ -283,8 +256,6 @@ int widest_run(const WalkTask<Real>& task) {
     memory.splits = kManyThreads / 32;
     memory.kept = kept_of(task.beam);
     if (sizeof(Real) == 4) memory.states = kept_of(task.beam) == 1 ? 64 : 32;
-    memory.gathered = kCluster * kClusterTiles * 16;
-    memory.warps = kFewThreads / 32;
     return memory.bytes<Real>() <= limit;
   };
   while (run.run_blocks > 1 && !fits()) run.run_blocks = ceil_div(run.run_blocks, 2);

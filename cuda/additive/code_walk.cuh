@@ -22,10 +22,8 @@ struct WalkMemory {
   int dim;
   int run_codes;  // of a state
   int beam;
-  int splits;    // parts that the entries of a table are searched in, of whose best candidates are kept:
-  int kept;      // so many of each
-  int gathered;  // states of a whole cluster; 0 without one
-  int warps;     // of a thread block of a cluster
+  int splits;  // parts that the entries of a table are searched in, of whose best candidates are kept:
+  int kept;    // so many of each
 
   __host__ __device__ int sides() const { return beam > 1 ? 2 : 1; }
   __host__ __device__ int64_t product_values() const { return static_cast<int64_t>(sides()) * states * row; }
@@ -51,9 +49,6 @@ struct WalkState {
   int* chosen;         // [states]
   float* kept_scores;  // [states][splits][kept]
   int* kept_places;
-  float* gathered_factors;  // [gathered][dim]
-  float* gathered_scores;   // [gathered][warps]
-  int* gathered_places;
   uint16_t* codes;  // [sides][states][run_codes]
   const void* end;
 
@@ -74,19 +69,16 @@ struct WalkState {
     chosen = parents + m.states;
     kept_scores = reinterpret_cast<float*>(chosen + m.states);
     kept_places = reinterpret_cast<int*>(kept_scores + m.states * m.splits * m.kept);
-    gathered_factors = reinterpret_cast<float*>(kept_places + m.states * m.splits * m.kept);
-    gathered_scores = gathered_factors + m.gathered * m.dim;
-    gathered_places = reinterpret_cast<int*>(gathered_scores + m.gathered * m.warps);
-    codes = reinterpret_cast<uint16_t*>(gathered_places + m.gathered * m.warps);
+    codes = reinterpret_cast<uint16_t*>(kept_places + m.states * m.splits * m.kept);
     end = codes + m.sides() * m.states * m.run_codes;
   }
 };
 
 template <class Real>
 int64_t WalkMemory::bytes() const {
-  alignas(16) static char base[1];
-  const WalkState<Real> state(*this, base);
-  return static_cast<const char*>(state.end) - base + 16;
+  constexpr uintptr_t kAnywhere = 4096;  // nothing is read there
+  const WalkState<Real> state(*this, reinterpret_cast<void*>(kAnywhere));
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(state.end) - kAnywhere) + 16;
 }
 
 // The least of all lanes' scores; of equal ones that of the lowest number.
@@ -186,6 +178,10 @@ __device__ void score_all(const ScoreTask<Real>& task, const Real* factors, Real
 }
 
 template <class Real>
+__device__ __forceinline__ Real error_at(const WalkTask<Real>& task, int64_t at) {
+  return sizeof(Real) == 4 ? task.errors[at] + task.errors_low[at] : task.errors[at];
+}
+template <class Real>
 __device__ __forceinline__ void store_error(const WalkTask<Real>& task, int64_t at, Real error) {
   if constexpr (sizeof(Real) == 4) {
     task.errors[at] = tf32_part(error);
@@ -228,7 +224,9 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
   }
   for (int i = tid; i < states * memory.row; i += threads) {
     const int s = i / memory.row;
-    if (s % beam < task.live) state.products[i] = task.products[place_of(s) * memory.row + i % memory.row];
+    if (s % beam >= task.live) continue;
+    const int64_t row = place_of(s) * task.out_group + i % memory.row / width;
+    state.products[i] = task.products[row * task.product_stride + i % width];
   }
   for (int i = tid; i < states * run_codes; i += threads) {
     const int s = i / run_codes;
@@ -416,8 +414,12 @@ __device__ void walk(const WalkTask<Real>& task, const WalkMemory& memory, const
     const Real factor = task.scales[group * task.scale_count + natural * g / task.scale_columns];
     const auto wanted =
         static_cast<Real>(task.weights[(group * task.out_group + a) * task.columns + natural * g + c % g]);
-    store_error(task, (place_of(s) * task.out_group + a) * task.columns + first_column + c,
-                wanted - factor * sum);
+    const int64_t row = place_of(s) * task.out_group + a;
+    const int64_t at = row * task.columns + first_column + c;
+    if (task.error_changes != nullptr) {
+      task.error_changes[row * width + c] = (wanted - factor * sum) - error_at(task, at);
+    }
+    store_error(task, at, wanted - factor * sum);
   }
 }
 

@@ -43,13 +43,16 @@ struct WalkTask {
   const float* weights;  // [N * out_group, columns], blocks as the matrix has them
 
   const uint16_t* start;  // [count][blocks][codebooks]
-  const Real* products;   // [live][count][out_group][run]: errors H, in the columns of the run
+  const Real* products;   // [live][count][out_group], rows `product_stride` apart: errors H, in the columns
+                          // of the run
+  int64_t product_stride;
   // What the run makes of its own columns and blocks:
-  Real* errors;      // [beam][count][out_group][columns]; of float32 the TF32 part
-  Real* errors_low;  // of float32: the rest
-  uint16_t* codes;   // [beam][count][blocks][codebooks]
-  double* losses;    // [beam][count]: beyond that of the start
-  int32_t* origins;  // [beam][count]: which of those that began the run each comes from
+  Real* error_changes;  // [count][out_group][run], of one hypothesis; null for none
+  Real* errors;         // [beam][count][out_group][columns]; of float32 the TF32 part
+  Real* errors_low;     // of float32: the rest
+  uint16_t* codes;      // [beam][count][blocks][codebooks]
+  double* losses;       // [beam][count]: beyond that of the start
+  int32_t* origins;     // [beam][count]: which of those that began the run each comes from
 };
 
 // norms and units of a run. `reach`: the largest magnitude in the tables; 0 for units of 1.

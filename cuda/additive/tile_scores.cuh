@@ -10,7 +10,6 @@
 #include <cuda_fp16.h>
 
 #include "additive/code_walk.cuh"
-#include "common/cluster.cuh"
 
 namespace quantloom::cuda {
 
@@ -41,11 +40,9 @@ __device__ __forceinline__ float high_part(float value) {
   return __half2float(__float2half_rn(value));
 }
 
-// kTiles: of 16 states, for each warp. kSteps: 1 for entries of up to 8 elements, 2 for more. kCluster:
-// thread blocks that search a part of the entries each, for the states of all of them.
-template <int kTiles, int kSteps, int kKept, int kCluster>
+// kTiles: of 16 states, for each warp. kSteps: 1 for entries of up to 8 elements, 2 for more.
+template <int kTiles, int kSteps, int kKept>
 struct TileScorer {
-  static constexpr int kOwnTiles = kTiles / kCluster;
   static constexpr int kWords = 4 * kSteps;  // of an entry
 
   static __device__ __forceinline__ float factor_of(float wanted, float scale, float unit) {
@@ -104,14 +101,6 @@ struct TileScorer {
     }
   };
 
-  // Of all parts of the entries, and the one that this warp searches.
-  static __device__ __forceinline__ int parts_of(const WalkMemory& memory) {
-    return kCluster == 1 ? memory.splits : kCluster * memory.warps;
-  }
-  static __device__ __forceinline__ int part_of(const WalkMemory& memory) {
-    const int rank = kCluster == 1 ? 0 : static_cast<int>(blockIdx.x % kCluster);
-    return rank * memory.warps + static_cast<int>(threadIdx.x / 32);
-  }
   static __device__ __forceinline__ const uint32_t* words_of(const WalkTask<float>& task,
                                                              const ScoreTask<float>& scores, int book) {
     const auto lane = static_cast<int>(threadIdx.x % 32);
@@ -125,9 +114,10 @@ struct TileScorer {
   __device__ __forceinline__ Entries prefetch(const WalkTask<float>& task, const WalkMemory& memory,
                                               const ScoreTask<float>& scores, int book) const {
     Entries entries;
-    if (part_of(memory) < parts_of(memory)) {
+    const auto split = static_cast<int>(threadIdx.x / 32);
+    if (split < memory.splits) {
       entries.load(words_of(task, scores, book), norms_of(scores),
-                   min(part_of(memory), static_cast<int>(scores.padded / kEntryTile) - 1));
+                   min(split, static_cast<int>(scores.padded / kEntryTile) - 1));
     }
     return entries;
   }
@@ -137,22 +127,15 @@ struct TileScorer {
                                          const WalkState<float>& state, const ScoreTask<float>& scores,
                                          int book, int live, Entries next) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const int warp = static_cast<int>(threadIdx.x / 32);
-    const int rank = kCluster == 1 ? 0 : static_cast<int>(blockIdx.x % kCluster);
-    const int parts = parts_of(memory);
-    const int split = part_of(memory);
-    if (split >= parts) return;
+    const int split = static_cast<int>(threadIdx.x / 32);
+    if (split >= memory.splits) return;
     uint32_t a[kTiles][kSteps][4];
+    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * (memory.states / memory.beam);
+    const auto rows = static_cast<int>(
+        min(max(task.count - first_row, int64_t{0}), static_cast<int64_t>(memory.states / memory.beam)));
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int owner = t / kOwnTiles;
-      const int64_t first_row =
-          static_cast<int64_t>(blockIdx.x - rank + owner) * (memory.states / memory.beam);
-      const auto rows = static_cast<int>(
-          min(max(task.count - first_row, int64_t{0}), static_cast<int64_t>(memory.states / memory.beam)));
-      load_targets(
-          memory, kCluster == 1 ? state.factors : state.gathered_factors + owner * memory.states * memory.dim,
-          t % kOwnTiles * 16, rows * memory.beam, live, a[t]);
+      load_targets(memory, state.factors, t * 16, rows * memory.beam, live, a[t]);
     }
     Least<float, kKept> least[kTiles][2];
 #pragma unroll
@@ -163,9 +146,9 @@ struct TileScorer {
     const int blocks = static_cast<int>(scores.padded / kEntryTile);
     const uint32_t* const words = words_of(task, scores, book);
     const float* const norms = norms_of(scores);
-    for (int block = split; block < blocks; block += parts) {
+    for (int block = split; block < blocks; block += memory.splits) {
       const Entries entries = next;
-      next.load(words, norms, min(block + parts, blocks - 1));
+      next.load(words, norms, min(block + memory.splits, blocks - 1));
       float block_least[kTiles][2];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) block_least[t][0] = block_least[t][1] = INFINITY;
@@ -196,7 +179,7 @@ struct TileScorer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int s = t * 16 + half * 8 + lane / 4;
-        const int at = kCluster == 1 ? (s * memory.splits + split) * kKept : s * memory.warps + warp;
+        const int at = (s * memory.splits + split) * kKept;
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
           float score = least[t][half].scores[0];
@@ -214,8 +197,8 @@ struct TileScorer {
           }
           if (place == own) least[t][half].drop_first();
           if (lane % 4 == 0) {
-            (kCluster == 1 ? state.kept_scores : state.gathered_scores)[at + i] = score;
-            (kCluster == 1 ? state.kept_places : state.gathered_places)[at + i] = place;
+            state.kept_scores[at + i] = score;
+            state.kept_places[at + i] = place;
           }
         }
       }
@@ -269,6 +252,7 @@ struct TileScorer {
       const int own = __shfl_sync(kWholeWarp, s, half * kThreadEntries);
       const float own_base = __shfl_sync(kWholeWarp, base, half * kThreadEntries);
       const int own_code = __shfl_sync(kWholeWarp, present, half * kThreadEntries);
+      __syncwarp();  // what the other half of the warp has written is overwritten
       score_all<float, 1>(scores, state.factors + own * memory.dim, 1.0F, 1, state.scores + own,
                           state.found + own);
       if (threadIdx.x % 32 == 0 && !(state.scores[own] < own_base)) {
@@ -354,59 +338,12 @@ struct TileScorer {
     }
   }
 
-  // Targets of all thread blocks of the cluster.
-  __device__ __forceinline__ void gather_targets(const WalkMemory& memory,
-                                                 const WalkState<float>& state) const {
-    const int own = memory.states * memory.dim;  // a multiple of 16
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < kCluster * own;
-         i += 4 * static_cast<int>(blockDim.x)) {
-      const float4 four = *reinterpret_cast<const float4*>(cluster_place(state.factors, i / own) + i % own);
-      float* const to = state.gathered_factors + i;
-      to[0] = four.x;
-      to[1] = four.y;
-      to[2] = four.z;
-      to[3] = four.w;
-    }
-  }
-
-  // The best of what this thread block has searched, to those whose states they are for.
-  __device__ __forceinline__ void send_best(const WalkMemory& memory, const WalkState<float>& state) const {
-    const auto rank = static_cast<int>(blockIdx.x % kCluster);
-    for (int s = static_cast<int>(threadIdx.x); s < memory.gathered; s += static_cast<int>(blockDim.x)) {
-      float score = INFINITY;
-      int place = kNoCode;
-      for (int warp = 0; warp < memory.warps; ++warp) {
-        const float other = state.gathered_scores[s * memory.warps + warp];
-        const int other_place = state.gathered_places[s * memory.warps + warp];
-        if (other < score || (other == score && other_place < place)) {
-          score = other;
-          place = other_place;
-        }
-      }
-      const int owner = s / memory.states;
-      const int at = s % memory.states * memory.splits + rank;
-      cluster_place(state.kept_scores, owner)[at] = score;
-      *reinterpret_cast<int*>(cluster_place(reinterpret_cast<float*>(state.kept_places), owner) + at) = place;
-    }
-  }
-
   __device__ __forceinline__ void score(const WalkTask<float>& task, const WalkMemory& memory,
                                         const WalkState<float>& state, const ScoreTask<float>& scores,
                                         const uint16_t* codes, int book, int states, int live,
                                         const Entries& first) const {
-    if constexpr (kCluster > 1) {
-      cluster_arrive();
-      cluster_wait();
-      gather_targets(memory, state);
-      __syncthreads();
-    }
     search(task, memory, state, scores, book, live, first);
     __syncthreads();
-    if constexpr (kCluster > 1) {
-      send_best(memory, state);
-      cluster_arrive();
-      cluster_wait();
-    }
     if constexpr (kKept == 1) {
       for (int s = static_cast<int>(threadIdx.x / kThreadEntries); s < memory.states;
            s += static_cast<int>(blockDim.x / kThreadEntries)) {
