@@ -154,6 +154,8 @@ class ActivationFormat:
         """The format with static outliers at the columns that inputs of these largest magnitudes ``[k]``
         have: those that reach the threshold, or so many percent, of equal ones the first."""
         values = np.asarray(magnitudes, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("magnitudes: got values that are not finite, expected finite ones")
         if self.outlier_percent is None:
             return self.with_columns(np.flatnonzero(values >= self.outlier_threshold).tolist())
         count = min(len(values), math.ceil(round(len(values) * self.outlier_percent / 100, 6)))

@@ -188,6 +188,8 @@ def test_outlier_columns(factor):
     assert share.static_outliers and not share.calibrated and share.outlier_percent == 34
     assert share.outliers_of([1, 5, 2, 2]).spec == "int8:token:outliers=34%:columns=1,2"
     assert share.outliers_of([]).outlier_columns == ()
+    with pytest.raises(ValueError, match="magnitudes"):
+        share.outliers_of([1, float("nan")])
     assert ql.ActivationFormat(outlier_percent=34, static_outliers=True) == share
     assert not form.calibrated and form.with_columns([90, 3, 17]) == ql.parse_activations(static)
     assert ql.activations_from_json(form.to_json()) == form
