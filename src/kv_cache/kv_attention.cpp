@@ -5,10 +5,10 @@
 #include <limits>
 #include <memory>
 
+#include "kv_cache/kv_checks.hpp"
 #include "kv_cache/kv_rotation.hpp"
 #include "kv_cache/kv_rows.hpp"
 #include "quantloom/checked_math.hpp"
-#include "quantloom/error.hpp"
 #include "quantloom/matrix_view.hpp"
 #include "quantloom/parallel.hpp"
 
@@ -22,25 +22,6 @@ constexpr int64_t kPieceTokens = 512;
 constexpr int64_t kElementsPerThread = int64_t{1} << 15;
 // Queries that share the decoded keys and values of a piece: those of the heads of a KV head come first.
 constexpr int64_t kMostRows = 64;
-
-void require_queries(const KVCache& cache, const KVTokens& queries, float scale, const void* out) {
-  const KVShape& shape = cache.shape();
-  if (!is_float16_or_32(queries.dtype)) {
-    throw TypeMismatch("queries", name_of(queries.dtype), "float32, float16 or bfloat16");
-  }
-  if (queries.sequences != shape.sequences || queries.head_dim != shape.head_dim || queries.heads < 1 ||
-      queries.heads % shape.kv_heads != 0 || queries.tokens < 0) {
-    throw InvalidArgument(
-        "queries",
-        text_of("shape [", queries.sequences, ", ", queries.heads, ", ", queries.tokens, ", ",
-                queries.head_dim, "]"),
-        text_of("[", shape.sequences, ", a multiple of ", shape.kv_heads, ", tokens, ", shape.head_dim, "]"));
-  }
-  if (!std::isfinite(scale)) throw InvalidArgument("scale", text_of(scale), "a finite number");
-  if ((queries.data == nullptr || out == nullptr) && queries.sequences * queries.tokens > 0) {
-    throw InvalidArgument(out == nullptr ? "out" : "queries", "a null pointer", "memory");
-  }
-}
 
 // Some queries of one KV head of one sequence, and a run of tokens they meet.
 struct Piece {
@@ -94,7 +75,7 @@ void run_piece(const KVCache& cache, const KVTokens& q, float scale, const Piece
 }  // namespace
 
 void attend(const KVCache& cache, const KVTokens& queries, float scale, float* out, int threads) {
-  require_queries(cache, queries, scale, out);
+  kv_cache::require_queries(cache.shape(), queries, scale, out);
   const int64_t dim = queries.head_dim;
   const int64_t kv_heads = cache.shape().kv_heads;
   const int64_t group = queries.heads / kv_heads;
@@ -165,7 +146,7 @@ void attend(const KVCache& cache, const KVTokens& queries, float scale, float* o
 }
 
 void attend_reference(const KVCache& cache, const KVTokens& queries, float scale, double* out) {
-  require_queries(cache, queries, scale, out);
+  kv_cache::require_queries(cache.shape(), queries, scale, out);
   const int64_t dim = queries.head_dim;
   const int64_t group = queries.heads / cache.shape().kv_heads;
   Tensor rotated;

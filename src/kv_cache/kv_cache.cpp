@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kv_cache/kv_checks.hpp"
 #include "kv_cache/kv_codes.hpp"
 #include "kv_cache/kv_rotation.hpp"
 #include "kv_cache/kv_rows.hpp"
@@ -22,36 +23,14 @@ constexpr size_t index_of(KVSide side) {
   return side == KVSide::keys ? 0 : 1;
 }
 
-std::string shape_of(const KVTokens& x) {
-  return text_of("[", x.sequences, ", ", x.heads, ", ", x.tokens, ", ", x.head_dim, "]");
-}
-
-void require_tokens(const char* name, const KVTokens& x, const KVShape& shape, int64_t tokens) {
-  if (x.dtype != shape.dtype) throw TypeMismatch(name, name_of(x.dtype), name_of(shape.dtype));
-  if (x.sequences != shape.sequences || x.heads != shape.kv_heads || x.head_dim != shape.head_dim ||
-      x.tokens < 0 || x.tokens != tokens) {
-    throw InvalidArgument(name, text_of("shape ", shape_of(x)),
-                          text_of("[", shape.sequences, ", ", shape.kv_heads, ", ",
-                                  std::max<int64_t>(tokens, 0), ", ", shape.head_dim, "]"));
-  }
-  if (x.data == nullptr && x.sequences * x.heads * x.tokens > 0) {
-    throw InvalidArgument(name, "a null pointer", "values");
-  }
-}
-
 void require_values(const char* name, const KVTokens& x, std::span<const int64_t> starts, int threads) {
   parallel_for(x.sequences * x.heads, threads, [&](int64_t pair) {
     const int64_t s = pair / x.heads;
     const int64_t h = pair % x.heads;
     std::vector<float> row(static_cast<size_t>(x.head_dim));
-    for (int64_t t = starts.empty() ? 0 : starts[static_cast<size_t>(s)]; t < x.tokens; ++t) {
+    for (int64_t t = kv_cache::start_of(starts, s); t < x.tokens; ++t) {
       kv_cache::widen_row(x.dtype, x.row(s, h, t), x.head_dim, row.data());
-      for (size_t d = 0; d < row.size(); ++d) {
-        if (std::abs(row[d]) <= kv_cache::kLargestValue) continue;
-        throw NumericError(text_of(name, ": got ", row[d], " for sequence ", s, ", head ", h, ", token ", t,
-                                   ", channel ", d, ", expected finite values up to ",
-                                   kv_cache::kLargestValue));
-      }
+      kv_cache::require_row(name, row, s, h, t);
     }
   });
 }
@@ -59,28 +38,17 @@ void require_values(const char* name, const KVTokens& x, std::span<const int64_t
 }  // namespace
 
 KVCache::KVCache(KVFormat format, KVShape shape, int64_t capacity, std::shared_ptr<const KVTables> tables)
-    : format_(format), shape_(shape), layout_(kv_layout(format, shape.head_dim)), tables_(std::move(tables)) {
-  if (!is_float16_or_32(shape.dtype)) {
-    throw TypeMismatch("dtype", name_of(shape.dtype), "float32, float16 or bfloat16");
-  }
-  if (shape.sequences < 0) throw InvalidArgument("sequences", text_of(shape.sequences), "0 or more");
-  if (shape.kv_heads < 1) throw InvalidArgument("kv_heads", text_of(shape.kv_heads), "1 or more");
-  if ((tables_ != nullptr) != layout_.keys.has_table()) {
-    throw InvalidArgument(
-        "tables", tables_ == nullptr ? "none" : "some",
-        tables_ == nullptr ? "those of a calibration" : text_of("none for ", format.spec()));
-  }
-  if (tables_ != nullptr) require_valid(*tables_, format, shape.kv_heads, shape.head_dim);
-  if (capacity < 0) throw InvalidArgument("capacity", text_of(capacity), "0 or more tokens");
-  sequences_.resize(static_cast<size_t>(shape.sequences));
+    : format_(format),
+      shape_(shape),
+      layout_(kv_layout(format, shape.head_dim)),
+      tables_(std::move(tables)),
+      pages_(format, layout_, std::max<int64_t>(0, shape.sequences)) {
+  kv_cache::require_cache(format, layout_, shape, capacity, tables_.get());
   for (Tensor& exact : exact_) {
     exact = Tensor(shape.dtype, {shape.sequences, shape.kv_heads, checked_add(format.first, format.window),
                                  shape.head_dim});
   }
-  const int64_t coded = std::max<int64_t>(0, capacity - format.first);
-  const int64_t pages = ceil_div(coded, layout_.page_tokens);
-  for (Sequence& sequence : sequences_) sequence.pages.reserve(static_cast<size_t>(pages));
-  add_slab(checked_mul(shape.sequences, pages));
+  add_slab(checked_mul(shape.sequences, pages_.pages_of(capacity)));
 }
 
 KVCache KVCache::clone() const {
@@ -97,57 +65,16 @@ KVCache KVCache::clone() const {
 
 void KVCache::add_slab(int64_t pages) {
   if (pages == 0) return;
-  const int64_t first = std::ssize(places_);
-  if (checked_add(first, pages) > INT32_MAX) {
-    throw InvalidArgument("capacity", text_of(first + pages, " pages"), "fewer than 2^31");
-  }
   const int64_t page_bytes = checked_mul(shape_.kv_heads, layout_.record_bytes);
-  slabs_.emplace_back(
-      DType::u8, std::vector<int64_t>{checked_add(checked_mul(pages, page_bytes), kv_cache::kRecordPadding)});
-  for (int64_t i = 0; i < pages; ++i) {
-    places_.push_back({static_cast<int32_t>(std::ssize(slabs_) - 1), static_cast<int32_t>(i)});
-  }
-  owners_.resize(places_.size(), 0);
-  for (int64_t i = pages; i-- > 0;) free_pages_.push_back(static_cast<int32_t>(first + i));
+  Tensor slab(DType::u8, {checked_add(checked_mul(pages, page_bytes), kv_cache::kRecordPadding)});
+  pages_.add_slab(pages);
+  slabs_.push_back(std::move(slab));
 }
 
 std::byte* KVCache::page_data(int32_t page) const {
-  const PagePlace place = places_[static_cast<size_t>(page)];
+  const KVPages::Place place = pages_.place(page);
   const auto* slab = slabs_[static_cast<size_t>(place.slab)].bytes();
   return const_cast<std::byte*>(slab) + place.index * shape_.kv_heads * layout_.record_bytes;
-}
-
-int32_t KVCache::take_page() {
-  if (free_pages_.empty()) add_slab(std::max<int64_t>(std::ssize(places_) / 2, shape_.sequences));
-  const int32_t page = free_pages_.back();
-  free_pages_.pop_back();
-  owners_[static_cast<size_t>(page)] = 1;
-  std::memset(page_data(page), 0, static_cast<size_t>(shape_.kv_heads * layout_.record_bytes));
-  return page;
-}
-
-void KVCache::release_page(int32_t page) {
-  if (--owners_[static_cast<size_t>(page)] == 0) free_pages_.push_back(page);
-}
-
-void KVCache::own_page(Sequence& sequence, int64_t page) {
-  while (std::ssize(sequence.pages) <= page) sequence.pages.push_back(take_page());
-  int32_t& held = sequence.pages[static_cast<size_t>(page)];
-  if (owners_[static_cast<size_t>(held)] == 1) return;
-  const int32_t copy = take_page();
-  std::memcpy(page_data(copy), page_data(held), static_cast<size_t>(shape_.kv_heads * layout_.record_bytes));
-  release_page(held);
-  held = copy;
-}
-
-int64_t KVCache::coded_of(KVSide side, int64_t length) const {
-  const int64_t tokens = std::max<int64_t>(0, length - format_.first);
-  if (layout_.part(side).codec == KVCodec::channel_grid) return tokens - tokens % format_.window;
-  return tokens - std::min(tokens, format_.window);
-}
-
-int64_t KVCache::coded(KVSide side, int64_t sequence) const {
-  return coded_of(side, length(sequence));
 }
 
 kv_cache::HeadTables KVCache::head_tables(KVSide side, int64_t head) const {
@@ -164,22 +91,12 @@ std::byte* KVCache::exact_row(KVSide side, int64_t sequence, int64_t head, int64
 }
 
 const std::byte* KVCache::record(int64_t sequence, int64_t page, int64_t head) const {
-  const auto& pages = sequences_[static_cast<size_t>(sequence)].pages;
-  return page_data(pages[static_cast<size_t>(page)]) + head * layout_.record_bytes;
+  return page_data(pages_.page(sequence, page)) + head * layout_.record_bytes;
 }
 
 void KVCache::append(const KVTokens& keys, const KVTokens& values, std::span<const int64_t> starts,
                      int threads) {
-  require_tokens("keys", keys, shape_, keys.tokens);
-  require_tokens("values", values, shape_, keys.tokens);
-  if (!starts.empty() && std::ssize(starts) != shape_.sequences) {
-    throw InvalidArgument("starts", text_of(starts.size()), text_of(shape_.sequences, " numbers"));
-  }
-  for (const int64_t start : starts) {
-    if (start < 0 || start > keys.tokens) {
-      throw InvalidArgument("starts", text_of(start), text_of("0 to ", keys.tokens));
-    }
-  }
+  kv_cache::require_append(shape_, keys, values, starts);
   const int64_t rows = checked_mul(shape_.sequences * shape_.kv_heads, keys.tokens);
   const int64_t pieces = std::max<int64_t>(1, checked_mul(rows, shape_.head_dim) / kValuesPerThread);
   const int team = static_cast<int>(std::min<int64_t>(resolve_threads(threads), pieces));
@@ -189,39 +106,31 @@ void KVCache::append(const KVTokens& keys, const KVTokens& values, std::span<con
   require_values("values", values, starts, team);
   const KVRotation* rotation = tables_ == nullptr ? nullptr : tables_->rotation.get();
   const bool turned = rotation != nullptr;
-  std::vector<int64_t> positions;  // of the first token of each sequence
-  for (size_t s = 0; s < sequences_.size() && turned; ++s) {
-    positions.push_back(sequences_[s].length - (starts.empty() ? 0 : starts[s]));
-    if (positions[s] + keys.tokens <= rotation->positions()) continue;
-    throw InvalidArgument("keys", text_of("token ", positions[s] + keys.tokens - 1, " of sequence ", s),
-                          text_of("tokens below ", rotation->positions(), ", the positions of the tables"));
-  }
+  std::vector<int64_t> positions;
+  if (turned) positions = kv_cache::require_positions(*rotation, pages_, keys.tokens, starts);
   if (format_.hadamard || turned) {
     rotated = turned ? kv_cache::turn_back(keys, *rotation, positions) : kv_cache::rotate_tokens(keys, false);
     stored = kv_cache::view_of(rotated);
     require_values("rotated keys", stored, starts, team);
   }
-  for (size_t s = 0; s < sequences_.size(); ++s) {
-    const int64_t before = sequences_[s].length;
-    const int64_t after = before + keys.tokens - (starts.empty() ? 0 : starts[s]);
-    for (const KVSide side : {KVSide::keys, KVSide::values}) {
-      const int64_t from = coded_of(side, before);
-      const int64_t to = coded_of(side, after);
-      for (int64_t page = from / layout_.page_tokens; page * layout_.page_tokens < to && from < to; ++page) {
-        own_page(sequences_[s], page);
-      }
+  const std::vector<int64_t> lengths = kv_cache::lengths_after(pages_, keys.tokens, starts);
+  add_slab(pages_.missing_pages(lengths));
+  const auto page_bytes = static_cast<size_t>(shape_.kv_heads * layout_.record_bytes);
+  for (const KVPages::Change& change : pages_.own(lengths)) {
+    if (change.from < 0) {
+      std::memset(page_data(change.to), 0, page_bytes);
+    } else {
+      std::memcpy(page_data(change.to), page_data(change.from), page_bytes);
     }
   }
   parallel_for(shape_.sequences * shape_.kv_heads, team, [&](int64_t pair) {
     const int64_t s = pair / shape_.kv_heads;
     const int64_t h = pair % shape_.kv_heads;
-    const int64_t start = starts.empty() ? 0 : starts[static_cast<size_t>(s)];
+    const int64_t start = kv_cache::start_of(starts, s);
     append_head(stored, KVSide::keys, s, h, start);
     append_head(values, KVSide::values, s, h, start);
   });
-  for (size_t s = 0; s < sequences_.size(); ++s) {
-    sequences_[s].length += keys.tokens - (starts.empty() ? 0 : starts[s]);
-  }
+  for (int64_t s = 0; s < shape_.sequences; ++s) pages_.set_length(s, lengths[static_cast<size_t>(s)]);
 }
 
 void KVCache::append_head(const KVTokens& x, KVSide side, int64_t sequence, int64_t head, int64_t start) {
@@ -265,11 +174,7 @@ void KVCache::append_head(const KVTokens& x, KVSide side, int64_t sequence, int6
 }
 
 void KVCache::reorder(std::span<const int64_t> sources) {
-  for (const int64_t source : sources) {
-    if (source < 0 || source >= shape_.sequences) {
-      throw InvalidArgument("sources", text_of(source), text_of("0 to ", shape_.sequences - 1));
-    }
-  }
+  kv_cache::require_sources(shape_, sources);
   std::array<Tensor, 2> exact;
   const auto bytes = static_cast<size_t>(shape_.kv_heads * (format_.first + format_.window) *
                                          shape_.head_dim * size_of(shape_.dtype));
@@ -282,38 +187,20 @@ void KVCache::reorder(std::span<const int64_t> sources) {
                   exact_[side].bytes() + static_cast<size_t>(sources[s]) * bytes, bytes);
     }
   }
-  std::vector<Sequence> sequences;
-  sequences.reserve(sources.size());
-  for (const int64_t source : sources) sequences.push_back(sequences_[static_cast<size_t>(source)]);
-  for (const Sequence& sequence : sequences) {
-    for (const int32_t page : sequence.pages) ++owners_[static_cast<size_t>(page)];
-  }
-  for (const Sequence& sequence : sequences_) {
-    for (const int32_t page : sequence.pages) release_page(page);
-  }
-  sequences_ = std::move(sequences);
+  pages_.reorder(sources);
   exact_ = std::move(exact);
   shape_.sequences = std::ssize(sources);
 }
 
 void KVCache::clear() {
-  for (Sequence& sequence : sequences_) {
-    for (const int32_t page : sequence.pages) release_page(page);
-    sequence = {};
-  }
+  pages_.clear();
 }
 
 void KVCache::read_with(bool reference, KVSide side, int64_t sequence, int64_t head, int64_t first,
                         int64_t count, float* out) const {
-  if (sequence < 0 || sequence >= shape_.sequences) {
-    throw InvalidArgument("sequence", text_of(sequence), text_of("0 to ", shape_.sequences - 1));
-  }
+  kv_cache::require_run(shape_, pages_, sequence, first, count);
   if (head < 0 || head >= shape_.kv_heads) {
     throw InvalidArgument("head", text_of(head), text_of("0 to ", shape_.kv_heads - 1));
-  }
-  if (first < 0 || count < 0 || first > length(sequence) - count) {
-    throw InvalidArgument("tokens", text_of(first, " to ", first + count - 1),
-                          text_of("tokens below ", length(sequence)));
   }
   const KVPart& part = layout_.part(side);
   const int64_t dim = shape_.head_dim;
@@ -359,31 +246,7 @@ void KVCache::read_reference(KVSide side, int64_t sequence, int64_t head, int64_
 }
 
 KVUsage KVCache::usage() const {
-  KVUsage usage;
-  const int64_t row_bytes = shape_.kv_heads * shape_.head_dim * size_of(shape_.dtype);
-  for (int64_t s = 0; s < shape_.sequences; ++s) {
-    usage.tokens += length(s);
-    for (const KVSide side : {KVSide::keys, KVSide::values}) {
-      const KVPart& part = layout_.part(side);
-      const int64_t tokens = coded(side, s);
-      (side == KVSide::keys ? usage.coded_keys : usage.coded_values) += tokens;
-      int64_t bytes = tokens * part.row_bytes;
-      if (part.codec == KVCodec::channel_grid) bytes += tokens / part.group * shape_.head_dim * 4;
-      if (part.codec == KVCodec::token_grid) bytes += tokens * part.groups * 4;
-      if (part.codec == KVCodec::digits) bytes += tokens * (2 + part.shift_bytes);
-      if (part.codec == KVCodec::token_table) bytes += tokens * 4;
-      if (part.has_table()) {
-        const int64_t page = layout_.page_tokens;
-        bytes += (tokens / page * part.outliers_before(page, shape_.head_dim) +
-                  part.outliers_before(tokens % page, shape_.head_dim)) *
-                 4;
-      }
-      usage.code_bytes += bytes * shape_.kv_heads;
-      usage.exact_bytes += (length(s) - tokens) * row_bytes;
-    }
-  }
-  const auto shared = std::count_if(owners_.begin(), owners_.end(), [](int32_t n) { return n > 0; });
-  usage.page_bytes = shared * shape_.kv_heads * layout_.record_bytes;
+  KVUsage usage = pages_.usage(shape_.kv_heads, shape_.dtype);
   for (const Tensor& slab : slabs_) usage.reserved_bytes += slab.byte_count();
   for (const Tensor& exact : exact_) usage.reserved_bytes += exact.byte_count();
   return usage;

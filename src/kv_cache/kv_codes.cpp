@@ -117,7 +117,9 @@ Grid least_range(const float* x, int64_t head_dim, int64_t count) {
   const float low = at(best);
   const float high = at(head_dim - 1 - count + best);
   const float half = std::max((high - low) / 2, kSmallestScale);
-  return {float_from_f16(f16_from_float(half)), float_from_f16(f16_from_float((high + low) / 2))};
+  // The sum of -0 and -0 would depend on how equal values are sorted.
+  const float middle = (high + low) / 2 + 0.0F;
+  return {float_from_f16(f16_from_float(half)), float_from_f16(f16_from_float(middle))};
 }
 
 // Codes of a table, and the elements that they miss most, the lower channel first among equals.

@@ -14,7 +14,7 @@
 #include <span>
 #include <vector>
 
-#include "quantloom/kv_cache/kv_layout.hpp"
+#include "quantloom/kv_cache/kv_pages.hpp"
 #include "quantloom/kv_cache/kv_tables.hpp"
 #include "quantloom/tensor.hpp"
 
@@ -48,17 +48,6 @@ struct KVShape {
   DType dtype = DType::f16;  // of exact tokens, and of all that is appended
 };
 
-// What a cache holds, in bytes.
-struct KVUsage {
-  int64_t tokens = 0;      // of all sequences together
-  int64_t coded_keys = 0;  // tokens whose keys are codes
-  int64_t coded_values = 0;
-  int64_t code_bytes = 0;      // codes and parameters of those tokens
-  int64_t exact_bytes = 0;     // exact keys and values in use
-  int64_t page_bytes = 0;      // pages in use, whole
-  int64_t reserved_bytes = 0;  // all memory of the cache
-};
-
 class KVCache {
  public:
   // `tables`: for the kind kvquant, and no other. Throws InvalidArgument / TypeMismatch naming the field that
@@ -73,9 +62,9 @@ class KVCache {
   const KVFormat& format() const { return format_; }
   const KVLayout& layout() const { return layout_; }
   const KVShape& shape() const { return shape_; }
-  int64_t length(int64_t sequence) const { return sequences_[static_cast<size_t>(sequence)].length; }
+  int64_t length(int64_t sequence) const { return pages_.length(sequence); }
   // Tokens of a sequence whose keys or values are codes: those from format().first on.
-  int64_t coded(KVSide side, int64_t sequence) const;
+  int64_t coded(KVSide side, int64_t sequence) const { return pages_.coded(side, sequence); }
 
   // Adds the tokens [starts[s], keys.tokens) to each sequence s; without starts all of them. Throws before
   // anything is changed: InvalidArgument or TypeMismatch for a wrong shape or dtype, NumericError naming
@@ -102,18 +91,9 @@ class KVCache {
  private:
   KVCache(const KVCache&) = default;  // shares memory: for clone()
 
-  struct Sequence {
-    int64_t length = 0;
-    std::vector<int32_t> pages;
-  };
-
   void add_slab(int64_t pages);
-  int32_t take_page();
-  void release_page(int32_t page);
   std::byte* page_data(int32_t page) const;
-  void own_page(Sequence& sequence, int64_t page);
   kv_cache::HeadTables head_tables(KVSide side, int64_t head) const;
-  int64_t coded_of(KVSide side, int64_t length) const;
   std::byte* exact_row(KVSide side, int64_t sequence, int64_t head, int64_t slot) const;
   void append_head(const KVTokens& x, KVSide side, int64_t sequence, int64_t head, int64_t start);
   void read_with(bool reference, KVSide side, int64_t sequence, int64_t head, int64_t first, int64_t count,
@@ -123,18 +103,11 @@ class KVCache {
   KVShape shape_;
   KVLayout layout_;
   std::shared_ptr<const KVTables> tables_;
-  std::vector<Sequence> sequences_;
+  KVPages pages_;
   // Exact tokens [sequences, kv_heads, first + window, head_dim]: token t < first at slot t, others at slot
   // first + (t - first) % window.
   std::array<Tensor, 2> exact_;
   std::vector<Tensor> slabs_;
-  struct PagePlace {
-    int32_t slab = 0;
-    int32_t index = 0;
-  };
-  std::vector<PagePlace> places_;    // of each page
-  std::vector<int32_t> owners_;      // sequences that share it
-  std::vector<int32_t> free_pages_;  // the next one last
 };
 
 }  // namespace quantloom
