@@ -152,6 +152,9 @@ if(QUANTLOOM_HAS_CUDA)
   file(GLOB rounding_sources CONFIGURE_DEPENDS
     ${PROJECT_SOURCE_DIR}/cuda/rounding/*.cu ${PROJECT_SOURCE_DIR}/cuda/formats/*.cu
     ${PROJECT_SOURCE_DIR}/cuda/activations/*.cu)
+  foreach(name append basis read)
+    list(APPEND rounding_sources ${PROJECT_SOURCE_DIR}/cuda/kv_cache/${name}.cu)
+  endforeach()
   set_source_files_properties(${rounding_sources} PROPERTIES COMPILE_OPTIONS -fmad=false)
   set_source_files_properties(${PROJECT_SOURCE_DIR}/cuda/common/build_facts.cpp PROPERTIES
     COMPILE_DEFINITIONS "QUANTLOOM_CUDA_TOOLKIT=\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\";QUANTLOOM_CUDA_ARCHITECTURES=\"${architectures_text}\"")

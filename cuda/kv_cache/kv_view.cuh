@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "quantloom/dtype.hpp"
 #include "quantloom/kv_cache/kv_layout.hpp"
 
 namespace quantloom::kv_cache {

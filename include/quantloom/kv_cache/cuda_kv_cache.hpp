@@ -6,7 +6,11 @@
 //
 // Everything belongs to the device that is current when the cache is made. Lengths and the addresses of pages
 // are kept on the device too: a captured CUDA graph of append() and attend() may be replayed, and each replay
-// adds its tokens, as long as reserve() made room for them. Nothing is allocated for a token that fits.
+// adds its tokens, as long as reserve() made room for them. A replay without room leaves its sequence alone,
+// and the next call of any member throws InvalidArgument. Nothing is allocated for a token that fits.
+//
+// The calls for one cache, and replays, are ordered by whoever makes them: by one stream, or by waits between
+// streams. All but append() and attend() refuse a stream that is captured.
 #pragma once
 
 #include <memory>
@@ -43,7 +47,9 @@ class CudaKVCache {
   int64_t coded(KVSide side, int64_t sequence) const;
 
   // Makes room for `tokens` tokens in each sequence, so that append() needs nothing of the host until then:
-  // required before a capture.
+  // required before a capture. clear(), reorder() and a cache that grows beyond what was reserved (or to more
+  // sequences) take room away that graphs count on: reserve() again; after such growth, capture again. Pages
+  // that are reserved are pages in use.
   void reserve(int64_t tokens, void* stream = nullptr);
   // As KVCache::append(), of tensors on the device. While `stream` is captured, room must have been reserved,
   // `options.check` must be false, and lengths are known to the device alone.
@@ -60,7 +66,8 @@ class CudaKVCache {
   // attend() of kv_attention.hpp on the device. out [sequences, m, heads, head_dim] of the queries' dtype.
   // Keys, values and queries are rounded to float16 before they are multiplied, and weights of tokens too;
   // sums are float32, over pieces of a sequence whose number depends on its length alone: results do not
-  // depend on other sequences of the batch, and the same call gives the same bytes.
+  // depend on other sequences of the batch, and the same call gives the same bytes. The first call with
+  // more queries than any before takes memory: make it before a capture.
   void attend(const KVTokens& queries, float scale, void* out, void* stream = nullptr) const;
 
   KVUsage usage() const;
@@ -69,6 +76,7 @@ class CudaKVCache {
 
  private:
   struct State;
+  explicit CudaKVCache(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 

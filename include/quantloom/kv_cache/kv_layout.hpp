@@ -25,6 +25,12 @@
 
 #include "quantloom/kv_cache/kv_format.hpp"
 
+#ifdef __CUDACC__
+#define QUANTLOOM_KV __host__ __device__
+#else
+#define QUANTLOOM_KV
+#endif
+
 namespace quantloom {
 
 enum class KVSide : uint8_t { keys, values };
@@ -46,9 +52,11 @@ struct KVPart {
   int64_t outliers = 0;       // of tables: byte offset
   int64_t outlier_share = 0;  // in 1/10000 of elements
 
-  bool has_table() const { return codec == KVCodec::channel_table || codec == KVCodec::token_table; }
+  QUANTLOOM_KV bool has_table() const {
+    return codec == KVCodec::channel_table || codec == KVCodec::token_table;
+  }
   // Outliers of the tokens in slots before this one.
-  int64_t outliers_before(int64_t slot, int64_t head_dim) const {
+  QUANTLOOM_KV int64_t outliers_before(int64_t slot, int64_t head_dim) const {
     return slot * head_dim * outlier_share / 10000;
   }
 };
@@ -62,7 +70,7 @@ struct KVLayout {
 
   // Stored bits of an element whose token has left the window: of whole pages, padding included.
   double average_bits() const;
-  const KVPart& part(KVSide side) const { return side == KVSide::keys ? keys : values; }
+  QUANTLOOM_KV const KVPart& part(KVSide side) const { return side == KVSide::keys ? keys : values; }
 };
 
 // head_dim: a multiple of 8 from 8 to 1024 (InvalidArgument otherwise); with hadamard a size that
@@ -71,3 +79,5 @@ struct KVLayout {
 KVLayout kv_layout(const KVFormat& format, int64_t head_dim);
 
 }  // namespace quantloom
+
+#undef QUANTLOOM_KV

@@ -1,0 +1,261 @@
+// Codes of vectors, bit for bit those of src/kv_cache/kv_codes.cpp, by a warp for each vector. Sources that
+// include this are compiled without contraction.
+#pragma once
+
+#include <math_constants.h>
+
+#include "kv_cache/kv_codes.hpp"
+#include "kv_cache/kv_view.cuh"
+
+namespace quantloom::kv_cache {
+
+constexpr unsigned kAllLanes = 0xffffffffU;
+constexpr float kLeastScale = 0x1p-24F;
+
+struct Grid {
+  float scale;
+  float least;
+};
+
+// What a warp holds of a vector, in shared memory; each for all channels.
+struct RowMemory {
+  float* values;
+  float* missing;
+  uint8_t* codes;
+  uint8_t* shifts;
+
+  static __host__ __device__ int bytes(int head_dim) { return 10 * head_dim; }
+  __device__ RowMemory(std::byte* memory, int head_dim)
+      : values(reinterpret_cast<float*>(memory)),
+        missing(values + head_dim),
+        codes(reinterpret_cast<uint8_t*>(missing + head_dim)),
+        shifts(codes + head_dim) {}
+};
+
+// Of one head.
+struct CodeTables {
+  const float* bounds;
+  const float* values;
+  const __half2* ranges;  // [head_dim], of keys
+};
+
+__device__ __forceinline__ CodeTables code_tables(const KVView& view, KVSide side, int head) {
+  if (side == KVSide::values) return {view.value_bounds, view.value_values, nullptr};
+  return {view.key_bounds, view.key_values, view.key_ranges + head * view.layout.head_dim};
+}
+
+// The numbers of float16 nearest to both.
+__device__ __forceinline__ Grid store_pair(float scale, float least, std::byte* to) {
+  const __half2 pair = __floats2half2_rn(scale, least);
+  *reinterpret_cast<__half2*>(to) = pair;
+  return {__low2float(pair), __high2float(pair)};
+}
+
+__device__ __forceinline__ Grid load_pair(const std::byte* from) {
+  const __half2 pair = *reinterpret_cast<const __half2*>(from);
+  return {__low2float(pair), __high2float(pair)};
+}
+
+__device__ __forceinline__ Grid store_grid(float low, float high, int bits, std::byte* to) {
+  return store_pair(fmaxf((high - low) / static_cast<float>((1 << bits) - 1), kLeastScale), low, to);
+}
+
+__device__ __forceinline__ uint8_t code_of(float x, const Grid& grid, int bits) {
+  const float steps = rintf((x - grid.least) / grid.scale);
+  return static_cast<uint8_t>(fminf(fmaxf(steps, 0.0F), static_cast<float>((1 << bits) - 1)));
+}
+
+// Bits [begin, begin + width) of a dense stream of `count` codes, zeros behind them; width up to 32.
+__device__ __forceinline__ uint32_t pack_bits(const uint8_t* codes, int count, int bits, int begin,
+                                              int width) {
+  uint32_t word = 0;
+  int i = begin / bits;
+  for (int at = i * bits - begin; at < width && i < count; at += bits, ++i) {
+    const uint32_t code = codes[i] & ((1U << bits) - 1);
+    word |= at < 0 ? code >> -at : code << at;
+  }
+  return word;
+}
+
+__device__ __forceinline__ uint8_t code_at(const std::byte* row, int i, int bits) {
+  const int bit = i * bits;
+  auto word = static_cast<uint32_t>(row[bit / 8]);
+  if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(row[bit / 8 + 1]) << 8;
+  return static_cast<uint8_t>(word >> bit % 8 & ((1U << bits) - 1));
+}
+
+// A run of channels that a lane takes of a group; the lanes of a group follow each other.
+struct LaneRun {
+  int group;
+  int lanes;  // of a group: a power of two
+  int begin;
+  int end;
+  bool leads;  // the first lane of an existing group
+};
+
+__device__ __forceinline__ int lanes_of_group(const KVPart& part) {
+  int lanes = 32;
+  while (lanes > 1 && lanes * part.groups > 32) lanes /= 2;
+  return lanes;
+}
+
+__device__ __forceinline__ LaneRun lane_run(const KVPart& part, int head_dim, int first_group, int lanes,
+                                            int lane) {
+  const auto size = static_cast<int>(part.group);
+  const int group = first_group + lane / lanes;
+  const int chunk = (size + lanes - 1) / lanes;
+  const int end = min((group + 1) * size, head_dim);
+  const int begin = group * size + lane % lanes * chunk;
+  return {group, lanes, begin, min(begin + chunk, end), lane % lanes == 0 && group < part.groups};
+}
+
+__device__ __forceinline__ void encode_grids(const KVPart& part, int head_dim, const RowMemory& row, int lane,
+                                             std::byte* grids) {
+  const int lanes = lanes_of_group(part);
+  for (int first = 0; first < part.groups; first += 32 / lanes) {
+    const LaneRun run = lane_run(part, head_dim, first, lanes, lane);
+    float low = CUDART_INF_F;
+    float high = -CUDART_INF_F;
+    for (int d = run.begin; d < run.end; ++d) {
+      low = row.values[d] < low ? row.values[d] : low;
+      high = fmaxf(high, row.values[d]);
+    }
+    for (int step = 1; step < lanes; step *= 2) {
+      // Of equal ones, 0 and -0, the first counts.
+      const float other = __shfl_xor_sync(kAllLanes, low, step);
+      const bool takes = (lane & step) != 0 ? !(low < other) : other < low;
+      low = takes ? other : low;
+      high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
+    }
+    if (run.begin >= run.end && !run.leads) continue;
+    alignas(4) std::byte unused[4];
+    const Grid grid = store_grid(low, high, part.bits, run.leads ? grids + run.group * 4 : unused);
+    for (int d = run.begin; d < run.end; ++d) row.codes[d] = code_of(row.values[d], grid, part.bits);
+  }
+}
+
+__device__ __forceinline__ void encode_digits(const KVPart& part, int head_dim, const RowMemory& row,
+                                              int lane, int64_t slot, std::byte* record) {
+  float largest = 0;
+  for (int d = lane; d < head_dim; d += 32) largest = fmaxf(largest, fabsf(row.values[d]));
+  for (int step = 1; step < 32; step *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  const __half stored = __float2half_rn(largest == 0 ? 1.0F : fmaxf(largest / 127.0F, kLeastScale));
+  if (lane == 0) *reinterpret_cast<__half*>(record + part.parameters + slot * 2) = stored;
+  const float scale = __half2float(stored);
+  const auto integer = [&](int d) { return fminf(fmaxf(rintf(row.values[d] / scale), -127.0F), 127.0F); };
+  const auto half = static_cast<float>(1 << (part.bits - 1));
+  const int lanes = lanes_of_group(part);
+  for (int first = 0; first < part.groups; first += 32 / lanes) {
+    const LaneRun run = lane_run(part, head_dim, first, lanes, lane);
+    int most = 0;
+    for (int d = run.begin; d < run.end; ++d) most = max(most, static_cast<int>(fabsf(integer(d))));
+    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
+    const int shift = max(0, 32 - __clz(most) - (part.bits - 1));
+    if (run.leads) row.shifts[run.group] = static_cast<uint8_t>(shift);
+    for (int d = run.begin; d < run.end; ++d) {
+      const float cut = rintf(integer(d) / static_cast<float>(1 << shift));
+      row.codes[d] = static_cast<uint8_t>(static_cast<int>(fminf(fmaxf(cut, -half), half - 1)));
+    }
+  }
+  __syncwarp();
+  std::byte* shifts = record + part.shifts + slot * part.shift_bytes;
+  for (int i = lane; i < part.shift_bytes; i += 32) {
+    shifts[i] = static_cast<std::byte>(
+        pack_bits(row.shifts, static_cast<int>(part.groups), part.shift_bits, 8 * i, 8));
+  }
+}
+
+// The range of a token that is least when `count` elements are left out, at either end. row.missing gets the
+// values in order.
+__device__ __forceinline__ Grid least_range(int head_dim, const RowMemory& row, int lane, int count) {
+  for (int d = lane; d < head_dim; d += 32) {
+    const float value = row.values[d];
+    int rank = 0;
+    for (int i = 0; i < head_dim; ++i) {
+      const float other = row.values[i];
+      rank += static_cast<int>(other < value || (other == value && i < d));
+    }
+    row.missing[rank] = value;  // of a NaN some place, which may have no value then
+  }
+  __syncwarp();
+  count = min(count, head_dim - 1);
+  const float* largest = row.missing + head_dim - 1 - count;
+  int best = 0;
+  for (int below = 1; below <= count; ++below) {
+    if (largest[below] - row.missing[below] < largest[best] - row.missing[best]) best = below;
+  }
+  const float low = row.missing[best];
+  const float high = largest[best];
+  __syncwarp();
+  // The sum of -0 and -0 would depend on the order of zeros.
+  return {fmaxf((high - low) / 2, kLeastScale), (high + low) / 2 + 0.0F};
+}
+
+__device__ __forceinline__ void encode_by_table(const KVPart& part, int head_dim, const RowMemory& row,
+                                                int lane, int64_t slot, std::byte* record,
+                                                const CodeTables& tables) {
+  const auto first = static_cast<int>(part.outliers_before(slot, head_dim));
+  const int count = static_cast<int>(part.outliers_before(slot + 1, head_dim)) - first;
+  const bool by_token = part.codec == KVCodec::token_table;
+  Grid range{};
+  if (by_token) {
+    range = least_range(head_dim, row, lane, count);
+    alignas(4) std::byte unused[4];
+    range = store_pair(range.scale, range.least, lane == 0 ? record + part.parameters + slot * 4 : unused);
+  }
+  const int bounds = (1 << part.bits) - 1;
+  for (int d = lane; d < head_dim; d += 32) {
+    if (!by_token) range = {__low2float(tables.ranges[d]), __high2float(tables.ranges[d])};
+    const float value = row.values[d];
+    const float normalized = (value - range.least) / range.scale;
+    int code = 0;
+    while (code < bounds && tables.bounds[code] < normalized) ++code;
+    row.codes[d] = static_cast<uint8_t>(code);
+    row.missing[d] = value - (tables.values[code] * range.scale + range.least);
+  }
+  __syncwarp();
+  if (count == 0) return;
+  // Those that err most, the lower channel first among equals; their bits have an order for NaN too.
+  const auto error = [&](int d) { return __float_as_uint(row.missing[d]) & 0x7fffffffU; };
+  int place = first;
+  for (int begin = 0; begin < head_dim; begin += 32) {
+    const int d = begin + lane;
+    int rank = head_dim;
+    if (d < head_dim) {
+      rank = 0;
+      const uint32_t own = error(d);
+      for (int i = 0; i < head_dim; ++i) {
+        const uint32_t other = error(i);
+        rank += static_cast<int>(other > own || (other == own && i < d));
+      }
+    }
+    const unsigned chosen = __ballot_sync(kAllLanes, rank < count);
+    if (rank < count) {
+      const int at = place + __popc(chosen & ((1U << lane) - 1));
+      const auto channel = static_cast<uint32_t>(slot * head_dim + d);
+      const uint32_t missing = __half_as_ushort(__float2half_rn(row.missing[d]));
+      *reinterpret_cast<uint32_t*>(record + part.outliers + at * 4) = channel | missing << 16;
+    }
+    place += __popc(chosen);
+  }
+}
+
+// One vector, row.values, at `slot` of a record: by a whole warp, which has synchronized.
+__device__ __forceinline__ void encode_token(const KVPart& part, int head_dim, const RowMemory& row, int lane,
+                                             int64_t slot, std::byte* record, const CodeTables& tables) {
+  if (part.codec == KVCodec::digits) {
+    encode_digits(part, head_dim, row, lane, slot, record);
+  } else if (part.has_table()) {
+    encode_by_table(part, head_dim, row, lane, slot, record, tables);
+  } else {
+    encode_grids(part, head_dim, row, lane, record + part.parameters + slot * part.groups * 4);
+  }
+  __syncwarp();
+  auto* words = reinterpret_cast<uint32_t*>(record + part.codes + slot * part.row_bytes);
+  for (int i = lane; i < part.row_bytes / 4; i += 32) {
+    words[i] = pack_bits(row.codes, head_dim, part.bits, 32 * i, 32);
+  }
+}
+
+}  // namespace quantloom::kv_cache
