@@ -34,8 +34,8 @@ struct KVView {
   int64_t positions = 0;
 
   // Tokens, counted from `first`, whose keys or values are codes in a sequence of `length` tokens.
-  __host__ __device__ int64_t coded(KVSide side, int64_t length) const {
-    const int64_t tokens = length > first ? length - first : 0;
+  __host__ __device__ int coded(KVSide side, int length) const {
+    const int tokens = length > first ? length - first : 0;
     const KVPart& part = side == KVSide::keys ? layout.keys : layout.values;
     if (part.codec == KVCodec::channel_grid) return tokens - tokens % window;
     return tokens > window ? tokens - window : 0;
@@ -54,7 +54,7 @@ struct KVQueries {
 };
 
 // Bytes of device memory that launch_attention() needs: zeroed once, when it is allocated; kernels leave the
-// counters in it zero.
+// counters at its beginning zero. Fewer query tokens may use the same memory.
 int64_t attention_workspace(const KVView& view, int heads, int64_t tokens);
 // Launches the attention of kv_attention.hpp. Everything was checked before.
 void launch_attention(const KVView& view, const KVQueries& queries, void* workspace, void* stream);
