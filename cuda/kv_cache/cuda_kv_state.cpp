@@ -247,6 +247,11 @@ void CudaKVCache::State::reorder(std::span<const int64_t> sources, cudaStream_t 
   for (const DeviceMemory& memory : exact) gather(memory.data(), exact_bytes());
   gather(rows.table(), rows.pages() * static_cast<int64_t>(sizeof(std::byte*)));
   gather(rows.lengths(), sizeof(int64_t));
+  // Where attention counts depends on how many sequences there are.
+  if (count != shape.sequences && workspace.bytes() > 0) {
+    check_cuda(cudaMemsetAsync(workspace.data(), 0, static_cast<size_t>(workspace.bytes()), stream),
+               "fill of device memory");
+  }
   pages.reorder(sources);
   shape.sequences = count;
   update_room(stream);
