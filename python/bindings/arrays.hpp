@@ -87,6 +87,7 @@ void bind_cuda(py::module_& module);
 void bind_cuda_integers(py::module_& module);
 void bind_coded(py::module_& module);
 void bind_kv_cache(py::module_& module);
+void bind_cuda_kv_cache(py::module_& module);
 void bind_transforms(py::module_& module);
 void bind_io(py::module_& module);
 

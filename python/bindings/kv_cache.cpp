@@ -1,19 +1,22 @@
 // Caches of keys and values.
+#include "kv_cache.hpp"
+
 #include <pybind11/stl.h>
 
 #include <memory>
 #include <optional>
 
-#include "arrays.hpp"
 #include "quantloom/error.hpp"
 #include "quantloom/kv_cache/kv_attention.hpp"
 
 namespace quantloom::python {
-namespace {
 
-// [sequences, heads, tokens, head_dim]
-KVTokens tokens_of(const char* name, const ArrayRef& x) {
-  if (x.device() != Device::cpu) throw TypeMismatch(name, "memory of a GPU", "an array on the CPU");
+KVTokens kv_tokens(const char* name, const ArrayRef& x, Device device) {
+  if (x.device() != device) {
+    const bool cpu = device == Device::cpu;
+    throw TypeMismatch(name, cpu ? "memory of a CUDA device" : "memory of the CPU",
+                       cpu ? "memory of the CPU" : "memory of a CUDA device");
+  }
   const auto& shape = x.shape();
   if (shape.size() != 4) {
     throw InvalidArgument(name, text_of(shape.size(), " dimensions"), "[sequences, heads, tokens, head_dim]");
@@ -31,19 +34,12 @@ KVTokens tokens_of(const char* name, const ArrayRef& x) {
           {x.strides()[0], x.strides()[1], x.strides()[2]}};
 }
 
-KVSide side_of(const std::string& side) {
+KVSide kv_side(const std::string& side) {
   if (side != "keys" && side != "values") throw InvalidArgument("side", side, "keys or values");
   return side == "keys" ? KVSide::keys : KVSide::values;
 }
 
-float* out_of(const ArrayRef& out, DType dtype) {
-  if (out.dtype() != dtype || out.device() != Device::cpu || !out.contiguous()) {
-    throw TypeMismatch("out", name_of(out.dtype()), text_of("contiguous ", name_of(dtype), " on the CPU"));
-  }
-  return static_cast<float*>(out.data());
-}
-
-py::dict layout_of(const KVLayout& layout) {
+py::dict to_dict(const KVLayout& layout) {
   const auto part = [](const KVPart& p) {
     py::dict result;
     result["codec"] = p.codec == KVCodec::channel_grid ? "channel_grid"
@@ -64,6 +60,33 @@ py::dict layout_of(const KVLayout& layout) {
   result["keys"] = part(layout.keys);
   result["values"] = part(layout.values);
   return result;
+}
+
+py::dict to_dict(const KVUsage& usage) {
+  py::dict result;
+  result["tokens"] = usage.tokens;
+  result["coded_keys"] = usage.coded_keys;
+  result["coded_values"] = usage.coded_values;
+  result["code_bytes"] = usage.code_bytes;
+  result["exact_bytes"] = usage.exact_bytes;
+  result["page_bytes"] = usage.page_bytes;
+  result["reserved_bytes"] = usage.reserved_bytes;
+  return result;
+}
+
+void require_room_for(const ArrayRef& queries, const ArrayRef& out) {
+  if (out.element_count() != queries.element_count()) {
+    throw InvalidArgument("out", text_of(out.element_count(), " elements"), "those of queries");
+  }
+}
+
+namespace {
+
+float* out_of(const ArrayRef& out, DType dtype) {
+  if (out.dtype() != dtype || out.device() != Device::cpu || !out.contiguous()) {
+    throw TypeMismatch("out", name_of(out.dtype()), text_of("contiguous ", name_of(dtype), " on the CPU"));
+  }
+  return static_cast<float*>(out.data());
 }
 
 std::unique_ptr<KVCache> make_cache(const std::string& json, int64_t sequences, int64_t kv_heads,
@@ -103,7 +126,7 @@ void bind_kv_cache(py::module_& module) {
              [](const std::string& json) { return kv_format_from_json(json).to_json(); });
   module.def("kv_format_spec", [](const std::string& json) { return kv_format_from_json(json).spec(); });
   module.def("kv_layout", [](const std::string& json, int64_t head_dim) {
-    return layout_of(kv_layout(kv_format_from_json(json), head_dim));
+    return to_dict(kv_layout(kv_format_from_json(json), head_dim));
   });
   py::class_<KVRotation, std::shared_ptr<KVRotation>>(module, "KVRotation")
       .def(py::init([](const ArrayRef& cosines, const ArrayRef& sines) {
@@ -118,29 +141,22 @@ void bind_kv_cache(py::module_& module) {
       .def(py::init(&make_tables), py::arg("key_bounds"), py::arg("key_values"), py::arg("value_bounds"),
            py::arg("value_values"), py::arg("key_scale"), py::arg("key_middle"),
            py::arg("rotation").none(true));
+  module.def("require_valid_kv_tables",
+             [](const KVTables& tables, const std::string& json, int64_t kv_heads, int64_t head_dim) {
+               require_valid(tables, kv_format_from_json(json), kv_heads, head_dim);
+             });
   py::class_<KVCache>(module, "KVCache")
       .def(py::init(&make_cache), py::arg("format"), py::arg("sequences"), py::arg("kv_heads"),
            py::arg("head_dim"), py::arg("dtype"), py::arg("capacity"), py::arg("tables").none(true))
       .def("clone", [](const KVCache& cache) { return std::make_unique<KVCache>(cache.clone()); })
-      .def("lengths",
-           [](const KVCache& cache) {
-             std::vector<int64_t> lengths;
-             for (int64_t s = 0; s < cache.shape().sequences; ++s) lengths.push_back(cache.length(s));
-             return lengths;
-           })
-      .def("coded",
-           [](const KVCache& cache, const std::string& side, int64_t sequence) {
-             if (sequence < 0 || sequence >= cache.shape().sequences) {
-               throw InvalidArgument("sequence", text_of(sequence),
-                                     text_of("0 to ", cache.shape().sequences - 1));
-             }
-             return cache.coded(side_of(side), sequence);
-           })
+      .def("lengths", &lengths_of<KVCache>)
+      .def("coded", &coded_of<KVCache>)
+      .def("reserve", &KVCache::reserve)
       .def("append",
            [](KVCache& cache, const ArrayRef& keys, const ArrayRef& values,
               const std::optional<std::vector<int64_t>>& starts, int64_t threads) {
-             const KVTokens k = tokens_of("keys", keys);
-             const KVTokens v = tokens_of("values", values);
+             const KVTokens k = kv_tokens("keys", keys, Device::cpu);
+             const KVTokens v = kv_tokens("values", values, Device::cpu);
              const std::span<const int64_t> from =
                  starts ? std::span<const int64_t>(*starts) : std::span<const int64_t>();
              const py::gil_scoped_release release;
@@ -155,56 +171,33 @@ void bind_kv_cache(py::module_& module) {
                throw InvalidArgument("out", text_of(out.element_count(), " elements"),
                                      "head_dim for each token and 16");
              }
-             cache.read(side_of(side), sequence, head, first, count, out_of(out, DType::f32));
+             cache.read(kv_side(side), sequence, head, first, count, out_of(out, DType::f32));
            })
       .def("attend",
            [](const KVCache& cache, const ArrayRef& queries, double scale, const ArrayRef& out,
               int64_t threads) {
-             const KVTokens q = tokens_of("queries", queries);
+             const KVTokens q = kv_tokens("queries", queries, Device::cpu);
              float* to = out_of(out, DType::f32);
-             if (out.element_count() != queries.element_count()) {
-               throw InvalidArgument("out", text_of(out.element_count(), " elements"), "those of queries");
-             }
+             require_room_for(queries, out);
              const py::gil_scoped_release release;
              attend(cache, q, static_cast<float>(scale), to, to_int("threads", threads));
            })
       .def("attend_reference",
            [](const KVCache& cache, const ArrayRef& queries, double scale, const ArrayRef& out) {
-             const KVTokens q = tokens_of("queries", queries);
-             if (out.element_count() != queries.element_count()) {
-               throw InvalidArgument("out", text_of(out.element_count(), " elements"), "those of queries");
-             }
+             const KVTokens q = kv_tokens("queries", queries, Device::cpu);
+             require_room_for(queries, out);
              auto* to = reinterpret_cast<double*>(out_of(out, DType::f64));
              const py::gil_scoped_release release;
              attend_reference(cache, q, static_cast<float>(scale), to);
            })
       .def("record",
            [](const KVCache& cache, int64_t sequence, int64_t page, int64_t head) {
-             const KVShape& shape = cache.shape();
-             const bool exists =
-                 sequence >= 0 && sequence < shape.sequences && head >= 0 && head < shape.kv_heads;
-             const int64_t tokens =
-                 exists ? std::max(cache.coded(KVSide::keys, sequence), cache.coded(KVSide::values, sequence))
-                        : 0;
-             if (page < 0 || page * cache.layout().page_tokens >= tokens) {
-               throw InvalidArgument("page", text_of(page), "a page of a sequence and a head");
-             }
+             require_record(cache, sequence, page, head);
              return py::bytes(reinterpret_cast<const char*>(cache.record(sequence, page, head)),
                               static_cast<size_t>(cache.layout().record_bytes));
            })
-      .def("layout", [](const KVCache& cache) { return layout_of(cache.layout()); })
-      .def("usage", [](const KVCache& cache) {
-        const KVUsage u = cache.usage();
-        py::dict result;
-        result["tokens"] = u.tokens;
-        result["coded_keys"] = u.coded_keys;
-        result["coded_values"] = u.coded_values;
-        result["code_bytes"] = u.code_bytes;
-        result["exact_bytes"] = u.exact_bytes;
-        result["page_bytes"] = u.page_bytes;
-        result["reserved_bytes"] = u.reserved_bytes;
-        return result;
-      });
+      .def("layout", [](const KVCache& cache) { return to_dict(cache.layout()); })
+      .def("usage", [](const KVCache& cache) { return to_dict(cache.usage()); });
 }
 
 }  // namespace quantloom::python

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_core, module) {
   bind_cuda_trellis(module);
   bind_activations(module);
   bind_kv_cache(module);
+  bind_cuda_kv_cache(module);
   bind_kernels(module);
   bind_cuda(module);
   bind_cuda_integers(module);

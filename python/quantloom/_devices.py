@@ -51,5 +51,6 @@ def current(device: str) -> Iterator[int]:
     from quantloom import _cuda
 
     _cuda.find_libraries()
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream().cuda_stream
+    where = torch.device(device)
+    with _cuda.on(where):
+        yield torch.cuda.current_stream(where).cuda_stream

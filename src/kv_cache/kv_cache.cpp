@@ -71,6 +71,13 @@ void KVCache::add_slab(int64_t pages) {
   slabs_.push_back(std::move(slab));
 }
 
+void KVCache::reserve(int64_t tokens) {
+  if (tokens < 0) throw InvalidArgument("tokens", text_of(tokens), "0 or more");
+  std::vector<int64_t> lengths;
+  for (int64_t s = 0; s < shape_.sequences; ++s) lengths.push_back(std::max(tokens, length(s)));
+  add_slab(pages_.missing_pages(lengths));
+}
+
 std::byte* KVCache::page_data(int32_t page) const {
   const KVPages::Place place = pages_.place(page);
   const auto* slab = slabs_[static_cast<size_t>(place.slab)].bytes();

@@ -157,6 +157,60 @@ def test_usage_counts_stored_bytes(rng):
     assert usage.exact_bytes == 2 * 128 * 2 * 64 * 2  # the window of the values; that of the keys is empty
 
 
+def test_reserved_memory_is_enough(rng):
+    x = vectors(rng, 2, 2, 1000, 64)
+    cache = ql.kv.KVCache("kivi:2:r32:first3", 2, 2, 64)
+    cache.append(x[:, :, :300], x[:, :, :300], starts=[0, 250])
+    cache.reserve(1000)
+    reserved = cache.usage().reserved_bytes
+    cache.reserve(700)
+    cache.append(x[:, :, 300:], x[:, :, 300:])
+    assert cache.lengths == [1000, 750]
+    assert cache.usage().reserved_bytes == reserved
+    cache.reorder([0, 0])
+    cache.reserve(1250)  # one of them needs pages of its own
+    reserved = cache.usage().reserved_bytes
+    cache.append(x[:, :, :250], x[:, :, :250])
+    assert cache.lengths == [1250] * 2
+    assert cache.usage().reserved_bytes == reserved
+    with pytest.raises(ValueError, match="tokens"):
+        cache.reserve(-1)
+
+
+def test_appending_and_attending_compile_as_one_operator(rng):
+    torch = pytest.importorskip("torch")
+    caches = [ql.kv.KVCache("kivi:2:g8:r8", 2, 2, 32, "float32") for _ in range(2)]
+    twin = ql.kv.KVCache("kivi:2:g8:r8", 2, 2, 32, "float32")
+
+    class Step(torch.nn.Module):
+        def forward(self, queries, keys, values):
+            # Two calls that look the same must not become one.
+            first = caches[0].append_attend(queries, keys, values)
+            caches[1].append_attend(queries, keys, values)  # nobody needs the result
+            return first + caches[0].append_attend(queries, keys, values)
+
+    for backend in ("eager", "aot_eager"):
+        step = torch.compile(Step(), backend=backend, fullgraph=True)
+        for cache in (*caches, twin):
+            cache.clear()
+        for tokens in (20, 1, 1):
+            keys, values = (torch.from_numpy(vectors(rng, 2, 2, tokens, 32, "float32")) for _ in range(2))
+            queries = torch.from_numpy(vectors(rng, 2, 4, tokens, 32, "float32"))
+            out = step(queries, keys, values)
+            expected = 0
+            for _ in range(2):
+                twin.append(keys, values)
+                expected = twin.attend(queries) + expected
+            torch.testing.assert_close(out, expected)
+        assert caches[0].lengths == twin.lengths == [44, 44]
+        assert caches[1].lengths == [22, 22]
+    torch.library.opcheck(
+        torch.ops.quantloom.kv_append_attend.default,
+        (queries, keys, values, None, twin._handle, 0.5),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_bad_input_is_refused_by_name(rng):
     x = vectors(rng, 1, 2, 5, 16)
     cache = ql.kv.KVCache("kivi:2", 1, 2, 16)
@@ -187,6 +241,14 @@ def test_bad_input_is_refused_by_name(rng):
         ql.kv.KVCache("kivi:2", 1, 1, 12)
     with pytest.raises(TypeError, match="dtype"):
         ql.kv.KVCache("kivi:2", 1, 1, 16, "int8")
+    with pytest.raises(TypeError, match="check"):
+        cache.append(x, x, check=1)
+    with pytest.raises(ValueError, match="device"):
+        ql.kv.KVCache("kivi:2", 1, 1, 16, device="gpu")
+    with pytest.raises(TypeError, match="device"):
+        ql.kv.KVCache("kivi:2", 1, 1, 16, device=0)
+    with pytest.raises(ValueError, match="kind"):
+        cache.keys(0, "cupy")
 
 
 def test_needs_no_torch():

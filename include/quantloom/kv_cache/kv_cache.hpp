@@ -66,6 +66,8 @@ class KVCache {
   // Tokens of a sequence whose keys or values are codes: those from format().first on.
   int64_t coded(KVSide side, int64_t sequence) const { return pages_.coded(side, sequence); }
 
+  // Takes memory now that each sequence needs to reach `tokens` tokens.
+  void reserve(int64_t tokens);
   // Adds the tokens [starts[s], keys.tokens) to each sequence s; without starts all of them. Throws before
   // anything is changed: InvalidArgument or TypeMismatch for a wrong shape or dtype, NumericError naming
   // sequence, head and token for a value that is not finite or beyond 32752 in magnitude (float16 scales),
