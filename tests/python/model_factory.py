@@ -85,6 +85,22 @@ def gemma2(hidden=64, layers=2):
     )
 
 
+def gemma3(hidden=64, layers=3, window=16):
+    """Attention to a window in all layers but every third; norms of queries and keys."""
+    return transformers.Gemma3TextConfig(
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=window,
+        layer_types=["full_attention" if i % 3 == 1 else "sliding_attention" for i in range(layers)],
+        pad_token_id=0,
+        **_COMMON,
+    )
+
+
 FAMILIES = {"llama": llama, "gemma2": gemma2, "gpt_neox": gpt_neox, "opt": opt, "phi": phi}
 
 

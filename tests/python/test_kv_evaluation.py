@@ -14,18 +14,7 @@ import quantloom as ql
 from quantloom.cli import app
 from typer.testing import CliRunner
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return model_factory.build(model_factory.llama())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ids(count):

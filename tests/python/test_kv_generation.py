@@ -9,23 +9,12 @@ transformers = pytest.importorskip("transformers")
 
 import model_factory
 import quantloom as ql
+from kv_cases import config, generate, logits_by_token, prompt
 
 SPECS = ["kivi:2:g4:r8", "kivi:4:g8:r8:first2:hadamard", "token:4", "sdr:4:r3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products: threads that wait for each other would take all of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(positions=256):
-    made = model_factory.llama()
-    made.max_position_embeddings = positions
-    return made
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +25,6 @@ def models():
     ql.kv.use_attention(ours)
     theirs.set_attn_implementation("sdpa")
     return ours, theirs
-
-
-def prompt(length, rows=1, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, model_factory.VOCABULARY, (rows, length), generator=generator)
-
-
-def generate(model, ids, cache, **settings):
-    mask = settings.pop("attention_mask", torch.ones_like(ids))
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | settings
-    with torch.no_grad():
-        return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
-
-
-def logits_by_token(model, ids, cache):
-    """Teacher forced, one token at a time."""
-    with torch.no_grad():
-        steps = [
-            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
-            for t in range(ids.shape[1])
-        ]
-    return torch.cat(steps, dim=1)
 
 
 def test_without_a_cache_and_with_a_dynamic_one_it_is_plain_attention(models):
@@ -271,10 +238,76 @@ def test_models_with_biases_and_other_families():
         assert torch.equal(generate(ours, ids, cache, attention_mask=mask), expected), family
 
 
+@pytest.mark.parametrize("run", [512, 5])
+def test_layers_with_a_sliding_window_keep_its_tokens_exactly(run, monkeypatch):
+    monkeypatch.setattr("quantloom.kv.generation._RUN", run)
+    made = model_factory.gemma3()
+    made.max_position_embeddings = 128
+    ours = model_factory.build(made)
+    theirs = copy.deepcopy(ours)
+    ql.kv.use_attention(ours)
+    theirs.set_attn_implementation("sdpa")
+    ids = prompt(50, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        a, b = (model(ids, attention_mask=mask, use_cache=False).logits for model in (ours, theirs))
+        torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a[1, 9:], b[1, 9:], rtol=1e-4, atol=1e-4)
+    expected = generate(theirs, ids, None, attention_mask=mask)
+    for beams in (1, 2):
+        expected = generate(theirs, ids, None, attention_mask=mask, num_beams=beams)
+        assert torch.equal(generate(ours, ids, None, attention_mask=mask, num_beams=beams), expected)
+        cache = ql.kv.KIVICache(ours.config, window=128)
+        assert torch.equal(generate(ours, ids, cache, attention_mask=mask, num_beams=beams), expected)
+        assert [layer.is_sliding for layer in cache.layers] == [True, False, True]
+        assert cache.usage().tokens == beams * (61 + 52)
+    spec = "kivi:2:g4:r8"
+    caches = [ql.kv.QuantizedKVCache(model.config, spec) for model in (ours, theirs)]
+    logits = [logits_by_token(model, ids, cache) for model, cache in zip((ours, theirs), caches)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert (logits[0] - b)[0].abs().amax() > 1e-2
+    assert caches[0].layers[1].cache.coded_keys(0) == 48
+    with pytest.raises(RuntimeError, match="crop"):
+        caches[0].crop(-1)
+    assert caches[0].layers[0].get_seq_length() == 50
+
+
+def test_a_step_compiles_without_breaks(models):
+    """New caches and longer ones need no new code."""
+    ours, _ = models
+    ids = prompt(40, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    for settings in ({}, {"attention_mask": mask}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        results = []
+        for model in (ours, compiled, compiled):
+            cache = ql.kv.KIVICache(ours.config, group_size=4, window=8)
+            parts, end = [], 0
+            with torch.no_grad():
+                for part in (ids[:, :30], *ids[:, 30:].split(1, dim=1)):
+                    end += part.shape[1]
+                    given = {name: x[:, :end] for name, x in settings.items()}
+                    parts.append(model(part, past_key_values=cache, **given).logits)
+            results.append(torch.cat(parts, dim=1))
+            assert [layer.cache.lengths for layer in cache.layers] == [[40, 33 if settings else 40]] * 2
+        for actual in results[1:]:
+            torch.testing.assert_close(actual, results[0], rtol=1e-4, atol=1e-4)
+        # The prompt and, as lengths turn out to change, single tokens.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 def test_what_cannot_be_done_is_refused(models):
     ours, _ = models
     with pytest.raises(ValueError, match="full_attention"):
-        ql.kv.KIVICache(model_factory.gemma2())
+        ql.kv.KIVICache(model_factory.gemma3(layers=1))
+    capped = model_factory.build(model_factory.gemma2())
+    ql.kv.use_attention(capped)
+    with pytest.raises(ValueError, match="softcap"), torch.no_grad():
+        capped(prompt(10), past_key_values=ql.kv.KIVICache(capped.config))
     with pytest.raises(TypeError, match="config"):
         ql.kv.KIVICache(ours)
     with pytest.raises(ValueError, match="prefill"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch.nn.attention.bias import causal_lower_right
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from quantloom import _checks
+from quantloom.kv import operators
 from quantloom.kv.format import KVFormat, parse_kv_format
+from quantloom.kv.padding import Padding
 from quantloom.kv.plain import KVCache, KVUsage
 from quantloom.kv.tables import KVCalibration
 
@@ -18,22 +22,33 @@ __all__ = ["KIVICache", "KVQuantCache", "QuantizedKVCache", "use_attention"]
 ATTENTION = "quantloom"
 _PREFILLS = ("exact", "quantized")
 _RUN = 512  # queries that one mask serves
-_UNKNOWN = ("softcap", "sliding_window", "position_bias", "s_aux")
+_FEW = 8  # tokens for which a CUDA kernel reads the codes; of more, the cache is decoded once for all
+_UNKNOWN = ("softcap", "position_bias", "s_aux")
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of a ``QuantizedKVCache``."""
+    """One layer of a ``QuantizedKVCache`` that attends to all earlier tokens."""
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, settings: _Settings, index: int) -> None:
+    def __init__(self, settings: _Settings, padding: Padding, index: int, leads: bool) -> None:
         super().__init__()
         self.settings = settings
+        self.padding = padding
         self.index = index
+        self.leads = leads  # the first of the layers that share `padding`
         self.cache: KVCache | None = None
-        self.columns = 0  # tokens of the batch, padding included
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.columns = 0  # tokens of the batch that came, padding included
+        self.stored = 0  # those that are in the cache
+        self.handle = operators.handle(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            setattr(twin, name, operators.handle(twin) if name == "handle" else copy.deepcopy(value, memo))
+        return twin
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape != value_states.shape:
@@ -45,42 +60,72 @@ class _Layer(CacheLayerMixin):
         settings = self.settings
         tables = settings.tables(self.index)
         self.cache = KVCache(
-            settings.format, sequences, heads, dim, key_states.dtype, settings.capacity, tables
+            settings.format,
+            sequences,
+            heads,
+            dim,
+            key_states.dtype,
+            settings.capacity,
+            tables,
+            key_states.device,
         )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        if self._new is not None:
+        if self.columns != self.stored:
             raise RuntimeError(
                 "the keys of the last call were never attended to: the model's attention hands them on"
                 " changed; call set_attn_implementation('sdpa') and give the cache padding="
             )
-        if self.cache is None:
-            self.lazy_initialization(key_states, value_states)
         key_states, value_states = key_states.detach(), value_states.detach()
         self.columns += key_states.shape[2]
         if self.settings.direct:
             # The mask tells which tokens are padding, and only the attention gets it: it adds the tokens.
-            self._new = (key_states, value_states)
             marked = key_states.view_as(key_states)
             marked._quantloom_layer = self
             return marked, value_states
         return self._dense(key_states, value_states, self.settings.padding)
 
-    def attend(self, queries: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    def _append_attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         """Adds the tokens of the last update and attends; [sequences, tokens, heads, head_dim]."""
-        keys, values = self._new
-        self._new = None
-        if keys.shape[2] == 1 or self.settings.prefill == "quantized":
-            self._append(keys, values, mask)
-            return self.cache.attend(queries, scale).swapaxes(1, 2)
-        past = (
-            None if self.columns == keys.shape[2] else self._stored(keys.dtype, self.columns - keys.shape[2])
-        )
-        self._append(keys, values, mask)
-        if past is not None:
-            keys, values = (torch.cat([old, new], dim=2) for old, new in zip(past, (keys, values)))
-        return _exact_attention(queries, keys, values, self._visible(), scale)
+        count = keys.shape[2]
+        starts = self._starts(keys, values, mask)
+        if count == 1 or self.settings.prefill == "quantized":
+            self._append(keys, values, starts)
+            if count <= _FEW or not keys.is_cuda:
+                return self.cache.attend(queries, scale).swapaxes(1, 2).contiguous()
+            return self._attend_each(queries, None, starts, scale)
+        if any(self.cache.lengths) or starts is not None:
+            out = self._attend_each(queries, (keys, values), starts, scale)
+        else:
+            out = _exact_attention(queries, keys, values, None, scale)
+        self._append(keys, values, starts)
+        return out.contiguous()
+
+    def _attend_each(
+        self,
+        queries: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None,
+        starts: list[int] | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention to the decoded cache and then to `new` keys and values, one sequence after the other."""
+        sequences, heads, count, dim = queries.shape
+        out = queries.new_zeros((sequences, count, heads, dim))
+        for s, start in enumerate([0] * sequences if starts is None else starts):
+            seen = self._stored(s, queries.dtype)
+            if new is not None:
+                seen = [torch.cat([old, x[s, :, start:]], dim=1) for old, x in zip(seen, new)]
+            keys, values = (x[None] for x in seen)
+            out[s, start:] = _exact_attention(queries[s : s + 1, :, start:], keys, values, None, scale)[0]
+        return out
 
     def _dense(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None):
         """Adds tokens and returns all keys and values, padding as zeros, for other attentions."""
@@ -91,55 +136,42 @@ class _Layer(CacheLayerMixin):
             mask = mask[:, : self.columns]
             if mask.shape[0] != keys.shape[0]:
                 mask = mask.repeat_interleave(keys.shape[0] // mask.shape[0], dim=0)
+        starts = self._starts(keys, values, mask)
         count = keys.shape[2]
-        exact = count > 1 and self.settings.prefill == "exact"
-        past = self._stored(keys.dtype, self.columns - count) if exact and self.columns > count else None
-        self._append(keys, values, mask)
-        if not exact:
-            return self._stored(keys.dtype, self.columns)
+        if count == 1 or self.settings.prefill == "quantized":
+            self._append(keys, values, starts)
+            return self._stored_batch(keys, self.columns)
+        past = self._stored_batch(keys, self.columns - count) if self.columns > count else None
+        self._append(keys, values, starts)
         if past is None:
             return keys, values
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (keys, values)))
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        count = keys.shape[2]
-        lengths = self.cache.lengths
-        starts = [0] * len(lengths)
-        if mask is not None:
-            if mask.shape != (len(lengths), self.columns):
-                raise ValueError(
-                    f"attention_mask: got shape {list(mask.shape)}, expected [{len(lengths)}, {self.columns}]"
-                )
-            mask = mask.bool().cpu()
-            starts = (
-                self.columns - mask.sum(dim=1) - (self.columns - count - torch.tensor(lengths))
-            ).tolist()
-            for s, start in enumerate(starts):
-                pads = self.columns - lengths[s] - (count - start)
-                if start < 0 or start > count or bool(mask[s, :pads].any()) or (start and lengths[s]):
-                    raise ValueError(
-                        f"attention_mask: row {s} has zeros that are not padding on the left, or other ones"
-                        f" than in earlier calls; the cache takes left padding only"
-                    )
-        elif any(length != self.columns - count for length in lengths):
-            raise ValueError("attention_mask: got none, expected the mask of earlier calls, extended")
-        self.cache.append(keys, values, starts)
+    def _starts(
+        self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[int] | None:
+        """For each sequence the first token that is no padding; None: all tokens of all."""
+        if self.cache is None:
+            self.lazy_initialization(keys, values)
+        return self.padding.starts(mask, self.cache.lengths, self.stored, keys.shape[2], self.leads)
 
-    def _visible(self) -> torch.Tensor | None:
-        pads = [self.columns - length for length in self.cache.lengths]
-        if not any(pads):
-            return None
-        return torch.arange(self.columns)[None, :] >= torch.tensor(pads)[:, None]
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, starts: list[int] | None) -> None:
+        # The values of a prompt are looked at before it is stored; single tokens never wait for the device.
+        self.cache.append(keys, values, starts, check=keys.shape[2] > 1)
+        self.stored += keys.shape[2]
 
-    def _stored(self, dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _stored(self, sequence: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The keys and the values of a sequence, [kv_heads, tokens, head_dim] each."""
+        name = str(dtype).removeprefix("torch.")
+        return [self.cache._read(side, sequence, "torch", name) for side in ("keys", "values")]
+
+    def _stored_batch(self, like: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of the cache, [sequences, heads, columns, head_dim], with zeros for padding."""
-        cache = self.cache
-        lengths = cache.lengths
-        shape = (len(lengths), cache.kv_heads, columns, cache.head_dim)
-        keys, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        lengths = self.cache.lengths
+        shape = (len(lengths), self.cache.kv_heads, columns, self.cache.head_dim)
+        keys, values = like.new_zeros(shape), like.new_zeros(shape)
         for s, length in enumerate(lengths):
-            keys[s, :, columns - length :] = cache.keys(s, "torch")
-            values[s, :, columns - length :] = cache.values(s, "torch")
+            keys[s, :, columns - length :], values[s, :, columns - length :] = self._stored(s, like.dtype)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -154,8 +186,7 @@ class _Layer(CacheLayerMixin):
     def reset(self) -> None:
         if self.cache is not None:
             self.cache.clear()
-        self.columns = 0
-        self._new = None
+        self.columns = self.stored = 0
 
     def _reorder(self, sources: list[int]) -> None:
         if self.cache is not None:
@@ -197,7 +228,7 @@ class _Settings:
         self.calibration = calibration
         self.prefill = prefill
         self.capacity = capacity
-        self.padding = padding
+        self.padding = None if padding is None else padding.cpu()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Settings:
         return self  # nothing in it changes; the config is the model's own
@@ -213,6 +244,21 @@ class _Settings:
         return self.config._attn_implementation == ATTENTION
 
 
+def _layer_kinds(config: Any) -> list[str]:
+    """The kind of attention of each layer. Raises ValueError."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    known = {"full_attention", "sliding_attention"}
+    if set(kinds) - known or "full_attention" not in kinds:
+        raise ValueError(
+            f"config: has layers {sorted(set(kinds))}, expected full_attention in some and no others than"
+            f" {' and '.join(sorted(known))}"
+        )
+    return list(kinds)
+
+
 class QuantizedKVCache(Cache):
     """A cache for ``generate()`` in any ``KVFormat``.
 
@@ -226,10 +272,14 @@ class QuantizedKVCache(Cache):
 
     Every token is quantized as soon as it leaves the format's window, whether it came with the prompt or was
     generated. Works with greedy search, sampling and beams; tokens cannot be taken out again (assisted
-    generation). On the CPU.
+    generation). Layers with a sliding window keep the tokens of it as they are.
+
+    Each layer's cache is on the device of its keys. On a CUDA device single tokens are generated without
+    waiting for it: values that cannot be stored, and masks that are not those of the prompt with ones for new
+    tokens, raise their error with a later call.
 
     Args:
-        config: of the model (``model.config``), whose layers all attend to all earlier tokens.
+        config: of the model (``model.config``), some of whose layers attend to all earlier tokens.
         format: a ``KVFormat`` or its short form.
         prefill: what the tokens of a call with several of them see. ``"exact"``: each other as they are, and
             earlier ones as they are stored. ``"quantized"``: all of them as they are stored after the call. A
@@ -251,13 +301,7 @@ class QuantizedKVCache(Cache):
         if not isinstance(config, transformers.PretrainedConfig):
             raise TypeError(f"config: got {_checks.type_name(config)}, expected the config of a model")
         text = config.get_text_config(decoder=True)
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(f"config: has layers {sorted(kinds)}, expected full_attention alone")
-        if getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None) is not None:
-            raise ValueError(
-                "config: has a sliding_window, expected layers that attend to all earlier tokens"
-            )
+        kinds = _layer_kinds(text)
         if padding is not None and (not isinstance(padding, torch.Tensor) or padding.ndim != 2):
             raise TypeError("padding: expected a tensor [sequences, tokens] or None")
         self.format = parse_kv_format(format)
@@ -274,11 +318,35 @@ class QuantizedKVCache(Cache):
                 f"calibration: has {len(calibration.layers)} layers, expected {text.num_hidden_layers}"
             )
         settings = _Settings(text, self.format, prefill, capacity, padding, calibration)
-        super().__init__(layers=[_Layer(settings, index) for index in range(text.num_hidden_layers)])
+        self._padding = Padding()
+        leader = kinds.index("full_attention")
+        layers = [
+            _Layer(settings, self._padding, index, index == leader)
+            if kind == "full_attention"
+            else DynamicSlidingWindowLayer(text.sliding_window)
+            for index, kind in enumerate(kinds)
+        ]
+        super().__init__(layers=layers)
+
+    def _quantized(self) -> list[_Layer]:
+        return [layer for layer in self.layers if isinstance(layer, _Layer)]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        sources = beam_idx.tolist()  # once for all layers: it waits for the device
+        for layer in self.layers:
+            if isinstance(layer, _Layer):
+                layer._reorder(sources)
+            else:
+                layer.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self._quantized():  # before others are cut
+            layer.crop(tokens_to_remove)
 
     def usage(self) -> KVUsage:
-        """What all layers hold together; ``tokens`` and the coded ones are those of the first layer."""
-        each = [layer.cache.usage() for layer in self.layers if layer.cache is not None]
+        """What all quantized layers hold together; ``tokens`` and the coded ones are those of the first."""
+        self._padding.raise_if_wrong(wait=True)
+        each = [layer.cache.usage() for layer in self._quantized() if layer.cache is not None]
         if not each:
             return KVUsage(0, 0, 0, 0, 0, 0, 0)
         totals = {
@@ -358,27 +426,40 @@ def _exact_attention(
     values: torch.Tensor,
     visible: torch.Tensor | None,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """PyTorch's attention of the last tokens, [sequences, tokens, heads, head_dim].
 
-    `visible` [sequences, keys]: those that are no padding. Queries go in runs, so that masks stay small.
+    `visible` [sequences, keys]: those that are no padding. `window`: how many tokens one sees, itself
+    included. Queries go in runs, so that masks stay small.
     """
     count, columns = queries.shape[2], keys.shape[2]
     groups = queries.shape[1] // keys.shape[1]
-    if groups > 1:
+    plain = visible is None and (window is None or columns <= window)
+    # Of PyTorch's kernels, those for 16 bits without a mask on a CUDA device take fewer KV heads.
+    shared = groups > 1 and plain and queries.is_cuda and queries.dtype != torch.float32
+    if groups > 1 and not shared:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    settings = {"scale": scale, "enable_gqa": shared}
     attend = torch.nn.functional.scaled_dot_product_attention
-    if visible is None and count == columns:
-        return attend(queries, keys, values, is_causal=True, scale=scale).transpose(1, 2)
+    if plain and count == columns:
+        return attend(queries, keys, values, is_causal=True, **settings).transpose(1, 2)
     runs = []
     for first in range(0, count, _RUN):
         part = queries[:, :, first : first + _RUN]
-        end = columns - count + first + part.shape[2]
-        mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=queries.device)
-        mask = mask.tril(end - part.shape[2])[None, None]
+        rows, end = part.shape[2], columns - count + first + part.shape[2]
+        begin = 0 if window is None else max(0, end - rows - window + 1)
+        seen = (x[:, :, begin:end] for x in (keys, values))
+        if plain and queries.is_cuda:
+            runs.append(attend(part, *seen, attn_mask=causal_lower_right(rows, end), **settings))
+            continue
+        mask = torch.ones(rows, end - begin, dtype=torch.bool, device=queries.device).tril(end - begin - rows)
+        if window is not None:
+            mask = mask.triu(end - begin - rows - window + 1)
+        mask = mask[None, None]
         if visible is not None:
-            mask = mask & visible.to(queries.device)[:, None, None, :end]
-        out = attend(part, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale)
+            mask = mask & visible.to(queries.device)[:, None, None, begin:end]
+        out = attend(part, *seen, attn_mask=mask, **settings)
         blind = ~mask.any(dim=-1, keepdim=True)  # rows of padding
         runs.append(out.masked_fill(blind, 0.0))
     return torch.cat(runs, dim=2).transpose(1, 2)
@@ -403,18 +484,31 @@ def attention(
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ValueError("attention: the model is not causal, expected a decoder")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window = kwargs.get("sliding_window")
     layer = getattr(key, "_quantloom_layer", None)
     if layer is not None:
-        return layer.attend(query.detach(), attention_mask, scale).contiguous(), None
+        if window is not None:
+            raise ValueError("attention: a layer of all earlier tokens has a sliding_window, expected none")
+        states = (query.detach(), key.detach(), value.detach())
+        return operators.append_attend(*states, attention_mask, layer.handle, scale), None
     if dropout:
         raise ValueError(f"dropout: got {dropout}, expected 0 with the attention 'quantloom'")
-    visible = None if attention_mask is None else attention_mask.bool()
-    return _exact_attention(query, key, value, visible, scale).contiguous(), None
+    # A cache with a window has the last keys alone.
+    visible = None if attention_mask is None else attention_mask.bool()[:, -key.shape[2] :]
+    return _exact_attention(query, key, value, visible, scale, window).contiguous(), None
 
 
-def _mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _mask(
+    attention_mask: torch.Tensor | None = None, q_offset: Any = 0, **kwargs: Any
+) -> torch.Tensor | None:
     """What the attention gets as its mask: that of padding alone."""
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    if not kwargs.get("allow_is_causal_skip", True):
+        raise ValueError("attention: the model asks for a mask of its own, expected one of padding alone")
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask
+    # Looking at it waits for the device: not for each token.
+    first = not isinstance(q_offset, torch.Tensor) and q_offset == 0
+    return None if first and bool(attention_mask.all()) else attention_mask
 
 
 transformers.AttentionInterface.register(ATTENTION, attention)
