@@ -70,7 +70,10 @@ class RotaryEmbedding:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "inverse_frequencies", _floats("inverse_frequencies", self.inverse_frequencies))
+        frequencies = _floats("inverse_frequencies", self.inverse_frequencies)
+        if frequencies.ndim != 1 or frequencies.size == 0:
+            raise ValueError(f"inverse_frequencies: got {list(frequencies.shape)}, expected [rotated / 2]")
+        put(self, "inverse_frequencies", frequencies)
         put(self, "scaling", _checks.real("scaling", self.scaling))
 
     def angles(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +86,8 @@ class RotaryEmbedding:
 @dataclass(frozen=True, eq=False)
 class KVCalibration:
     """What ``ql.kv.calibrate`` finds for all layers of a model.
+
+    Raises ValueError for tables that are not those of the format.
 
     Attributes:
         format: a ``KVFormat`` of the kind kvquant.
@@ -99,6 +104,17 @@ class KVCalibration:
         if not isinstance(self.format, KVFormat) or self.format.kind != "kvquant":
             raise ValueError(f"format: got {self.format}, expected one of the kind kvquant")
         object.__setattr__(self, "layers", tuple(self.layers))
+        for index, layer in enumerate(self.layers):
+            if layer.key_scale.ndim != 2 or layer.key_middle.shape != layer.key_scale.shape:
+                raise ValueError(
+                    f"layers: number {index} has key_scale {list(layer.key_scale.shape)} and key_middle"
+                    f" {list(layer.key_middle.shape)}, expected [kv_heads, head_dim]"
+                )
+            try:
+                tables = self.core_tables(index, 2)
+                _core.require_valid_kv_tables(tables, self.format.to_json(), *layer.key_scale.shape)
+            except ValueError as error:
+                raise ValueError(f"layers: number {index}: {error}") from None
 
     def core_tables(self, layer: int, positions: int) -> _core.KVTables:
         """The tables of a layer as ``KVCache`` takes them, for `positions` positions."""
@@ -142,6 +158,6 @@ class KVCalibration:
             rotary = None
             if "scaling" in entry:
                 rotary = RotaryEmbedding(np.array(tensors["inverse_frequencies"]), entry["scaling"])
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(format, tuple(layers), rotary)
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a calibration of a KV cache: {error}") from None
-        return cls(format, tuple(layers), rotary)
