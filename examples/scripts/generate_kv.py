@@ -1,12 +1,12 @@
 """Generate text with quantized caches: the same prompts, a batch with padding on the left, beams.
 
-    python examples/scripts/generate_kv.py [MODEL] [TEXT]
+    python examples/scripts/generate_kv.py [MODEL] [TEXT] [--device cuda]
 
 MODEL is a folder with a model and its tokenizer, TEXT what KVQuant is calibrated on. examples/tiny-llama and
 its calib.txt by default.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import quantloom as ql
@@ -21,14 +21,19 @@ NEW_TOKENS = 200
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parent / "tiny-llama"
-    text = Path(sys.argv[2]) if len(sys.argv) > 2 else folder / "calib.txt"
-    model = ql.models.load_reference(folder)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, nargs="?", help="folder of a model and its tokenizer")
+    parser.add_argument("text", type=Path, nargs="?", help="what KVQuant is calibrated on")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    arguments = parser.parse_args()
+    folder = arguments.model or Path(__file__).resolve().parent.parent / "tiny-llama"
+    text = arguments.text or folder / "calib.txt"
+    model = ql.models.load_reference(folder, device=arguments.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False)
     inputs.pop("token_type_ids", None)
+    inputs = inputs.to(arguments.device)
 
     ids = ql.evaluate.tokens(folder, text)
     calibration = ql.kv.calibrate(model, ids, "kvquant:3:1%", windows=8, window=256)

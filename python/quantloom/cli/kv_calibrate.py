@@ -33,6 +33,7 @@ def kv_calibrate(
     post_rotary: Annotated[
         bool, typer.Option("--post-rotary", help="Store keys with their rotary embeddings.")
     ] = False,
+    device: Annotated[str, typer.Option(help='Where the model runs: "cpu", "cuda", "cuda:1", ...')] = "cpu",
     json: common.Json = False,
     progress: common.Progress = None,
     traceback: common.Traceback = False,
@@ -56,7 +57,7 @@ def kv_calibrate(
     with common.progress_bar(progress) as update:
         update("loading", 0, 1)
         found = quantloom.kv.calibrate(
-            load_model(model),
+            load_model(model, device=device),
             ids,
             wanted,
             windows=windows,
