@@ -23,6 +23,7 @@ const Additive& require_arguments(const CudaMatrix& w, const PackedTensor& packe
     throw InvalidArgument("packed", packed.format == nullptr ? "no format" : packed.format->spec(),
                           "planes of the format additive");
   }
+  require_without_levels(*format);
   require_damping(damping);
   cuda::require_matrix(w, "w");
   cuda::require_same_shape(w, packed);
@@ -90,6 +91,7 @@ void refit_tables_cuda(const CudaMatrix& w, PackedTensor& packed, const CudaHess
                        const RefitOptions& options, void* stream_given) {
   const auto stream = static_cast<cudaStream_t>(stream_given);
   require_valid(options);
+  require_conjugate_gradients(options.solver);
   const Additive& format = require_arguments(w, packed, hessian, options.damping, stream);
   require_finite_values(packed, stream);
   const cuda::AdditiveProblem problem(w, format, hessian, options.damping, stream);
@@ -104,6 +106,7 @@ CudaBeamSearched round_beam_search_cuda(const CudaMatrix& w, PackedTensor& packe
                                         void* stream_given) {
   const auto stream = static_cast<cudaStream_t>(stream_given);
   require_valid(options);
+  require_conjugate_gradients(options.refit_solver);
   if (options.held_out != nullptr) {
     throw InvalidArgument("options.held_out", "a Hessian of the CPU", "none: held_out is one of the device");
   }

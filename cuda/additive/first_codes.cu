@@ -11,6 +11,7 @@
 #include "quantloom/fit/cuda_kmeans.hpp"
 #include "quantloom/random.hpp"
 #include "quantloom/rounding/cuda_beam_search.hpp"
+#include "rounding/additive_checks.hpp"
 
 namespace quantloom {
 namespace cuda {
@@ -183,6 +184,7 @@ std::shared_ptr<const Additive> fit_additive_cuda(const Additive& format, const 
                                                   const AdditiveFitOptions& options, void* stream_given) {
   const auto stream = static_cast<cudaStream_t>(stream_given);
   require_valid(options, w.cols);
+  require_without_levels(format);
   cuda::require_matrix(w, "w");
   cuda::require_finite_cuda(w, "w", stream);
   const int64_t dim = format.dim();

@@ -9,6 +9,7 @@
 #include "kernels/additive_product.hpp"
 #include "kernels/bit_plane_product.hpp"
 #include "kernels/fragment_layout.hpp"
+#include "kernels/level_planes.hpp"
 #include "kernels/packed_codes.cuh"
 #include "kernels/product_memory.hpp"
 #include "kernels/spqr_product.hpp"
@@ -273,6 +274,9 @@ void prepare_cuda(const PackedTensor& packed, PreparedPlanes& prepared, void* st
   validate(prepared);
   require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (!level_planes(*packed.format, packed.n, packed.k).empty()) {
+    return cuda::prepare_levels(packed, prepared, cuda_stream);
+  }
   if (const Trellis* trellis = as_trellis(*packed.format)) {
     copy_trellis_scales(packed.planes, prepared.planes, cuda_stream);
     return cuda::prepare_trellis_words(trellis_layout(*trellis, packed.n, packed.k),
@@ -335,6 +339,9 @@ void unprepare_cuda(const PreparedPlanes& prepared, PackedTensor& packed, void* 
   validate(prepared);
   require_same_matrix(packed, prepared);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+  if (!level_planes(*packed.format, packed.n, packed.k).empty()) {
+    return cuda::unprepare_levels(prepared, packed, cuda_stream);
+  }
   if (const Trellis* trellis = as_trellis(*packed.format)) {
     copy_trellis_scales(prepared.planes, packed.planes, cuda_stream);
     return cuda::unprepare_trellis_words(trellis_layout(*trellis, packed.n, packed.k),

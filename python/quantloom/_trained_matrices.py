@@ -6,11 +6,13 @@ that add up, tables and scales.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from quantloom import _core
 from quantloom._bit_rows import unpack_rows
 from quantloom._weight_grids import WeightGrid, grid_refusal
 from quantloom.formats import Additive, Format
@@ -81,13 +83,16 @@ class TrainedWeights:
 
 
 class TrainedTables:
-    """Tables and scales of an ``Additive`` format: codes stay."""
+    """Tables and scales of an ``Additive`` format: codes stay. Where those are codes into levels, free
+    numbers are trained: rounded to levels, by k-means anew each time, with gradients straight through."""
 
     decayed = False
 
     def __init__(self, packed: PackedTensor) -> None:
-        self._stored = stored = packed.to("torch")
         self._format, (self._n, self._k) = packed.format, packed.shape
+        self._plain = replace(packed.format, scale_bits=0, table_bits=0, table_groups=1)
+        self._leveled = packed.format != self._plain
+        self._stored = stored = self._with_levels(packed.to("torch"), self._plain)
         planes = stored.planes
         self.device = planes["codebook"].device
         form = self._format
@@ -136,12 +141,32 @@ class TrainedTables:
         return {"codebook": torch.stack(tables).view(shape), "scales": scales}
 
     def packed(self, parameters: Values) -> PackedTensor:
+        return self._with_levels(self._packed_plainly(self._cast(parameters)), self._format)
+
+    def _packed_plainly(self, planes: Values) -> PackedTensor:
         stored = self._stored.to("cpu")
-        planes = dict(stored.planes) | {name: plane.cpu() for name, plane in self._planes(parameters).items()}
+        planes = dict(stored.planes) | {name: plane.cpu() for name, plane in planes.items()}
         return PackedTensor(stored.format, stored.shape, planes, stored.report, stored.transform)
 
+    def _with_levels(self, packed: PackedTensor, format: Additive) -> PackedTensor:
+        """The matrix as it is stored in a format with other levels, on its device."""
+        if not self._leveled:
+            return packed
+        core = _core.additive_with_levels(packed.to("cpu")._core(), format.to_json())
+        planes = PackedTensor._from_core(core, "torch").planes
+        stored = PackedTensor(format, packed.shape, planes, packed.report, packed.transform)
+        return stored.to(packed.device)
+
     def _planes(self, parameters: Values) -> Values:
-        """Parameters in the dtypes that are stored."""
+        """Parameters as they are stored: in their dtypes, and as levels."""
+        planes = self._cast(parameters)
+        if not self._leveled:
+            return planes
+        leveled = self._with_levels(self._packed_plainly(planes), self._format)
+        stored = self._with_levels(leveled, self._plain).planes
+        return {name: stored[name].to(self.device) for name in planes}
+
+    def _cast(self, parameters: Values) -> Values:
         planes = {}
         for name, value in parameters.items():
             dtype = self._stored.planes[name].dtype

@@ -16,7 +16,17 @@ from quantloom.tensors import PackedTensor
 
 __all__ = ["BeamSearch", "refit_tables", "search_codes"]
 
-_OPTIONS = {"beam": int, "seed": int, "damp": float, "rounds": int, "tolerance": float, "refit": int}
+_OPTIONS = {
+    "beam": int,
+    "seed": int,
+    "damp": float,
+    "rounds": int,
+    "tolerance": float,
+    "refit": int,
+    "rate": float,
+}
+_STEPS = {"cg": 10, "adam": 100}  # of a refit, unless told
+Refit = tuple[int, bool, bool, float, tuple[float, float]]  # steps, scales, Adam, rate, betas
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +51,22 @@ class BeamSearch(Rounding):
         damp: added to the diagonal of H, relative to its mean; >= 0.
         rounds: at most; 0 leaves tables and codes as they were fitted.
         tolerance: rounds end once one lowers the loss by less than this part of it; from 0 to below 1.
-        refit: steps of conjugate gradients in a round; 0: tables and scales stay.
+        refit: steps of the refit in a round; 0: tables and scales stay. None: 10, or 100 of Adam.
         refit_scales: whether scales are fitted, too.
+        solver: of the refit: ``"cg"``, conjugate gradients, or ``"adam"`` (Kingma, Ba, 2015, with AMSGrad),
+            as published, which takes many more steps.
+        rate, betas: the learning rate and the two decay rates of Adam, with the published defaults; a scale
+            counts as the norm of what it scales, tables accordingly, and the loss is the mean over rows.
         start: the first codes: ``"nearest"``, or ``"gptq"``: with feedback of errors.
         sweeps: of k-means for each of the first tables, at most.
         held_out: optional, a Hessian of other tokens, for the report.
 
     On a CUDA device everything runs there; codes are scored by tensor cores (in float32 mode), sums are taken
-    in another order than on the CPU, and ``start="gptq"`` raises RuntimeError.
+    in another order than on the CPU, and ``start="gptq"``, ``solver="adam"`` and formats with `scale_bits` or
+    `table_bits` raise RuntimeError.
 
     The short form is ``beam_search[:beam=N][:natural][:seed=N][:float64][:damp=X][:rounds=N][:tolerance=X]
-    [:refit=N][:gptq]``.
+    [:refit=N][:adam][:rate=X][:gptq]``.
     """
 
     hessian: Hessian | Any = None
@@ -62,8 +77,11 @@ class BeamSearch(Rounding):
     damp: float = 0.0
     rounds: int = 100
     tolerance: float = 0.01
-    refit: int = 10
+    refit: int | None = None
     refit_scales: bool = True
+    solver: str = "cg"
+    rate: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.95)
     start: str = "nearest"
     sweeps: int = 20
     held_out: Hessian | Any = None
@@ -80,6 +98,11 @@ class BeamSearch(Rounding):
             raise ValueError(f"beam: got {self.beam}, expected 1 to 8")
         _checks.choice("order", self.order, ("natural", "shuffled"))
         _checks.choice("start", self.start, ("nearest", "gptq"))
+        _checks.choice("solver", self.solver, tuple(_STEPS))
+        if self.refit is None:
+            set_field(self, "refit", _STEPS[self.solver])
+        set_field(self, "rate", _rate(self.rate))
+        set_field(self, "betas", _betas(self.betas))
         _checks.boolean("float64", self.float64)
         _checks.boolean("refit_scales", self.refit_scales)
         for name in ("seed", "rounds", "refit", "sweeps"):
@@ -93,12 +116,13 @@ class BeamSearch(Rounding):
 
     @property
     def spec(self) -> str:
-        default = BeamSearch()
-        if self.refit_scales != default.refit_scales or self.sweeps != default.sweeps:
-            raise ValueError("rounding: refit_scales and sweeps have no short form")
+        default = BeamSearch(solver=self.solver)
+        if any(getattr(self, name) != getattr(default, name) for name in ("refit_scales", "sweeps", "betas")):
+            raise ValueError("rounding: refit_scales, sweeps and betas have no short form")
         options = ["natural"] if self.order == "natural" else []
         options += ["float64"] if self.float64 else []
         options += ["gptq"] if self.start == "gptq" else []
+        options += ["adam"] if self.solver == "adam" else []
         options += [
             f"{name}={getattr(self, name)!r}"
             for name in _OPTIONS
@@ -109,7 +133,12 @@ class BeamSearch(Rounding):
     @classmethod
     def parse(cls, spec: str) -> BeamSearch:
         """The rounding of a short form."""
-        words = {"natural": {"order": "natural"}, "float64": {"float64": True}, "gptq": {"start": "gptq"}}
+        words = {
+            "natural": {"order": "natural"},
+            "float64": {"float64": True},
+            "gptq": {"start": "gptq"},
+            "adam": {"solver": "adam"},
+        }
         settings: dict[str, Any] = {}
         for option in spec.split(":")[1:]:
             key, equals, value = option.partition("=")
@@ -137,6 +166,27 @@ class BeamSearch(Rounding):
     def _search(self) -> tuple[int, bool, int, bool, float]:
         return self.beam, self.order == "shuffled", self.seed, self.float64, self.damp
 
+    @property
+    def _refit(self) -> Refit:
+        return self.refit, self.refit_scales, self.solver == "adam", self.rate, self.betas
+
+
+def _rate(rate: Any) -> float:
+    rate = _checks.real("rate", rate)
+    if rate <= 0:
+        raise ValueError(f"rate: got {rate}, expected a number above 0")
+    return rate
+
+
+def _betas(betas: Any) -> tuple[float, float]:
+    expected = "two numbers from 0 to below 1"
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas: got {betas!r}, expected {expected}")
+    first, second = (_checks.real("betas", beta) for beta in betas)
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(f"betas: got {(first, second)}, expected {expected}")
+    return first, second
+
 
 def require_additive(rounding: Any, format: Any) -> None:
     """Raises ValueError for the rounding with another format."""
@@ -150,8 +200,7 @@ def quantize_searched(
     """``ql.quantize`` with this rounding, of arguments that are checked."""
     choices = (
         rounding._search,
-        rounding.refit,
-        rounding.refit_scales,
+        rounding._refit,
         rounding.start == "gptq",
         rounding.rounds,
         rounding.tolerance,
@@ -249,34 +298,40 @@ def refit_tables(
     q: PackedTensor,
     hessian: Any,
     *,
-    steps: int = 10,
+    steps: int | None = None,
     tables: bool = True,
     scales: bool = True,
+    solver: str = "cg",
+    rate: float = 1e-4,
+    betas: tuple[float, float] = (0.0, 0.95),
     damp: float = 0.0,
     threads: int = 0,
 ) -> PackedTensor:
     """The least squares of the tables of `q`, a packed tensor of the format ``Additive``, for its codes and
-    scales; then of its scales: the other step of ``BeamSearch``.
+    scales; then of its scales: the other step of ``BeamSearch``. What is not less than before stays.
 
     Args:
         w, q, hessian: the weights, what they are packed to, and H, on one device.
-        steps: of conjugate gradients, at most.
+        steps: at most; None: 10, or 100 of Adam.
         tables, scales: whether they are fitted.
+        solver, rate, betas: as of ``BeamSearch``. Adam moves tables and scales together.
         damp: added to the diagonal of H, relative to its mean; >= 0.
         threads: 0 for OpenMP's default. The result does not depend on it.
     """
     matrix, hessian = _checked(w, q, hessian)
-    steps = _checks.integer("steps", steps, 0)
-    damp = _checks.real("damp", damp)
-    choices = (_checks.boolean("tables", tables), _checks.boolean("scales", scales), damp)
+    _checks.choice("solver", solver, tuple(_STEPS))
+    steps = _STEPS[solver] if steps is None else _checks.integer("steps", steps, 0)
+    scales = _checks.boolean("scales", scales)
+    refit: Refit = (steps, scales, solver == "adam", _rate(rate), _betas(betas))
+    choices = (_checks.boolean("tables", tables), _checks.real("damp", damp))
     threads = _checks.thread_count(threads)
     if matrix.device != "cpu":
         return _on_device(
             matrix,
             q,
             lambda packed, stream: _core.refit_tables_cuda(
-                matrix.core, packed, hessian._core, steps, *choices, stream
+                matrix.core, packed, hessian._core, refit, *choices, stream
             ),
         )
-    packed = _core.refit_tables(matrix.core, q._core(), hessian._core, steps, *choices, threads)
+    packed = _core.refit_tables(matrix.core, q._core(), hessian._core, refit, *choices, threads)
     return PackedTensor._from_core(packed, q.kind)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats/additive_levels.hpp"
 #include "formats/additive_sample.hpp"
 #include "formats/grouped.hpp"
 #include "formats/grouped_encoder.hpp"
@@ -14,6 +15,13 @@
 namespace quantloom {
 namespace {
 
+// Of a group of rows.
+std::span<const float> levels_of(const Additive& format, const std::vector<float>& levels,
+                                 int64_t row_group) {
+  const int64_t count = int64_t{1} << format.levels.scale_bits;
+  return std::span(levels).subspan(static_cast<size_t>(row_group * count), static_cast<size_t>(count));
+}
+
 class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
  public:
   AdditiveEncoder(std::shared_ptr<const Format> self, const Additive& format, int64_t n, int64_t k)
@@ -24,6 +32,7 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
         group_size_(format.scale_columns(k)),
         groups_(k > 0 ? format.scale_count(k) : 0),
         row_codes_(format.code_count(k)),
+        leveled_(k > 0 && format.has_scale_levels(k)),
         search_(format.tables, format.codebooks, format.entries(), format.dim()) {
     static_cast<void>(format.planes(n, k));
     parts_.tables = format.tables;
@@ -56,7 +65,7 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
     }
     for (size_t i = 0; i < count; ++i) {
       if (squares[i] == 0) {
-        set_scale(first_row, i, group, 1.0F);
+        set_scale(first_row, i, group, leveled_ ? 0.0F : 1.0F);
         continue;
       }
       const int64_t first = static_cast<int64_t>(i) * format_.out_group;
@@ -112,6 +121,7 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
   }
   void set_scale(int64_t first_row, size_t i, int64_t group, float scale) {
     const int64_t row_group = first_row / format_.out_group + static_cast<int64_t>(i);
+    if (leveled_) scale = nearest_level(levels_of(format_, format_.scale_levels, row_group), scale);
     parts_.scales[static_cast<size_t>(row_group * groups_ + group)] = scale;
   }
 
@@ -122,6 +132,7 @@ class AdditiveEncoder final : public ColumnEncoder, public SharedScales {
   int64_t group_size_;
   int64_t groups_;
   int64_t row_codes_;
+  bool leveled_;  // scales are levels of their group of rows
   TableSearch search_;
   AdditiveParts parts_;
 };
@@ -153,6 +164,26 @@ std::vector<double> mean_magnitudes(const Additive& format, const FloatMatrix& w
   return magnitudes;
 }
 
+// From the root mean squares of what scales scale; zeros have no say.
+std::vector<float> fit_scale_levels(const Additive& format, const std::vector<double>& magnitudes, int64_t k,
+                                    int threads) {
+  const int64_t count = format.scale_count(k);
+  std::vector<float> scales;
+  scales.reserve(magnitudes.size());
+  for (const double magnitude : magnitudes) scales.push_back(stored_scale(format.scale_dtype, magnitude));
+  for (int64_t first = 0; first < std::ssize(scales); first += count) {
+    const auto own = std::span(scales).subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+    const auto counts = [&](size_t i) {
+      // What float32 cannot hold is refused when it is fitted.
+      return magnitudes[static_cast<size_t>(first) + i] > 0 && std::isfinite(own[i]);
+    };
+    float any = 1;
+    for (size_t i = 0; i < own.size(); ++i) any = counts(i) ? own[i] : any;
+    for (size_t i = 0; i < own.size(); ++i) own[i] = counts(i) ? own[i] : any;
+  }
+  return level_scales(format, scales, k, format.scale_dtype, {}, threads).levels;
+}
+
 }  // namespace
 
 std::unique_ptr<ColumnEncoder> make_additive_encoder(std::shared_ptr<const Format> self,
@@ -160,13 +191,18 @@ std::unique_ptr<ColumnEncoder> make_additive_encoder(std::shared_ptr<const Forma
   return std::make_unique<AdditiveEncoder>(std::move(self), format, n, k);
 }
 
+std::vector<float> fit_scale_levels(const Additive& format, const FloatMatrix& w, int threads) {
+  return fit_scale_levels(format, mean_magnitudes(format, w, threads), w.cols(), threads);
+}
+
 AdditiveParts unpack_additive(const Additive& format, const PackedTensor& packed) {
   AdditiveParts parts;
-  const auto stored = packed.plane("codebook").values<uint16_t>();
-  parts.tables.resize(stored.size());
-  std::ranges::transform(stored, parts.tables.begin(), float_from_f16);
-  const Tensor& scales = packed.plane("scales");
-  for (int64_t i = 0; i < scales.element_count(); ++i) parts.scales.push_back(scale_at(scales, i));
+  parts.tables = read_tables(format, packed);
+  const int64_t count = packed.k > 0 ? format.scale_count(packed.k) : 0;
+  parts.scales.resize(static_cast<size_t>(format.row_groups(packed.n) * count));
+  for (int64_t row = 0; row < format.row_groups(packed.n); ++row) {
+    read_scales(format, packed, row, {parts.scales.data() + row * count, static_cast<size_t>(count)});
+  }
   const int64_t row_codes = format.code_count(packed.k);
   const int64_t rows = packed.k > 0 ? format.row_groups(packed.n) : 0;
   parts.codes.resize(static_cast<size_t>(rows * row_codes));
@@ -182,16 +218,14 @@ PackedTensor pack_additive(const Additive& format, const AdditiveParts& parts, i
   PackedTensor packed;
   // The plane holds the tables; a description is small.
   packed.format = std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group,
-                                                   format.out_group, format.scale_group, format.scale_dtype);
+                                                   format.out_group, format.scale_group, format.scale_dtype,
+                                                   std::span<const float>(), format.levels);
   packed.n = n;
   packed.k = k;
   for (const PlaneSpec& spec : format.planes(n, k))
     packed.planes.emplace(spec.name, Tensor(spec.dtype, spec.shape));
-  std::ranges::transform(parts.tables, packed.planes.at("codebook").values<uint16_t>().begin(),
-                         f16_from_float);
-  Tensor& scales = packed.planes.at("scales");
-  for (int64_t i = 0; i < scales.element_count(); ++i)
-    store_scale(scales, i, parts.scales[static_cast<size_t>(i)]);
+  write_tables(format, parts.tables, packed, threads);
+  write_scales(format, parts.scales, packed, threads);
   Tensor& codes = packed.planes.at("codes");
   const int64_t words = codes.shape()[1];
   uint32_t* const code_words = codes.values<uint32_t>().data();
@@ -207,9 +241,18 @@ std::shared_ptr<const Additive> fit_additive(const Additive& format, const Float
                                              const AdditiveFitOptions& options) {
   require_valid(options, w.cols());
   std::vector<float> tables(static_cast<size_t>(format.codebooks * format.entries() * format.dim()), 0.0F);
+  std::vector<float> scale_levels;
   if (w.rows() > 0 && w.cols() > 0) {
-    const AdditiveSample sample =
-        draw_blocks(format, w.rows(), w.cols(), mean_magnitudes(format, w, options.threads), options);
+    const std::vector<double> magnitudes = mean_magnitudes(format, w, options.threads);
+    AdditiveSample sample = draw_blocks(format, w.rows(), w.cols(), magnitudes, options);
+    if (format.has_scale_levels(w.cols())) {
+      scale_levels = fit_scale_levels(format, magnitudes, w.cols(), options.threads);
+      for (size_t i = 0; i < magnitudes.size(); ++i) {
+        if (!std::isfinite(sample.scales[i])) continue;
+        const int64_t row_group = static_cast<int64_t>(i) / format.scale_count(w.cols());
+        sample.scales[i] = nearest_level(levels_of(format, scale_levels, row_group), sample.scales[i]);
+      }
+    }
     const auto count = std::ssize(sample.places);
     const int64_t width = format.scale_columns(w.cols());
     std::vector<float> blocks(static_cast<size_t>(checked_mul(count, format.dim())), 0.0F);
@@ -228,8 +271,10 @@ std::shared_ptr<const Additive> fit_additive(const Additive& format, const Float
     tables = fit_residual_tables({blocks.data(), count, format.dim()}, sample.weights, format.codebooks,
                                  format.entries(), options.sweeps, options.seed, options.threads);
   }
-  return std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group, format.out_group,
-                                          format.scale_group, format.scale_dtype, tables);
+  auto fitted = std::make_shared<Additive>(format.codebooks, format.bits, format.in_group, format.out_group,
+                                           format.scale_group, format.scale_dtype, tables, format.levels);
+  fitted->scale_levels = std::move(scale_levels);
+  return fitted;
 }
 
 }  // namespace quantloom

@@ -42,10 +42,11 @@ std::map<std::string, Tensor> to_aqlm(const PackedTensor& packed) {
   } else {
     std::ranges::copy(parts.codes, codes.values<uint16_t>().begin());
   }
+  Tensor tables(DType::f16, {format.codebooks, format.entries(), format.out_group, format.in_group});
+  std::ranges::transform(parts.tables, tables.values<uint16_t>().begin(), f16_from_float);
   Tensor scales(DType::f16, {rows, 1, 1, 1});
-  std::ranges::copy(packed.plane("scales").values<uint16_t>(), scales.values<uint16_t>().begin());
-  return {
-      {"codes", std::move(codes)}, {"codebooks", packed.plane("codebook")}, {"scales", std::move(scales)}};
+  std::ranges::transform(parts.scales, scales.values<uint16_t>().begin(), f16_from_float);
+  return {{"codes", std::move(codes)}, {"codebooks", std::move(tables)}, {"scales", std::move(scales)}};
 }
 
 PackedTensor from_aqlm(const std::map<std::string, Tensor>& tensors) {

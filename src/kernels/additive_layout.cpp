@@ -38,6 +38,10 @@ EntryPlanes entries_of(const AdditiveLayout& layout, Tensor& codes, Tensor& plac
           places.values<uint8_t>().subspan(first, count)};
 }
 
+bool is_level_plane(std::string_view name) {
+  return name.ends_with("_codes") || name.ends_with("_levels");
+}
+
 void copy_tables(const std::map<std::string, Tensor>& from, std::map<std::string, Tensor>& to) {
   for (const char* name : {"codebook", "scales"}) copy_plane(from.at(name), to.at(name));
 }
@@ -101,6 +105,25 @@ std::vector<PlaneSpec> additive_planes(const AdditiveLayout& layout) {
                    {layout.codebooks, int64_t{1} << layout.bits, layout.out_group, layout.in_group}});
   specs.push_back({"scales", layout.scale_dtype, {layout.row_groups, layout.scale_count}});
   return specs;
+}
+
+std::vector<PlaneSpec> level_planes(const Format& format, int64_t n, int64_t k) {
+  if (dynamic_cast<const Additive*>(&format) == nullptr) return {};
+  std::vector<PlaneSpec> specs = format.planes(n, k);
+  std::erase_if(specs, [](const PlaneSpec& spec) { return !is_level_plane(spec.name); });
+  return specs;
+}
+
+std::shared_ptr<const Additive> without_levels(const Additive& format) {
+  return std::make_shared<const Additive>(format.codebooks, format.bits, format.in_group, format.out_group,
+                                          format.scale_group, format.scale_dtype);
+}
+
+PreparedPlanes without_levels(const PreparedPlanes& prepared) {
+  PreparedPlanes plain = prepared;
+  plain.format = without_levels(dynamic_cast<const Additive&>(*prepared.format));
+  std::erase_if(plain.planes, [](const auto& plane) { return is_level_plane(plane.first); });
+  return plain;
 }
 
 PreparedPlanes prepare_additive(const PackedTensor& packed) {

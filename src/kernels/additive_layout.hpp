@@ -42,6 +42,14 @@ bool is_in_fragment_order(const Additive& format);
 AdditiveLayout additive_layout(const Additive& format, int64_t n, int64_t k);
 std::vector<PlaneSpec> additive_planes(const AdditiveLayout& layout);
 
+// Of formats that store numbers as codes into levels: the planes of codes and levels, which prepared planes
+// have as they are beside the numbers themselves. Empty for others.
+std::vector<PlaneSpec> level_planes(const Format& format, int64_t n, int64_t k);
+// The planes without those, of the same matrix without levels.
+PreparedPlanes without_levels(const PreparedPlanes& prepared);
+// The format without levels.
+std::shared_ptr<const Additive> without_levels(const Additive& format);
+
 // The scalar reference: into the order of the kernels, and back.
 PreparedPlanes prepare_additive(const PackedTensor& packed);
 PackedTensor unprepare_additive(const PreparedPlanes& prepared);

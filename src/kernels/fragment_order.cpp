@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <span>
+#include <utility>
 
 #include "formats/bilevel_order.hpp"
 #include "formats/half_order.hpp"
@@ -233,6 +234,11 @@ int64_t FragmentLayout::code_words() const {
 FragmentLayout fragment_layout(const Format& format, int64_t n, int64_t k, bool with_group_index) {
   FragmentLayout layout;
   if (const auto* outliers = dynamic_cast<const Outliers*>(&format)) {
+    const auto* additive = dynamic_cast<const Additive*>(outliers->dense.get());
+    if (additive != nullptr && additive->levels != AdditiveLevels()) {
+      throw Unsupported(text_of("no CUDA kernel takes format ", format.spec(),
+                                ": expected scales and tables that are stored as they are"));
+    }
     layout = fragment_layout(*outliers->dense, n, k, with_group_index);
     layout.outliers = true;
     return layout;
@@ -295,9 +301,11 @@ std::vector<PlaneSpec> prepared_planes(const Format& format, int64_t n, int64_t 
   if (const Bcq* bcq = as_bcq(format)) {
     return bit_plane_planes(bit_plane_layout(*bcq, n, k, with_group_index), with_group_index);
   }
-  if (const Additive* additive = as_additive(format))
-    return additive_planes(additive_layout(*additive, n, k));
-  std::vector<PlaneSpec> specs = specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
+  const Additive* additive = as_additive(format);
+  std::vector<PlaneSpec> specs =
+      additive != nullptr ? additive_planes(additive_layout(*additive, n, k))
+                          : specs_of(fragment_layout(format, n, k, with_group_index), with_group_index);
+  for (PlaneSpec& spec : level_planes(format, n, k)) specs.push_back(std::move(spec));
   if (dynamic_cast<const Outliers*>(&format) == nullptr) return specs;
   for (PlaneSpec& spec : format.planes(n, k)) {
     if (is_outlier_plane(spec.name)) specs.push_back(std::move(spec));
@@ -337,9 +345,38 @@ std::vector<int32_t> fragment_source(const Format& format, int64_t k, std::span<
   return source_of_groups(fragment_layout(format, 1, k, !group_index.empty()), group_index);
 }
 
+namespace {
+
+// Numbers that are codes into levels are expanded; codes and levels stay beside them.
+PreparedPlanes prepare_levels(const PackedTensor& packed) {
+  PreparedPlanes prepared = prepare_fragments(with_levels(packed, {}));
+  prepared.format = packed.format;
+  for (const PlaneSpec& spec : level_planes(*packed.format, packed.n, packed.k)) {
+    Tensor plane(spec.dtype, spec.shape);
+    copy_plane(packed.plane(spec.name), plane);
+    prepared.planes.emplace(spec.name, std::move(plane));
+  }
+  return prepared;
+}
+
+PackedTensor unprepare_levels(const PreparedPlanes& prepared) {
+  PackedTensor packed = unprepare_fragments(without_levels(prepared));
+  packed.format = prepared.format;
+  const std::map<std::string, Tensor> plain = std::exchange(packed.planes, {});
+  for (const PlaneSpec& spec : packed.format->planes(packed.n, packed.k)) {
+    Tensor plane(spec.dtype, spec.shape);
+    copy_plane(plain.contains(spec.name) ? plain.at(spec.name) : prepared.plane(spec.name), plane);
+    packed.planes.emplace(spec.name, std::move(plane));
+  }
+  return packed;
+}
+
+}  // namespace
+
 PreparedPlanes prepare_fragments(const PackedTensor& packed) {
   validate(packed);
   require_on_cpu(packed.planes, "prepare_fragments");
+  if (!level_planes(*packed.format, packed.n, packed.k).empty()) return prepare_levels(packed);
   if (as_trellis(*packed.format) != nullptr) return prepare_trellis(packed);
   if (as_bcq(*packed.format) != nullptr) return prepare_bit_planes(packed);
   if (as_additive(*packed.format) != nullptr) return prepare_additive(packed);
@@ -395,6 +432,7 @@ PreparedPlanes prepare_fragments(const PackedTensor& packed) {
 PackedTensor unprepare_fragments(const PreparedPlanes& prepared) {
   validate(prepared);
   require_on_cpu(prepared.planes, "unprepare_fragments");
+  if (!level_planes(*prepared.format, prepared.n, prepared.k).empty()) return unprepare_levels(prepared);
   if (as_trellis(*prepared.format) != nullptr) return unprepare_trellis(prepared);
   if (as_bcq(*prepared.format) != nullptr) return unprepare_bit_planes(prepared);
   if (as_additive(*prepared.format) != nullptr) return unprepare_additive(prepared);

@@ -18,7 +18,23 @@ void require_row_groups(std::span<const int64_t> row_groups, int64_t count) {
   }
 }
 
+void require_valid(const AdamOptions& options) {
+  const auto positive = [](const char* name, double value) {
+    if (value > 0 && std::isfinite(value)) return;
+    throw InvalidArgument(name, text_of(value), "a number above 0");
+  };
+  const auto share = [](const char* name, double value) {
+    if (value >= 0 && value < 1) return;
+    throw InvalidArgument(name, text_of(value), "a number from 0 to below 1");
+  };
+  positive("learning_rate", options.learning_rate);
+  share("beta1", options.beta1);
+  share("beta2", options.beta2);
+  positive("epsilon", options.epsilon);
+}
+
 void require_valid(const BeamSearchOptions& options) {
+  require_valid(options.adam);
   if (options.refit_steps < 0)
     throw InvalidArgument("refit_steps", text_of(options.refit_steps), "0 or more");
   if (options.max_rounds < 0) throw InvalidArgument("max_rounds", text_of(options.max_rounds), "0 or more");
@@ -28,6 +44,7 @@ void require_valid(const BeamSearchOptions& options) {
 }
 
 void require_valid(const RefitOptions& options) {
+  require_valid(options.adam);
   if (options.steps < 0) throw InvalidArgument("steps", text_of(options.steps), "0 or more");
 }
 
@@ -57,6 +74,17 @@ void require_whole_row_groups(const Additive& format, int64_t n) {
   if (n % format.out_group == 0) return;
   throw InvalidArgument("w", text_of(n, " rows"),
                         text_of("a multiple of ", format.out_group, ", the rows of a block"));
+}
+
+void require_without_levels(const Additive& format) {
+  if (format.levels == AdditiveLevels()) return;
+  throw Unsupported(text_of("rounding on a CUDA device: got ", format.spec(),
+                            ", expected scales and tables that are stored as they are; quantize on the CPU"));
+}
+
+void require_conjugate_gradients(RefitSolver solver) {
+  if (solver == RefitSolver::conjugate_gradients) return;
+  throw Unsupported("refit on a CUDA device: got Adam, expected conjugate gradients; refit on the CPU");
 }
 
 }  // namespace quantloom

@@ -16,5 +16,8 @@ void require_valid(const CodeSearchOptions& options, const Additive& format);
 void require_row_groups(std::span<const int64_t> row_groups, int64_t count);
 void require_damping(double damping);
 void require_whole_row_groups(const Additive& format, int64_t n);
+// Unsupported for what CUDA devices leave to the CPU.
+void require_without_levels(const Additive& format);
+void require_conjugate_gradients(RefitSolver solver);
 
 }  // namespace quantloom

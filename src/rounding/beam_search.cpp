@@ -99,7 +99,9 @@ BeamSearched round_beam_search(const FloatMatrix& w, std::shared_ptr<const Addit
                               .tables = true,
                               .scales = options.refit_scales,
                               .damping = options.search.damping,
-                              .threads = threads};
+                              .threads = threads,
+                              .solver = options.refit_solver,
+                              .adam = options.adam};
   // Keeps `parts` if they err less.
   const auto keep = [&](const AdditiveParts& parts) {
     PackedTensor packed = pack_additive(*format, parts, w.rows(), w.cols(), threads);

@@ -69,6 +69,27 @@ TEST_F(AdditiveCuda, OrderEqualsTheCpuByteForByte) {
   }
 }
 
+// Scales and tables as codes into levels, which are expanded when they are prepared.
+TEST_F(AdditiveCuda, NumbersOfLevels) {
+  Draws draws(11);
+  for (const char* const spec : {"additive:2x6:g8:scale16:s2:t4", "additive:1x16:g8:t4x7",
+                                 "additive:3x5:g4x3:scale6:s3:f32", "additive:1x8:g4:scale4:s4:bf16"}) {
+    for (uint64_t seed = 0; seed < 6 && !HasFailure(); ++seed) {
+      ProductCase c;
+      c.format = format_from_spec(spec);
+      c.n = seed == 5 ? 0 : 1 + draws.below(200);
+      c.k = seed == 4 ? 0 : 1 + draws.below(400);
+      c.m = 1 + draws.below(20);
+      c.exact = seed % 2 == 0;
+      c.prepare_on_cpu = false;
+      c.seed = seed;
+      check_round_trip(c);
+      check_decoding(c);
+      if (c.n > 0 && c.k > 0) check_case(c, draws);
+    }
+  }
+}
+
 // Several slices, of which the last is short.
 TEST_F(AdditiveCuda, OrderOfManyColumns) {
   for (const char* const spec : {"additive:1x16:g8", "additive:1x14:g8", "additive:1x16:g16"}) {

@@ -26,6 +26,7 @@
 #include "quantloom/formats/outliers.hpp"
 #include "quantloom/formats/vector_codebook.hpp"
 #include "quantloom/kernels/matmul_cuda.hpp"
+#include "random_levels.hpp"
 #include "random_spqr.hpp"
 #include "random_trellis.hpp"
 
@@ -241,7 +242,10 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
       draw_vector_codes(draws, *vectors, vectors->entries, c.k, plane);
     } else if (spec.name == "codes" && additive != nullptr) {
       draw_vector_codes(draws, *additive, additive->entries(), c.k, plane);
-    } else if (spec.name == "codebook" && (vectors != nullptr || additive != nullptr)) {
+    } else if (spec.name == "scale_codes" || spec.name == "codebook_codes") {
+      draw_level_codes(draws, *additive, spec.name, c.k, plane);
+    } else if (spec.name == "codebook_levels" ||
+               (spec.name == "codebook" && (vectors != nullptr || additive != nullptr))) {
       fill_vectors(draws, c.exact, plane);
     } else if (spec.name == "signs") {
       draw_signs(draws, plane, c.k);
@@ -250,7 +254,7 @@ inline PackedTensor random_planes(const ProductCase& c, Draws& draws, int lowest
       draw_codes(draws, plane, c.k, layout.bits, layout.table_entries > 0 ? layout.table_entries : all);
     } else if (spec.name == "zeros") {
       draw_codes(draws, plane, layout.per_tensor ? 1 : c.n, layout.bits, int64_t{1} << layout.bits);
-    } else if (spec.name == "scales" || spec.name == "offsets") {
+    } else if (spec.name == "scales" || spec.name == "scale_levels" || spec.name == "offsets") {
       for (int64_t i = 0; i < plane.element_count(); ++i) {
         float scale = c.exact ? std::ldexp(1.0F, lowest + static_cast<int>(draws.below(4)))
                               : 0.01F + 0.01F * draws.uniform();

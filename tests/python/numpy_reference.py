@@ -145,18 +145,43 @@ def vectors(q) -> np.ndarray:
     return total.reshape(n, count * form.dim)[:, :k]
 
 
+def additive_tables(q) -> np.ndarray:
+    """Those of an additive format, perhaps codes into levels, [tables, entries, out_group, in_group]."""
+    form = q.format
+    if "codebook" in q.planes:
+        return np.asarray(q.planes["codebook"]).astype(np.float32)
+    entries, dim = 2**form.bits, form.out_group * form.in_group
+    levels = np.asarray(q.planes["codebook_levels"]).astype(np.float32)
+    tables = np.zeros((form.codebooks, entries, dim), dtype=np.float32)
+    for book, words in enumerate(np.asarray(q.planes["codebook_codes"])):
+        codes = unpack_bits(words, form.table_bits, entries * dim).reshape(entries, dim)
+        for entry in range(entries):
+            own = levels[book, entry * form.table_groups // entries].reshape(dim, -1)
+            tables[book, entry] = own[np.arange(dim), codes[entry]]
+    return tables.reshape(form.codebooks, entries, form.out_group, form.in_group)
+
+
+def additive_scales(q) -> np.ndarray:
+    """Those of an additive format, perhaps codes into levels, [row groups, scales]."""
+    if "scales" in q.planes:
+        return np.asarray(q.planes["scales"]).astype(np.float32)
+    levels = np.asarray(q.planes["scale_levels"]).astype(np.float32)
+    count, words = -(-q.shape[1] // q.format.scale_group), np.asarray(q.planes["scale_codes"])
+    codes = [unpack_bits(row, q.format.scale_bits, count) for row in words]
+    return np.take_along_axis(levels, np.array(codes, dtype=np.int64).reshape(len(words), count), axis=1)
+
+
 def additive_sums(q) -> np.ndarray:
     """The scale of a block times the sum of its entries, float32, [n, k]."""
     n, k = q.shape
     form, stream = q.format, np.asarray(q.planes["codes"])
     count, rows = -(-k // form.in_group), stream.shape[0]
-    tables = np.asarray(q.planes["codebook"]).astype(np.float32)
+    tables, scales = additive_tables(q), additive_scales(q)
     fields = [unpack_bits(stream[r], form.bits, count * form.codebooks) for r in range(rows)]
     codes = np.array(fields, dtype=np.int64).reshape(rows, count, form.codebooks)
     total = np.zeros((rows, count, form.out_group, form.in_group), dtype=np.float32)
     for book in range(form.codebooks):
         total = total + tables[book][codes[:, :, book]]
-    scales = np.asarray(q.planes["scales"]).astype(np.float32)
     if k == 0:
         return np.zeros((n, k), dtype=np.float32)
     per_scale = count if form.scale_group == "channel" else form.scale_group // form.in_group

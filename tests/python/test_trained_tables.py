@@ -13,6 +13,7 @@ FORMATS = [
     "additive:1x4:g3x2:bf16",
     "additive:1x9:g2",
 ]
+LEVELS = ["additive:2x4:g4:scale4:s2", "additive:1x5:g2x4:t2x2", "additive:2x3:g4:scale4:s2:t1:f32"]
 
 
 def packed(spec, rng, n=13, k=29):
@@ -20,7 +21,7 @@ def packed(spec, rng, n=13, k=29):
     return ql.quantize(torch.from_numpy(w), spec)
 
 
-@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize("spec", FORMATS + LEVELS)
 def test_what_is_stored_comes_back(spec, rng):
     q = packed(spec, rng)
     matrix = TrainedTables(q)
@@ -31,7 +32,7 @@ def test_what_is_stored_comes_back(spec, rng):
         assert torch.equal(again.planes[name], plane), name
 
 
-@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize("spec", FORMATS + LEVELS)
 def test_what_moves_lands_where_decoding_says(spec, rng):
     q = packed(spec, rng)
     matrix = TrainedTables(q)
@@ -71,6 +72,19 @@ def test_gradients_are_those_of_autograd(spec, transform, rng):
     for name, value in found.items():
         assert value.shape == parameters[name].shape
         torch.testing.assert_close(value.double(), free[name].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", LEVELS)
+def test_gradients_go_straight_through_levels(spec, rng):
+    q = packed(spec, rng)
+    matrix = TrainedTables(q)
+    moved = {name: value + 0.01 * torch.randn_like(value) for name, value in matrix.stored().items()}
+    gradient = torch.from_numpy(rng.standard_normal(q.shape, dtype="float32"))
+    found = matrix.gradients(moved, gradient)
+    at_levels = TrainedTables(matrix.packed(moved))
+    expected = at_levels.gradients(at_levels.stored(), gradient)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_formats_that_can_be_trained(rng):

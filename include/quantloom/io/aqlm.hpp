@@ -17,7 +17,8 @@ std::string aqlm_refusal(const Format& format, int64_t n, int64_t k);
 
 // codes [n / out_group, k / in_group, codebooks], int8 for codes of up to 8 bits, else int16: unsigned
 // values, wrapped; codebooks float16 [codebooks, 2^bits, out_group, in_group]; scales float16 [n / out_group,
-// 1, 1, 1]. Throws Unsupported for what aqlm_refusal() names.
+// 1, 1, 1]; numbers that are codes into levels are written as themselves. Throws Unsupported for what
+// aqlm_refusal() names.
 std::map<std::string, Tensor> to_aqlm(const PackedTensor& packed);
 
 // The packed tensor of the three arrays. Throws TypeMismatch or InvalidArgument naming the tensor with a

@@ -44,17 +44,39 @@ struct CodeSearchOptions {
 PackedTensor search_codes(const FloatMatrix& w, const PackedTensor& start, const Hessian& hessian,
                           const CodeSearchOptions& options = {}, std::span<const int64_t> row_groups = {});
 
+enum class RefitSolver : uint8_t {
+  conjugate_gradients,
+  adam  // the published one, which takes many more steps
+};
+
+// Kingma and Ba, 2015, with the published defaults. Steps and losses are those of the publication: a scale
+// counts as the norm of what it scales, tables accordingly, and the loss is tr(E H E^T) / n.
+struct AdamOptions {
+  double learning_rate = 1e-4;  // > 0
+  double beta1 = 0;             // in [0, 1)
+  double beta2 = 0.95;          // in [0, 1)
+  double epsilon = 1e-8;        // > 0
+  bool amsgrad = true;          // Reddi et al., 2018
+};
+
 struct RefitOptions {
-  int steps = 10;  // of conjugate gradients, at most
+  int steps = 10;  // at most
   bool tables = true;
   bool scales = true;
   double damping = 0;  // as in CodeSearchOptions
   int threads = 0;
+  RefitSolver solver = RefitSolver::conjugate_gradients;
+  AdamOptions adam = {};
 };
 
 // The least squares of tables for codes and scales as they are, then of scales: conjugate gradients
 // preconditioned by blocks, which err least after few steps. Results are rounded to their stored types;
-// tables are kept only if the loss falls, scales for each group of rows likewise.
+// tables are kept only if the loss falls, scales for each group of rows likewise. Where numbers are stored as
+// codes into levels, the least squares of free numbers are followed by k-means, and by the least squares of
+// the levels for codes that stay.
+//
+// Adam moves tables and scales together; where they are codes into levels, gradients are taken at the levels
+// nearest to them and go straight through. All are kept only if the loss falls.
 PackedTensor refit_tables(const FloatMatrix& w, const PackedTensor& start, const Hessian& hessian,
                           const RefitOptions& options = {});
 
@@ -76,6 +98,8 @@ struct BeamSearchOptions {
       fit;  // of the first tables; its weights, unless given, are diag(H); its threads do not count
   const Hessian* held_out = nullptr;
   bool measure_losses = true;  // false: the report's losses are NaN, nearest rounding is not run
+  RefitSolver refit_solver = RefitSolver::conjugate_gradients;
+  AdamOptions adam = {};
 };
 
 struct BeamSearched : Rounded {

@@ -5,8 +5,8 @@
 // only after every check has passed. `stream` is a cudaStream_t; each function returns after its work is
 // done. Results depend on arguments and the kind of device alone, not on what else it does.
 //
-// Errors are those of the functions on the CPU; besides, Unsupported where cuBLAS is missing, and in a
-// CPU-only build.
+// Errors are those of the functions on the CPU; besides, Unsupported where cuBLAS is missing, for formats
+// whose scales or tables are codes into levels, for refits by Adam, and in a CPU-only build.
 #pragma once
 
 #include "quantloom/calibration/cuda_hessian.hpp"

@@ -213,7 +213,7 @@ def quantize(
         uniform:BITS[:gN|:channel|:tensor][:sym|:asym][:f16|:bf16|:f32]
         codebook:nf4|nf3|sf4|fp4[:gN|:channel|:tensor][:f16|:bf16|:f32]
         vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]
-        additive:TABLESxBITS[:gIN|:gOUTxIN][:scaleN|:channel][:f16|:bf16|:f32]
+        additive:TABLESxBITS[:gIN|:gOUTxIN][:scaleN|:channel][:sBITS][:t[GROUPSx]BITS][:f16|:bf16|:f32]
         spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]
         sdr:BITS[:gN][:f16|bf16|f32]
         bcq:BITS[:gN|:channel][:offset][:f16|:bf16|:f32][:rN][:greedy]

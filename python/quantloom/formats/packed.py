@@ -532,7 +532,8 @@ def parse_format(spec: str | Format) -> Format:
       g64, f16
     - ``vector_codebook:[TABLESx]ENTRIESxDIM[:gN|:channel|:tensor][:f16|:bf16|:f32]``, with tables fitted to
       each matrix; defaults: g64 (or the next multiple of DIM), f16
-    - ``additive:TABLESxBITS[:gIN|:gOUTxIN][:scaleN|:channel][:f16|:bf16|:f32]``; defaults: g8, channel, f16
+    - ``additive:TABLESxBITS[:gIN|:gOUTxIN][:scaleN|:channel][:sBITS][:t[GROUPSx]BITS][:f16|:bf16|:f32]``;
+      defaults: g8, channel, f16, and scales and tables as they are
     - ``trellis:BITS[:CODEBOOK][:plain][:lWINDOW]``; defaults: mul1, rotated, l16
     - ``spqr:BITS[:gN][:sBITS][:zBITS][:bROWS]``; defaults: g16, s3, z3, b16
     - ``sdr:BITS[:gN][:f16|:bf16|:f32]`` with 2 to 7 BITS; defaults: g16, f16
@@ -568,8 +569,7 @@ def _from_fields(entry: dict[str, Any]) -> Format:
     if entry["format"] == "additive":
         from quantloom.formats.additive import Additive
 
-        names = ("codebooks", "bits", "in_group", "out_group", "scale_group", "scale_dtype")
-        return Additive(*(entry[name] for name in names))
+        return Additive(**{name: value for name, value in entry.items() if name not in ("format", "version")})
     if entry["format"] == "outliers":
         return Outliers(_from_fields(entry["dense"]), entry.get("percent"), entry.get("count"))
     if entry["format"] == "spqr":

@@ -55,8 +55,17 @@ TEST(Aqlm, ComesBackAndDecodesAsTheLayoutSays) {
   }
 }
 
+TEST(Aqlm, HasNumbersWithoutLevels) {
+  const PackedTensor packed = rounded("additive:2x5:g4:s2:t3", 6, 24);
+  ASSERT_TRUE(packed.planes.contains("codebook_levels"));
+  const PackedTensor back = from_aqlm(to_aqlm(packed));
+  EXPECT_EQ(back.format->spec(), "additive:2x5:g4");
+  EXPECT_EQ(decoded_values(back), decoded_values(packed));
+}
+
 TEST(Aqlm, RefusesWhatItCannotHold) {
-  for (const char* spec : {"additive:2x4:g8:bf16", "additive:2x4:g8:scale16", "uniform:4:g32"}) {
+  for (const char* spec :
+       {"additive:2x4:g8:bf16", "additive:2x4:g8:scale16", "additive:2x4:g8:scale8:s1", "uniform:4:g32"}) {
     EXPECT_THROW(to_aqlm(rounded(spec, 4, 32)), Unsupported) << spec;
   }
   EXPECT_THROW(to_aqlm(rounded("additive:2x4:g8", 4, 33)), Unsupported);

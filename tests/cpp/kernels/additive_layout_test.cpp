@@ -23,15 +23,20 @@ PackedTensor random_packed(const std::shared_ptr<const Format>& format, int64_t 
   PackedTensor packed{format, n, k, {}};
   for (const PlaneSpec& spec : format->planes(n, k)) {
     Tensor plane(spec.dtype, spec.shape);
-    if (spec.name == "codes") {
+    if (spec.dtype == DType::i32) {
       const auto words = plane.values<uint32_t>();
       const size_t row_words = plane.element_count() > 0 ? static_cast<size_t>(spec.shape[1]) : 1;
-      std::vector<uint16_t> codes(static_cast<size_t>(additive.code_count(k)));
+      const auto [count, bits] =
+          spec.name == "scale_codes" ? std::pair(additive.scale_count(k), additive.levels.scale_bits)
+          : spec.name == "codebook_codes"
+              ? std::pair(additive.entries() * additive.dim(), additive.levels.table_bits)
+              : std::pair(additive.code_count(k), additive.bits);
+      std::vector<uint16_t> codes(static_cast<size_t>(count));
       for (size_t at = 0; at < words.size(); at += row_words) {
         for (uint16_t& code : codes) {
-          code = static_cast<uint16_t>(random.bits(next++) & static_cast<uint64_t>(additive.entries() - 1));
+          code = static_cast<uint16_t>(random.bits(next++) & ((uint64_t{1} << bits) - 1));
         }
-        pack_wide_bits(codes, additive.bits, words.subspan(at, row_words));
+        pack_wide_bits(codes, bits, words.subspan(at, row_words));
       }
     } else {
       for (int64_t i = 0; i < plane.element_count(); ++i) {
@@ -74,6 +79,37 @@ TEST(AdditiveLayout, RoundTrips) {
       expect_same(packed, unprepare_fragments(prepared));
     }
   }
+}
+
+// Numbers that are codes into levels are expanded; codes and levels are there beside them.
+TEST(AdditiveLayout, LevelsAreExpanded) {
+  uint64_t seed = 100;
+  for (const char* const spec :
+       {"additive:2x8:g8:scale8:s2:t4", "additive:1x16:g8:t2x7", "additive:3x4:g2x5:scale10:s3:f32",
+        "additive:1x8:g4:scale24:s3:bf16", "additive:1x8:g4:t4x5"}) {
+    const auto format = format_from_spec(spec);
+    for (const auto& [n, k] :
+         std::vector<std::pair<int64_t, int64_t>>{{0, 0}, {0, 9}, {3, 0}, {1, 1}, {5, 64}, {67, 333}}) {
+      SCOPED_TRACE(text_of(spec, " ", n, " x ", k));
+      const PackedTensor packed = random_packed(format, n, k, ++seed);
+      const PreparedPlanes prepared = prepare_fragments(packed);
+      validate(prepared);
+      expect_same(packed, unprepare_fragments(prepared));
+      const PreparedPlanes plain = prepare_fragments(with_levels(packed, {}));
+      for (const auto& [name, plane] : plain.planes) {
+        ASSERT_EQ(plane.shape(), prepared.plane(name).shape()) << name;
+        EXPECT_TRUE(
+            std::equal(plane.bytes(), plane.bytes() + plane.byte_count(), prepared.plane(name).bytes()))
+            << name;
+      }
+      const PreparedPlanes without = without_levels(prepared);
+      validate(without);
+      EXPECT_EQ(without.planes.size(), plain.planes.size());
+    }
+  }
+  EXPECT_THROW(static_cast<void>(
+                   fragment_layout(*format_from_spec("outliers:1%:additive:2x8:g8:scale8:s2"), 9, 90, false)),
+               Unsupported);
 }
 
 // Blocks of a row lie as the vectors of a codebook with as many tables.

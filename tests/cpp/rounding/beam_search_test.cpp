@@ -51,7 +51,8 @@ TEST(BeamSearch, FindsTheCodesOfTheLiteralSearch) {
                                    {"additive:2x3:g2x3:scale6", 4, 19},
                                    {"additive:1x4:g1:scale5:bf16", 3, 11},
                                    {"additive:2x4:g16", 2, 40},
-                                   {"additive:1x1:g8", 1, 160}};
+                                   {"additive:1x1:g8", 1, 160},
+                                   {"additive:2x3:g4:scale4:s1:t2", 3, 22}};
   uint64_t seed = 1;
   for (const Case& c : cases) {
     const std::vector<float> w = normal_values(c.n * c.k, ++seed);
@@ -304,13 +305,78 @@ TEST(BeamSearch, RefitIsTheLeastSquares) {
   }
 }
 
+TEST(BeamSearch, RefitOfLevelsStaysOnThem) {
+  const int64_t n = 24;
+  const int64_t k = 40;
+  std::vector<float> w = normal_values(n * k, 33);
+  for (size_t i = 0; i < w.size(); ++i) w[i] *= i / 4 % 3 == 0 ? 3.0F : 1.0F;
+  const Hessian hessian = correlated(k, 150, 34);
+  for (const char* spec :
+       {"additive:2x4:g4:scale4:s2", "additive:1x5:g2x4:t3", "additive:2x4:g4:scale8:s1:t2x2"}) {
+    SCOPED_TRACE(spec);
+    const PackedTensor start = round_nearest(view(w, n, k), format_from_spec(spec)).tensor;
+    const double before = loss_of(w, start, hessian);
+    double by_steps = before;
+    for (const int steps : {1, 10}) {
+      const PackedTensor refit = refit_tables(view(w, n, k), start, hessian, {.steps = steps});
+      validate(refit);
+      EXPECT_EQ(unpack_additive(additive(start), refit).codes, unpack_additive(additive(start), start).codes);
+      EXPECT_LT(loss_of(w, refit, hessian), by_steps);
+      by_steps = loss_of(w, refit, hessian);
+      // Nothing is lost on the way to the planes.
+      const AdditiveParts parts = unpack_additive(additive(refit), refit);
+      EXPECT_TRUE(same_planes(pack_additive(additive(refit), parts, n, k, 1), refit));
+      for (const int threads : {1, 3}) {
+        EXPECT_TRUE(same_planes(
+            refit, refit_tables(view(w, n, k), start, hessian, {.steps = steps, .threads = threads})));
+      }
+    }
+    EXPECT_LT(by_steps, 0.97 * before);
+    // Better than levels for what is fitted without them.
+    const PackedTensor free = with_levels(start, {});
+    const PackedTensor after =
+        with_levels(refit_tables(view(w, n, k), free, hessian, {}), additive(start).levels);
+    EXPECT_LE(by_steps, loss_of(w, after, hessian));
+  }
+}
+
+TEST(BeamSearch, AdamErrsLessWithEveryStep) {
+  const int64_t n = 24;
+  const int64_t k = 32;
+  const std::vector<float> w = normal_values(n * k, 35);
+  const Hessian hessian = correlated(k, 150, 36, 0.3F);
+  for (const char* spec : {"additive:2x3:g4:f32", "additive:2x4:g4:scale4:s2:f32"}) {
+    SCOPED_TRACE(spec);
+    const PackedTensor start = round_nearest(view(w, n, k), format_from_spec(spec)).tensor;
+    RefitOptions options = {.steps = 20, .solver = RefitSolver::adam, .adam = {.learning_rate = 1e-3}};
+    const PackedTensor moved = refit_tables(view(w, n, k), start, hessian, options);
+    validate(moved);
+    EXPECT_LT(loss_of(w, moved, hessian), 0.995 * loss_of(w, start, hessian));
+    options.steps = 200;
+    EXPECT_LT(loss_of(w, refit_tables(view(w, n, k), start, hessian, options), hessian),
+              loss_of(w, moved, hessian));
+    options.steps = 20;
+    options.threads = 3;
+    EXPECT_TRUE(same_planes(refit_tables(view(w, n, k), start, hessian, options), moved));
+    options.adam.learning_rate = 10;  // away: nothing is kept
+    EXPECT_TRUE(same_planes(refit_tables(view(w, n, k), start, hessian, options), start));
+  }
+  const PackedTensor start = round_nearest(view(w, n, k), format_from_spec("additive:1x2:g4")).tensor;
+  for (const AdamOptions& bad :
+       {AdamOptions{.learning_rate = 0}, AdamOptions{.beta1 = 1}, AdamOptions{.beta2 = -0.1},
+        AdamOptions{.epsilon = 0}, AdamOptions{.learning_rate = std::nan("")}}) {
+    EXPECT_THROW(refit_tables(view(w, n, k), start, hessian, {.adam = bad}), InvalidArgument);
+  }
+}
+
 TEST(BeamSearch, LossesFallBelowThoseOfOtherRoundings) {
   const int64_t n = 96;
   const int64_t k = 128;
   const std::vector<float> w = normal_values(n * k, 41);
   const Hessian hessian = correlated(k, 500, 42);
   const Hessian held_out = correlated(k, 500, 43);
-  for (const char* spec : {"additive:2x5:g8", "additive:1x6:g2x4:scale32:bf16"}) {
+  for (const char* spec :
+       {"additive:2x5:g8", "additive:1x6:g2x4:scale32:bf16", "additive:2x5:g8:scale16:s2:t4"}) {
     const auto format = std::dynamic_pointer_cast<const Additive>(format_from_spec(spec));
     const double feedback = round_error_feedback(view(w, n, k), format, hessian, {}).report.proxy_loss;
     for (const CodeStart start : {CodeStart::nearest, CodeStart::error_feedback}) {
