@@ -438,6 +438,40 @@ def test_single_tokens_neither_wait_nor_allocate(models, padded, dtype, no_waiti
     assert cache.layers[0].cache.lengths == [100, 93 if padded else 100]
 
 
+def test_a_captured_step_of_a_model_generates(models):
+    model, ids = models[1], prompt(90, 2).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    caches = [ql.kv.KIVICache(model.config, 2, group_size=4, window=8) for _ in range(2)]
+    places = (torch.arange(90).cuda() - torch.tensor([[0], [7]]).cuda()).clamp(min=0)
+    with torch.no_grad():
+
+        def step(cache, start, end):
+            given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+            return model(ids[:, start:end], past_key_values=cache, **given).logits
+
+        for cache in caches:
+            step(cache, 0, 40)
+            step(cache, 40, 41)
+            cache.reserve(90)
+        eager, captured = caches
+        token, place = ids[:, 41:42].clone(), places[:, 41:42].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, position_ids=place, past_key_values=captured).logits
+        for start in range(41, 80):
+            token.copy_(ids[:, start : start + 1])
+            place.copy_(places[:, start : start + 1])
+            graph.replay()
+            expected = step(eager, start, start + 1)
+            assert rms(logits - expected) < 0.05 * rms(expected)
+        assert captured.get_seq_length() == eager.get_seq_length() == 80
+        assert captured.layers[1].cache.lengths == [80, 73]
+        # And on without the graph.
+        logits, expected = (step(cache, 80, 81) for cache in (captured, eager))
+        assert rms(logits - expected) < 0.05 * rms(expected)
+
+
 def test_masks_that_change_are_found_later(models):
     model, ids = models[1], prompt(20, 2).cuda()
     mask = torch.ones_like(ids)

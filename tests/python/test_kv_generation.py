@@ -170,6 +170,25 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(models, spec):
             )
 
 
+def test_a_sequence_may_start_in_a_later_piece_of_the_prompt(models):
+    ours, theirs = models
+    ids = prompt(40, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :25] = 0
+    for prefill in ("exact", "quantized"):
+        cache = ql.kv.QuantizedKVCache(ours.config, "kivi:2:g32:r256", prefill)
+        with torch.no_grad():
+            parts = [
+                ours(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+                for part, end in zip(ids.split([20, 15, 5], dim=1), (20, 35, 40))
+            ]
+            expected = theirs(ids, attention_mask=mask).logits
+        actual = torch.cat(parts, dim=1)
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[1, 25:], expected[1, 25:], rtol=1e-4, atol=1e-4)
+        assert cache.layers[1].cache.lengths == [40, 15]
+
+
 def test_beams_and_samples(models):
     ours, theirs = models
     ids = prompt(21, 2)
@@ -205,6 +224,21 @@ def test_a_cache_goes_on_after_a_prompt_and_can_be_copied_and_reset(models):
     with torch.no_grad():
         ours(ids[:, :29], past_key_values=cache)
     assert torch.equal(generate(ours, ids, cache), first)
+
+
+def test_reserved_memory_serves_all_layers(models):
+    ours, _ = models
+    cache = ql.kv.KIVICache(ours.config, group_size=4, window=8)
+    with pytest.raises(RuntimeError, match="reserve"):
+        cache.reserve(10)
+    ids = prompt(60)
+    with torch.no_grad():
+        ours(ids[:, :20], past_key_values=cache)
+    cache.reserve(60)
+    reserved = cache.usage().reserved_bytes
+    logits_by_token(ours, ids[:, 20:], cache)
+    assert cache.usage().reserved_bytes == reserved
+    assert cache.get_seq_length() == 60
 
 
 def test_usage_is_that_of_all_layers(models):

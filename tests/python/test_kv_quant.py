@@ -228,6 +228,8 @@ def test_quantize_then_eval_from_the_shell(tmp_path):
         CliRunner().invoke(app, [*arguments.replace("3:2%", "2:2%").split(), "--kv", "kvquant:3"]).exit_code
         != 0
     )
+    wrong = f"kv-calibrate {folder} --calibration {text} --window 48 --windows 1 --device gpu -o {output}"
+    assert CliRunner().invoke(app, wrong.split()).exit_code != 0
     wrong = f"kv-calibrate {folder} --format kivi:2 --calibration {text} -o {output}"
     assert CliRunner().invoke(app, wrong.split()).exit_code != 0
 

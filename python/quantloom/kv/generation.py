@@ -41,6 +41,8 @@ class _Layer(CacheLayerMixin):
         self.cache: KVCache | None = None
         self.columns = 0  # tokens of the batch that came, padding included
         self.stored = 0  # those that are in the cache
+        self.captured = False  # by a CUDA graph, whose replays add tokens
+        self.before = 0  # of `stored`, padding before the first sequence; known once captured
         self.handle = operators.handle(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
@@ -71,7 +73,13 @@ class _Layer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    def _catch_up(self) -> None:
+        """Counts the tokens that replays of a CUDA graph added."""
+        if self.captured and not torch.cuda.is_current_stream_capturing():
+            self.columns = self.stored = self.before + self.cache.lengths[0]
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        self._catch_up()
         if self.columns != self.stored:
             raise RuntimeError(
                 "the keys of the last call were never attended to: the model's attention hands them on"
@@ -120,6 +128,8 @@ class _Layer(CacheLayerMixin):
         sequences, heads, count, dim = queries.shape
         out = queries.new_zeros((sequences, count, heads, dim))
         for s, start in enumerate([0] * sequences if starts is None else starts):
+            if start == count:
+                continue
             seen = self._stored(s, queries.dtype)
             if new is not None:
                 seen = [torch.cat([old, x[s, :, start:]], dim=1) for old, x in zip(seen, new)]
@@ -153,6 +163,10 @@ class _Layer(CacheLayerMixin):
         """For each sequence the first token that is no padding; None: all tokens of all."""
         if self.cache is None:
             self.lazy_initialization(keys, values)
+        if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not self.captured:
+                self.captured, self.before = True, self.stored - self.cache.lengths[0]
+            return None
         return self.padding.starts(mask, self.cache.lengths, self.stored, keys.shape[2], self.leads)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor, starts: list[int] | None) -> None:
@@ -175,10 +189,11 @@ class _Layer(CacheLayerMixin):
         return keys, values
 
     def get_seq_length(self) -> int:
+        self._catch_up()
         return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -186,11 +201,15 @@ class _Layer(CacheLayerMixin):
     def reset(self) -> None:
         if self.cache is not None:
             self.cache.clear()
-        self.columns = self.stored = 0
+        self.columns = self.stored = self.before = 0
 
     def _reorder(self, sources: list[int]) -> None:
-        if self.cache is not None:
-            self.cache.reorder(sources)
+        if self.cache is None:
+            return
+        self._catch_up()
+        self.cache.reorder(sources)
+        if self.captured and sources:
+            self.before = self.stored - self.cache.lengths[0]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._reorder(beam_idx.tolist())
@@ -342,6 +361,18 @@ class QuantizedKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         for layer in self._quantized():  # before others are cut
             layer.crop(tokens_to_remove)
+
+    def reserve(self, tokens: int) -> None:
+        """Takes memory for `tokens` tokens of each sequence, those that are there included; after the prompt.
+
+        A CUDA graph can then capture the step of a model for single tokens, with positions as a tensor of its
+        own; each replay adds its tokens.
+        """
+        _checks.integer("tokens", tokens, 0)
+        for layer in self._quantized():
+            if layer.cache is None:
+                raise RuntimeError("reserve: the cache has no tokens yet, expected a prompt (or capacity=)")
+            layer.cache.reserve(tokens)
 
     def usage(self) -> KVUsage:
         """What all quantized layers hold together; ``tokens`` and the coded ones are those of the first."""
