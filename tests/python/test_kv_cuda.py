@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ def test_attention_is_that_of_the_stored_vectors(rng, spec, dtype, tokens):
     _, cache = pair(spec, 2, 2, 64, dtype)
     keys, values = (vectors(rng, 2, 2, 700, 64, dtype).cuda() for _ in range(2))
     cache.append(keys, values, [0, 413])
-    queries = vectors(rng, 2, 6, tokens, 64, dtype).cuda()
+    # Small ones: float16 keeps the softmax where scores are no larger than some tens.
+    queries = torch.from_numpy(rng.standard_normal((2, 6, tokens, 64))).to(dtype).cuda() * 0.5
     out = cache.attend(queries)
     assert out.shape == queries.shape
     assert out.dtype == dtype
@@ -121,7 +123,7 @@ def test_attention_is_that_of_the_stored_vectors(rng, spec, dtype, tokens):
     assert torch.equal(cache.attend(queries), out)
     for s in range(2):
         expected = softmax_attention(queries[s], cache.keys(s), cache.values(s))
-        unit = 2e-2 if dtype == torch.bfloat16 else 4e-3
+        unit = 1e-2 if dtype == torch.bfloat16 else 4e-3
         torch.testing.assert_close(out[s].double(), expected, rtol=0, atol=unit * float(values.abs().max()))
 
 
@@ -182,6 +184,7 @@ def test_nothing_is_allocated_for_a_token(rng):
     cache.reserve(400)
     step = vectors(rng, 2, 2, 1, 64).cuda()
     sizes = []
+    gc.collect()  # what other tests left
     for _ in range(60):
         cache.append(step, step, check=False)
         cache.attend(step)
@@ -426,6 +429,7 @@ def test_single_tokens_neither_wait_nor_allocate(models, padded, dtype, no_waiti
     masks = [mask[:, :end].contiguous() for end in range(101)]
     cache = ql.kv.KIVICache(model.config, 2, group_size=4, window=8, capacity=256)
     sizes = []
+    gc.collect()  # what other tests left
     with torch.no_grad():
         model(ids[:, :40], attention_mask=masks[40], past_key_values=cache)
         for end in range(41, 101):
