@@ -34,6 +34,10 @@ void expect_golden(const std::string& path, size_t count) {
   EXPECT_EQ(test::read_file(folder.file("again")), test::read_file(path));
 }
 
+TEST(Golden, AdditiveVersion01) {
+  expect_golden(kFolder + "additive-0.1.safetensors", 5);
+}
+
 TEST(Golden, UniformVersion01) {
   expect_golden(kFolder + "uniform-0.1.safetensors", 18);
 }
