@@ -367,6 +367,11 @@ TEST_F(BeamSearchCudaSmall, RefusesWhatIsWrong) {
             std::string::npos);
   EXPECT_THROW(refit_tables_cuda(problem.w.device(), packed, problem.on_device, {.steps = -1}, nullptr),
                InvalidArgument);
+  PackedTensor leveled = to_device(with_levels(problem.start, {.table_bits = 2}));
+  EXPECT_THROW(search_with(problem.w.device(), leveled, problem.on_device), Unsupported);
+  EXPECT_THROW(refit_tables_cuda(problem.w.device(), packed, problem.on_device, {.solver = RefitSolver::adam},
+                                 nullptr),
+               Unsupported);
 
   const auto round = [&](const BeamSearchOptions& options) {
     static_cast<void>(
