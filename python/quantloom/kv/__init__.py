@@ -1,6 +1,6 @@
 """Keys and values of attention in a few bits.
 
-    cache = ql.kv.KVCache("kivi:2", sequences=1, kv_heads=8, head_dim=128)
+    cache = ql.kv.KVCache("kivi:2", sequences=1, kv_heads=8, head_dim=128)  # device="cuda": on a GPU
     cache.append(keys, values)                            # [sequences, kv_heads, tokens, head_dim]
     out = cache.attend(queries)                           # straight from the codes
 

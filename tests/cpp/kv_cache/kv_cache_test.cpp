@@ -329,6 +329,26 @@ TEST(KVCache, TakesItsMemoryAtTheStart) {
   EXPECT_EQ(usage.page_bytes, 2 * 7 * 128 * 2 * 2 * 64 * 3 / 8);
 }
 
+TEST(KVCache, TakesNoMoreThanIsReserved) {
+  const KVShape shape{2, 2, 64, DType::f16};
+  KVCache cache = make_cache(kv_format_from_spec("kivi:2:g32:r32:first3"), shape);
+  const RandomTokens x(shape, 1000, 21);
+  cache.append(x.view(0, 200), x.view(0, 200), std::vector<int64_t>{0, 150});
+  cache.reserve(1000);
+  int64_t reserved = cache.usage().reserved_bytes;
+  cache.reserve(900);
+  cache.append(x.view(200, 800), x.view(200, 800));
+  EXPECT_EQ(cache.usage().reserved_bytes, reserved);
+  cache.reorder(std::vector<int64_t>{0, 0, 1});
+  cache.reserve(1100);  // the last page of the first two is copied when it is written to
+  reserved = cache.usage().reserved_bytes;
+  const RandomTokens more({3, 2, 64, DType::f16}, 100, 22);
+  cache.append(more.all(), more.all());
+  EXPECT_EQ(cache.usage().reserved_bytes, reserved);
+  EXPECT_EQ(cache.length(1), 1100);
+  EXPECT_THROW(cache.reserve(-1), InvalidArgument);
+}
+
 TEST(KVCache, ConstantGroupsAndZerosAreSafe) {
   for (const char* spec : kSpecs) {
     if (kv_format_from_spec(spec).kind == KVKind::kvquant) continue;  // random tables need not hold a middle
