@@ -1,6 +1,7 @@
 #include "kv_cache/cuda_kv_state.hpp"
 
 #include <algorithm>
+#include <functional>
 
 #include "common/device_buffer.hpp"
 #include "kv_cache/kv_checks.hpp"
@@ -167,6 +168,8 @@ std::vector<kv_cache::KVSpan> CudaKVCache::State::spans(int64_t tokens,
 }
 
 void CudaKVCache::State::own_pages(std::span<const int64_t> wanted, cudaStream_t stream) {
+  // The usual case, whose time depends on nothing but how many sequences there are.
+  if (std::equal(wanted.begin(), wanted.end(), room.begin(), std::less_equal<>())) return;
   int64_t most = 0;
   for (const int64_t length : wanted) most = std::max(most, pages.pages_of(length));
   if (most > rows.pages()) make_rows(rows.count(), std::max(most, 2 * rows.pages()), stream);
