@@ -46,6 +46,28 @@ struct Source {
   KVTokens view;
 };
 
+// Even steps, where a calibration is needed.
+std::shared_ptr<const KVTables> even_tables(const KVFormat& format) {
+  if (format.kind != KVKind::kvquant) return nullptr;
+  const auto table = [](int bits) {
+    KVTable result;
+    const int last = (1 << bits) - 1;
+    for (int i = 0; i <= last; ++i) {
+      result.values.push_back(
+          float_from_f16(f16_from_float(2.0F * static_cast<float>(i) / static_cast<float>(last) - 1)));
+      if (i > 0)
+        result.bounds.push_back((result.values[static_cast<size_t>(i) - 1] + result.values.back()) / 2);
+    }
+    return result;
+  };
+  auto tables = std::make_shared<KVTables>();
+  tables->keys = table(format.key_bits);
+  tables->values = table(format.value_bits);
+  tables->key_scale.assign(kHeads * kHeadDim, 1.0F);
+  tables->key_middle.assign(kHeads * kHeadDim, 0.0F);
+  return tables;
+}
+
 double median_seconds(const bench::Stream& stream, const std::function<void()>& work) {
   std::vector<double> seconds;
   for (int i = 0; i < kReplays; ++i) {
@@ -76,7 +98,8 @@ nlohmann::json measure_tokens(const bench::Stream& stream, const char* spec, int
                               int64_t context) {
   const KVFormat format = kv_format_from_spec(spec);
   const int64_t most = context + (kReplays + 4) * kWindow;
-  CudaKVCache cache(format, {sequences, kHeads, kHeadDim, DType::f16}, most, nullptr, stream.get());
+  CudaKVCache cache(format, {sequences, kHeads, kHeadDim, DType::f16}, most, even_tables(format),
+                    stream.get());
   const Source keys(sequences, kChunk, 1, stream);
   const Source values(sequences, kChunk, 2, stream);
   const CudaKVAppend options{stream.get(), false};
@@ -116,8 +139,8 @@ nlohmann::json measure_tokens(const bench::Stream& stream, const char* spec, int
 }
 
 nlohmann::json measure_prompt(const bench::Stream& stream, const char* spec, int64_t tokens) {
-  CudaKVCache cache(kv_format_from_spec(spec), {1, kHeads, kHeadDim, DType::f16}, tokens, nullptr,
-                    stream.get());
+  const KVFormat format = kv_format_from_spec(spec);
+  CudaKVCache cache(format, {1, kHeads, kHeadDim, DType::f16}, tokens, even_tables(format), stream.get());
   const Source keys(1, tokens, 3, stream);
   const Source values(1, tokens, 4, stream);
   const auto append = [&] {
@@ -146,7 +169,8 @@ nlohmann::json run(bool quick) {
       {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
   const bench::Stream stream;
   auto& rows = report["rows"];
-  for (const char* spec : {"kivi:2", "kivi:4", "token:4:g32:r128", "sdr:4:r128", "kivi:4:hadamard"}) {
+  for (const char* spec :
+       {"kivi:2", "kivi:4", "token:4:g32:r128", "sdr:4:r128", "kivi:4:hadamard", "kvquant:3:1%:first1"}) {
     const bool main = std::string(spec) == "kivi:2" || std::string(spec) == "kivi:4";
     if (quick && !main) continue;
     for (const int64_t sequences : {1, 16}) {
@@ -155,7 +179,8 @@ nlohmann::json run(bool quick) {
       }
     }
   }
-  for (const char* spec : {"kivi:2", "kivi:4", "token:4:g32:r128", "sdr:4:r128", "kivi:4:hadamard"}) {
+  for (const char* spec :
+       {"kivi:2", "kivi:4", "token:4:g32:r128", "sdr:4:r128", "kivi:4:hadamard", "kvquant:3:1%:first1"}) {
     for (const int64_t tokens : {512, 4096, 32768}) {
       if (!quick || tokens == 4096) rows.push_back(measure_prompt(stream, spec, tokens));
     }
