@@ -166,30 +166,51 @@ __device__ __forceinline__ void encode_digits(const KVPart& part, int head_dim, 
   }
 }
 
-// The range of a token that is least when `count` elements are left out, at either end. row.missing gets the
-// values in order.
-__device__ __forceinline__ Grid least_range(int head_dim, const RowMemory& row, int lane, int count) {
+// The least key(d) above `last`, or the largest one below it, of all channels: keys differ, and one is there.
+template <bool kLargest, class Key>
+__device__ __forceinline__ uint64_t next_key(int head_dim, int lane, uint64_t last, const Key& key) {
+  const auto better = [](uint64_t a, uint64_t b) { return kLargest ? a > b : a < b; };
+  uint64_t best = kLargest ? 0 : ~uint64_t{0};
   for (int d = lane; d < head_dim; d += 32) {
-    const float value = row.values[d];
-    int rank = 0;
-    for (int i = 0; i < head_dim; ++i) {
-      const float other = row.values[i];
-      rank += static_cast<int>(other < value || (other == value && i < d));
-    }
-    row.missing[rank] = value;  // of a NaN some place, which may have no value then
+    const uint64_t own = key(d);
+    if (better(last, own) && better(own, best)) best = own;
+  }
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(best), step);
+    best = better(other, best) ? other : best;
+  }
+  return best;
+}
+
+// The range of a token that is least when `count` elements are left out, at either end. `count` is at most a
+// tenth of the channels and 1; row.missing is overwritten.
+__device__ __forceinline__ Grid least_range(int head_dim, const RowMemory& row, int lane, int count) {
+  // In the order of values, NaN at the ends; above 0.
+  const auto key = [&](int d) {
+    const uint32_t bits = __float_as_uint(row.values[d]);
+    const uint32_t order = bits ^ ((bits >> 31) != 0 ? 0xffffffffU : 0x80000000U);
+    return (static_cast<uint64_t>(order) << 32 | static_cast<uint32_t>(d)) + 1;
+  };
+  float* largest = row.missing + head_dim - 1 - count;
+  uint64_t low = 0;
+  uint64_t high = ~uint64_t{0};
+  for (int i = 0; i <= count; ++i) {
+    low = next_key<false>(head_dim, lane, low, key);
+    high = next_key<true>(head_dim, lane, high, key);
+    if (lane != 0) continue;
+    row.missing[i] = row.values[static_cast<uint32_t>(low - 1)];
+    largest[count - i] = row.values[static_cast<uint32_t>(high - 1)];
   }
   __syncwarp();
-  count = min(count, head_dim - 1);
-  const float* largest = row.missing + head_dim - 1 - count;
   int best = 0;
   for (int below = 1; below <= count; ++below) {
     if (largest[below] - row.missing[below] < largest[best] - row.missing[best]) best = below;
   }
-  const float low = row.missing[best];
-  const float high = largest[best];
+  const float least = row.missing[best];
+  const float most = largest[best];
   __syncwarp();
   // The sum of -0 and -0 would depend on the order of zeros.
-  return {fmaxf((high - low) / 2, kLeastScale), (high + low) / 2 + 0.0F};
+  return {fmaxf((most - least) / 2, kLeastScale), (most + least) / 2 + 0.0F};
 }
 
 __device__ __forceinline__ void encode_by_table(const KVPart& part, int head_dim, const RowMemory& row,
@@ -217,27 +238,24 @@ __device__ __forceinline__ void encode_by_table(const KVPart& part, int head_dim
   __syncwarp();
   if (count == 0) return;
   // Those that err most, the lower channel first among equals; their bits have an order for NaN too.
-  const auto error = [&](int d) { return __float_as_uint(row.missing[d]) & 0x7fffffffU; };
+  const auto key = [&](int d) {
+    const uint32_t error = __float_as_uint(row.missing[d]) & 0x7fffffffU;
+    return static_cast<uint64_t>(error) << 32 | static_cast<uint32_t>(head_dim - d);
+  };
+  uint64_t last = ~uint64_t{0};
+  for (int i = 0; i < count; ++i) last = next_key<true>(head_dim, lane, last, key);
   int place = first;
   for (int begin = 0; begin < head_dim; begin += 32) {
     const int d = begin + lane;
-    int rank = head_dim;
-    if (d < head_dim) {
-      rank = 0;
-      const uint32_t own = error(d);
-      for (int i = 0; i < head_dim; ++i) {
-        const uint32_t other = error(i);
-        rank += static_cast<int>(other > own || (other == own && i < d));
-      }
-    }
-    const unsigned chosen = __ballot_sync(kAllLanes, rank < count);
-    if (rank < count) {
-      const int at = place + __popc(chosen & ((1U << lane) - 1));
+    const bool chosen = d < head_dim && key(d) >= last;
+    const unsigned all = __ballot_sync(kAllLanes, chosen);
+    if (chosen) {
+      const int at = place + __popc(all & ((1U << lane) - 1));
       const auto channel = static_cast<uint32_t>(slot * head_dim + d);
       const uint32_t missing = __half_as_ushort(__float2half_rn(row.missing[d]));
       *reinterpret_cast<uint32_t*>(record + part.outliers + at * 4) = channel | missing << 16;
     }
-    place += __popc(chosen);
+    place += __popc(all);
   }
 }
 
