@@ -50,26 +50,37 @@ KVTokens contiguous(const KVTokens& x, const void* data, DType dtype) {
   return result;
 }
 
-// Throws as KVCache::append() does for the first value of `x` that cannot be stored; waits for that.
-void require_values(const char* name, const KVTokens& x, std::span<const KVSpan> spans, cudaStream_t stream) {
-  cuda::DeviceBuffer<uint64_t> key(1, stream);
-  key.fill_bytes(0xff);
-  for (const KVSpan& span : spans) {
-    kv_cache::launch_look(source_of(x), static_cast<int>(x.heads), static_cast<int>(x.head_dim), span,
-                          key.data(), stream);
+struct NamedTokens {
+  const char* name;
+  KVTokens x;
+};
+
+// Throws as KVCache::append() does for the first value that cannot be stored; waits for that.
+void require_values(std::span<const NamedTokens> all, std::span<const KVSpan> spans, cudaStream_t stream) {
+  cuda::DeviceBuffer<uint64_t> keys(std::ssize(all), stream);
+  keys.fill_bytes(0xff);
+  for (size_t i = 0; i < all.size(); ++i) {
+    const KVTokens& x = all[i].x;
+    for (const KVSpan& span : spans) {
+      kv_cache::launch_look(source_of(x), static_cast<int>(x.heads), static_cast<int>(x.head_dim), span,
+                            keys.data() + i, stream);
+    }
   }
-  uint64_t found = 0;
-  cuda::download(key.data(), &found, 1, stream);
-  if (found == kv_cache::kNoFault) return;
-  const auto row = static_cast<int64_t>(found);
-  const int64_t s = row / x.tokens / x.heads;
-  const int64_t h = row / x.tokens % x.heads;
-  const int64_t t = row % x.tokens;
-  std::vector<std::byte> bytes(static_cast<size_t>(x.head_dim * size_of(x.dtype)));
-  cuda::download(x.row(s, h, t), bytes.data(), std::ssize(bytes), stream);
-  std::vector<float> values(static_cast<size_t>(x.head_dim));
-  FloatMatrix(bytes.data(), x.dtype, 1, x.head_dim, x.head_dim).read(0, 0, x.head_dim, values.data());
-  kv_cache::require_row(name, values, s, h, t);
+  std::vector<uint64_t> found(all.size());
+  cuda::download(keys.data(), found.data(), std::ssize(all), stream);
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (found[i] == kv_cache::kNoFault) continue;
+    const KVTokens& x = all[i].x;
+    const auto row = static_cast<int64_t>(found[i]);
+    const int64_t s = row / x.tokens / x.heads;
+    const int64_t h = row / x.tokens % x.heads;
+    const int64_t t = row % x.tokens;
+    std::vector<std::byte> bytes(static_cast<size_t>(x.head_dim * size_of(x.dtype)));
+    cuda::download(x.row(s, h, t), bytes.data(), std::ssize(bytes), stream);
+    std::vector<float> values(static_cast<size_t>(x.head_dim));
+    FloatMatrix(bytes.data(), x.dtype, 1, x.head_dim, x.head_dim).read(0, 0, x.head_dim, values.data());
+    kv_cache::require_row(all[i].name, values, s, h, t);
+  }
 }
 
 }  // namespace
@@ -153,10 +164,7 @@ void CudaKVCache::append(const KVTokens& keys, const KVTokens& values, std::span
   if (capturing && !state.stale) state.require_room(lengths);
 
   const std::vector<KVSpan> spans = state.spans(keys.tokens, starts);
-  if (options.check) {
-    require_values("keys", keys, spans, stream);
-    require_values("values", values, spans, stream);
-  }
+  std::vector<NamedTokens> checked = {{"keys", keys}, {"values", values}};
   cuda::DeviceBuffer<std::byte> memory;
   KVTokens stored = keys;
   const bool turn = state.table_memory.rotated();
@@ -169,13 +177,15 @@ void CudaKVCache::append(const KVTokens& keys, const KVTokens& values, std::span
       to = memory.data();
     }
     for (const KVSpan& span : spans) {
-      kv_cache::launch_change({state.view(), source_of(keys), static_cast<int>(keys.heads), span, turn,
-                               state.table_memory.basis(), to, keys.dtype, state.report()},
-                              stream);
+      kv_cache::launch_change(
+          {state.view(), source_of(keys), static_cast<int>(keys.heads), span, turn,
+           state.table_memory.basis(), to, keys.dtype, options.check ? kv_cache::KVReport{} : state.report()},
+          stream);
     }
     stored = contiguous(keys, to, keys.dtype);
-    if (options.check) require_values("rotated keys", stored, spans, stream);
+    checked.push_back({"rotated keys", stored});
   }
+  if (options.check) require_values(checked, spans, stream);
   if (!capturing) state.own_pages(lengths, stream);
   for (const KVSpan& span : spans) {
     kv_cache::launch_append({state.view(), source_of(stored), source_of(values), span, state.rows.rooms(),
