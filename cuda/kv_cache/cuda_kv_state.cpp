@@ -171,7 +171,10 @@ void CudaKVCache::State::own_pages(std::span<const int64_t> wanted, cudaStream_t
   // The usual case, whose time depends on nothing but how many sequences there are.
   if (std::equal(wanted.begin(), wanted.end(), room.begin(), std::less_equal<>())) return;
   int64_t most = 0;
-  for (const int64_t length : wanted) most = std::max(most, pages.pages_of(length));
+  for (const int64_t length : wanted) {
+    if (length > INT32_MAX) throw InvalidArgument("tokens", text_of(length), "fewer than 2^31 of a sequence");
+    most = std::max(most, pages.pages_of(length));
+  }
   if (most > rows.pages()) make_rows(rows.count(), std::max(most, 2 * rows.pages()), stream);
   add_slab(pages.missing_pages(wanted));
   std::vector<kv_cache::KVEntry> entries;
@@ -184,7 +187,7 @@ void CudaKVCache::State::own_pages(std::span<const int64_t> wanted, cudaStream_t
 }
 
 void CudaKVCache::State::update_room(cudaStream_t stream) {
-  const int64_t positions = table_memory.rotated() ? tables->rotation->positions() : INT64_MAX;
+  const int64_t positions = table_memory.rotated() ? tables->rotation->positions() : INT32_MAX;
   std::vector<kv_cache::KVNumber> numbers;
   for (int64_t s = 0; s < rows.count(); ++s) {
     int64_t& known = room[static_cast<size_t>(s)];

@@ -13,7 +13,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 
 // As decode_reference() of src/kv_cache/kv_codes.cpp, by a warp.
-__device__ void decode_token(const KVPart& part, int head_dim, const std::byte* record, int64_t slot,
+__device__ void decode_token(const Part& part, int head_dim, const std::byte* record, int slot,
                              const CodeTables& tables, int lane, float* out) {
   const std::byte* row = record + part.codes + slot * part.row_bytes;
   if (part.codec == KVCodec::digits) {
@@ -22,7 +22,7 @@ __device__ void decode_token(const KVPart& part, int head_dim, const std::byte* 
     const int half = 1 << (part.bits - 1);
     for (int d = lane; d < head_dim; d += 32) {
       const int code = (code_at(row, d, part.bits) ^ half) - half;
-      const int shift = code_at(shifts, d / static_cast<int>(part.group), part.shift_bits);
+      const int shift = code_at(shifts, d / part.group, part.shift_bits);
       out[d] = scale * static_cast<float>(code * (1 << shift));
     }
     return;
@@ -33,16 +33,16 @@ __device__ void decode_token(const KVPart& part, int head_dim, const std::byte* 
       out[d] = tables.values[code] * __low2float(tables.ranges[d]) + __high2float(tables.ranges[d]);
       continue;
     }
-    const int64_t pair = part.codec == KVCodec::channel_grid ? slot / part.group * head_dim + d
-                         : part.codec == KVCodec::token_grid ? slot * part.groups + d / part.group
-                                                             : slot;
+    const int pair = part.codec == KVCodec::channel_grid ? slot / part.group * head_dim + d
+                     : part.codec == KVCodec::token_grid ? slot * part.groups + d / part.group
+                                                         : slot;
     const Grid grid = load_pair(record + part.parameters + pair * 4);
     out[d] = grid.scale * (part.has_table() ? tables.values[code] : static_cast<float>(code)) + grid.least;
   }
   if (!part.has_table()) return;
   __syncwarp();
-  const auto end = static_cast<int>(part.outliers_before(slot + 1, head_dim));
-  for (int i = static_cast<int>(part.outliers_before(slot, head_dim)) + lane; i < end; i += 32) {
+  const int end = part.outliers_before(slot + 1, head_dim);
+  for (int i = part.outliers_before(slot, head_dim) + lane; i < end; i += 32) {
     const uint32_t entry = *reinterpret_cast<const uint32_t*>(record + part.outliers + i * 4);
     const auto missing = static_cast<unsigned short>(entry >> 16);
     out[(entry & 0xffffU) - slot * head_dim] += __half2float(__ushort_as_half(missing));
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) read_kernel(const __grid_constant__ 
     const int64_t page = t / view.layout.page_tokens;
     const std::byte* record =
         view.pages[r.sequence * view.table_pages + page] + head * view.layout.record_bytes;
-    decode_token(view.layout.part(r.side), dim, record, t % view.layout.page_tokens,
+    decode_token(Part(view.layout.part(r.side)), dim, record, static_cast<int>(t % view.layout.page_tokens),
                  code_tables(view, r.side, head), lane, values);
   } else {
     const int64_t slot = t < 0 ? position : view.first + t % view.window;

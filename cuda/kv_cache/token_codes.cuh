@@ -12,6 +12,43 @@ namespace quantloom::kv_cache {
 constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr float kLeastScale = 0x1p-24F;
 
+// A KVPart in registers, which stores to memory cannot change.
+struct Part {
+  KVCodec codec;
+  int bits;
+  int group;
+  int groups;
+  int row_bytes;
+  int codes;
+  int parameters;
+  int shifts;
+  int shift_bytes;
+  int shift_bits;
+  int outliers;
+  int outlier_share;
+
+  __device__ explicit Part(const KVPart& part)
+      : codec(part.codec),
+        bits(part.bits),
+        group(static_cast<int>(part.group)),
+        groups(static_cast<int>(part.groups)),
+        row_bytes(static_cast<int>(part.row_bytes)),
+        codes(static_cast<int>(part.codes)),
+        parameters(static_cast<int>(part.parameters)),
+        shifts(static_cast<int>(part.shifts)),
+        shift_bytes(static_cast<int>(part.shift_bytes)),
+        shift_bits(part.shift_bits),
+        outliers(static_cast<int>(part.outliers)),
+        outlier_share(static_cast<int>(part.outlier_share)) {}
+  __device__ bool has_table() const {
+    return codec == KVCodec::channel_table || codec == KVCodec::token_table;
+  }
+  // With outliers a page has at most 2^16 elements.
+  __device__ int outliers_before(int slot, int head_dim) const {
+    return slot * head_dim * outlier_share / 10000;
+  }
+};
+
 struct Grid {
   float scale;
   float least;
@@ -93,15 +130,15 @@ struct LaneRun {
   bool leads;  // the first lane of an existing group
 };
 
-__device__ __forceinline__ int lanes_of_group(const KVPart& part) {
+__device__ __forceinline__ int lanes_of_group(const Part& part) {
   int lanes = 32;
   while (lanes > 1 && lanes * part.groups > 32) lanes /= 2;
   return lanes;
 }
 
-__device__ __forceinline__ LaneRun lane_run(const KVPart& part, int head_dim, int first_group, int lanes,
+__device__ __forceinline__ LaneRun lane_run(const Part& part, int head_dim, int first_group, int lanes,
                                             int lane) {
-  const auto size = static_cast<int>(part.group);
+  const int size = part.group;
   const int group = first_group + lane / lanes;
   const int chunk = (size + lanes - 1) / lanes;
   const int end = min((group + 1) * size, head_dim);
@@ -109,7 +146,7 @@ __device__ __forceinline__ LaneRun lane_run(const KVPart& part, int head_dim, in
   return {group, lanes, begin, min(begin + chunk, end), lane % lanes == 0 && group < part.groups};
 }
 
-__device__ __forceinline__ void encode_grids(const KVPart& part, int head_dim, const RowMemory& row, int lane,
+__device__ __forceinline__ void encode_grids(const Part& part, int head_dim, const RowMemory& row, int lane,
                                              std::byte* grids) {
   const int lanes = lanes_of_group(part);
   for (int first = 0; first < part.groups; first += 32 / lanes) {
@@ -134,8 +171,8 @@ __device__ __forceinline__ void encode_grids(const KVPart& part, int head_dim, c
   }
 }
 
-__device__ __forceinline__ void encode_digits(const KVPart& part, int head_dim, const RowMemory& row,
-                                              int lane, int64_t slot, std::byte* record) {
+__device__ __forceinline__ void encode_digits(const Part& part, int head_dim, const RowMemory& row, int lane,
+                                              int slot, std::byte* record) {
   float largest = 0;
   for (int d = lane; d < head_dim; d += 32) largest = fmaxf(largest, fabsf(row.values[d]));
   for (int step = 1; step < 32; step *= 2)
@@ -161,8 +198,7 @@ __device__ __forceinline__ void encode_digits(const KVPart& part, int head_dim, 
   __syncwarp();
   std::byte* shifts = record + part.shifts + slot * part.shift_bytes;
   for (int i = lane; i < part.shift_bytes; i += 32) {
-    shifts[i] = static_cast<std::byte>(
-        pack_bits(row.shifts, static_cast<int>(part.groups), part.shift_bits, 8 * i, 8));
+    shifts[i] = static_cast<std::byte>(pack_bits(row.shifts, part.groups, part.shift_bits, 8 * i, 8));
   }
 }
 
@@ -213,11 +249,11 @@ __device__ __forceinline__ Grid least_range(int head_dim, const RowMemory& row, 
   return {fmaxf((most - least) / 2, kLeastScale), (most + least) / 2 + 0.0F};
 }
 
-__device__ __forceinline__ void encode_by_table(const KVPart& part, int head_dim, const RowMemory& row,
-                                                int lane, int64_t slot, std::byte* record,
+__device__ __forceinline__ void encode_by_table(const Part& part, int head_dim, const RowMemory& row,
+                                                int lane, int slot, std::byte* record,
                                                 const CodeTables& tables) {
-  const auto first = static_cast<int>(part.outliers_before(slot, head_dim));
-  const int count = static_cast<int>(part.outliers_before(slot + 1, head_dim)) - first;
+  const int first = part.outliers_before(slot, head_dim);
+  const int count = part.outliers_before(slot + 1, head_dim) - first;
   const bool by_token = part.codec == KVCodec::token_table;
   Grid range{};
   if (by_token) {
@@ -260,8 +296,8 @@ __device__ __forceinline__ void encode_by_table(const KVPart& part, int head_dim
 }
 
 // One vector, row.values, at `slot` of a record: by a whole warp, which has synchronized.
-__device__ __forceinline__ void encode_token(const KVPart& part, int head_dim, const RowMemory& row, int lane,
-                                             int64_t slot, std::byte* record, const CodeTables& tables) {
+__device__ __forceinline__ void encode_token(const Part& part, int head_dim, const RowMemory& row, int lane,
+                                             int slot, std::byte* record, const CodeTables& tables) {
   if (part.codec == KVCodec::digits) {
     encode_digits(part, head_dim, row, lane, slot, record);
   } else if (part.has_table()) {
