@@ -7,9 +7,10 @@ torch = pytest.importorskip("torch")
 import model_factory
 
 
-def config(positions=256):
+def config(positions=256, head_dim=16):
     made = model_factory.llama()
     made.max_position_embeddings = positions
+    made.head_dim = head_dim
     return made
 
 

@@ -128,8 +128,8 @@ def test_attention_is_that_of_the_stored_vectors(rng, spec, dtype, tokens):
 
 
 def test_tensors_with_strides_are_taken_as_they_are(rng):
-    x = vectors(rng, 2, 40, 3, 32, torch.bfloat16).cuda()  # [sequences, tokens, heads, dim]
-    cache, same = (ql.kv.KVCache("kivi:2:g8:r8", 2, 3, 32, "bfloat16", device="cuda:0") for _ in range(2))
+    x = vectors(rng, 2, 40, 3, 64, torch.bfloat16).cuda()  # [sequences, tokens, heads, dim]
+    cache, same = (ql.kv.KVCache("kivi:2:g8:r8", 2, 3, 64, "bfloat16", device="cuda:0") for _ in range(2))
     cache.append(x.transpose(1, 2), x.transpose(1, 2))
     same.append(x.transpose(1, 2).contiguous(), x.transpose(1, 2).contiguous())
     queries = x[:, :2].transpose(1, 2)
@@ -226,23 +226,23 @@ def test_a_captured_graph_adds_tokens_with_each_replay(rng):
 
 
 def test_the_operator_compiles(rng):
-    cache, other = (ql.kv.KVCache("kivi:2:g8:r8", 1, 2, 32, device="cuda") for _ in range(2))
+    cache, other = (ql.kv.KVCache("kivi:2:g8:r8", 1, 2, 64, device="cuda") for _ in range(2))
 
     def step(queries, keys, values):
         return cache.append_attend(queries * 2, keys, values) + 1
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for tokens in (20, 1, 1, 1):
-        keys, values = (vectors(rng, 1, 2, tokens, 32).cuda() for _ in range(2))
-        queries = vectors(rng, 1, 4, tokens, 32).cuda()
+        keys, values = (vectors(rng, 1, 2, tokens, 64).cuda() for _ in range(2))
+        queries = vectors(rng, 1, 4, tokens, 64).cuda()
         other.append(keys, values)
         assert torch.equal(compiled(queries, keys, values), other.attend(queries * 2) + 1)
     assert cache.lengths == other.lengths == [23]
 
 
 def test_bad_input_is_refused_by_name(rng):
-    x = vectors(rng, 1, 2, 5, 16)
-    cache, on_cpu = ql.kv.KVCache("kivi:2", 1, 2, 16, device="cuda"), ql.kv.KVCache("kivi:2", 1, 2, 16)
+    x = vectors(rng, 1, 2, 5, 64)
+    cache, on_cpu = ql.kv.KVCache("kivi:2", 1, 2, 64, device="cuda"), ql.kv.KVCache("kivi:2", 1, 2, 64)
     with pytest.raises(TypeError, match="keys: got a tensor on cpu, expected one on cuda:0"):
         cache.append(x, x.cuda())
     with pytest.raises(TypeError, match="values: got a tensor on cpu, expected one on cuda:0"):
@@ -263,9 +263,13 @@ def test_bad_input_is_refused_by_name(rng):
     with pytest.raises(ValueError, match="sources"):
         cache.reorder([1])
     with pytest.raises(ValueError, match="device"):
-        ql.kv.KVCache("kivi:2", 1, 2, 16, device="gpu")
+        ql.kv.KVCache("kivi:2", 1, 2, 64, device="gpu")
     with pytest.raises(RuntimeError, match="device"):
-        ql.kv.KVCache("kivi:2", 1, 2, 16, device="cuda:99")
+        ql.kv.KVCache("kivi:2", 1, 2, 64, device="cuda:99")
+    narrow = ql.kv.KVCache("kivi:2", 1, 2, 16, device="cuda")
+    narrow.append(x[..., :16], x[..., :16])
+    with pytest.raises(RuntimeError, match="heads of 16 channels"):
+        narrow.attend(x[..., :16])
     bad = x.clone()
     bad[0, 1, 3, 7] = torch.nan
     with pytest.raises(ValueError, match="values"):
@@ -284,7 +288,7 @@ def test_bad_input_is_refused_by_name(rng):
 @pytest.fixture(scope="module")
 def models():
     """One model on the CPU and on the device, with our attention; and there with PyTorch's."""
-    ours = model_factory.build(config())
+    ours = model_factory.build(config(head_dim=64))
     there, theirs = copy.deepcopy(ours).cuda(), copy.deepcopy(ours).cuda()
     ql.kv.use_attention(ours)
     ql.kv.use_attention(there)
@@ -494,10 +498,10 @@ def test_masks_that_change_are_found_later(models):
 
 def test_layers_may_be_on_different_devices(rng):
     module = type("Attention", (), {"is_causal": True})()
-    cache = ql.kv.KIVICache(config(), group_size=4, window=4)
+    cache = ql.kv.KIVICache(config(head_dim=64), group_size=4, window=4)
     cache.layers[0].settings.config._attn_implementation = generation.ATTENTION
-    keys, values = (vectors(rng, 1, 2, 20, 16, torch.float32) for _ in range(2))
-    queries = vectors(rng, 1, 4, 20, 16, torch.float32)
+    keys, values = (vectors(rng, 1, 2, 20, 64, torch.float32) for _ in range(2))
+    queries = vectors(rng, 1, 4, 20, 64, torch.float32)
     for part in ((0, 19), (19, 20)):
         k, v, q = (x[:, :, slice(*part)] for x in (keys, values, queries))
         outs = []

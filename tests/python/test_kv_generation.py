@@ -338,6 +338,9 @@ def test_what_cannot_be_done_is_refused(models):
     ours, _ = models
     with pytest.raises(ValueError, match="full_attention"):
         ql.kv.KIVICache(model_factory.gemma3(layers=1))
+    static = transformers.StaticCache(config=ours.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="past_key_values"), torch.no_grad():
+        ours(prompt(10), past_key_values=static)
     capped = model_factory.build(model_factory.gemma2())
     ql.kv.use_attention(capped)
     with pytest.raises(ValueError, match="softcap"), torch.no_grad():

@@ -530,16 +530,27 @@ def attention(
 
 
 def _mask(
-    attention_mask: torch.Tensor | None = None, q_offset: Any = 0, **kwargs: Any
+    attention_mask: torch.Tensor | None = None,
+    q_offset: Any = 0,
+    q_length: int = 0,
+    kv_offset: int = 0,
+    kv_length: int = 0,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
 ) -> torch.Tensor | None:
     """What the attention gets as its mask: that of padding alone."""
-    if not kwargs.get("allow_is_causal_skip", True):
+    if not allow_is_causal_skip:
         raise ValueError("attention: the model asks for a mask of its own, expected one of padding alone")
+    if isinstance(q_offset, torch.Tensor) or (
+        attention_mask is None and kv_offset + kv_length != q_offset + q_length
+    ):
+        raise ValueError(
+            "past_key_values: gives keys of tokens to come, as static caches do; expected one that grows"
+        )
     if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
     # Looking at it waits for the device: not for each token.
-    first = not isinstance(q_offset, torch.Tensor) and q_offset == 0
-    return None if first and bool(attention_mask.all()) else attention_mask
+    return None if q_offset == 0 and bool(attention_mask.all()) else attention_mask
 
 
 transformers.AttentionInterface.register(ATTENTION, attention)

@@ -92,6 +92,13 @@ class KVCache:
 
         return operators.handle(self)
 
+    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """A call of the C++ side that queues nothing."""
+        if self.device == "cpu":
+            return call(*arguments)
+        with _devices.current(self.device):
+            return call(*arguments)
+
     def _queued(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """A call of the C++ side; on a CUDA device with the current stream as its last argument."""
         if self.device == "cpu":
@@ -110,15 +117,15 @@ class KVCache:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return self._core.lengths()
+        return self._ask(self._core.lengths)
 
     def coded_keys(self, sequence: int) -> int:
         """How many tokens of a sequence have codes for keys: those from ``format.first`` on."""
-        return self._core.coded("keys", _checks.integer("sequence", sequence))
+        return self._ask(self._core.coded, "keys", _checks.integer("sequence", sequence))
 
     def coded_values(self, sequence: int) -> int:
         """How many tokens of a sequence have codes for values."""
-        return self._core.coded("values", _checks.integer("sequence", sequence))
+        return self._ask(self._core.coded, "values", _checks.integer("sequence", sequence))
 
     def reserve(self, tokens: int) -> None:
         """Takes memory for `tokens` tokens of each sequence, those that it has included."""
@@ -152,6 +159,9 @@ class KVCache:
         `queries` ``[sequences, heads, m, head_dim]`` of the last m tokens, already appended; query i sees the
         tokens up to its own, and consecutive heads share a KV head. `scale`: None: ``head_dim ** -0.5``.
         Returns an array of their shape, kind, dtype and device; zeros where a query sees no token.
+
+        On a CUDA device head_dim is 64, 80, 96, 128 or 256, else RuntimeError is raised; products are of
+        float16.
         """
         array = self._take("queries", queries)
         if len(array.shape) != 4:
@@ -248,7 +258,7 @@ class KVCache:
         self._queued(self._core.clear)
 
     def usage(self) -> KVUsage:
-        return KVUsage(**self._core.usage())
+        return KVUsage(**self._ask(self._core.usage))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         copy = object.__new__(type(self))
