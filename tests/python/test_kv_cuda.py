@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ import model_factory
 import quantloom as ql
 from cuda_cases import needs_cuda
 from kv_cases import config, generate, logits_by_token, prompt
+from quantloom.cli import app
 from quantloom.kv import generation
+from typer.testing import CliRunner
 
 pytestmark = needs_cuda
 
@@ -529,3 +532,19 @@ def test_a_text_read_through_a_cache_and_calibration(models):
             kl.append(ql.evaluate.compare(cached, reference.to(where), ids[:96], window=48).kl)
         assert kl[0] == pytest.approx(kl[1], rel=0.2, abs=1e-4)
         assert kl[0] > 1e-5
+
+
+def test_commands_take_the_device(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", config(head_dim=64))
+    text, output = tmp_path / "text.u16", tmp_path / "kv.safetensors"
+    model_factory.token_ids(1000).astype("<u2").tofile(text)
+    made = f"kv-calibrate {folder} --calibration {text} --window 48 --windows 2 --device cuda -o {output}"
+    run = CliRunner().invoke(app, made.split())
+    assert run.exit_code == 0, run.output
+    for kv in ("kivi:2:g4:r8", str(output)):
+        measured = f"eval {folder} --reference {folder} --text {text} --window 96 --windows 2 --kv {kv}"
+        run = CliRunner().invoke(app, f"{measured} --kv-chunk 16 --needle 1 --device cuda --json".split())
+        assert run.exit_code == 0, run.output
+        result = json.loads(run.stdout)
+        assert 1e-5 < result["kl"] < 1
+        assert result["needle"]["tokens"] == 2 * 16
