@@ -105,26 +105,24 @@ __device__ void append_token(const KVAppend& a, const Place& place, const Part& 
   }
   const int window = view.window;
   const int coded = t - window;
-  if (coded >= 0) {
-    const bool came = window == 0 || coded >= tokens.window;
-    const T* from = came ? rows.given_at(tokens.index(coded)) : rows.exact_at(kept + coded % window);
-    bool bad = false;
-    for (int d = lane; d < rows.head_dim; d += 32) {
-      const float value = to_float(from[d]);
-      memory.values[d] = value;
-      bad |= is_bad(value);
-    }
-    report_row(a, place, coded, bad && came, lane);
-    __syncwarp();
-    const auto page_tokens = static_cast<int>(view.layout.page_tokens);
-    encode_token(part, rows.head_dim, memory, lane, coded % page_tokens,
-                 record_of(view, place, coded, page_tokens), code_tables(view, place.side, place.head));
-    __syncwarp();
-  }
   // The first tokens of a call own the slots: of those that want a slot, the last one stays there.
-  if (window == 0 || t - tokens.window >= window) return;
-  const int last = t + (tokens.end - 1 - t) / window * window;
-  report_row(a, place, last, rows.keep(tokens.index(last), kept + t % window, lane), lane);
+  const bool owns = window > 0 && t - tokens.window < window;
+  const int last = owns ? t + (tokens.end - 1 - t) / window * window : coded;
+  const T* came = rows.given_at(tokens.index(last));
+  T* slot = owns ? rows.exact_at(kept + t % window) : nullptr;
+  bool bad = false;
+  for (int d = lane; d < rows.head_dim; d += 32) {
+    const T value = came[d];
+    bad |= is_bad(to_float(value));
+    if (coded >= 0) memory.values[d] = to_float(owns ? slot[d] : value);
+    if (owns) slot[d] = value;
+  }
+  report_row(a, place, last, bad, lane);
+  if (coded < 0) return;
+  __syncwarp();
+  const auto page_tokens = static_cast<int>(view.layout.page_tokens);
+  encode_token(part, rows.head_dim, memory, lane, coded % page_tokens,
+               record_of(view, place, coded, page_tokens), code_tables(view, place.side, place.head));
 }
 
 // By a block: `group` tokens of one head, from `first` on, become codes by channel.
@@ -211,6 +209,17 @@ __device__ void append_group(const KVAppend& a, const Place& place, const Part& 
   }
 }
 
+// By a thread of each block when the block has read the length: the last one changes it.
+__device__ void arrive(const KVAppend& a, int sequence, const NewTokens& tokens, unsigned blocks_of_head) {
+  if (atomicAdd(a.arrivals + sequence, 1U) + 1 != blocks_of_head * a.view.kv_heads) return;
+  a.arrivals[sequence] = 0;
+  if (tokens.fits) {
+    a.view.lengths[sequence] += tokens.end - tokens.begin;
+  } else {
+    report_room(a.report, sequence);
+  }
+}
+
 struct Units {
   int keys;  // blocks of a head
   int values;
@@ -230,6 +239,9 @@ __global__ void __launch_bounds__(kThreads)
     unit -= units.keys;
   }
   const NewTokens tokens = new_tokens(a, place.sequence);
+  __syncthreads();
+  // By a warp that has the least to do.
+  if (threadIdx.x == kThreads - 1) arrive(a, place.sequence, tokens, static_cast<unsigned>(all));
   if (tokens.fits) {
     const bool keys = place.side == KVSide::keys;
     const KVSource& source = keys ? a.keys : a.values;
@@ -249,16 +261,6 @@ __global__ void __launch_bounds__(kThreads)
       append_token(a, place, part, tokens, rows, unit * kWarps + warp, memory,
                    static_cast<int>(threadIdx.x) % 32);
     }
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  // All blocks have read the length before the last one changes it.
-  if (atomicAdd(a.arrivals + place.sequence, 1U) + 1 != static_cast<uint32_t>(all) * view.kv_heads) return;
-  a.arrivals[place.sequence] = 0;
-  if (tokens.fits) {
-    view.lengths[place.sequence] += tokens.end - tokens.begin;
-  } else {
-    report_room(a.report, place.sequence);
   }
 }
 
