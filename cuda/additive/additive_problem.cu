@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "additive/additive_problem.hpp"
+#include "additive/every_element.cuh"
 #include "common/block_sum.cuh"
 #include "common/load_float.cuh"
 #include "fit/centroid_sums.hpp"
@@ -10,19 +11,6 @@
 
 namespace quantloom::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 8192;
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(threads, kThreads), 1, kMostBlocks));
-}
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * kThreads;
-}
 
 __global__ void __launch_bounds__(kThreads)
     scale_weights_kernel(CudaMatrix w, int64_t columns, double factor, float* weights) {

@@ -6,6 +6,7 @@
 
 #include "additive/code_sweep.hpp"
 #include "additive/code_walk.cuh"
+#include "additive/every_element.cuh"
 #include "additive/split_products.hpp"
 #include "common/math_handles.hpp"
 #include "fit/centroid_sums.hpp"
@@ -14,19 +15,7 @@
 namespace quantloom::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kPanelColumns = 512;
-constexpr int64_t kMostBlocks = 8192;
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(threads, kThreads), 1, kMostBlocks));
-}
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * kThreads;
-}
 
 // Codes [count][blocks][books] in the order of the search, from or to those of the matrix.
 template <bool kBack>

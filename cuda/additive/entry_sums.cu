@@ -7,23 +7,12 @@
 #include <limits>
 
 #include "additive/entry_sums.hpp"
+#include "additive/every_element.cuh"
 
 namespace quantloom::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 8192;
 constexpr int kPiece = 256;  // places
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(threads, kThreads), 1, kMostBlocks));
-}
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * kThreads;
-}
 
 __global__ void __launch_bounds__(kThreads) key_kernel(const uint16_t* codes, int64_t places, int books,
                                                        int64_t entries, int32_t* keys, int32_t* numbers) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "additive/entry_sums.hpp"
+#include "additive/every_element.cuh"
 #include "additive/refit.hpp"
 #include "additive/split_products.hpp"
 #include "common/block_sum.cuh"
@@ -11,19 +12,7 @@
 namespace quantloom::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 8192;
 constexpr int kDotBlocks = 512;
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(threads, kThreads), 1, kMostBlocks));
-}
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * kThreads;
-}
 
 struct ExpandTask {
   const double* tables;  // [books][entries][dim]
