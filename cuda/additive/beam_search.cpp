@@ -2,8 +2,10 @@
 #include <limits>
 
 #include "additive/code_sweep.hpp"
+#include "additive/feedback_codes.hpp"
 #include "additive/first_codes.hpp"
 #include "additive/refit.hpp"
+#include "additive/rounding.hpp"
 #include "common/device_pointer.hpp"
 #include "quantloom/rounding/cuda_beam_search.hpp"
 #include "rounding/additive_checks.hpp"
@@ -61,15 +63,6 @@ AdditiveArrays copy_of(const AdditiveArrays& arrays, cudaStream_t stream) {
   return {copied(arrays.tables), copied(arrays.scales), copied(arrays.codes)};
 }
 
-cuda::Losses losses_of(const CudaMatrix& w, const Additive& format, const AdditiveArrays& arrays,
-                       std::span<const CudaHessian* const> hessians, cudaStream_t stream) {
-  if (w.rows == 0 || w.cols == 0) return {0, std::vector<double>(hessians.size(), 0.0)};
-  const auto errors_of = [&](int64_t first_row, int64_t rows, double* errors, double* partial) {
-    cuda::additive_errors(w, format, arrays, first_row, rows, errors, partial, stream);
-  };
-  return cuda::measure_losses(w.rows, w.cols, errors_of, hessians, stream);
-}
-
 }  // namespace
 
 void search_codes_cuda(const CudaMatrix& w, PackedTensor& packed, const CudaHessian& hessian,
@@ -110,12 +103,9 @@ CudaBeamSearched round_beam_search_cuda(const CudaMatrix& w, PackedTensor& packe
   if (options.held_out != nullptr) {
     throw InvalidArgument("options.held_out", "a Hessian of the CPU", "none: held_out is one of the device");
   }
-  if (options.start != CodeStart::nearest) {
-    throw Unsupported(
-        "start: codes by feedback of errors are found on the CPU only; expected the nearest ones");
-  }
   const Additive& wanted = require_arguments(w, packed, hessian, options.search.damping, stream);
   require_valid(options.search, wanted);
+  if (options.start == CodeStart::error_feedback) cuda::require_whole_steps(w, wanted);
   if (held_out != nullptr) {
     cuda::require_hessian(*held_out, w.cols, "held_out");
     static_cast<void>(held_out->sum(stream));
@@ -132,25 +122,35 @@ CudaBeamSearched round_beam_search_cuda(const CudaMatrix& w, PackedTensor& packe
     format = fit_additive_cuda(wanted, w, fit, stream_given);
   }
   CudaBeamSearched result;
-  AdditiveArrays best = cuda::nearest_codes(w, *format, cuda::mean_magnitudes(w, *format, stream), stream);
   std::vector<const CudaHessian*> hessians = {&hessian};
   if (options.measure_losses && held_out != nullptr) hessians.push_back(held_out);
   const double weights = static_cast<double>(w.rows) * static_cast<double>(w.cols);
   const auto damped = [&](const cuda::Losses& losses) {
     return losses.proxy_losses[0] + problem.shift() * losses.mean_squared_error * weights;
   };
-  const cuda::Losses nearest = losses_of(w, *format, best, hessians, stream);
+  const auto losses_of = [&](const AdditiveArrays& arrays) {
+    return cuda::additive_losses(w, *format, arrays, hessians, stream);
+  };
+  AdditiveArrays best = cuda::nearest_codes(w, *format, cuda::mean_magnitudes(w, *format, stream), stream);
+  const cuda::Losses nearest = losses_of(best);
   cuda::Losses own = nearest;
+  if (options.start == CodeStart::error_feedback && w.rows > 0 && w.cols > 0) {
+    CudaErrorFeedbackOptions feedback;
+    feedback.damping = std::max(feedback.damping, options.search.damping);
+    std::vector<double> damping_tried;
+    best = cuda::feedback_codes(w, *format, hessian, diagonal, feedback, damping_tried, stream);
+    own = losses_of(best);
+  }
   // Keeps `arrays` if they err less.
   const auto keep = [&](AdditiveArrays& arrays) {
-    cuda::Losses losses = losses_of(w, *format, arrays, hessians, stream);
+    cuda::Losses losses = losses_of(arrays);
     if (!(damped(losses) < result.losses.back())) return false;
     result.losses.push_back(damped(losses));
     own = std::move(losses);
     best = std::move(arrays);
     return true;
   };
-  result.losses.push_back(damped(nearest));
+  result.losses.push_back(damped(own));
   const RefitOptions refit = {.steps = options.refit_steps,
                               .tables = true,
                               .scales = options.refit_scales,
@@ -171,9 +171,7 @@ CudaBeamSearched round_beam_search_cuda(const CudaMatrix& w, PackedTensor& packe
     static_cast<void>(keep(arrays));
   }
   cuda::pack_additive(*format, best, packed, stream);
-  // The plane holds the tables; a description is small.
-  packed.format = std::make_shared<const Additive>(wanted.codebooks, wanted.bits, wanted.in_group,
-                                                   wanted.out_group, wanted.scale_group, wanted.scale_dtype);
+  packed.format = cuda::without_tables(wanted);
   check_cuda(cudaStreamSynchronize(stream), "work of the stream");
 
   RoundingReport& report = result.report;

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "additive/every_element.cuh"
 #include "additive/first_codes.hpp"
 #include "common/device_pointer.hpp"
 #include "common/load_float.cuh"
@@ -17,20 +18,8 @@ namespace quantloom {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMostBlocks = 8192;
 // Tables of more entries start from rows drawn at random: k-means++ runs on the host.
 constexpr int64_t kMostSpreadEntries = 1024;
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(threads, kThreads), 1, kMostBlocks));
-}
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * kThreads;
-}
 
 // A warp for each scale.
 __global__ void __launch_bounds__(kThreads)
@@ -131,7 +120,7 @@ std::vector<double> mean_magnitudes(const CudaMatrix& w, const Additive& format,
   return magnitudes;
 }
 
-AdditiveArrays nearest_codes(const CudaMatrix& w, const Additive& format,
+AdditiveArrays scaled_arrays(const CudaMatrix& w, const Additive& format,
                              const std::vector<double>& magnitudes, cudaStream_t stream) {
   const int64_t blocks = w.cols > 0 ? format.blocks(w.cols) : 0;
   const int64_t count = checked_mul(format.row_groups(w.rows), blocks);
@@ -158,21 +147,29 @@ AdditiveArrays nearest_codes(const CudaMatrix& w, const Additive& format,
                         {-wanted, wanted, 0}, i / of_row * format.out_group, i % of_row);
   }
   arrays.scales.upload(scales.data(), scale_count);
-  if (count > 0) {
-    const BlockTask task = blocks_of(w, format, arrays.scales.data(), blocks);
-    const int64_t dim = format.dim();
-    const DeviceBuffer<float> x(checked_mul(count, dim), stream);
-    const DeviceBuffer<int32_t> codes(count, stream);
-    block_kernel<<<blocks_for(count * dim), kThreads, 0, stream>>>(task, nullptr, count, x.data());
-    check_cuda(cudaGetLastError(), "launch of block");
-    for (int64_t book = 0; book < format.codebooks; ++book) {
-      const float* const table = arrays.tables.data() + book * table_size;
-      nearest_neighbour_cuda({x.data(), DType::f32, count, dim, dim},
-                             {table, DType::f32, format.entries(), dim, dim}, codes.data(), stream);
-      subtract_kernel<<<blocks_for(count * dim), kThreads, 0, stream>>>(
-          task, table, codes.data(), count, format.codebooks, book, x.data(), arrays.codes.data());
-      check_cuda(cudaGetLastError(), "launch of subtract");
-    }
+  check_cuda(cudaStreamSynchronize(stream), "work of the stream");
+  return arrays;
+}
+
+AdditiveArrays nearest_codes(const CudaMatrix& w, const Additive& format,
+                             const std::vector<double>& magnitudes, cudaStream_t stream) {
+  AdditiveArrays arrays = scaled_arrays(w, format, magnitudes, stream);
+  const int64_t blocks = w.cols > 0 ? format.blocks(w.cols) : 0;
+  const int64_t count = checked_mul(format.row_groups(w.rows), blocks);
+  if (count == 0) return arrays;
+  const BlockTask task = blocks_of(w, format, arrays.scales.data(), blocks);
+  const int64_t dim = format.dim();
+  const DeviceBuffer<float> x(checked_mul(count, dim), stream);
+  const DeviceBuffer<int32_t> codes(count, stream);
+  block_kernel<<<blocks_for(count * dim), kThreads, 0, stream>>>(task, nullptr, count, x.data());
+  check_cuda(cudaGetLastError(), "launch of block");
+  for (int64_t book = 0; book < format.codebooks; ++book) {
+    const float* const table = arrays.tables.data() + book * format.entries() * dim;
+    nearest_neighbour_cuda({x.data(), DType::f32, count, dim, dim},
+                           {table, DType::f32, format.entries(), dim, dim}, codes.data(), stream);
+    subtract_kernel<<<blocks_for(count * dim), kThreads, 0, stream>>>(
+        task, table, codes.data(), count, format.codebooks, book, x.data(), arrays.codes.data());
+    check_cuda(cudaGetLastError(), "launch of subtract");
   }
   check_cuda(cudaStreamSynchronize(stream), "work of the stream");
   return arrays;

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <optional>
 
+#include "additive/rounding.hpp"
 #include "common/device_pointer.hpp"
 #include "common/math_handles.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -406,6 +407,9 @@ RoundingReport round_error_feedback_cuda(const CudaMatrix& w, PackedTensor& pack
     return round_trellis_feedback_cuda(w, packed, hessian, options, {}, stream);
   }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const Additive* additive = cuda::additive_of(packed)) {
+    return cuda::round_additive_feedback(w, packed, *additive, hessian, options, cuda_stream);
+  }
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
   cuda::require_columns_format(*packed.format, "round_error_feedback_cuda");
   const std::shared_ptr<const Format> shared = packed.format;

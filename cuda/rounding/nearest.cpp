@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "additive/rounding.hpp"
 #include "common/device_pointer.hpp"
 #include "quantloom/formats/outliers.hpp"
 #include "rounding/outliers.hpp"
@@ -187,6 +188,9 @@ RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Trellis* trellis = cuda::trellis_of(packed)) {
     return cuda::round_trellis_nearest(w, packed, *trellis, options, cuda_stream);
+  }
+  if (const Additive* additive = cuda::additive_of(packed)) {
+    return cuda::round_additive_nearest(w, packed, *additive, options, cuda_stream);
   }
   if (packed.format == nullptr) throw InvalidArgument("packed", "no format", "a format");
   const auto* const outliers = dynamic_cast<const Outliers*>(packed.format.get());

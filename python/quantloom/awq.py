@@ -221,7 +221,10 @@ def _search_device(matrices: list[_arrays.Array], formats: list[str]) -> str:
     devices = {matrix.device for matrix in matrices}
     if len(devices) != 1 or devices == {"cpu"} or not _core.built_with_cuda():
         return "cpu"
-    found = all(_core.rounds_on_cuda(text) and json.loads(text)["format"] != "trellis" for text in formats)
+    found = all(
+        _core.rounds_on_cuda(text) and json.loads(text)["format"] not in ("trellis", "additive")
+        for text in formats
+    )
     return devices.pop() if found else "cpu"
 
 

@@ -62,8 +62,8 @@ class BeamSearch(Rounding):
         held_out: optional, a Hessian of other tokens, for the report.
 
     On a CUDA device everything runs there; codes are scored by tensor cores (in float32 mode), sums are taken
-    in another order than on the CPU, and ``start="gptq"``, ``solver="adam"`` and formats with `scale_bits` or
-    `table_bits` raise RuntimeError.
+    in another order than on the CPU, and ``solver="adam"`` and formats with `scale_bits` or `table_bits`
+    raise RuntimeError.
 
     The short form is ``beam_search[:beam=N][:natural][:seed=N][:float64][:damp=X][:rounds=N][:tolerance=X]
     [:refit=N][:adam][:rate=X][:gptq]``.

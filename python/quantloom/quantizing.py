@@ -50,10 +50,11 @@ def quantize(
     so that factors whose errors agree to about 1e-5 may change places); GPTQ takes its sums in another
     order, so that weights close to the middle between two codes may take the other one. A ``trellis`` takes
     no scale search there, and its rings are searched with float16 costs: other codes, at an error within
-    0.03% on normal weights. ``BeamSearch`` sums in another order, too. Raises RuntimeError for formats other
-    than ``uniform``, ``codebook``, ``bcq``, ``spqr``, for ``Nearest`` those with ``outliers``, for
-    ``BeamSearch`` ``additive``, and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or
-    cuSOLVER is missing.
+    0.03% on normal weights. Of ``additive`` formats, tables of more than 1024 entries start from other
+    blocks of W, and there is no scale search. ``BeamSearch`` sums in another order, too. Raises RuntimeError
+    for formats other than ``uniform``, ``codebook``, ``bcq``, ``spqr``, ``additive``, for ``Nearest`` those
+    with ``outliers``, and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or cuSOLVER is
+    missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
@@ -229,7 +230,8 @@ def _require_cuda_rounding(matrix: _arrays.Array, format: Format, rounding: Roun
     if not _core.rounds_on_cuda(format.to_json()):
         raise RuntimeError(
             f"format: got {format.spec} for a tensor on {matrix.device}, but no CUDA kernel rounds to it;"
-            " expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or w.cpu()"
+            " expected uniform, codebook, bcq, spqr, additive or a rotated trellis with a window of 16, or"
+            " w.cpu()"
         )
     if isinstance(rounding, GPTQ) and isinstance(format, Outliers):
         raise RuntimeError(

@@ -1,3 +1,4 @@
+#include "quantloom/formats/additive.hpp"
 #include "quantloom/formats/bcq.hpp"
 #include "quantloom/formats/codebook.hpp"
 #include "quantloom/formats/outliers.hpp"
@@ -17,6 +18,9 @@ bool rounds_columns_on_cuda(const Format& format) {
 bool rounds_on_cuda(const Format& format) {
   if (const auto* trellis = dynamic_cast<const Trellis*>(&format)) {
     return trellis->rotation > 0 && trellis->codebook.window == 16;
+  }
+  if (const auto* additive = dynamic_cast<const Additive*>(&format)) {
+    return additive->levels == AdditiveLevels();
   }
   const auto* outliers = dynamic_cast<const Outliers*>(&format);
   return rounds_columns_on_cuda(outliers != nullptr ? *outliers->dense : format);

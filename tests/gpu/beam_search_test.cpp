@@ -378,9 +378,6 @@ TEST_F(BeamSearchCudaSmall, RefusesWhatIsWrong) {
         round_beam_search_cuda(problem.w.device(), packed, problem.on_device, options, nullptr, nullptr));
   };
   BeamSearchOptions options;
-  options.start = CodeStart::error_feedback;
-  EXPECT_THROW(round(options), Unsupported);
-  options = {};
   options.held_out = &problem.hessian;
   EXPECT_THROW(round(options), InvalidArgument);
   options = {};

@@ -96,6 +96,22 @@ def test_refit_tables(spec):
     )
 
 
+@pytest.mark.parametrize("spec", FORMATS)
+def test_other_roundings(spec):
+    w, hessian = layer(72, 96, 3)
+    nearest = ql.quantize(w, spec)
+    assert nearest.report.method == "nearest"
+    assert loss_of(w, nearest, hessian) == pytest.approx(
+        ql.quantize(w.cpu(), spec, ql.Nearest(hessian=hessian.to("cpu"))).report.proxy_loss, rel=0.05
+    )
+    fed_back = ql.quantize(w, spec, ql.GPTQ(hessian))
+    assert fed_back.report.proxy_loss == pytest.approx(loss_of(w, fed_back, hessian), rel=1e-5)
+    cpu = ql.quantize(w.cpu(), spec, ql.GPTQ(hessian.to("cpu")))
+    assert fed_back.report.proxy_loss == pytest.approx(cpu.report.proxy_loss, rel=0.1)
+    started = ql.quantize(w, spec, ql.BeamSearch(hessian, start="gptq", rounds=0, refit=0))
+    assert started.report.losses[0] < started.report.proxy_loss_nearest
+
+
 def test_strided_weights_and_other_streams():
     w, hessian = layer(33, 64, 5)
     wide = torch.zeros(33, 80, device="cuda")
@@ -119,8 +135,10 @@ def test_refused():
         search_codes(w, on_cpu(q), hessian)
     with pytest.raises(TypeError, match="hessian"):
         ql.quantize(w, "additive:1x3:g4", ql.BeamSearch(hessian.to("cpu")))
-    with pytest.raises(RuntimeError, match="start"):
-        ql.quantize(w, "additive:1x3:g4", ql.BeamSearch(hessian, start="gptq"))
+    with pytest.raises(ValueError, match="multiple of 5"):
+        ql.quantize(w, "additive:1x3:g5", ql.BeamSearch(hessian, start="gptq"))
+    with pytest.raises(RuntimeError, match="scale_search"):
+        ql.quantize(w, "additive:1x3:g4", ql.Nearest(scale_search=ql.ScaleSearch()))
     with pytest.raises(ValueError, match="beam"):
         search_codes(w, q, hessian, beam=8 + 1)
     with pytest.raises(ValueError, match="row_groups"):
@@ -148,6 +166,15 @@ def test_models_on_the_device(tmp_path):
     with torch.inference_mode():
         logits, expected = (m(input_ids=ids).logits.float() for m in (model, reference))
     assert float((logits - expected).norm() / expected.norm()) < 0.7
-    recipe = ql.Recipe.parse("additive:1x6:g4", "beam_search:gptq")
-    with pytest.raises(RuntimeError, match="device: got 'cuda:0'"):
-        ql.models.quantize(TINY, recipe, TINY / "calib.txt", output=tmp_path / "other", device="cuda")
+    for rounding in ("beam_search:gptq:rounds=1", "gptq"):
+        recipe = ql.Recipe.parse("additive:1x6:g4", rounding)
+        report = ql.models.quantize(
+            TINY,
+            recipe,
+            TINY / "calib.txt",
+            output=tmp_path / rounding[:4],
+            windows=4,
+            window=128,
+            device="cuda",
+        )
+        assert all(module.proxy_loss < module.proxy_loss_nearest for module in report.modules)

@@ -388,3 +388,8 @@ def test_what_cuda_devices_do_not_round_is_refused():
     with pytest.raises(RuntimeError, match="no CUDA kernel rounds"):
         vectors = Targets({"layer": ql.parse_format("vector_codebook:16x2")}, ())
         require_cuda_rounding(vectors, "cuda", ql.parse_rounding("nearest"))
+    additive = Targets({"layer": ql.Additive(2, 8)}, ())
+    for spec in ("nearest", "gptq", "beam_search:gptq"):
+        require_cuda_rounding(additive, "cuda", ql.parse_rounding(spec))
+    with pytest.raises(RuntimeError, match="CPU only"):
+        require_cuda_rounding(additive, "cuda", ql.parse_rounding("gptq:search"))

@@ -1,6 +1,6 @@
-// Rounding on a CUDA device, for the formats "uniform", "codebook", "bcq", "spqr" (blocks of up to 2048 rows)
-// and "trellis" (with its rotation and a window of 16), and nearest rounding for "outliers" around the first
-// four: weights, Hessian and planes stay on the current device.
+// Rounding on a CUDA device, for the formats "uniform", "codebook", "bcq", "spqr" (blocks of up to 2048
+// rows), "additive" and "trellis" (with its rotation and a window of 16), and nearest rounding for "outliers"
+// around the first four: weights, Hessian and planes stay on the current device.
 //
 // `packed` holds the planes to fill, with the format's names, dtypes and shapes, on the current device;
 // empty_packed_cuda() makes one. They are written only after every check has passed. `stream` is a
@@ -29,7 +29,8 @@ struct CudaNearestOptions {
 // so that factors whose errors agree to about 1e-15 may change places; and one by output error sums in
 // another order, so that those whose errors agree to about 1e-5 may. Of a trellis, scales and what its
 // rings are to code are the CPU's up to roundings; rings are those of encode_rings_cuda(), whose costs are
-// float16, and a scale search is not taken.
+// float16, and a scale search is not taken. Of additive codes the same holds for tables that are given; those
+// that are fitted to w are fit_additive_cuda()'s, and a scale search is not taken (Unsupported).
 RoundingReport round_nearest_cuda(const CudaMatrix& w, PackedTensor& packed,
                                   const CudaNearestOptions& options, void* stream);
 
@@ -54,6 +55,8 @@ struct CudaErrorFeedbackOptions {
 // The walk of round_error_feedback(), with the factor of H in float64 by cuSOLVER and cuBLAS and the updates
 // in float32: sums are taken in another order than on the CPU, so that a weight near the middle between two
 // codes may take the other one. With static groups scales and zero points are the CPU's bit for bit.
+//
+// Additive codes take no scale search, and groups of scales only as static ones (Unsupported).
 //
 // With act_order and groups fitted on the walk (neither static_groups nor one group), `packed` must come with
 // the plane group_index; it is removed again if the groups turn out to be of consecutive columns.

@@ -40,7 +40,7 @@ struct CudaBeamSearched {
 };
 
 // As round_beam_search(). The format of `packed` may have tables to start from. options.held_out must be
-// null, `held_out` may be, and options.start must be CodeStart::nearest (Unsupported for others).
+// null, `held_out` may be.
 CudaBeamSearched round_beam_search_cuda(const CudaMatrix& w, PackedTensor& packed, const CudaHessian& hessian,
                                         const BeamSearchOptions& options, const CudaHessian* held_out,
                                         void* stream);

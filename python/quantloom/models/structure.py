@@ -192,23 +192,24 @@ def require_cuda_rounding(targets: Targets, device: str, rounding: Any) -> None:
     """Raises RuntimeError naming the first module that no CUDA kernel rounds so."""
     last = rounding.then if isinstance(rounding, ChannelScaling) else rounding
     if isinstance(last, ql.BeamSearch):
-        if last.start == "gptq":
-            raise RuntimeError(
-                f"device: got {device!r}, but first codes by feedback of errors are found on the CPU only;"
-                ' expected a beam_search without gptq, or "cpu"'
-            )
         return
     search = last.scale_search
     for name, form in targets.formats.items():
         if not _core.rounds_on_cuda(form.to_json()):
             raise RuntimeError(
                 f"device: got {device!r}, but no CUDA kernel rounds to {form.spec}, the format of {name}; "
-                'expected uniform, codebook, bcq, spqr or a rotated trellis with a window of 16, or "cpu"'
+                "expected uniform, codebook, bcq, spqr, additive or a rotated trellis with a window of 16,"
+                ' or "cpu"'
             )
         if isinstance(form, ql.Outliers) and not isinstance(last, ql.Nearest):
             raise RuntimeError(
                 f"device: got {device!r}, but no CUDA kernel feeds back errors beside the outliers of"
                 f' {form.spec}, the format of {name}; expected a search such as gptq:outliers=1%, or "cpu"'
+            )
+        if search is not None and isinstance(form, ql.Additive):
+            raise RuntimeError(
+                f"device: got {device!r}, but a scale search for {form.spec}, the format of {name}, runs on"
+                ' the CPU only; expected none, or "cpu"'
             )
         if search is not None and search.output_error and getattr(form, "group_size", None) == "tensor":
             raise RuntimeError(
