@@ -52,9 +52,9 @@ def quantize(
     no scale search there, and its rings are searched with float16 costs: other codes, at an error within
     0.03% on normal weights. Of ``additive`` formats, tables of more than 1024 entries start from other
     blocks of W, and there is no scale search. ``BeamSearch`` sums in another order, too. Raises RuntimeError
-    for formats other than ``uniform``, ``codebook``, ``bcq``, ``spqr``, ``additive``, for ``Nearest`` those
-    with ``outliers``, and a ``trellis`` with its rotation and a window of 16, and where cuBLAS or cuSOLVER is
-    missing.
+    for formats other than ``uniform``, ``codebook``, ``bcq``, ``spqr``, ``additive`` (without levels of
+    scales and tables), for ``Nearest`` those with ``outliers``, and a ``trellis`` with its rotation and a
+    window of 16, and where cuBLAS or cuSOLVER is missing.
     """
     matrix = _arrays.matrix("w", w, cpu=False)
     format = parse_format(format)
