@@ -3,10 +3,10 @@
     python bench/quality/kv_speed.py --device cuda [--contexts 4096 32768] [--batches 1 8] [--layers 32]
         [--formats kivi:2 kivi:4] [--json FILE]
 
-A Llama of 8 billion random weights in bfloat16 (or a part of its layers). The context is random keys and
-values, stored as a prompt is. Then single tokens, each the likeliest after the one before: the mean of
---tokens steps after some that are not timed; eager, and as a captured CUDA graph where the cache allows for
-it. Memory is what the device has less of with the cache than without.
+A Llama with layers of the shapes of Llama 3.1 8B and a vocabulary of 32000, random weights in bfloat16. The
+context is random keys and values, stored as a prompt is. Then single tokens, each the likeliest after the one
+before: the mean of --tokens steps after some that are not timed; eager, and as a captured CUDA graph where
+the cache allows for it. Memory is what the device has less of with the cache than without.
 """
 
 from __future__ import annotations
