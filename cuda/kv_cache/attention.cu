@@ -12,11 +12,10 @@ AttentionPlan plan_of(const KVView& view, int heads, int64_t tokens, int process
   plan.group = heads / view.kv_heads;
   plan.rows = static_cast<int>(checked_mul(tokens, plan.group));
   plan.row_blocks = static_cast<int>(ceil_div(plan.rows, kRows));
-  plan.head_pages = static_cast<int>(ceil_div(view.first, view.layout.page_tokens));
   // All blocks of a device have a piece of one long sequence.
-  plan.pieces = std::clamp(kBlocks * processors / (view.kv_heads * plan.row_blocks), 1, kMostPieces);
-  plan.items = static_cast<int>(
-      checked_mul(checked_mul(view.sequences * view.kv_heads, plan.row_blocks), plan.pieces));
+  plan.pieces = std::clamp(kBlocks * processors / (view.kv_heads * plan.row_blocks), 2, kMostPieces);
+  plan.places = static_cast<int>(checked_mul(view.sequences * view.kv_heads, plan.row_blocks));
+  static_cast<void>(checked_mul(plan.places, plan.pieces));
   return plan;
 }
 
@@ -54,8 +53,8 @@ struct WorkspaceBytes {
 WorkspaceBytes workspace_of(const KVView& view, int heads, const AttentionPlan& plan) {
   const int64_t blocks = std::max<int64_t>(kMostRowBlocks, ceil_div(heads / view.kv_heads, kRows));
   return {checked_pad(checked_mul(view.sequences * view.kv_heads, blocks * 4), 16),
-          checked_mul(plan.items, kRows * 8),
-          checked_mul(checked_mul(plan.items, kRows), view.layout.head_dim * 4)};
+          checked_mul(plan.places, plan.pieces * kRows * 8),
+          checked_mul(checked_mul(plan.places, plan.pieces * kRows), view.layout.head_dim * 4)};
 }
 
 }  // namespace
@@ -81,8 +80,7 @@ void launch_attention(const KVView& view, const KVQueries& queries, void* worksp
     places.finished = reinterpret_cast<unsigned*>(memory);
     places.weights = reinterpret_cast<float2*>(memory + bytes.counters);
     places.sums = reinterpret_cast<float*>(memory + bytes.counters + bytes.weights);
-    launch_heads({view, queries, plan, places, device.processors, device.shared_memory,
-                  device.processor_memory, stream});
+    launch_heads({view, queries, plan, places, device.processors, device.code >= 90, stream});
   }
 }
 

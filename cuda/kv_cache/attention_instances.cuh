@@ -1,6 +1,8 @@
 // Which kernel attends to a cache, and how much shared memory its blocks take.
 #pragma once
 
+#include <algorithm>
+
 #include "common/check.cuh"
 #include "kv_cache/attention_kernel.cuh"
 #include "kv_cache/attention_launch.hpp"
@@ -8,84 +10,99 @@
 
 namespace quantloom::kv_cache {
 
-// Whether codes are decoded in registers: groups are such that the channels that a lane holds share scales.
+// Whether codes are decoded in registers: channels that a lane holds share scales.
 template <int kDim>
 bool decodes_in_registers(const KVLayout& layout) {
   constexpr int kRun = kDim / 8;
   constexpr bool kTwoGroups = (kRun & (kRun - 1)) != 0;
   const KVPart& keys = layout.keys;
   const KVPart& values = layout.values;
-  return keys.codec == KVCodec::channel_grid && values.codec == KVCodec::token_grid &&
-         keys.bits == values.bits && keys.group % kUnitTokens == 0 &&
-         (kTwoGroups ? values.group >= kRun && values.group % 2 == 0 : values.group % kRun == 0);
+  if (values.codec != KVCodec::token_grid || keys.bits != values.bits) return false;
+  if (kTwoGroups ? values.group < kRun || values.group % 2 != 0 : values.group % kRun != 0) return false;
+  if (keys.codec == KVCodec::channel_grid) return keys.group % kUnitTokens == 0;
+  return keys.codec == KVCodec::token_grid && keys.group % kRun == 0 && (keys.bits == 4 || keys.bits == 8);
 }
 
-// False if not even one record fits.
-template <class Keys, int kDim>
-bool plan_memory(const AttentionLaunch& launch, int blocks, AttentionMemory& at) {
-  at = {};
-  at.record = static_cast<int>(launch.view.layout.record_bytes);
-  at.staging_bytes = Keys::kStaged ? static_cast<int>(checked_pad(staged_bytes(kDim), 16)) : 0;
+template <class Keys, class Values, int kDim, int kStages>
+AttentionMemory plan_memory(const AttentionLaunch& launch) {
+  AttentionMemory at;
+  if constexpr (std::is_void_v<Keys>) {
+    at.warp = static_cast<int>(checked_pad(staged_bytes(kDim), 16));
+  } else {
+    at.keys = Keys::unit_bytes(launch.view.layout);
+    at.values = Values::unit_bytes(launch.view.layout);
+    at.warp = kStages * (at.keys + at.values);
+  }
   at.rows = launch.plan.rows < kRows ? launch.plan.rows : kRows;
-  const int sums = kWarps * at.rows * kDim * 4;
-  constexpr int kMostStages = 8;
-  const int fixed = kRows * kQueryWords<kDim> * 4 + kWarps * at.staging_bytes + sums + kWarps * kRows * 8 +
-                    kRows * 4 + 32 * 4 + kMostStages * 16 + 16;
-  int limit = launch.processor_memory / blocks - 1024;
-  if (limit > launch.block_memory) limit = launch.block_memory;
-  at.stages = (limit - fixed) / at.record;
-  if (at.stages < (blocks == 1 ? 1 : 2)) return false;
-  if (at.stages > kMostStages) at.stages = kMostStages;
-  at.queries = at.stages * at.record;
-  at.staging = at.queries + kRows * kQueryWords<kDim> * 4;
-  at.sums = at.staging + kWarps * at.staging_bytes;
-  at.weights = at.sums + sums;
+  at.queries = kWarps * at.warp;
+  at.sums = at.queries + kRows * kQueryWords<kDim> * 4;
+  at.weights = at.sums + kWarps * at.rows * kDim * 4;
   at.scales = at.weights + kWarps * kRows * 8;
   at.tables = at.scales + kRows * 4;
-  at.barriers = at.tables + 32 * 4;
-  at.finished = at.barriers + at.stages * 16;
+  at.finished = at.tables + 32 * 4;
   at.bytes = at.finished + 16;
-  return true;
+  return at;
 }
 
-template <class Keys, class Values, int kDim>
-void launch_with(const AttentionLaunch& launch) {
-  AttentionMemory at;
-  int blocks = kBlocks;
-  while (blocks > 0 && !plan_memory<Keys, kDim>(launch, blocks, at)) --blocks;
-  if (blocks == 0) {
-    throw Unsupported(text_of("attention on CUDA devices with records of ", launch.view.layout.record_bytes,
-                              " bytes, expected some that fit ", launch.block_memory,
-                              " bytes of shared memory: fewer tokens in a group of keys"));
-  }
-  const auto kernel = &attend_kernel<Keys, Values, kDim>;
+template <class Keys, class Values, int kDim, int kStages>
+void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool overlap) {
+  const AttentionMemory at = plan_memory<Keys, Values, kDim, kStages>(launch);
+  const auto kernel = &attend_kernel<Keys, Values, kDim, kStages>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
              "shared memory of attention");
-  const int most = blocks * launch.processors;
-  const int grid = launch.plan.items < most ? launch.plan.items : most;
-  kernel<<<static_cast<unsigned>(grid), kThreads, static_cast<size_t>(at.bytes),
-           static_cast<cudaStream_t>(launch.stream)>>>(launch.view, launch.queries, launch.plan,
-                                                       launch.workspace, at);
-  check_cuda(cudaGetLastError(), "launch of attention");
+  int blocks = 0;
+  check_cuda(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(at.bytes)),
+      "blocks of attention");
+  const int64_t most = int64_t{std::max(blocks, 1)} * launch.processors;
+  const int64_t pieces = int64_t{plan.places} * (plan.rest_alone ? 1 : plan.pieces - plan.skipped);
+  cuda::LaunchSettings settings(static_cast<unsigned>(std::min(pieces, most)), kThreads,
+                                static_cast<cudaStream_t>(launch.stream), overlap, 1);
+  settings.config.dynamicSmemBytes = static_cast<size_t>(at.bytes);
+  check_cuda(
+      cudaLaunchKernelEx(&settings.config, kernel, launch.view, launch.queries, plan, launch.workspace, at),
+      "launch of attention");
+}
+
+// The codes of each sequence, and its rest, which takes the places of blocks that have ended.
+template <class Keys, class Values, int kDim, int kStages>
+void launch_both(const AttentionLaunch& launch) {
+  AttentionPlan codes = launch.plan;
+  codes.skipped = 1;
+  launch_with<Keys, Values, kDim, kStages>(launch, codes, false);
+  AttentionPlan rest = launch.plan;
+  rest.rest_alone = true;
+  launch_with<void, void, kDim, 1>(launch, rest, launch.overlap);
+}
+
+template <int kBits, int kDim>
+void launch_bits(const AttentionLaunch& launch) {
+  using Values = TokenGridValues<kBits, kDim>;
+  constexpr int kStages = kBits <= 2 ? 3 : 2;
+  if constexpr (kBits == 4 || kBits == 8) {
+    if (launch.view.layout.keys.codec == KVCodec::token_grid)
+      return launch_both<TokenGridKeys<kBits, kDim>, Values, kDim, kStages>(launch);
+  }
+  launch_both<ChannelGridKeys<kBits, kDim>, Values, kDim, kStages>(launch);
 }
 
 template <int kDim>
 void launch_attention_of(const AttentionLaunch& launch) {
   if (!decodes_in_registers<kDim>(launch.view.layout)) {
-    launch_with<StagedKeys<kDim>, StagedValues<kDim>, kDim>(launch);
+    launch_with<void, void, kDim, 1>(launch, launch.plan, false);
     return;
   }
   switch (launch.view.layout.keys.bits) {
     case 1:
-      return launch_with<ChannelGridKeys<1, kDim>, TokenGridValues<1, kDim>, kDim>(launch);
+      return launch_bits<1, kDim>(launch);
     case 2:
-      return launch_with<ChannelGridKeys<2, kDim>, TokenGridValues<2, kDim>, kDim>(launch);
+      return launch_bits<2, kDim>(launch);
     case 3:
-      return launch_with<ChannelGridKeys<3, kDim>, TokenGridValues<3, kDim>, kDim>(launch);
+      return launch_bits<3, kDim>(launch);
     case 4:
-      return launch_with<ChannelGridKeys<4, kDim>, TokenGridValues<4, kDim>, kDim>(launch);
+      return launch_bits<4, kDim>(launch);
     default:
-      return launch_with<ChannelGridKeys<8, kDim>, TokenGridValues<8, kDim>, kDim>(launch);
+      return launch_bits<8, kDim>(launch);
   }
 }
 

@@ -11,8 +11,7 @@ struct AttentionLaunch {
   AttentionPlan plan;
   AttentionWorkspace workspace;
   int processors = 0;
-  int block_memory = 0;      // bytes of shared memory that a block may have
-  int processor_memory = 0;  // that a processor has
+  bool overlap = false;  // kernels may begin before the one before them has ended
   void* stream = nullptr;
 };
 

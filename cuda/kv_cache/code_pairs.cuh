@@ -58,15 +58,14 @@ struct CodeRun {
   }
 };
 
-// Code i of run `a` as a number in the low half, of `b` in the high one. All of it folds away but for one
-// permutation of bytes for each 16 bits of a row, and two instructions for each pair. kSigned: codes are
-// two's complement.
-template <int kBits, int kCount, bool kSigned = false>
+// Code i of run `a` as a number in the low half, of `b` in the high one: besides one permutation of bytes for
+// each 16 bits of a row, two instructions for each pair. `mark` is Halves::kInteger in a register: as a
+// constant it would take an instruction of its own beside the mask.
+template <int kBits, int kCount>
 __device__ __forceinline__ uint32_t code_pair(const CodeRun<kBits, kCount>& a,
-                                              const CodeRun<kBits, kCount>& b, int i) {
+                                              const CodeRun<kBits, kCount>& b, int i, uint32_t mark) {
   constexpr int kWindow = 16 / kBits;   // codes of a window of up to 16 bits
   constexpr int kInPlace = 10 / kBits;  // of them, those that fit the mantissa where they are
-  constexpr uint32_t kMask = (1U << kBits) - 1;
   const int first_bit = i / kWindow * kWindow * kBits;
   const int word = first_bit / 32;
   const int offset = first_bit % 32;
@@ -82,16 +81,16 @@ __device__ __forceinline__ uint32_t code_pair(const CodeRun<kBits, kCount>& a,
                         __funnelshift_r(b.words[word], b.words[next], offset));
   }
   const int in_window = i % kWindow;
+  window >>= in_window / kInPlace * kInPlace * kBits;
   const int place = in_window % kInPlace * kBits;
-  const uint32_t mask = (kMask << place) * 0x10001U;
-  const uint32_t half = kSigned ? ((kMask + 1) / 2 << place) * 0x10001U : 0;
   // 1024 + code * 2^place, and back.
-  const uint32_t marked =
-      ((window >> in_window / kInPlace * kInPlace * kBits) & mask) ^ (Halves::kInteger | half);
+  uint32_t marked = 0;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;"  // (a & b) | c
+      : "=r"(marked)
+      : "r"(window), "r"((((1U << kBits) - 1) << place) * 0x10001U), "r"(mark));
   const float step = 1.0F / static_cast<float>(1 << place);
-  const float offset_value = -1024.0F * step - (kSigned ? static_cast<float>((kMask + 1) / 2) : 0.0F);
   const uint32_t steps = cuda::float16_bits(step) * 0x10001U;
-  const uint32_t offsets = cuda::float16_bits(offset_value) * 0x10001U;
+  const uint32_t offsets = cuda::float16_bits(-1024.0F * step) * 0x10001U;
   return Halves::multiply_add(marked, steps, offsets);
 }
 

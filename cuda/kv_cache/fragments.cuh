@@ -10,7 +10,8 @@
 // neighbouring rows of codes.
 #pragma once
 
-#include "common/load_float.cuh"
+#include "common/half_pairs.cuh"
+#include "common/shared_memory.cuh"
 #include "kv_cache/code_pairs.cuh"
 #include "kv_cache/kv_view.cuh"
 
@@ -28,6 +29,25 @@ struct Lane {
   int t;
 };
 
+// A warp begins to copy kBytes, a multiple of 16, into shared memory.
+template <int kBytes>
+__device__ __forceinline__ void copy_run(std::byte* to, const std::byte* from) {
+  const int lane = static_cast<int>(threadIdx.x) % 32 * 16;
+#pragma unroll
+  for (int i = 0; i < kBytes; i += 32 * 16) {
+    if (i + lane < kBytes) cuda::copy_async(to + i + lane, from + i + lane);
+  }
+}
+
+// The same of the ranges of a unit's tokens, of which each has at most eight.
+__device__ __forceinline__ void copy_ranges(std::byte* to, const std::byte* from, int token_ranges) {
+  const int lane = static_cast<int>(threadIdx.x) % 32 * 16;
+#pragma unroll
+  for (int i = 0; i < kUnitTokens * 32; i += 32 * 16) {
+    if (i + lane < kUnitTokens * token_ranges) cuda::copy_async(to + i + lane, from + i + lane);
+  }
+}
+
 // The number that two runs of codes take for their channels' scales and least values, in float16.
 __device__ __forceinline__ uint32_t grid_value(uint32_t codes, uint32_t scales, uint32_t leasts) {
   return Halves::multiply_add(codes, scales, leasts);
@@ -37,41 +57,137 @@ __device__ __forceinline__ uint32_t grid_value(uint32_t codes, uint32_t scales, 
 template <int kBits, int kDim>
 struct ChannelGridKeys {
   static constexpr int kRun = kDim / 8;
+  static constexpr int kRowBytes = (kDim * kBits + 31) / 32 * 4;
   using Run = CodeRun<kBits, kRun>;
-  static constexpr bool kStaged = false;
 
+  uint32_t mark;
+  Lane lane;
+  int codes;  // of the keys in a record
+  int ranges;
+  uint32_t inverse;     // slot * inverse / 2^20 is the group of a unit
   Run low[4], high[4];  // of the tokens of rows g and g + 8 of both tiles
-  const std::byte* ranges;
+  const std::byte* range;
 
-  // The unit of tokens from `slot` on in a record in shared memory.
-  __device__ __forceinline__ void load(const KVView& view, const std::byte* record, int slot, Lane lane) {
+  __device__ __forceinline__ ChannelGridKeys(const KVView& view, Lane lane_, uint32_t mark_)
+      : mark(mark_), lane(lane_) {
     const KVPart& part = view.layout.keys;
-    const auto row_bytes = static_cast<int>(part.row_bytes);
-    const std::byte* row = record + part.codes + (slot + token_of_row(lane.g)) * row_bytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      low[i].load(row + i * 8 * row_bytes, lane.t);
-      high[i].load(row + i * 8 * row_bytes, lane.t + 4);
-    }
-    const int group = slot / static_cast<int>(part.group);
-    ranges = record + part.parameters + (group * kDim + lane.t * kRun) * 4;
+    codes = static_cast<int>(part.codes);
+    ranges = static_cast<int>(part.parameters);
+    inverse = ((1U << 20) + static_cast<uint32_t>(part.group) - 1) / static_cast<uint32_t>(part.group);
   }
 
-  // Step k of 16 channels, of both tiles.
-  __device__ __forceinline__ void step(int k, uint32_t (&first)[4], uint32_t (&second)[4]) const {
-    const auto below = *reinterpret_cast<const uint2*>(ranges + k * 8);
-    const auto above = *reinterpret_cast<const uint2*>(ranges + k * 8 + kDim / 2 * 4);
+  // Of the keys of a unit: codes, then a group's ranges.
+  static __host__ __device__ int unit_bytes(const KVLayout&) { return kUnitTokens * kRowBytes + kDim * 4; }
+  // Begins to copy the unit of tokens from `slot` on in a record.
+  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
+    copy_run<kUnitTokens * kRowBytes>(to, record + codes + slot * kRowBytes);
+    const auto group = static_cast<int>(static_cast<uint32_t>(slot) * inverse >> 20);
+    copy_run<kDim * 4>(to + kUnitTokens * kRowBytes, record + ranges + group * kDim * 4);
+  }
+  __device__ __forceinline__ void load(const std::byte* unit) {
+    const std::byte* row = unit + token_of_row(lane.g) * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t scales = low_halves(i == 0 ? below.x : below.y, i == 0 ? above.x : above.y);
-      const uint32_t leasts = high_halves(i == 0 ? below.x : below.y, i == 0 ? above.x : above.y);
-      const auto value = [&](int row) {
-        return grid_value(code_pair<kBits, kRun>(low[row], high[row], 2 * k + i), scales, leasts);
-      };
-      first[2 * i] = value(0);
-      first[2 * i + 1] = value(1);
-      second[2 * i] = value(2);
-      second[2 * i + 1] = value(3);
+    for (int i = 0; i < 4; ++i) {
+      low[i].load(row + i * 8 * kRowBytes, lane.t);
+      high[i].load(row + i * 8 * kRowBytes, lane.t + 4);
+    }
+    range = unit + kUnitTokens * kRowBytes + lane.t * kRun * 4;
+  }
+
+  // Adds the products with queries, of which `row` is the lane's part: scales are multiplied into those, once
+  // for all tokens of the unit; the least values of all channels make one more token.
+  __device__ __forceinline__ void multiply(const uint32_t* row, float (&scores)[2][4]) const {
+    float least[4] = {};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      const auto below = *reinterpret_cast<const uint2*>(range + k * 8);
+      const auto above = *reinterpret_cast<const uint2*>(range + k * 8 + kDim / 2 * 4);
+      const auto query = *reinterpret_cast<const uint2*>(row + 2 * k);
+      const uint32_t first = Halves::multiply(query.x, low_halves(below.x, above.x));
+      const uint32_t second = Halves::multiply(query.y, low_halves(below.y, above.y));
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 2 * tile + i % 2;
+          a[i] = code_pair(low[token], high[token], 2 * k + i / 2, mark);
+        }
+        cuda::multiply_accumulate<__half>(scores[tile], a, first, second);
+      }
+      const uint32_t x = high_halves(below.x, above.x);
+      const uint32_t y = high_halves(below.y, above.y);
+      const uint32_t leasts[4] = {x, x, y, y};
+      cuda::multiply_accumulate<__half>(least, leasts, query.x, query.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] += least[i % 4];
+  }
+};
+
+// Keys by token: float16 (scale, min) for each group of channels of a token. A run lies in one group.
+template <int kBits, int kDim>
+struct TokenGridKeys {
+  static constexpr int kRun = kDim / 8;
+  static constexpr int kRowBytes = (kDim * kBits + 31) / 32 * 4;
+  using Run = CodeRun<kBits, kRun>;
+
+  uint32_t mark;
+  Lane lane;
+  int codes;  // of the keys in a record
+  int ranges;
+  int token_ranges;           // bytes of a token's
+  int low_group, high_group;  // bytes from a token's first
+  Run low[4], high[4];        // of the tokens of rows g and g + 8 of both tiles
+  uint32_t scales[4], leasts[4];
+
+  __device__ __forceinline__ TokenGridKeys(const KVView& view, Lane lane_, uint32_t mark_)
+      : mark(mark_), lane(lane_) {
+    const KVPart& part = view.layout.keys;
+    codes = static_cast<int>(part.codes);
+    ranges = static_cast<int>(part.parameters);
+    token_ranges = static_cast<int>(part.groups) * 4;
+    low_group = lane.t * kRun / static_cast<int>(part.group) * 4;
+    high_group = (lane.t + 4) * kRun / static_cast<int>(part.group) * 4;
+  }
+
+  // Of the keys of a unit: codes, then ranges.
+  static __host__ __device__ int unit_bytes(const KVLayout& layout) {
+    return kUnitTokens * (kRowBytes + static_cast<int>(layout.keys.groups) * 4);
+  }
+  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
+    copy_run<kUnitTokens * kRowBytes>(to, record + codes + slot * kRowBytes);
+    copy_ranges(to + kUnitTokens * kRowBytes, record + ranges + slot * token_ranges, token_ranges);
+  }
+  __device__ __forceinline__ void load(const std::byte* unit) {
+    const int token = token_of_row(lane.g);
+    const std::byte* row = unit + token * kRowBytes;
+    const std::byte* range = unit + kUnitTokens * kRowBytes + token * token_ranges;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      low[i].load(row + i * 8 * kRowBytes, lane.t);
+      high[i].load(row + i * 8 * kRowBytes, lane.t + 4);
+      const auto a = *reinterpret_cast<const uint32_t*>(range + i * 8 * token_ranges + low_group);
+      const auto b = *reinterpret_cast<const uint32_t*>(range + i * 8 * token_ranges + high_group);
+      scales[i] = low_halves(a, b);
+      leasts[i] = high_halves(a, b);
+    }
+  }
+  __device__ __forceinline__ void multiply(const uint32_t* row, float (&scores)[2][4]) const {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      const auto query = *reinterpret_cast<const uint2*>(row + 2 * k);
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 2 * tile + i % 2;
+          a[i] = grid_value(code_pair(low[token], high[token], 2 * k + i / 2, mark), scales[token],
+                            leasts[token]);
+        }
+        cuda::multiply_accumulate<__half>(scores[tile], a, query.x, query.y);
+      }
     }
   }
 };
@@ -81,35 +197,54 @@ struct ChannelGridKeys {
 template <int kBits, int kDim>
 struct TokenGridValues {
   static constexpr int kRun = kDim / 8;
-  using Run = CodeRun<kBits, kRun>;
-  static constexpr bool kStaged = false;
+  static constexpr int kRowBytes = (kDim * kBits + 31) / 32 * 4;
   static constexpr bool kTwoGroups = (kRun & (kRun - 1)) != 0;
+  using Run = CodeRun<kBits, kRun>;
 
+  uint32_t mark;
+  Lane lane;
+  int codes;  // of the values in a record
+  int ranges;
+  int token_ranges;                    // bytes of a token's
+  int lane_ranges;                     // of the lane's first token and of its run's group, in a unit
+  int boundary;                        // channels of the run in its first group
   Run runs[4];                         // tokens t, t + 4, t + 8, t + 12 of a tile
   uint32_t scales[2][1 + kTwoGroups];  // of the first two and of the last two
   uint32_t leasts[2][1 + kTwoGroups];
-  int boundary;  // channels of the run in its first group
 
-  // The tile of tokens from `slot` on.
-  __device__ __forceinline__ void load(const KVView& view, const std::byte* record, int slot, Lane lane) {
+  __device__ __forceinline__ TokenGridValues(const KVView& view, Lane lane_, uint32_t mark_)
+      : mark(mark_), lane(lane_) {
     const KVPart& part = view.layout.values;
-    const auto row_bytes = static_cast<int>(part.row_bytes);
-    const auto groups = static_cast<int>(part.groups);
     const auto group_size = static_cast<int>(part.group);
-    const std::byte* row = record + part.codes + (slot + lane.t) * row_bytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) runs[i].load(row + i * 4 * row_bytes, lane.g);
     const int group = lane.g * kRun / group_size;
+    codes = static_cast<int>(part.codes);
+    ranges = static_cast<int>(part.parameters);
+    token_ranges = static_cast<int>(part.groups) * 4;
+    lane_ranges = kUnitTokens * kRowBytes + lane.t * token_ranges + group * 4;
     boundary = (group + 1) * group_size - lane.g * kRun;
-    const auto* pairs =
-        reinterpret_cast<const uint32_t*>(record + part.parameters) + (slot + lane.t) * groups + group;
+  }
+
+  // Of the values of a unit: codes, then ranges.
+  static __host__ __device__ int unit_bytes(const KVLayout& layout) {
+    return kUnitTokens * (kRowBytes + static_cast<int>(layout.values.groups) * 4);
+  }
+  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
+    copy_run<kUnitTokens * kRowBytes>(to, record + codes + slot * kRowBytes);
+    copy_ranges(to + kUnitTokens * kRowBytes, record + ranges + slot * token_ranges, token_ranges);
+  }
+  // The tile of tokens from `token` on.
+  __device__ __forceinline__ void load(const std::byte* unit, int token) {
+    const std::byte* row = unit + (token + lane.t) * kRowBytes;
+    const std::byte* range = unit + lane_ranges + token * token_ranges;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) runs[i].load(row + i * 4 * kRowBytes, lane.g);
 #pragma unroll
     for (int n = 0; n < 1 + kTwoGroups; ++n) {
-      const int next = n == 1 && boundary < kRun ? 1 : 0;
+      const int next = n == 1 && boundary < kRun ? 4 : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t a = pairs[8 * i * groups + next];
-        const uint32_t b = pairs[(8 * i + 4) * groups + next];
+        const auto a = *reinterpret_cast<const uint32_t*>(range + 8 * i * token_ranges + next);
+        const auto b = *reinterpret_cast<const uint32_t*>(range + (8 * i + 4) * token_ranges + next);
         scales[i][n] = low_halves(a, b);
         leasts[i][n] = high_halves(a, b);
       }
@@ -127,68 +262,8 @@ struct TokenGridValues {
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const uint32_t codes = code_pair<kBits, kRun>(runs[2 * i], runs[2 * i + 1], 2 * j + row);
-        a[2 * i + row] = grid_value(codes, scale, least);
+        a[2 * i + row] = grid_value(code_pair(runs[2 * i], runs[2 * i + 1], 2 * j + row, mark), scale, least);
       }
-    }
-  }
-};
-
-// Two consecutive elements as float16.
-__device__ __forceinline__ uint32_t exact_pair(const std::byte* row, DType dtype, int channel) {
-  if (dtype == DType::f16) return *reinterpret_cast<const uint32_t*>(row + channel * 2);
-  float2 two;
-  if (dtype == DType::bf16) {
-    const auto pair = *reinterpret_cast<const uint32_t*>(row + channel * 2);
-    two = {cuda::HalfPair<__nv_bfloat16>::low(pair), cuda::HalfPair<__nv_bfloat16>::high(pair)};
-  } else {
-    two = *reinterpret_cast<const float2*>(row + channel * 4);
-  }
-  const __half2 halves = __floats2half2_rn(two.x, two.y);
-  return *reinterpret_cast<const uint32_t*>(&halves);
-}
-
-// Exact keys in global memory, of the tokens of rows g and g + 8 of both tiles; null: none, zeros.
-template <int kDim>
-struct ExactKeys {
-  static constexpr int kRun = kDim / 8;
-  const std::byte* rows[4];
-  DType dtype;
-  int t;
-
-  __device__ __forceinline__ void step(int k, uint32_t (&first)[4], uint32_t (&second)[4]) const {
-#pragma unroll
-    for (int row = 0; row < 4; ++row) {
-      uint32_t below = 0;
-      uint32_t above = 0;
-      if (rows[row] != nullptr) {
-        below = exact_pair(rows[row], dtype, t * kRun + 2 * k);
-        above = exact_pair(rows[row], dtype, kDim / 2 + t * kRun + 2 * k);
-      }
-      uint32_t(&to)[4] = row < 2 ? first : second;
-      to[row % 2] = low_halves(below, above);
-      to[2 + row % 2] = high_halves(below, above);
-    }
-  }
-};
-
-// Exact values of tokens t, t + 4, t + 8, t + 12 of a tile.
-template <int kDim>
-struct ExactValues {
-  static constexpr int kRun = kDim / 8;
-  const std::byte* rows[4];
-  DType dtype;
-  int g;
-
-  __device__ __forceinline__ void step(int j, uint32_t (&a)[4]) const {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      pairs[i] = rows[i] == nullptr ? 0 : exact_pair(rows[i], dtype, g * kRun + 2 * j);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      a[2 * i] = low_halves(pairs[2 * i], pairs[2 * i + 1]);
-      a[2 * i + 1] = high_halves(pairs[2 * i], pairs[2 * i + 1]);
     }
   }
 };

@@ -1,5 +1,5 @@
 // Any keys and values as float16 in a warp's part of shared memory: one lane decodes one token. Slower than
-// decoding in the operands' registers, for the formats that those do not take.
+// decoding in the operands' registers: for exact tokens, and for the formats that those do not take.
 #pragma once
 
 #include "kv_cache/fragments.cuh"
@@ -8,7 +8,7 @@ namespace quantloom::kv_cache {
 
 // Where the tokens of a unit are: in a record, in global memory as they are, or nowhere (zeros).
 struct UnitTokens {
-  const std::byte* record;     // in shared memory
+  const std::byte* record;     // in global memory
   int slot;                    // of the first token
   int position;                // of it in its sequence
   int coded_begin, coded_end;  // positions of tokens that are codes
@@ -29,74 +29,116 @@ struct HeadRanges {
   const __half2* ranges;  // (scale, middle) [head_dim]: of keys
 };
 
-__device__ __forceinline__ float2 half_range(const std::byte* from) {
-  return __half22float2(*reinterpret_cast<const __half2*>(from));
+template <class T>
+__device__ __forceinline__ T load_record(const std::byte* from) {
+  return __ldg(reinterpret_cast<const T*>(from));
+}
+__device__ __forceinline__ float2 range_of(uint32_t pair) {
+  return {Halves::low(pair), Halves::high(pair)};
 }
 
-// Decodes the token in `slot` of a record: emit(channel, value) for eight channels at a time, from another
-// place in each lane.
-template <class Emit>
-__device__ __forceinline__ void decode_token(const KVPart& part, const HeadRanges& tables, int head_dim,
-                                             const std::byte* record, int slot, Emit emit) {
+// The shift of a group of digits.
+__device__ __forceinline__ int digits_shift(const KVPart& part, const std::byte* record, int slot,
+                                            int group) {
+  const std::byte* shifts = record + part.shifts + slot * static_cast<int>(part.shift_bytes);
+  const int bit = group * part.shift_bits;
+  int word = load_record<uint8_t>(shifts + bit / 8);
+  if (bit % 8 + part.shift_bits > 8) word |= load_record<uint8_t>(shifts + bit / 8 + 1) << 8;
+  return (word >> (bit % 8)) & ((1 << part.shift_bits) - 1);
+}
+
+// Eight channels from `first` (a multiple of 8) on of the token in `slot`, from their codes.
+__device__ __forceinline__ void decode_eight(const KVPart& part, const HeadRanges& tables, int head_dim,
+                                             const std::byte* record, int slot, int first, float (&x)[8]) {
   const int bits = part.bits;
-  const auto group_size = static_cast<int>(part.group);
-  const std::byte* row = record + part.codes + slot * static_cast<int>(part.row_bytes);
-  const uint32_t mask = (1U << bits) - 1;
-  const int half = 1 << (bits - 1);
-  const int blocks = head_dim / 8;
-  // The number of channel d, whose group within the token is `group`, with this code.
-  const auto value_of = [&](int d, int group, int code) {
-    if (part.codec == KVCodec::digits) {
-      const float scale = __half2float(*reinterpret_cast<const __half*>(record + part.parameters + slot * 2));
-      const std::byte* shifts = record + part.shifts + slot * static_cast<int>(part.shift_bytes);
-      const int bit = group * part.shift_bits;
-      int word = static_cast<int>(shifts[bit / 8]);
-      if (bit % 8 + part.shift_bits > 8) word |= static_cast<int>(shifts[bit / 8 + 1]) << 8;
-      const int shift = (word >> (bit % 8)) & ((1 << part.shift_bits) - 1);
-      return scale * static_cast<float>(((code ^ half) - half) * (1 << shift));
-    }
-    if (part.codec == KVCodec::channel_table) {
-      const float2 range = __half22float2(tables.ranges[d]);
-      return fmaf(tables.values[code], range.x, range.y);
-    }
-    const std::byte* ranges = record + part.parameters;
-    if (part.codec == KVCodec::token_table) {
-      const float2 range = half_range(ranges + slot * 4);
-      return fmaf(tables.values[code], range.x, range.y);
-    }
-    const int pair = part.codec == KVCodec::channel_grid ? slot / group_size * head_dim + d
-                                                         : slot * static_cast<int>(part.groups) + group;
-    const float2 range = half_range(ranges + pair * 4);
-    return fmaf(static_cast<float>(code), range.x, range.y);
-  };
-  for (int i = 0; i < blocks; ++i) {
-    const int block = (i + static_cast<int>(threadIdx.x)) % blocks;
-    const int bit = block * 8 * bits;
-    const auto* words = reinterpret_cast<const uint32_t*>(row) + bit / 32;
-    uint64_t codes = words[0] | static_cast<uint64_t>(words[1]) << 32;
-    codes >>= bit % 32;
-    int group = block * 8 / group_size;
-    int left = (group + 1) * group_size - block * 8;
+  const int bit = first * bits;
+  const std::byte* row = record + part.codes + slot * static_cast<int>(part.row_bytes) + bit / 32 * 4;
+  const uint64_t words = load_record<uint32_t>(row) | static_cast<uint64_t>(load_record<uint32_t>(row + 4))
+                                                          << 32;
+  const uint64_t shifted = words >> (bit % 32);
+  int codes[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j, --left) {
-      if (left == 0) ++group, left = group_size;
-      emit(block * 8 + j, value_of(block * 8 + j, group, static_cast<int>(codes & mask)));
-      codes >>= bits;
+  for (int j = 0; j < 8; ++j)
+    codes[j] = static_cast<int>(static_cast<uint32_t>(shifted >> (j * bits)) & ((1U << bits) - 1));
+  const auto group_size = static_cast<int>(part.group);
+  const std::byte* ranges = record + part.parameters;
+  if (part.codec == KVCodec::channel_grid || part.codec == KVCodec::channel_table) {
+    const bool grid = part.codec == KVCodec::channel_grid;
+    const auto* from =
+        grid ? reinterpret_cast<const uint4*>(ranges + (slot / group_size * head_dim + first) * 4)
+             : reinterpret_cast<const uint4*>(tables.ranges + first);
+    const uint4 a = __ldg(from);
+    const uint4 b = __ldg(from + 1);
+    const uint32_t pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 range = range_of(pairs[j]);
+      x[j] = fmaf(grid ? static_cast<float>(codes[j]) : tables.values[codes[j]], range.x, range.y);
+    }
+  } else if (part.codec == KVCodec::token_table) {
+    const float2 range = range_of(load_record<uint32_t>(ranges + slot * 4));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = fmaf(tables.values[codes[j]], range.x, range.y);
+  } else {
+    const bool one_group = group_size % 8 == 0 || part.groups == 1;
+    const int group = first / group_size;
+    const bool grid = part.codec == KVCodec::token_grid;
+    const float scale =
+        grid ? 0 : __half2float(__ushort_as_half(load_record<unsigned short>(ranges + slot * 2)));
+    const auto range_at = [&](int of) -> float2 {
+      if (!grid) return {scale * static_cast<float>(1 << digits_shift(part, record, slot, of)), 0};
+      return range_of(load_record<uint32_t>(ranges + (slot * static_cast<int>(part.groups) + of) * 4));
+    };
+    const int half = grid ? 0 : 1 << (bits - 1);
+    float2 range = range_at(group);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (!one_group && j > 0) range = range_at((first + j) / group_size);
+      x[j] = fmaf(static_cast<float>((codes[j] ^ half) - half), range.x, range.y);
     }
   }
-  if (part.outlier_share == 0) return;
+}
+
+// Adds the outliers of the token in `slot`: emit(channel, value).
+template <class Emit>
+__device__ __forceinline__ void decode_outliers(const KVPart& part, const HeadRanges& tables, int head_dim,
+                                                const std::byte* record, int slot, Emit emit) {
   const auto before = [&](int s) {
     return static_cast<int>(static_cast<int64_t>(s) * head_dim * part.outlier_share / 10000);
   };
   for (int i = before(slot); i < before(slot + 1); ++i) {
-    const auto entry = *reinterpret_cast<const uint32_t*>(record + part.outliers + i * 4);
+    const auto entry = load_record<uint32_t>(record + part.outliers + i * 4);
     const int d = static_cast<int>(entry & 0xFFFFU) - slot * head_dim;
-    const int bit = d * bits;
-    const auto* words = reinterpret_cast<const uint32_t*>(row) + bit / 32;
-    const auto pair = words[0] | static_cast<uint64_t>(bit % 32 + bits > 32 ? words[1] : 0) << 32;
-    const auto code = static_cast<int>((pair >> (bit % 32)) & mask);
-    emit(d, value_of(d, d / group_size, code) + Halves::high(entry));
+    float eight[8];
+    decode_eight(part, tables, head_dim, record, slot, d / 8 * 8, eight);
+    float value = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) value = d % 8 == j ? eight[j] : value;
+    emit(d, value + Halves::high(entry));
   }
+}
+
+// Eight consecutive elements as float16; the row is aligned to 16 bytes.
+__device__ __forceinline__ void exact_halves(const std::byte* row, DType dtype, int channel,
+                                             uint32_t (&pairs)[4]) {
+  const auto pair_of = [](float a, float b) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  };
+  if (dtype == DType::f32) {
+    const auto* from = reinterpret_cast<const float4*>(row + channel * 4);
+    const float4 a = __ldg(from);
+    const float4 b = __ldg(from + 1);
+    pairs[0] = pair_of(a.x, a.y), pairs[1] = pair_of(a.z, a.w);
+    pairs[2] = pair_of(b.x, b.y), pairs[3] = pair_of(b.z, b.w);
+    return;
+  }
+  const uint4 four = __ldg(reinterpret_cast<const uint4*>(row + channel * 2));
+  pairs[0] = four.x, pairs[1] = four.y, pairs[2] = four.z, pairs[3] = four.w;
+  if (dtype == DType::f16) return;
+  using Pair = cuda::HalfPair<__nv_bfloat16>;
+#pragma unroll
+  for (uint32_t& pair : pairs) pair = pair_of(Pair::low(pair), Pair::high(pair));
 }
 
 // Words of a row: pairs of channels and one more, which spreads rows over the banks.
@@ -108,26 +150,41 @@ __host__ __device__ constexpr int staged_bytes(int head_dim) {
 }
 
 // Row of a lane's token: half of channel d at place(d).
-template <class Place>
+template <int kDim, class Place>
 __device__ __forceinline__ void stage_unit(const KVView& view, const KVPart& part, const HeadRanges& tables,
                                            const UnitTokens& tokens, __half* row, Place place) {
-  const auto dim = static_cast<int>(view.layout.head_dim);
   const int lane = threadIdx.x % 32;
   const int at = tokens.position + lane;
   if (at >= tokens.coded_begin && at < tokens.coded_end) {
-    decode_token(part, tables, dim, tokens.record, tokens.slot + lane,
-                 [&](int d, float value) { row[place(d)] = __float2half_rn(value); });
+    const int slot = tokens.slot + lane;
+#pragma unroll 4
+    for (int d = 0; d < kDim; d += 8) {
+      float x[8];
+      decode_eight(part, tables, kDim, tokens.record, slot, d, x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) row[place(d + j)] = __float2half_rn(x[j]);
+    }
+    if (part.outlier_share > 0) {
+      decode_outliers(part, tables, kDim, tokens.record, slot,
+                      [&](int d, float value) { row[place(d)] = __float2half_rn(value); });
+    }
     return;
   }
   const std::byte* exact = tokens.exact_row(view, at);
-  for (int d = 0; d < dim; ++d) {
-    row[place(d)] = exact == nullptr ? __half(0.0F) : __float2half_rn(cuda::load_float(exact, view.dtype, d));
+#pragma unroll 8
+  for (int d = 0; d < kDim; d += 8) {
+    uint32_t pairs[4] = {};
+    if (exact != nullptr) exact_halves(exact, view.dtype, d, pairs);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row[place(d + 2 * i)] = __ushort_as_half(static_cast<unsigned short>(pairs[i]));
+      row[place(d + 2 * i + 1)] = __ushort_as_half(static_cast<unsigned short>(pairs[i] >> 16));
+    }
   }
 }
 
 template <int kDim>
 struct StagedKeys {
-  static constexpr bool kStaged = true;
   static constexpr int kRun = kDim / 8;
   const uint32_t* rows[4];
 
@@ -138,8 +195,8 @@ struct StagedKeys {
     const int index = threadIdx.x % 32;
     auto* row = reinterpret_cast<__half*>(words + index * staged_words(kDim));
     __syncwarp();
-    stage_unit(view, view.layout.keys, tables, tokens, row,
-               [](int d) { return d < kDim / 2 ? 2 * d : 2 * (d - kDim / 2) + 1; });
+    stage_unit<kDim>(view, view.layout.keys, tables, tokens, row,
+                     [](int d) { return d < kDim / 2 ? 2 * d : 2 * (d - kDim / 2) + 1; });
     __syncwarp();
     if (view.rotated > 0) rotate(view, tokens, words, index);
 #pragma unroll
@@ -167,20 +224,23 @@ struct StagedKeys {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void step(int k, uint32_t (&first)[4], uint32_t (&second)[4]) const {
+  __device__ __forceinline__ void multiply(const uint32_t* row, float (&scores)[2][4]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      first[2 * i] = rows[0][2 * k + i];
-      first[2 * i + 1] = rows[1][2 * k + i];
-      second[2 * i] = rows[2][2 * k + i];
-      second[2 * i + 1] = rows[3][2 * k + i];
+    for (int k = 0; k < kDim / 16; ++k) {
+      const auto query = *reinterpret_cast<const uint2*>(row + 2 * k);
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = rows[2 * tile + i % 2][2 * k + i / 2];
+        cuda::multiply_accumulate<__half>(scores[tile], a, query.x, query.y);
+      }
     }
   }
 };
 
 template <int kDim>
 struct StagedValues {
-  static constexpr bool kStaged = true;
   static constexpr int kRun = kDim / 8;
   const uint32_t* rows[4];
 
@@ -189,7 +249,7 @@ struct StagedValues {
     auto* words = reinterpret_cast<uint32_t*>(memory);
     auto* row = reinterpret_cast<__half*>(words + threadIdx.x % 32 * staged_words(kDim));
     __syncwarp();
-    stage_unit(view, view.layout.values, tables, tokens, row, [](int d) { return d; });
+    stage_unit<kDim>(view, view.layout.values, tables, tokens, row, [](int d) { return d; });
     __syncwarp();
   }
   // The tile of tokens from `token` of the unit on.

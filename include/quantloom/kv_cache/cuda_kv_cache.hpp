@@ -64,10 +64,11 @@ class CudaKVCache {
             void* stream = nullptr) const;
 
   // attend() of kv_attention.hpp on the device. out [sequences, m, heads, head_dim] of the queries' dtype.
-  // Keys, values and queries are rounded to float16 before they are multiplied, and weights of tokens too;
-  // sums are float32, over pieces of a sequence whose number depends on its length alone: results do not
-  // depend on other sequences of the batch, and the same call gives the same bytes. The first call with
-  // more queries than any before takes memory: make it before a capture.
+  // What is multiplied is rounded to float16 before: values, weights of tokens, and either keys and queries
+  // or, of keys with ranges by channel, queries times the scales of these. Sums are float32, over pieces of a
+  // sequence whose number depends on its length alone: results do not depend on other sequences of the batch,
+  // and the same call gives the same bytes. The first call with more queries than any before takes memory:
+  // make it before a capture.
   void attend(const KVTokens& queries, float scale, void* out, void* stream = nullptr) const;
 
   KVUsage usage() const;
