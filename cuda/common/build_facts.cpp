@@ -51,12 +51,13 @@ std::vector<KernelEntry> cuda_kernel_table() {
   std::vector<KernelEntry> table;
   const auto add = [&](const char* format, const std::string& bits, bool plain) {
     for (const CudaProduct& product : cuda_products()) {
-      if (plain ? !product.plain : !product.all_formats) continue;
       const bool looked_up = product.name == cuda::kLookups;
-      if (looked_up && format == std::string_view("outliers")) continue;
+      const bool tiled = !plain && !product.all_formats;
+      if (plain && !product.plain) continue;
+      if ((looked_up || tiled) && format == std::string_view("outliers")) continue;
       for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         if (dtype == DType::f32 && !product.float32) continue;
-        table.push_back(product_entry(format, looked_up ? "8" : bits, product, dtype));
+        table.push_back(product_entry(format, looked_up || tiled ? "8" : bits, product, dtype));
         if (looked_up) table.back().groups = "channel or tensor";
       }
     }

@@ -52,13 +52,30 @@ class SumTables {
     entry_bytes_ = static_cast<uint32_t>(kEntryBytes << shift);
     table_bytes_ = entry_bytes_ * static_cast<uint32_t>(in_shared ? slots : sizes.entries);
     if (in_shared) {
+      // A thread has an entry for all its copies, and begins with another than its neighbours: they meet in
+      // no bank. Several loads are on their way at once.
+      constexpr int kBatch = 4;
+      const int all = sizes.tables * slots;
+      const int copies = 1 << shift;
       const auto stride = static_cast<int>(blockDim.x);
-      for (auto i = static_cast<int>(threadIdx.x); i < sizes.tables * slots << shift; i += stride) {
-        const int slot = i >> shift;
-        const int entry = slot & (slots - 1);
-        const int from = (slot >> sizes.code_bits) * sizes.entries + entry;
-        static_cast<Entry*>(shared)[i] =
-            entry < sizes.entries ? __ldg(static_cast<const Entry*>(table) + from) : Entry{};
+      for (auto first = static_cast<int>(threadIdx.x); first < all; first += kBatch * stride) {
+        Entry batch[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int slot = first + b * stride;
+          const int entry = slot & (slots - 1);
+          const int from = (slot >> sizes.code_bits) * sizes.entries + entry;
+          batch[b] = Entry{};
+          if (slot < all && entry < sizes.entries) batch[b] = __ldg(static_cast<const Entry*>(table) + from);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int slot = first + b * stride;
+          if (slot >= all) break;
+          for (int c = 0; c < copies; ++c) {
+            static_cast<Entry*>(shared)[(slot << shift) + ((c + lane) & (copies - 1))] = batch[b];
+          }
+        }
       }
     }
     odd_ = kDim == 8 && lane % 2 == 1;
@@ -76,14 +93,18 @@ class SumTables {
   static constexpr int kVectors = kDim == 2 ? 4 : 2;
   static constexpr int kPairs = 4 / kVectors;
 
-  static __device__ __forceinline__ uint32_t pair_of(uint32_t piece, int /*i*/) { return piece; }
+  static __device__ __forceinline__ uint32_t pair_of(uint32_t piece, int /*i*/) {
+    return piece;
+  }
   static __device__ __forceinline__ uint32_t pair_of(uint2 piece, int i) {
     return i == 0 ? piece.x : piece.y;
   }
   static __device__ __forceinline__ float2 floats(uint32_t pair) {
     return {HalfPair<__half>::low(pair), HalfPair<__half>::high(pair)};
   }
-  static __device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+  static __device__ __forceinline__ float2 plus(float2 a, float2 b) {
+    return {a.x + b.x, a.y + b.y};
+  }
 
   // The codes of a step's vectors: of the pairs of registers a[0..3] with two weights a vector, else of the
   // lane's row and of that eight rows below.
@@ -107,7 +128,9 @@ class SumTables {
   }
 
   // The register that holds pair `i` of vector `v`.
-  static __host__ __device__ constexpr int register_of(int v, int i) { return kDim == 2 ? v : v + 2 * i; }
+  static __host__ __device__ constexpr int register_of(int v, int i) {
+    return kDim == 2 ? v : v + 2 * i;
+  }
 
   const unsigned char* shared_ = nullptr;  // the lane's copy of the first table in shared memory
   const unsigned char* place_ = nullptr;   // of the first table, wherever it is

@@ -36,21 +36,26 @@ constexpr std::array<Launchers, 8> all_launchers() {
           launchers<Fragments<7>>(), launchers<Fragments<8>>()};
 }
 
-// Without tile loops.
+// The tile loops for vectors with codes of 8 bits, one for each table: cmake/cuda.cmake makes the same.
 template <class Decoder>
-constexpr Launchers untiled_launchers() {
-  return {.table_bytes = Decoder::kSharedBytes,
-          .quads = Decoder::kQuads,
-          .stream = &launch_stream<Decoder>,
-          .tiles = nullptr,
-          .tiles_wgmma = nullptr,
-          .decoded = &launch_decoded<Decoder>,
-          .decode = &launch_decode_fragments<Decoder>};
+constexpr Launchers with_tiles(Launchers all) {
+  all.tiles = &launch_tiles<Decoder>;
+  all.tiles_wgmma = &launch_tiles_wgmma<Decoder>;
+  return all;
 }
 
 template <int kDim, int kWords, bool kInShared>
 constexpr Launchers vector_launchers() {
-  return untiled_launchers<VectorFragments<kDim, kWords, kInShared>>();
+  using Decoder = VectorFragments<kDim, kWords, kInShared>;
+  const Launchers all{.table_bytes = Decoder::kSharedBytes,
+                      .quads = Decoder::kQuads,
+                      .stream = &launch_stream<Decoder>,
+                      .tiles = nullptr,
+                      .tiles_wgmma = nullptr,
+                      .decoded = &launch_decoded<Decoder>,
+                      .decode = &launch_decode_fragments<Decoder>};
+  if constexpr (kDim * kWords == 8 && kDim > 2) return with_tiles<Decoder>(all);
+  return all;
 }
 
 // With the streaming loop for kTables tables in shared memory; 0: without.
@@ -67,6 +72,7 @@ constexpr Launchers sum_launchers() {
     using Streamed = FixedSumFragments<kDim, kWords, kTables>;
     all.table_bytes = Streamed::kSharedBytes;
     all.stream = &launch_stream<Streamed>;
+    if constexpr (kDim * kWords == 8 * kTables && kTables != 3) return with_tiles<Streamed>(all);
   }
   return all;
 }
@@ -110,6 +116,10 @@ const Launchers& launchers_of(const FragmentLayout& layout) {
 bool is_streamed(const FragmentLayout& layout) {
   if (layout.tables == 1) return true;
   return layout.tables == stream_tables(layout.dim, layout.bits);
+}
+
+bool is_tiled(const FragmentLayout& layout) {
+  return !layout.outliers && is_streamed(layout) && launchers_of(layout).tiles != nullptr;
 }
 
 // Measured on an H200.

@@ -11,7 +11,7 @@ struct Launchers {
   int table_bytes = 0;  // of shared memory, in the streaming loop
   bool quads = false;   // codes can be taken out as bytes
   void (*stream)(const ProductLaunch&);
-  void (*tiles)(const ProductLaunch&, void*);
+  void (*tiles)(const ProductLaunch&, void*);  // null, as the next, without tile loops
   void (*tiles_wgmma)(const ProductLaunch&, void*);
   void (*decoded)(const ProductLaunch&, void*);
   void (*decode)(const FragmentMatrix&, void*, int64_t, DType, bool, cudaStream_t);
@@ -21,6 +21,9 @@ const Launchers& launchers_of(const FragmentLayout& layout);
 
 // Whether the streaming loop has a decoder for the format.
 bool is_streamed(const FragmentLayout& layout);
+
+// Whether the tile loops have one.
+bool is_tiled(const FragmentLayout& layout);
 
 // Most tokens for which the streaming loop is run several times.
 constexpr int kMostRepeatedTokens = 64;

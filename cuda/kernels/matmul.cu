@@ -116,7 +116,8 @@ constexpr std::array<CudaProduct, 7> kProducts = {{
 // What kernels ask of a format.
 struct Kind {
   bool plain = true;     // scalar codes without outliers
-  bool streamed = true;  // the streaming loop has a decoder
+  bool tiled = true;     // the tile loops have a decoder
+  bool streamed = true;  // the streaming loop has one
   int repeated_tokens = 0;
   bool looked_up = false;  // "lookups" takes it
   int lookup_bytes = 0;    // of shared memory
@@ -137,8 +138,8 @@ std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_
                      " bytes of shared memory, this device has ", device.shared_memory);
     }
   }
-  if (!kind.plain && !product.all_formats) {
-    return text_of("kernel ", name, " takes no vector codebooks and no outliers");
+  if (!kind.tiled && !product.all_formats) {
+    return text_of("kernel ", name, " takes no outliers, and of vectors those with codes of 8 bits");
   }
   if (kind.plain && !product.plain) {
     return text_of("kernel ", name, " takes vector codebooks and outliers alone");
@@ -176,6 +177,7 @@ std::optional<std::string> why_not(const CudaProduct& product, Kind kind, int64_
 
 Kind kind_of(const FragmentLayout& layout) {
   return {.plain = layout.dim == 1 && !layout.outliers,
+          .tiled = cuda::is_tiled(layout),
           .streamed = cuda::is_streamed(layout),
           .repeated_tokens = cuda::repeated_tokens(layout),
           .looked_up = cuda::is_looked_up(layout),

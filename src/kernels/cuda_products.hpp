@@ -18,7 +18,7 @@ struct CudaProduct {
   bool float32 = false;  // takes float32 activations besides float16 and bfloat16
   bool workspace = false;
   bool needs_wgmma = false;               // compute capability 9.0 only
-  bool all_formats = false;               // takes vector codebooks and outliers besides scalar codes
+  bool all_formats = false;               // takes all vectors, and outliers, besides scalar codes
   bool plain = true;                      // takes scalar codes without outliers
   std::string_view trellis_bits = "1-8";  // of trellises that it takes
 };

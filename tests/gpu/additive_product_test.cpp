@@ -14,8 +14,8 @@ class AdditiveCuda : public ::testing::Test {
 };
 class AdditiveCudaSmall : public AdditiveCuda {};
 
-constexpr std::array<const char*, 6> kKernels = {"lookups",         "stream", "stream_partials",
-                                                 "stream_repeated", "decode", "additive_parts"};
+constexpr std::array<const char*, 8> kKernels = {"lookups", "stream", "stream_partials", "stream_repeated",
+                                                 "tiles",   "decode", "tiles_wgmma",     "additive_parts"};
 
 std::set<std::string> check_case(const ProductCase& c, Draws& draws) {
   SCOPED_TRACE(c.text());
@@ -180,7 +180,7 @@ TEST_F(AdditiveCuda, LargerMatrices) {
                                                               {300, 70'000, "additive:1x16:g8"},
                                                               {300, 70'000, "additive:2x8:g8"},
                                                               {10'000, 1024, "additive:1x16:g16"}}) {
-    for (const int64_t m : {1, 4, 16, 200}) {
+    for (const int64_t m : {1, 4, 16, 64, 200}) {
       ProductCase c;
       c.format = format_from_spec(spec);
       c.n = n;

@@ -25,6 +25,22 @@ std::set<std::string> kernels_of_table() {
   return kernels;
 }
 
+// Less what runs on no format of this dimension, or not on this device.
+std::set<std::string> kernels_of_dim(int dim, int64_t tables) {
+  std::set<std::string> kernels = kernels_of_table();
+  const VectorCodebook small(16, dim, 8 * dim, DType::f16, tables);
+  const VectorCodebook bytes(dim == 2 ? 16 : 256, dim, 8 * dim, DType::f16, tables);
+  if (why_not_matmul_cuda(small, 1, DType::f16, {.kernel = "stream"})) {
+    kernels.erase("stream");
+    kernels.erase("stream_repeated");
+  }
+  for (const char* kernel : {"tiles", "tiles_wgmma"}) {
+    if (why_not_matmul_cuda(bytes, 1, DType::f16, {.kernel = kernel})) kernels.erase(kernel);
+  }
+  EXPECT_EQ(kernels.contains("tiles"), dim > 2);
+  return kernels;
+}
+
 // Runs the case with the kernel that is picked and with each that takes it; returns those.
 std::set<std::string> check_case(const ProductCase& c, Draws& draws) {
   SCOPED_TRACE(c.text());
@@ -80,11 +96,7 @@ TEST_P(VectorProductCuda, RandomConfigurationsAgreeWithFloat64) {
       taken.merge(check_case(c, draws));
     }
   }
-  const CudaMatmulOptions cluster{.kernel = "stream"};
-  std::set<std::string> expected = kernels_of_table();
-  if (why_not_matmul_cuda(VectorCodebook(16, dim, 8 * dim), 1, DType::f16, cluster)) expected.erase("stream");
-  if (!expected.contains("stream")) expected.erase("stream_repeated");
-  EXPECT_EQ(taken, expected);
+  EXPECT_EQ(taken, kernels_of_dim(dim, 1));
 }
 
 // Tables that add up: every number of them, codes of all widths that have a kernel.
@@ -118,15 +130,37 @@ TEST_P(VectorProductCuda, SeveralTablesAgreeWithFloat64) {
       }
     }
   }
-  std::set<std::string> expected = kernels_of_table();
-  const CudaMatmulOptions cluster{.kernel = "stream"};
-  const VectorCodebook some(16, dim, 8 * dim, DType::f16, 2);
-  if (why_not_matmul_cuda(some, 1, DType::f16, cluster)) expected.erase("stream");
-  if (!expected.contains("stream")) expected.erase("stream_repeated");
-  EXPECT_EQ(taken, expected);
+  EXPECT_EQ(taken, kernels_of_dim(dim, 2));
 }
 
 INSTANTIATE_TEST_SUITE_P(Dims, VectorProductCuda, ::testing::Values(2, 4, 8));
+
+// Every decoder of the tile loops, with tiles that are full, or have one token more or less.
+TEST_F(VectorProductCuda, ManyTokensByTiles) {
+  static const std::vector<int64_t> kTokens = {1, 8, 17, 31, 32, 33, 63, 64, 65, 96, 128, 130};
+  static const std::vector<int64_t> kGroups = {8, 24, 64, 128, ScaledFormat::kPerChannel};
+  Draws draws(5);
+  for (const auto& [tables, entries, dim] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+           {1, 256, 4}, {1, 256, 8}, {2, 256, 4}, {2, 256, 8}, {4, 256, 8}, {2, 77, 8}, {2, 100, 4}}) {
+    for (const int64_t m : kTokens) {
+      ProductCase c;
+      c.format = std::make_shared<const VectorCodebook>(
+          entries, dim, draws.pick(kGroups), draws.pick(std::vector{DType::f16, DType::bf16, DType::f32}),
+          tables);
+      c.n = 1 + draws.below(m == 64 ? 2000 : 500);
+      c.k = 1 + draws.below(m == 32 ? 3000 : 700);
+      c.m = m;
+      c.exact = draws.below(2) == 0;
+      c.dtype = draws.below(2) == 0 ? DType::f16 : DType::bf16;
+      c.bias = draws.below(2) == 0;
+      c.x_gap = draws.below(5);
+      c.y_gap = draws.below(5);
+      c.seed = static_cast<uint64_t>(m + 1000 * entries);
+      EXPECT_TRUE(check_case(c, draws).contains("tiles"));
+      if (HasFailure()) return;
+    }
+  }
+}
 
 // Shapes of models: several row blocks to a team, tables at their largest.
 TEST_F(VectorProductCuda, LargerMatrices) {
