@@ -12,6 +12,7 @@
 #include "common/load_float.cuh"
 #include "kernels/additive_product.hpp"
 #include "kernels/overlap.cuh"
+#include "kernels/tile_pipeline.cuh"
 
 namespace quantloom::cuda {
 namespace {
@@ -108,6 +109,17 @@ struct Pieces {
   }
 };
 
+// Asks for a part of the table in shared memory.
+__device__ __forceinline__ void copy_part(const uint4* part, unsigned char* to) {
+  constexpr int kPieces = additive::kPartBytes / 16;
+  const uint32_t place = shared_address(to) + threadIdx.x * 16;
+#pragma unroll
+  for (int i = 0; i < kPieces / kThreads; ++i) {
+    copy_piece(place + i * kThreads * 16, part + i * kThreads + threadIdx.x);
+  }
+  close_copies();
+}
+
 // kLanes of a warp take a row.
 template <class T, int kDim, int kTokens, int kLanes>
 __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_constant__ PartsArguments p) {
@@ -122,24 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
   const auto last_row = static_cast<int>(p.n * (range + 1) / p.ranges);
   let_next_begin();
   wait_for_previous();
-  constexpr int kPieces = additive::kPartBytes / 16;
-#pragma unroll
-  for (int i = 0; i < kPieces / kThreads; ++i) {
-    const int at = i * kThreads + static_cast<int>(threadIdx.x);
-    reinterpret_cast<uint4*>(table)[at] = __ldg(p.table + part * kPieces + at);
-  }
+  copy_part(p.table + part * (additive::kPartBytes / 16), table);
   for (int slice = 0; slice < p.slices; ++slice) {
-    if (slice > 0) __syncthreads();
-    const int64_t first_input = int64_t{slice} * kSliceBlocks * kDim;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const auto* const inputs = static_cast<const uint16_t*>(p.x) + t * p.x_stride + first_input;
-      auto* const to = reinterpret_cast<uint16_t*>(x + t * kInputBytes<kDim>);
-      for (int i = static_cast<int>(threadIdx.x); i < kSliceBlocks * kDim; i += kThreads) {
-        to[i] = first_input + i < p.k ? inputs[i] : uint16_t{0};
-      }
-    }
-    __syncthreads();
     // The list of a row is known a turn before its pieces are loaded, and those a turn before they are used.
     constexpr int kRows = 32 / kLanes;
     constexpr int kStep = kWarps * kRows;
@@ -154,11 +150,23 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_parts(const __grid_const
     };
     PartList list = PartList::from(list_of(row));
     PartList next_list = PartList::from(list_of(row + kStep));
+    if (slice > 0) __syncthreads();
+    const int64_t first_input = int64_t{slice} * kSliceBlocks * kDim;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const auto* const inputs = static_cast<const uint16_t*>(p.x) + t * p.x_stride + first_input;
+      auto* const to = reinterpret_cast<uint16_t*>(x + t * kInputBytes<kDim>);
+      for (int i = static_cast<int>(threadIdx.x); i < kSliceBlocks * kDim; i += kThreads) {
+        to[i] = first_input + i < p.k ? inputs[i] : uint16_t{0};
+      }
+    }
     Pieces<kAhead<kTokens>, kLanes> pieces;
 #pragma unroll
     for (int i = 0; i < kAhead<kTokens>; ++i) {
       pieces.load(p, i, first_piece(row, list), list.count, in_row);
     }
+    wait_for_copies<0>();
+    __syncthreads();
     for (int turn = first_row + warp * kRows; turn < last_row; turn += kStep) {
       const uint32_t after_next = list_of(row + 2 * kStep);
       const int64_t next_piece = first_piece(row + kStep, next_list);

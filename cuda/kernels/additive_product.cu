@@ -7,6 +7,7 @@
 #include "kernels/additive_product.hpp"
 #include "kernels/dense_product.cuh"
 #include "kernels/packed_codes.cuh"
+#include "kernels/store_eight.cuh"
 #include "kernels/tile_products.cuh"
 #include "kernels/tile_support.cuh"
 
@@ -82,28 +83,6 @@ struct DecodedRows {
   int64_t pieces;  // of kPieceColumns, of a row
   int64_t stride;
 };
-
-__device__ __forceinline__ void convert(float value, float& to) {
-  to = value;
-}
-__device__ __forceinline__ void convert(float value, __half& to) {
-  to = __float2half_rn(value);
-}
-__device__ __forceinline__ void convert(float value, __nv_bfloat16& to) {
-  to = __float2bfloat16_rn(value);
-}
-
-// Eight values, at an address of 16 bytes.
-template <class Out>
-__device__ __forceinline__ void store_eight(const float (&values)[8], Out* to) {
-  alignas(16) Out rounded[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) convert(values[c], rounded[c]);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(rounded)) / 16; ++i) {
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(rounded)[i];
-  }
-}
 
 // A thread decodes eight columns of a row; tables are added in order, then scaled, as on the CPU.
 template <class Out>
