@@ -1,67 +1,20 @@
-// Rows decoded from trellises in the order of the kernels (decode_fragments_cuda), to the bit of the CPU,
-// beside a fill of the same output. Outputs rotate, so that they leave the L2 cache; times are of CUDA graphs
-// of many launches.
-#include <cstdio>
-#include <nlohmann/json.hpp>
-#include <string>
-#include <vector>
-
-#include "gpu/device.cuh"
-#include "gpu/product_case.cuh"
-#include "gpu/program.hpp"
-#include "quantloom/kernels/dequantize.hpp"
+// Rows decoded from trellises.
+#include "gpu/decode_times.cuh"
 
 namespace quantloom {
 namespace {
 
-constexpr int kReplays = 9;
-
-nlohmann::json measure(const bench::Stream& stream, const std::string& spec, int64_t n, int64_t k,
-                       DType dtype) {
-  const bench::ProductCase matrix(stream, format_from_spec(spec), n, k);
-  const int64_t bytes = n * k * size_of(dtype);
-  const int copies = bench::copies_past_cache(bytes);
-  std::vector<std::shared_ptr<std::byte>> out;
-  for (int i = 0; i < copies; ++i) out.push_back(bench::device_memory(bytes));
-  const auto place = [&](int i) { return out[static_cast<size_t>(i % copies)].get(); };
-  const bench::Timing timing = bench::time_launches(stream, copies, kReplays, [&](int i) {
-    decode_fragments_cuda(matrix.copy(i), place(i), dtype, k, stream.get());
-  });
-  const bench::Timing fill = bench::time_launches(stream, copies, kReplays, [&](int i) {
-    check_cuda(cudaMemsetAsync(place(i), 0, static_cast<size_t>(bytes), stream.get()), "fill");
-  });
-  const double rate = static_cast<double>(n * k) / timing.seconds;
-  std::printf("%-22s %6lld x %-6lld %-9s %9.1f us %8.1f * 10^9 weights/s %6.2f x fill\n", spec.c_str(),
-              static_cast<long long>(n), static_cast<long long>(k), std::string(name_of(dtype)).c_str(),
-              timing.seconds * 1e6, rate * 1e-9, timing.seconds / fill.seconds);
-  std::fflush(stdout);
-  return {{"format", spec},
-          {"n", n},
-          {"k", k},
-          {"out", name_of(dtype)},
-          {"seconds", timing.seconds},
-          {"spread", timing.spread},
-          {"fill_seconds", fill.seconds},
-          {"weights_per_second", rate}};
-}
-
 nlohmann::json run(bool quick) {
-  int device = 0;
-  cudaDeviceProp properties{};
-  check_cuda(cudaGetDevice(&device), "device");
-  check_cuda(cudaGetDeviceProperties(&properties, device), "properties");
-  std::printf("trellises decoded on %s, CUDA %s\n", properties.name, cuda_toolkit_version().c_str());
-  nlohmann::json report = {
-      {"device", properties.name}, {"cuda", cuda_toolkit_version()}, {"rows", nlohmann::json::array()}};
+  nlohmann::json report = bench::decode_report("trellises");
   const bench::Stream stream;
   for (const char* spec :
        {"trellis:2:mul1", "trellis:3:mul1", "trellis:4:mul1", "trellis:4:3inst", "trellis:4:octagon",
         "trellis:4:mul1:plain", "trellis:8:mul1", "trellis:2.5:mul1", "trellis:4:1mad", "trellis:2:hyb",
         "trellis:2:rptc", "trellis:2:mul1:l20", "trellis:2.5:mul1:plain"}) {
-    report["rows"].push_back(measure(stream, spec, 28672, 8192, DType::f16));
+    report["rows"].push_back(bench::measure_decode(stream, spec, 28672, 8192, DType::f16));
     if (quick) continue;
-    report["rows"].push_back(measure(stream, spec, 4096, 4096, DType::f16));
-    report["rows"].push_back(measure(stream, spec, 28672, 8192, DType::f32));
+    report["rows"].push_back(bench::measure_decode(stream, spec, 4096, 4096, DType::f16));
+    report["rows"].push_back(bench::measure_decode(stream, spec, 28672, 8192, DType::f32));
   }
   return report;
 }
