@@ -84,13 +84,14 @@ def assert_same(ours, theirs):
                 assert near.float().mean() > 0.998 if near.numel() else True
 
 
-def softmax_attention(queries, keys, values):
+def softmax_attention(queries, keys, values, window=None):
     """In float64: queries [heads, m, dim], keys and values [kv_heads, tokens, dim]."""
     heads, m, dim = queries.shape
     tokens = keys.shape[1]
     keys, values = (x.double().repeat_interleave(heads // x.shape[0], 0) for x in (keys, values))
     scores = queries.double() @ keys.transpose(1, 2) * dim**-0.5
-    hidden = torch.arange(tokens)[None, :] > torch.arange(m)[:, None] + tokens - m
+    ago = torch.arange(m)[:, None] + tokens - m - torch.arange(tokens)[None, :]
+    hidden = (ago < 0) | (ago >= (window or tokens))
     return scores.masked_fill(hidden.to(scores.device), -torch.inf).softmax(-1) @ values
 
 
@@ -318,6 +319,36 @@ def test_single_tokens_see_what_they_see_on_the_cpu(models, spec):
         actual = logits_by_token(model, ids.cuda(), cache).cpu()
         assert rms(actual - expected) < 0.4 * error
         assert cache.layers[0].cache.device == "cuda:0"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 13])
+def test_exact_attention_of_the_last_tokens(rng, dtype, window, monkeypatch):
+    monkeypatch.setattr(generation, "_RUN", 16)
+    queries = torch.from_numpy(rng.standard_normal((2, 8, 40, 64))).to(dtype).cuda()
+    keys, values = (torch.from_numpy(rng.standard_normal((2, 2, 100, 64))).to(dtype).cuda() for _ in "kv")
+    for count in (40, 17, 16, 1):
+        part = queries[:, :, :count]
+        out = generation._exact_attention(part, keys, values, None, 0.125, window)
+        assert out.shape == (2, count, 8, 64)
+        for s in range(2):
+            expected = softmax_attention(part[s], keys[s], values[s], window)
+            error = float((out[s].transpose(0, 1).double() - expected).abs().max())
+            assert error < {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_on_long_caches_make_no_large_matrices(dtype):
+    queries = torch.randn((1, 8, 2048, 64), device="cuda").to(dtype)
+    keys = torch.randn((1, 2, 32768, 64), device="cuda").to(dtype)
+    generation._exact_attention(queries[:, :, :600], keys, keys, None, 0.125)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    generation._exact_attention(queries, keys, keys, None, 0.125)
+    # Scores would be 2048 * 32768 * 8 numbers. float32 repeats keys and values for the heads that share them.
+    repeated = 2 * 4 * keys.nbytes if dtype == torch.float32 else 0
+    assert torch.cuda.max_memory_allocated() - before < repeated + 8 * queries.nbytes + (32 << 20)
 
 
 @pytest.mark.parametrize("spec", MODEL_SPECS)
