@@ -14,7 +14,7 @@ namespace quantloom::kv_cache {
 constexpr int kRows = 8;   // queries of an item: columns of an operand
 constexpr int kWarps = 4;  // of a block: take turns with the units of a page
 constexpr int kThreads = kWarps * 32;
-constexpr int kBlocks = 4;  // of a processor
+constexpr int kBlocks = 3;  // of a processor
 constexpr int kMostPieces = 128;
 constexpr int kWorthwhilePages = 8;
 
