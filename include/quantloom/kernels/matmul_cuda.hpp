@@ -45,6 +45,21 @@ namespace quantloom {
 //                columns 32 t ... of the rows g + 8 i, i = 0 ... 7
 //   scales       scale_dtype [ceil(n/64), groups, bits, 8, 8], and a place more, after the planes', for
 //                offsets; source, with 128 * column_blocks, and group_index as above
+//
+// Additive codes of blocks of one row lie in fragment order, as vectors, if those have 2, 4 or 8 columns and
+// codes that fit (`bits` as above). The others have codebook and scales as in the packed tensor, and codes,
+// too, unless they are those of one table of more than 128 KiB, of blocks of 8 or 16 columns of one row, with
+// one scale a row. These lie in lists (src/formats/additive_order.hpp): for each row and slice of 2048 blocks
+// one for each part of the table, of 2^13 entries of 8 weights or 2^12 of 16, with the blocks whose code lies
+// in the part; each begins at a multiple of 4 entries.
+//   codes        int32 [slices, n, capacity / 2]: entries of 16 bits, the first in the lower half of a word;
+//                capacity is min(2048, blocks of a row) + 3 * parts, rounded up to a multiple of 8
+//   places       uint8 [slices, n, capacity]: 8 more bits of each. From the lowest bit on, an entry is the
+//                code within its part (13 or 12 bits), then the place of the block in its slice (11 bits)
+//   lists        int32 [slices, n, parts]: where the list begins, in units of 4 entries (16 bits), then its
+//                length
+// Scales and tables that are codes into levels are there as numbers, with codes and levels, as in the packed
+// tensor, beside them.
 struct PreparedPlanes {
   std::shared_ptr<const Format> format;
   int64_t n = 0;
