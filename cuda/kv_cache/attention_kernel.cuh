@@ -5,12 +5,11 @@
 // pieces, in order.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <climits>
 #include <type_traits>
 
 #include "common/load_float.cuh"
+#include "common/store_float.cuh"
 #include "kernels/overlap.cuh"
 #include "kv_cache/attention_plan.cuh"
 #include "kv_cache/staged_rows.cuh"
@@ -42,16 +41,6 @@ __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   uint32_t result = 0;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
-}
-
-__device__ __forceinline__ void store_float(void* data, DType dtype, int64_t i, float value) {
-  if (dtype == DType::f16) {
-    static_cast<__half*>(data)[i] = __float2half_rn(value);
-  } else if (dtype == DType::bf16) {
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
-  } else {
-    static_cast<float*>(data)[i] = value;
-  }
 }
 
 // The query of a row of an item: its token and head, or no row.
@@ -192,10 +181,10 @@ __device__ __forceinline__ void write_result(const KVQueries& q, const Attention
   const int64_t to =
       ((static_cast<int64_t>(item.sequence) * q.tokens + query.token) * q.heads + query.head) * kDim + d;
   const float one = sum == 0 ? 0.0F : 1.0F / sum;
-  store_float(q.out, q.dtype, to, value.x * one);
-  store_float(q.out, q.dtype, to + 1, value.y * one);
-  store_float(q.out, q.dtype, to + 2, value.z * one);
-  store_float(q.out, q.dtype, to + 3, value.w * one);
+  cuda::store_float(q.out, q.dtype, to, value.x * one);
+  cuda::store_float(q.out, q.dtype, to + 1, value.y * one);
+  cuda::store_float(q.out, q.dtype, to + 2, value.z * one);
+  cuda::store_float(q.out, q.dtype, to + 3, value.w * one);
 }
 
 // Adds what the warps of a block found in a piece: the result, or a part of it in the workspace.
