@@ -282,11 +282,12 @@ void decode_elements(const Elements& elements, std::span<const uint32_t> codes, 
     for_runs(rows, cols, threads, [&](int64_t row, int64_t col, int count) {
       Run run;
       const int64_t first = row * cols + col;
-      std::copy_n(codes.data() + first, count, run.codes);
-      const uint32_t highest = *std::max_element(run.codes, run.codes + count);
+      const uint32_t* from = codes.data() + first;
+      const uint32_t highest = *std::max_element(from, from + count);
       if (highest >= count_of_codes) {
         throw InvalidArgument("codes", text_of(highest), text_of("less than ", count_of_codes));
       }
+      std::copy_n(from, count, run.codes);
       run.decode(rounder, run_scales, row, col, count);
       store(run.values, count, out, dtype, first);
     });
