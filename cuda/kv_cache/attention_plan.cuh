@@ -1,9 +1,9 @@
 // How attention is cut into pieces of work.
 //
 // A sequence's first piece is the rest: tokens that are kept at its start, and those after its last page that
-// is codes alone and seen by all queries (or, of formats that are not decoded in registers, no token). The
-// pages before are cut into runs. How many pieces a sequence has depends on its length and on the number of
-// query tokens alone. Blocks of threads take equal shares of all pieces, each a run of consecutive ones.
+// is codes alone and seen by all queries. The pages between are cut into runs. How many pieces a sequence has
+// depends on its length and on the number of query tokens alone. Blocks of threads take equal shares of all
+// pieces, each a run of consecutive ones.
 #pragma once
 
 #include "kv_cache/code_pairs.cuh"

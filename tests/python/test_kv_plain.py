@@ -254,3 +254,12 @@ def test_bad_input_is_refused_by_name(rng):
 def test_needs_no_torch():
     code = "import sys, quantloom as ql; ql.kv.KVCache('kivi:2', 1, 1, 16); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_operator_takes_tensors_alone():
+    torch = pytest.importorskip("torch")
+    cache = ql.kv.KVCache("kivi:2", 1, 1, 64)
+    x = np.zeros((1, 1, 1, 64), np.float16)
+    with pytest.raises(TypeError, match=r"keys: got ndarray, expected a torch\.Tensor"):
+        cache.append_attend(torch.from_numpy(x), x, x)
+    assert cache.lengths == [0]

@@ -184,10 +184,15 @@ class KVCache:
     def append_attend(self, queries: Any, keys: Any, values: Any, scale: float | None = None) -> Any:
         """``append`` without a check, then ``attend``, as one operator of PyTorch: for torch tensors.
 
-        ``torch.compile`` takes it as it is.
+        ``torch.compile`` takes it as it is. Raises TypeError for other arrays.
         """
+        import torch
+
         from quantloom.kv import operators
 
+        for name, value in (("queries", queries), ("keys", keys), ("values", values)):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name}: got {_checks.type_name(value)}, expected a torch.Tensor")
         if self._handle is None:
             self._handle = self._new_handle()
         scale = 1 / math.sqrt(self.head_dim) if scale is None else float(scale)
