@@ -157,7 +157,9 @@ __device__ void encode_channels(const KVAppend& a, const Place& place, const Par
       report_value(a.report, place.sequence * view.kv_heads + place.head, first + bad + view.first,
                    place.side);
     }
-    grids[d] = store_grid(low, high, part.bits, record + part.parameters + (slot / part.group * dim + d) * 4);
+    std::byte* grid = record + part.parameters + slot / part.group * dim * 4;
+    const ChannelPlace place(part.bits, dim, d);
+    grids[d] = store_grid(low, high, part.bits, grid + place.scale, grid + place.least);
   }
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -11,9 +11,10 @@ AttentionPlan plan_of(const KVView& view, int heads, int64_t tokens, int process
   AttentionPlan plan;
   plan.group = heads / view.kv_heads;
   plan.rows = static_cast<int>(checked_mul(tokens, plan.group));
-  plan.row_blocks = static_cast<int>(ceil_div(plan.rows, kRows));
+  plan.item_rows = item_rows_of(view.layout);
+  plan.row_blocks = static_cast<int>(ceil_div(plan.rows, plan.item_rows));
   // All blocks of a device have a piece of one long sequence.
-  plan.pieces = std::clamp(kBlocks * processors / (view.kv_heads * plan.row_blocks), 2, kMostPieces);
+  plan.pieces = std::clamp(kBlocks * processors / (view.kv_heads * plan.row_blocks), 3, kMostPieces);
   plan.places = static_cast<int>(checked_mul(view.sequences * view.kv_heads, plan.row_blocks));
   static_cast<void>(checked_mul(plan.places, plan.pieces));
   return plan;
@@ -41,7 +42,7 @@ constexpr int kMostRowBlocks = 32;  // of a KV head in one launch
 
 // Query tokens that one launch takes.
 int64_t most_tokens(const KVView& view, int heads) {
-  return std::max<int64_t>(1, kMostRowBlocks * kRows / (heads / view.kv_heads));
+  return std::max<int64_t>(1, kMostRowBlocks * item_rows_of(view.layout) / (heads / view.kv_heads));
 }
 
 struct WorkspaceBytes {
@@ -51,10 +52,10 @@ struct WorkspaceBytes {
 };
 
 WorkspaceBytes workspace_of(const KVView& view, int heads, const AttentionPlan& plan) {
-  const int64_t blocks = std::max<int64_t>(kMostRowBlocks, ceil_div(heads / view.kv_heads, kRows));
+  const int64_t blocks = std::max<int64_t>(kMostRowBlocks, ceil_div(heads / view.kv_heads, plan.item_rows));
   return {checked_pad(checked_mul(view.sequences * view.kv_heads, blocks * 4), 16),
-          checked_mul(plan.places, plan.pieces * kRows * 8),
-          checked_mul(checked_mul(plan.places, plan.pieces * kRows), view.layout.head_dim * 4)};
+          checked_mul(plan.places, plan.pieces * plan.item_rows * 8),
+          checked_mul(checked_mul(plan.places, plan.pieces * plan.item_rows), view.layout.head_dim * 4)};
 }
 
 }  // namespace

@@ -17,30 +17,44 @@ bool decodes_in_registers(const KVLayout& layout) {
   constexpr bool kTwoGroups = (kRun & (kRun - 1)) != 0;
   const KVPart& keys = layout.keys;
   const KVPart& values = layout.values;
-  if (values.codec != KVCodec::token_grid || keys.bits != values.bits) return false;
+  const bool digits = keys.codec == KVCodec::digits;
+  if (values.codec != (digits ? KVCodec::digits : KVCodec::token_grid) || keys.bits != values.bits)
+    return false;
+  if (layout.page_tokens > kWarps * kUnitTokens) return false;
   if (kTwoGroups ? values.group < kRun || values.group % 2 != 0 : values.group % kRun != 0) return false;
-  if (keys.codec == KVCodec::channel_grid) return keys.group % kUnitTokens == 0;
-  return keys.codec == KVCodec::token_grid && keys.group % kRun == 0 && (keys.bits == 4 || keys.bits == 8);
+  if (keys.codec == KVCodec::channel_grid) {
+    return has_code_windows(keys.bits, kDim) ? takes_matrices(layout) : keys.group % kUnitTokens == 0;
+  }
+  return keys.group % kRun == 0 && (digits || keys.bits == 4 || keys.bits == 8);
 }
 
 template <class Keys, class Values, int kDim, int kStages>
 AttentionMemory plan_memory(const AttentionLaunch& launch) {
   AttentionMemory at;
-  if constexpr (std::is_void_v<Keys>) {
-    at.warp = static_cast<int>(checked_pad(staged_bytes(kDim), 16));
+  if constexpr (std::is_void_v<Values>) {
+    at.warp = StagedMemory<kDim>(launch.view.layout).bytes;
   } else {
-    at.keys = Keys::unit_bytes(launch.view.layout);
-    at.values = Values::unit_bytes(launch.view.layout);
-    at.warp = kStages * (at.keys + at.values);
+    at.keys = static_cast<int>(checked_pad(Keys::unit_bytes(launch.view.layout), 16));
+    at.unit = at.keys + static_cast<int>(checked_pad(Values::unit_bytes(launch.view.layout), 16));
+    at.warp = kStages * at.unit;
+    if (Keys::kTakesRest) at.warp = std::max(at.warp, at.keys + ExactMatrices<kDim>::kBytes);
   }
-  at.rows = launch.plan.rows < kRows ? launch.plan.rows : kRows;
+  at.rows = std::min(launch.plan.rows, launch.plan.item_rows);
   at.queries = kWarps * at.warp;
-  at.sums = at.queries + kRows * kQueryWords<kDim> * 4;
-  at.weights = at.sums + kWarps * at.rows * kDim * 4;
-  at.scales = at.weights + kWarps * kRows * 8;
+  using QueryKeys = std::conditional_t<std::is_void_v<Values>, RowQueries<kDim>, Keys>;
+  at.exact_queries = at.queries + kRows * QueryKeys::kQueryWords * 4;
+  at.weights = at.exact_queries;
+  if constexpr (!std::is_void_v<Values>) {
+    if (Keys::kTakesRest) at.weights += kRows * ExactQueries<kDim>::kQueryWords * 4;
+    at.sums = at.weights;
+    at.turn = kWarps * at.rows * kSumsRow<kDim> * 4;
+    at.weights += 2 * at.turn;
+  }
+  at.scales = at.weights + 2 * kWarps * kRows * 8;
   at.tables = at.scales + kRows * 4;
-  at.finished = at.tables + 32 * 4;
-  at.bytes = at.finished + 16;
+  at.finished = at.tables + (has_tables<Keys> ? StagedTables<kDim>(launch.view.layout).bytes : 0);
+  at.walk = at.finished + 16;
+  at.bytes = at.walk + static_cast<int>(sizeof(AttentionWalk));
   return at;
 }
 
@@ -50,12 +64,19 @@ void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool 
   const auto kernel = &attend_kernel<Keys, Values, kDim, kStages>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
              "shared memory of attention");
+  // Kernels that run side by side on a processor need the same division of its memory.
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "shared memory of attention");
   int blocks = 0;
   check_cuda(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(at.bytes)),
       "blocks of attention");
-  const int64_t most = int64_t{std::max(blocks, 1)} * launch.processors;
-  const int64_t pieces = int64_t{plan.places} * (plan.rest_alone ? 1 : plan.pieces - plan.skipped);
+  int64_t most = int64_t{std::max(blocks, 1)} * launch.processors;
+  const int64_t pieces = int64_t{plan.places} * (plan.rest_alone ? plan.rest : plan.pieces - plan.skipped);
+  // Blocks that have pieces of one place alone, where that leaves few processors without work.
+  const int64_t even = most / plan.places * plan.places;
+  if (even * 10 >= most * 9) most = even;
   cuda::LaunchSettings settings(static_cast<unsigned>(std::min(pieces, most)), kThreads,
                                 static_cast<cudaStream_t>(launch.stream), overlap, 1);
   settings.config.dynamicSmemBytes = static_cast<size_t>(at.bytes);
@@ -64,34 +85,88 @@ void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool 
       "launch of attention");
 }
 
-// The codes of each sequence, and its rest, which takes the places of blocks that have ended.
+// All pieces in one launch, or those of the rest and beside them those of the codes.
 template <class Keys, class Values, int kDim, int kStages>
-void launch_both(const AttentionLaunch& launch) {
+void launch_codes(const AttentionLaunch& launch) {
   AttentionPlan codes = launch.plan;
-  codes.skipped = 1;
-  launch_with<Keys, Values, kDim, kStages>(launch, codes, false);
-  AttentionPlan rest = launch.plan;
-  rest.rest_alone = true;
-  launch_with<void, void, kDim, 1>(launch, rest, launch.overlap);
+  if constexpr (Keys::kTakesRest) {
+    codes.rest = kRestPieces;
+    launch_with<Keys, Values, kDim, kStages>(launch, codes, false);
+  } else {
+    AttentionPlan rest = launch.plan;
+    rest.rest_alone = true;
+    launch_with<RestRows, void, kDim, 1>(launch, rest, false);
+    codes.skipped = codes.rest;
+    launch_with<Keys, Values, kDim, kStages>(launch, codes, launch.overlap);
+  }
 }
 
 template <int kBits, int kDim>
 void launch_bits(const AttentionLaunch& launch) {
-  using Values = TokenGridValues<kBits, kDim>;
-  constexpr int kStages = kBits <= 2 ? 3 : 2;
+  using Values = RunValues<TokenGridValues<kBits, kDim>, kDim>;
+  constexpr int kStages = 2;
   if constexpr (kBits == 4 || kBits == 8) {
     if (launch.view.layout.keys.codec == KVCodec::token_grid)
-      return launch_both<TokenGridKeys<kBits, kDim>, Values, kDim, kStages>(launch);
+      return launch_codes<RunKeys<TokenGridKeys<kBits, kDim>, kDim>, Values, kDim, kStages>(launch);
   }
-  launch_both<ChannelGridKeys<kBits, kDim>, Values, kDim, kStages>(launch);
+  if constexpr (has_code_windows(kBits, kDim)) {
+    launch_codes<MatrixKeys<kBits, kDim>, MatrixValues<kBits, kDim>, kDim, kStages>(launch);
+  } else {
+    launch_codes<RunKeys<ChannelGridKeys<kBits, kDim>, kDim>, Values, kDim, kStages>(launch);
+  }
+}
+
+template <int kBits, int kDim>
+void launch_digits(const AttentionLaunch& launch) {
+  launch_codes<RunKeys<DigitKeys<kBits, kDim>, kDim>, RunValues<DigitValues<kBits, kDim>, kDim>, kDim, 2>(
+      launch);
+}
+
+template <int kDim>
+void launch_digits_of(const AttentionLaunch& launch) {
+  switch (launch.view.layout.keys.bits) {
+    case 2:
+      return launch_digits<2, kDim>(launch);
+    case 3:
+      return launch_digits<3, kDim>(launch);
+    case 4:
+      return launch_digits<4, kDim>(launch);
+    case 5:
+      return launch_digits<5, kDim>(launch);
+    case 6:
+      return launch_digits<6, kDim>(launch);
+    default:
+      return launch_digits<7, kDim>(launch);
+  }
+}
+
+// Whether pieces of codes are taken by attend_tables().
+template <int kDim>
+bool takes_table_rows(const KVView& view) {
+  const KVPart& keys = view.layout.keys;
+  return keys.has_table() && keys.bits > 1 && keys.bits == view.layout.values.bits &&
+         view.layout.page_tokens == kWarps * kUnitTokens &&
+         (view.rotated == 0 || turns_in_registers<kDim>(view));
+}
+
+template <int kDim>
+void launch_rows(const AttentionLaunch& launch) {
+  const auto launch_as = [&]<class Rows>() { launch_with<Rows, void, kDim, 1>(launch, launch.plan, false); };
+  if (!takes_table_rows<kDim>(launch.view)) return launch_as.template operator()<AnyRows>();
+  switch (launch.view.layout.keys.bits) {
+    case 2:
+      return launch_as.template operator()<TableRows<2>>();
+    case 3:
+      return launch_as.template operator()<TableRows<3>>();
+    default:
+      return launch_as.template operator()<TableRows<4>>();
+  }
 }
 
 template <int kDim>
 void launch_attention_of(const AttentionLaunch& launch) {
-  if (!decodes_in_registers<kDim>(launch.view.layout)) {
-    launch_with<void, void, kDim, 1>(launch, launch.plan, false);
-    return;
-  }
+  if (!decodes_in_registers<kDim>(launch.view.layout)) return launch_rows<kDim>(launch);
+  if (launch.view.layout.keys.codec == KVCodec::digits) return launch_digits_of<kDim>(launch);
   switch (launch.view.layout.keys.bits) {
     case 1:
       return launch_bits<1, kDim>(launch);

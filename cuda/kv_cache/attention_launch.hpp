@@ -15,6 +15,26 @@ struct AttentionLaunch {
   void* stream = nullptr;
 };
 
+// Whether the codes of a cache are taken as matrices of windows (code_matrices.cuh).
+inline bool takes_matrices(const KVLayout& layout) {
+  const KVPart& keys = layout.keys;
+  const KVPart& values = layout.values;
+  if (keys.codec != KVCodec::channel_grid || keys.group % kUnitTokens != 0) return false;
+  if (values.codec != KVCodec::token_grid || keys.bits != values.bits || values.groups > 4) return false;
+  if (layout.page_tokens != kWarps * kUnitTokens) return false;
+  const int chunk = 128 / values.bits;  // channels
+  if (values.group < chunk && (chunk % values.group != 0 || values.group * 4 < chunk)) return false;
+  if (values.group >= chunk && values.group % chunk != 0 && values.groups > 1) return false;
+  return has_code_windows(values.bits, layout.head_dim);
+}
+
+// Queries of an item: fewer where the values of a chunk have several scales.
+inline int item_rows_of(const KVLayout& layout) {
+  if (!takes_matrices(layout)) return kRows;
+  const int chunk = 128 / layout.values.bits;
+  return layout.values.group < chunk ? static_cast<int>(kRows * layout.values.group / chunk) : kRows;
+}
+
 template <int kDim>
 void launch_attention_of(const AttentionLaunch& launch);
 

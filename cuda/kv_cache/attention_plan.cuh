@@ -1,9 +1,9 @@
 // How attention is cut into pieces of work.
 //
-// A sequence's first piece is the rest: tokens that are kept at its start, and those after its last page that
-// is codes alone and seen by all queries. The pages between are cut into runs. How many pieces a sequence has
-// depends on its length and on the number of query tokens alone. Blocks of threads take equal shares of all
-// pieces, each a run of consecutive ones.
+// A sequence's first piece, or its first two, are the rest: tokens that are kept at its start, and those
+// after its last page that is codes alone and seen by all queries. The pages between are cut into runs. How
+// many pieces a sequence has depends on its length and on the number of query tokens alone. Blocks of threads
+// take equal shares of all pieces, counted in pages, each a run of consecutive ones.
 #pragma once
 
 #include "kv_cache/code_pairs.cuh"
@@ -11,30 +11,33 @@
 
 namespace quantloom::kv_cache {
 
-constexpr int kRows = 8;   // queries of an item: columns of an operand
+constexpr int kRows = 8;   // queries of an item at most: columns of an operand
 constexpr int kWarps = 4;  // of a block: take turns with the units of a page
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlocks = 3;  // of a processor
 constexpr int kMostPieces = 128;
 constexpr int kWorthwhilePages = 8;
+constexpr int kRestPages = 4;  // about as many take as long as a piece of the rest
 
 struct AttentionPlan {
   int pieces = 1;                    // at most, of a sequence
-  int row_blocks = 1;                // of a KV head, kRows each
+  int row_blocks = 1;                // of a KV head, item_rows each
   int group = 1;                     // query heads of a KV head
   int first_token = 0;               // of the queries that are taken
   int rows = 1;                      // of a KV head: query tokens times group
+  int item_rows = kRows;             // of an item
   int places = 0;                    // of row blocks: sequences * kv_heads * row_blocks
-  int skipped = 0;                   // pieces of each sequence that a launch leaves out: 0, or 1 for the rest
+  int rest = 1;                      // pieces of the rest
+  int skipped = 0;                   // pieces of each sequence that a launch leaves out: 0, or the rest
   bool rest_alone = false;           // the launch takes the rest and nothing else
   uint32_t mark = Halves::kInteger;  // code_pair()'s, not known when this is compiled
 };
 
-// Results of pieces: sums that are not yet divided, [places, pieces, kRows, head_dim], and for each row the
-// largest score (base 2) and the sum of weights.
+// Results of pieces: sums that are not yet divided, [places, pieces, item_rows, head_dim], and for each row
+// the largest score (base 2) and the sum of weights.
 struct AttentionWorkspace {
   float* sums = nullptr;
-  float2* weights = nullptr;     // [places, pieces, kRows]
+  float2* weights = nullptr;     // [places, pieces, item_rows]
   unsigned* finished = nullptr;  // [places]: pieces that are done, 0 between launches
 };
 
@@ -45,6 +48,7 @@ struct SequencePieces {
   int values_coded = 0;
   int pages = 0;  // in runs
   int run = 1;    // pages of a piece
+  int rest = 1;   // pieces of the rest
   int pieces = 1;
 
   __device__ __forceinline__ SequencePieces(const KVView& view, const KVQueries& queries,
@@ -56,9 +60,11 @@ struct SequencePieces {
     const int later = min(min(keys_coded, values_coded), seen) - view.first;
     pages = max(0, later) / static_cast<int>(view.layout.page_tokens);
     // Few pages make pieces of one or two, so that there are some; more, pieces worth their ends.
-    run = max(min(kWorthwhilePages, (pages + 15) / 16), (pages + plan.pieces - 2) / (plan.pieces - 1));
+    const int most_runs = plan.pieces - plan.rest;
+    run = max(min(kWorthwhilePages, (pages + 13) / 14), (pages + most_runs - 1) / most_runs);
     run = max(run, 1);
-    pieces = 1 + (pages + run - 1) / run;
+    rest = plan.rest;
+    pieces = rest + (pages + run - 1) / run;
   }
 };
 
@@ -73,32 +79,47 @@ struct AttentionItem {
 
   // The first page of a piece that is not the rest, and of the one after.
   __device__ __forceinline__ int begin(int piece) const {
-    return min(max(piece - 1, 0) * cut.run, cut.pages);
+    return min(max(piece - cut.rest, 0) * cut.run, cut.pages);
   }
 };
 
-// The share of a block, item by item; used by whole warps.
-class AttentionWalk {
- public:
-  __device__ __forceinline__ AttentionWalk(const KVView& view, const KVQueries& queries,
-                                           const AttentionPlan& plan)
-      : view_(view), queries_(queries), plan_(plan), heads_(view.kv_heads * plan.row_blocks) {
-    const int lane = threadIdx.x % 32;
-    const auto count_of = [&](int s) {
-      return s < view.sequences ? pieces_of(SequencePieces(view, queries, plan, s)) * heads_ : 0;
+// The share of a block, item by item, in shared memory. A warp calls begin(), one of its threads next().
+struct AttentionWalk {
+  AttentionItem item;  // place -1: there is no more
+  int sequence;
+  int offset;  // cost of the sequence before the next piece
+  int left;
+
+  __device__ __forceinline__ void begin(const KVView& view, const KVQueries& queries,
+                                        const AttentionPlan& plan) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int heads = view.kv_heads * plan.row_blocks;
+    const auto cost_of = [&](int s) {
+      return s < view.sequences ? place_cost(plan, SequencePieces(view, queries, plan, s)) * heads : 0;
     };
     int total = 0;
-    for (int base = 0; base < view.sequences; base += 32) total += count_of(base + lane);
+    for (int base = 0; base < view.sequences; base += 32) total += cost_of(base + lane);
     for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xFFFFFFFFU, total, step);
-    const auto blocks = static_cast<int64_t>(gridDim.x);
-    const auto begin = static_cast<int>(total * static_cast<int64_t>(blockIdx.x) / blocks);
-    left_ = static_cast<int>(total * static_cast<int64_t>(blockIdx.x + 1) / blocks) - begin;
-    if (left_ == 0) return;
-    // The sequence that holds piece `begin`.
+    // total * block / blocks, rounded down, without numbers of 64 bits.
+    const unsigned blocks = gridDim.x;
+    const unsigned share = static_cast<unsigned>(total) / blocks;
+    const unsigned more = static_cast<unsigned>(total) % blocks;
+    const auto begin_of = [&](unsigned block) {
+      return static_cast<int>(block * share + block * more / blocks);
+    };
+    // Shares of a place go to blocks far apart, so that the blocks of a processor have different ones.
+    unsigned block = blockIdx.x;
+    const auto places = static_cast<unsigned>(plan.places);
+    if (blocks % places == 0) block = block % places * (blocks / places) + block / places;
+    const int begin = begin_of(block);
+    const int taken = begin_of(block + 1) - begin;
+    if (lane == 0) left = taken;
+    if (taken == 0) return;
+    // The sequence that holds place `begin` of all costs.
     int before = 0;
     for (int base = 0; base < view.sequences; base += 32) {
-      int end = count_of(base + lane);
-      const int count = end;
+      int end = cost_of(base + lane);
+      const int cost = end;
       for (int step = 1; step < 32; step *= 2) {
         const int other = __shfl_up_sync(0xFFFFFFFFU, end, step);
         if (lane >= step) end += other;
@@ -106,48 +127,60 @@ class AttentionWalk {
       const unsigned holds = __ballot_sync(0xFFFFFFFFU, begin < before + end);
       if (holds != 0) {
         const int first = __ffs(static_cast<int>(holds)) - 1;
-        sequence_ = base + first;
-        offset_ = begin - before - __shfl_sync(0xFFFFFFFFU, end - count, first);
+        if (lane == first) sequence = base + first, offset = begin - before - (end - cost);
         return;
       }
       before += __shfl_sync(0xFFFFFFFFU, end, 31);
     }
   }
 
-  __device__ __forceinline__ bool done() const { return left_ == 0; }
-  __device__ __forceinline__ AttentionItem next() {
-    AttentionItem item = {sequence_, 0, 0, 0, 0, 0, SequencePieces(view_, queries_, plan_, sequence_)};
-    while (offset_ == pieces_of(item.cut) * heads_) {
-      item.sequence = ++sequence_;
-      item.cut = SequencePieces(view_, queries_, plan_, sequence_);
-      offset_ = 0;
+  // The next pieces of a place, perhaps none.
+  __device__ __forceinline__ void next(const KVView& view, const KVQueries& queries,
+                                       const AttentionPlan& plan) {
+    if (left == 0) {
+      item.place = -1;
+      return;
     }
-    const int count = pieces_of(item.cut);
-    const int head = offset_ / count;
-    const int first = offset_ % count;
-    const int taken = min(count - first, left_);
-    item.first_piece = plan_.skipped + first;
-    item.last_piece = item.first_piece + taken;
-    item.head = head / plan_.row_blocks;
-    item.row_block = head % plan_.row_blocks;
-    item.place = sequence_ * heads_ + head;
-    left_ -= taken;
-    offset_ += taken;
-    return item;
+    const int heads = view.kv_heads * plan.row_blocks;
+    int s = sequence;
+    int before = offset;
+    SequencePieces cut(view, queries, plan, s);
+    while (before == place_cost(plan, cut) * heads) {
+      cut = SequencePieces(view, queries, plan, ++s);
+      before = 0;
+    }
+    const int cost = place_cost(plan, cut);
+    const int head = before / cost;
+    const int begin = before % cost;
+    const int taken = min(cost - begin, left);
+    item = {s,
+            head / plan.row_blocks,
+            head % plan.row_blocks,
+            s * heads + head,
+            first_from(plan, cut, begin),
+            first_from(plan, cut, begin + taken),
+            cut};
+    sequence = s;
+    offset = before + taken;
+    left -= taken;
   }
 
  private:
-  __device__ __forceinline__ int pieces_of(const SequencePieces& cut) const {
-    return plan_.rest_alone ? 1 : cut.pieces - plan_.skipped;
+  // Costs, in pages, of pieces of the rest.
+  static __device__ __forceinline__ int rest_cost(const AttentionPlan& plan) {
+    return plan.skipped == 0 ? plan.rest * kRestPages : 0;
   }
-
-  const KVView& view_;
-  const KVQueries& queries_;
-  const AttentionPlan& plan_;
-  int heads_;
-  int sequence_ = 0;
-  int offset_ = 0;  // pieces of the sequence before the next one
-  int left_ = 0;
+  static __device__ __forceinline__ int place_cost(const AttentionPlan& plan, const SequencePieces& cut) {
+    return rest_cost(plan) + (plan.rest_alone ? 0 : cut.pages);
+  }
+  // The piece that begins nearest to a cost; the end of all costs is the end of all pieces.
+  static __device__ __forceinline__ int first_from(const AttentionPlan& plan, const SequencePieces& cut,
+                                                   int cost) {
+    const int pages = cost - rest_cost(plan);
+    if (pages == cut.pages) return cut.pieces;
+    if (pages > 0) return min(plan.rest + (pages + cut.run / 2) / cut.run, cut.pieces);
+    return plan.rest - (-pages) / kRestPages;
+  }
 };
 
 }  // namespace quantloom::kv_cache

@@ -18,6 +18,12 @@ __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
   return __byte_perm(a, b, 0x7632);
 }
 
+// Two numbers as float16, the first in the low half.
+__device__ __forceinline__ uint32_t halves_of(float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // kCount consecutive codes of a row of codes in shared memory.
 template <int kBits, int kCount>
 struct CodeRun {

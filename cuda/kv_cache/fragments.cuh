@@ -17,8 +17,6 @@
 
 namespace quantloom::kv_cache {
 
-constexpr int kUnitTokens = 32;  // tokens that a warp takes at a time: two tiles
-
 // The token of row r < 8 of either half of a tile.
 __device__ __forceinline__ int token_of_row(int r) {
   return (r >> 1) + 4 * (r & 1);
@@ -39,12 +37,13 @@ __device__ __forceinline__ void copy_run(std::byte* to, const std::byte* from) {
   }
 }
 
-// The same of the ranges of a unit's tokens, of which each has at most eight.
-__device__ __forceinline__ void copy_ranges(std::byte* to, const std::byte* from, int token_ranges) {
+// The same of `bytes`, a multiple of 16 and at most kMost words for each token of a unit.
+template <int kMost>
+__device__ __forceinline__ void copy_few(std::byte* to, const std::byte* from, int bytes) {
   const int lane = static_cast<int>(threadIdx.x) % 32 * 16;
 #pragma unroll
-  for (int i = 0; i < kUnitTokens * 32; i += 32 * 16) {
-    if (i + lane < kUnitTokens * token_ranges) cuda::copy_async(to + i + lane, from + i + lane);
+  for (int i = 0; i < kUnitTokens * kMost * 4; i += 32 * 16) {
+    if (i + lane < bytes) cuda::copy_async(to + i + lane, from + i + lane);
   }
 }
 
@@ -125,50 +124,114 @@ struct ChannelGridKeys {
   }
 };
 
-// Keys by token: float16 (scale, min) for each group of channels of a token. A run lies in one group.
-template <int kBits, int kDim>
-struct TokenGridKeys {
+// The ranges of tokens that share a grid in each group of channels: float16 (scale, least).
+struct GridRanges {
+  int begin;        // in a record
+  int token_bytes;  // of a token
+
+  __device__ __forceinline__ explicit GridRanges(const KVPart& part)
+      : begin(static_cast<int>(part.parameters)), token_bytes(static_cast<int>(part.groups) * 4) {}
+
+  static __host__ __device__ int unit_bytes(const KVPart& part) {
+    return kUnitTokens * static_cast<int>(part.groups) * 4;
+  }
+  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
+    copy_few<8>(to, record + begin + slot * token_bytes, kUnitTokens * token_bytes);
+  }
+  // (scale, least) of a group of a token of the unit.
+  __device__ __forceinline__ uint32_t at(const std::byte* unit, int token, int group) const {
+    return *reinterpret_cast<const uint32_t*>(unit + token * token_bytes + group * 4);
+  }
+  // Codes are numbers without sign.
+  template <int kBits, class Run>
+  static __device__ __forceinline__ void adjust(Run&) {}
+};
+
+// Those of significant digits. A code with its top bit flipped is the number of steps of scale 2^shift from
+// the least value, -2^(bits - 1) of them: all exact in float16, and below 2^16, since 128 scales are.
+struct DigitRanges {
+  int begin;
+  int shifts;
+  int shift_bytes;  // of a token
+  int shift_bits;
+  uint32_t unshifted;  // float16 (1, -2^(bits - 1))
+
+  __device__ __forceinline__ explicit DigitRanges(const KVPart& part)
+      : begin(static_cast<int>(part.parameters)),
+        shifts(static_cast<int>(part.shifts)),
+        shift_bytes(static_cast<int>(part.shift_bytes)),
+        shift_bits(part.shift_bits),
+        unshifted((0xBC00U + (static_cast<uint32_t>(part.bits - 1) << 10)) << 16 | 0x3C00U) {}
+
+  // Scales, shifts, and four bytes that are read beyond them.
+  static __host__ __device__ int unit_bytes(const KVPart& part) {
+    return kUnitTokens * (2 + static_cast<int>(part.shift_bytes)) + 16;
+  }
+  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
+    copy_run<kUnitTokens * 2>(to, record + begin + slot * 2);
+    copy_few<1>(to + kUnitTokens * 2, record + shifts + slot * shift_bytes, kUnitTokens * shift_bytes);
+  }
+  __device__ __forceinline__ uint32_t at(const std::byte* unit, int token, int group) const {
+    const uint32_t scale = *reinterpret_cast<const uint16_t*>(unit + token * 2);
+    const int bit = token * shift_bytes * 8 + group * shift_bits;
+    const auto* words = reinterpret_cast<const uint32_t*>(unit + kUnitTokens * 2) + bit / 32;
+    const uint32_t shift = __funnelshift_r(words[0], words[1], bit % 32) & ((1U << shift_bits) - 1);
+    return Halves::multiply(scale * 0x10001U, unshifted + shift * 0x04000400U);
+  }
+  template <int kBits, class Run>
+  static __device__ __forceinline__ void adjust(Run& run) {
+#pragma unroll
+    for (int i = 0; i < Run::kWords; ++i) {
+      uint32_t tops = 0;
+#pragma unroll
+      for (int bit = 0; bit < 32; ++bit) {
+        if ((32 * i + bit) % kBits == kBits - 1) tops |= 1U << bit;
+      }
+      run.words[i] ^= tops;
+    }
+  }
+};
+
+// Keys by token, with a range for each group of channels. A run lies in one group.
+template <class Ranges, int kBits, int kDim>
+struct TokenKeys {
   static constexpr int kRun = kDim / 8;
   static constexpr int kRowBytes = (kDim * kBits + 31) / 32 * 4;
   using Run = CodeRun<kBits, kRun>;
 
   uint32_t mark;
   Lane lane;
-  int codes;  // of the keys in a record
-  int ranges;
-  int token_ranges;           // bytes of a token's
-  int low_group, high_group;  // bytes from a token's first
+  Ranges ranges;
+  int codes;                  // of the keys in a record
+  int low_group, high_group;  // of the lane's runs
   Run low[4], high[4];        // of the tokens of rows g and g + 8 of both tiles
   uint32_t scales[4], leasts[4];
 
-  __device__ __forceinline__ TokenGridKeys(const KVView& view, Lane lane_, uint32_t mark_)
-      : mark(mark_), lane(lane_) {
-    const KVPart& part = view.layout.keys;
-    codes = static_cast<int>(part.codes);
-    ranges = static_cast<int>(part.parameters);
-    token_ranges = static_cast<int>(part.groups) * 4;
-    low_group = lane.t * kRun / static_cast<int>(part.group) * 4;
-    high_group = (lane.t + 4) * kRun / static_cast<int>(part.group) * 4;
+  __device__ __forceinline__ TokenKeys(const KVView& view, Lane lane_, uint32_t mark_)
+      : mark(mark_), lane(lane_), ranges(view.layout.keys), codes(static_cast<int>(view.layout.keys.codes)) {
+    low_group = lane.t * kRun / static_cast<int>(view.layout.keys.group);
+    high_group = (lane.t + 4) * kRun / static_cast<int>(view.layout.keys.group);
   }
 
   // Of the keys of a unit: codes, then ranges.
   static __host__ __device__ int unit_bytes(const KVLayout& layout) {
-    return kUnitTokens * (kRowBytes + static_cast<int>(layout.keys.groups) * 4);
+    return kUnitTokens * kRowBytes + Ranges::unit_bytes(layout.keys);
   }
   __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
     copy_run<kUnitTokens * kRowBytes>(to, record + codes + slot * kRowBytes);
-    copy_ranges(to + kUnitTokens * kRowBytes, record + ranges + slot * token_ranges, token_ranges);
+    ranges.fetch(to + kUnitTokens * kRowBytes, record, slot);
   }
   __device__ __forceinline__ void load(const std::byte* unit) {
     const int token = token_of_row(lane.g);
     const std::byte* row = unit + token * kRowBytes;
-    const std::byte* range = unit + kUnitTokens * kRowBytes + token * token_ranges;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       low[i].load(row + i * 8 * kRowBytes, lane.t);
       high[i].load(row + i * 8 * kRowBytes, lane.t + 4);
-      const auto a = *reinterpret_cast<const uint32_t*>(range + i * 8 * token_ranges + low_group);
-      const auto b = *reinterpret_cast<const uint32_t*>(range + i * 8 * token_ranges + high_group);
+      Ranges::template adjust<kBits>(low[i]);
+      Ranges::template adjust<kBits>(high[i]);
+      const uint32_t a = ranges.at(unit + kUnitTokens * kRowBytes, token + i * 8, low_group);
+      const uint32_t b = ranges.at(unit + kUnitTokens * kRowBytes, token + i * 8, high_group);
       scales[i] = low_halves(a, b);
       leasts[i] = high_halves(a, b);
     }
@@ -192,10 +255,9 @@ struct TokenGridKeys {
   }
 };
 
-// Values by token: float16 (scale, min) for each group of channels of a token. A run lies in one group or
-// two.
-template <int kBits, int kDim>
-struct TokenGridValues {
+// Values by token, with a range for each group of channels. A run lies in one group or two.
+template <class Ranges, int kBits, int kDim>
+struct TokenValues {
   static constexpr int kRun = kDim / 8;
   static constexpr int kRowBytes = (kDim * kBits + 31) / 32 * 4;
   static constexpr bool kTwoGroups = (kRun & (kRun - 1)) != 0;
@@ -203,48 +265,49 @@ struct TokenGridValues {
 
   uint32_t mark;
   Lane lane;
-  int codes;  // of the values in a record
-  int ranges;
-  int token_ranges;                    // bytes of a token's
-  int lane_ranges;                     // of the lane's first token and of its run's group, in a unit
+  Ranges ranges;
+  int codes;                           // of the values in a record
+  int group;                           // of the run's first channel
   int boundary;                        // channels of the run in its first group
   Run runs[4];                         // tokens t, t + 4, t + 8, t + 12 of a tile
   uint32_t scales[2][1 + kTwoGroups];  // of the first two and of the last two
   uint32_t leasts[2][1 + kTwoGroups];
 
-  __device__ __forceinline__ TokenGridValues(const KVView& view, Lane lane_, uint32_t mark_)
-      : mark(mark_), lane(lane_) {
-    const KVPart& part = view.layout.values;
-    const auto group_size = static_cast<int>(part.group);
-    const int group = lane.g * kRun / group_size;
-    codes = static_cast<int>(part.codes);
-    ranges = static_cast<int>(part.parameters);
-    token_ranges = static_cast<int>(part.groups) * 4;
-    lane_ranges = kUnitTokens * kRowBytes + lane.t * token_ranges + group * 4;
+  __device__ __forceinline__ TokenValues(const KVView& view, Lane lane_, uint32_t mark_)
+      : mark(mark_),
+        lane(lane_),
+        ranges(view.layout.values),
+        codes(static_cast<int>(view.layout.values.codes)) {
+    const auto group_size = static_cast<int>(view.layout.values.group);
+    group = lane.g * kRun / group_size;
     boundary = (group + 1) * group_size - lane.g * kRun;
   }
 
   // Of the values of a unit: codes, then ranges.
   static __host__ __device__ int unit_bytes(const KVLayout& layout) {
-    return kUnitTokens * (kRowBytes + static_cast<int>(layout.values.groups) * 4);
+    return kUnitTokens * kRowBytes + Ranges::unit_bytes(layout.values);
   }
   __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, int slot) const {
     copy_run<kUnitTokens * kRowBytes>(to, record + codes + slot * kRowBytes);
-    copy_ranges(to + kUnitTokens * kRowBytes, record + ranges + slot * token_ranges, token_ranges);
+    ranges.fetch(to + kUnitTokens * kRowBytes, record, slot);
   }
   // The tile of tokens from `token` on.
   __device__ __forceinline__ void load(const std::byte* unit, int token) {
-    const std::byte* row = unit + (token + lane.t) * kRowBytes;
-    const std::byte* range = unit + lane_ranges + token * token_ranges;
+    token += lane.t;
+    const std::byte* row = unit + token * kRowBytes;
+    const std::byte* range = unit + kUnitTokens * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) runs[i].load(row + i * 4 * kRowBytes, lane.g);
+    for (int i = 0; i < 4; ++i) {
+      runs[i].load(row + i * 4 * kRowBytes, lane.g);
+      Ranges::template adjust<kBits>(runs[i]);
+    }
 #pragma unroll
     for (int n = 0; n < 1 + kTwoGroups; ++n) {
-      const int next = n == 1 && boundary < kRun ? 4 : 0;
+      const int of = n == 1 && boundary < kRun ? group + 1 : group;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const auto a = *reinterpret_cast<const uint32_t*>(range + 8 * i * token_ranges + next);
-        const auto b = *reinterpret_cast<const uint32_t*>(range + (8 * i + 4) * token_ranges + next);
+        const uint32_t a = ranges.at(range, token + 8 * i, of);
+        const uint32_t b = ranges.at(range, token + 8 * i + 4, of);
         scales[i][n] = low_halves(a, b);
         leasts[i][n] = high_halves(a, b);
       }
@@ -267,5 +330,14 @@ struct TokenGridValues {
     }
   }
 };
+
+template <int kBits, int kDim>
+using TokenGridKeys = TokenKeys<GridRanges, kBits, kDim>;
+template <int kBits, int kDim>
+using TokenGridValues = TokenValues<GridRanges, kBits, kDim>;
+template <int kBits, int kDim>
+using DigitKeys = TokenKeys<DigitRanges, kBits, kDim>;
+template <int kBits, int kDim>
+using DigitValues = TokenValues<DigitRanges, kBits, kDim>;
 
 }  // namespace quantloom::kv_cache

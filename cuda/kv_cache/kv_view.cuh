@@ -10,6 +10,8 @@
 
 namespace quantloom::kv_cache {
 
+constexpr int kUnitTokens = 32;  // tokens that a warp takes at a time: two tiles
+
 struct KVView {
   KVLayout layout;
   DType dtype = DType::f16;  // of exact tokens
@@ -32,6 +34,8 @@ struct KVView {
   const float* sines = nullptr;
   int64_t rotated = 0;  // 0: no rotation
   int64_t positions = 0;
+  // The rotation of a position is that of the 32nd before it, turned further by the distance, nearly.
+  bool composes = false;
 
   // Tokens, counted from `first`, whose keys or values are codes in a sequence of `length` tokens.
   __host__ __device__ int coded(KVSide side, int length) const {

@@ -33,10 +33,15 @@ __device__ void decode_token(const Part& part, int head_dim, const std::byte* re
       out[d] = tables.values[code] * __low2float(tables.ranges[d]) + __high2float(tables.ranges[d]);
       continue;
     }
-    const int pair = part.codec == KVCodec::channel_grid ? slot / part.group * head_dim + d
-                     : part.codec == KVCodec::token_grid ? slot * part.groups + d / part.group
-                                                         : slot;
-    const Grid grid = load_pair(record + part.parameters + pair * 4);
+    const std::byte* from = record + part.parameters;
+    if (part.codec == KVCodec::channel_grid) {
+      const ChannelPlace place(part.bits, head_dim, d);
+      from += slot / part.group * head_dim * 4;
+      out[d] = load_half(from + place.scale) * static_cast<float>(code) + load_half(from + place.least);
+      continue;
+    }
+    from += (part.codec == KVCodec::token_grid ? slot * part.groups + d / part.group : slot) * 4;
+    const Grid grid = load_pair(from);
     out[d] = grid.scale * (part.has_table() ? tables.values[code] : static_cast<float>(code)) + grid.least;
   }
   if (!part.has_table()) return;

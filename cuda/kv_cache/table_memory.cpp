@@ -1,6 +1,7 @@
 #include "kv_cache/table_memory.hpp"
 
 #include <cmath>
+#include <complex>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -34,12 +35,39 @@ class Packing {
   std::vector<std::byte> bytes_;
 };
 
+// Whether the rotation of each position is, nearly, that of the 32nd before it turned on by the distance: so
+// it is if angles are products of positions and frequencies, but for their rounding to float32.
+bool composes(const KVRotation& rotation) {
+  constexpr int64_t kRun = 32;
+  constexpr double kTolerance = 1.0 / 64;
+  constexpr double kLargest = 16;  // of a scale, and its inverse
+  using Turn = std::complex<double>;
+  const int64_t half = rotation.rotated / 2;
+  if (rotation.positions() < kRun) return false;
+  const auto at = [&](int64_t position, int64_t i) {
+    const auto from = static_cast<size_t>(position * half + i);
+    return Turn(static_cast<double>(rotation.cosines[from]), static_cast<double>(rotation.sines[from]));
+  };
+  for (int64_t i = 0; i < half; ++i) {
+    const double scale = std::abs(at(0, i));
+    if (!(scale <= kLargest && scale * kLargest >= 1)) return false;
+  }
+  for (int64_t position = kRun; position < rotation.positions(); ++position) {
+    for (int64_t i = 0; i < half; ++i) {
+      const Turn composed = at(position / kRun * kRun, i) * at(position % kRun, i) / at(0, i);
+      if (!(std::abs(composed - at(position, i)) <= kTolerance * std::abs(at(0, i)))) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 struct TableMemory::Rotation {
   std::shared_ptr<const KVRotation> source;  // so that its address stays its own
   DeviceMemory memory;
   int64_t sines = 0;
+  bool composes = false;
 };
 
 std::shared_ptr<const TableMemory::Rotation> TableMemory::shared_rotation(
@@ -55,7 +83,8 @@ std::shared_ptr<const TableMemory::Rotation> TableMemory::shared_rotation(
   Packing packing;
   packing.add(rotation->cosines);
   const int64_t sines = packing.add(rotation->sines);
-  auto made = std::make_shared<const Rotation>(Rotation{rotation, packing.upload(), sines});
+  auto made =
+      std::make_shared<const Rotation>(Rotation{rotation, packing.upload(), sines, composes(*rotation)});
   place = made;
   return made;
 }
@@ -98,6 +127,7 @@ TableMemory::TableMemory(const KVFormat& format, const KVLayout& layout, const K
   parts_.sines = reinterpret_cast<const float*>(rotation_->memory.data() + rotation_->sines);
   parts_.rotated = tables->rotation->rotated;
   parts_.positions = tables->rotation->positions();
+  parts_.composes = rotation_->composes;
 }
 
 void TableMemory::describe(KVView& view) const {
@@ -110,6 +140,7 @@ void TableMemory::describe(KVView& view) const {
   view.sines = parts_.sines;
   view.rotated = parts_.rotated;
   view.positions = parts_.positions;
+  view.composes = parts_.composes;
 }
 
 }  // namespace quantloom::kv_cache

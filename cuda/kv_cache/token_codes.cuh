@@ -81,20 +81,28 @@ __device__ __forceinline__ CodeTables code_tables(const KVView& view, KVSide sid
   return {view.key_bounds, view.key_values, view.key_ranges + head * view.layout.head_dim};
 }
 
-// The numbers of float16 nearest to both.
+// A number as float16 has it, stored at `to`.
+__device__ __forceinline__ float store_half(float x, std::byte* to) {
+  const __half half = __float2half_rn(x);
+  *reinterpret_cast<__half*>(to) = half;
+  return __half2float(half);
+}
+__device__ __forceinline__ float load_half(const std::byte* from) {
+  return __half2float(*reinterpret_cast<const __half*>(from));
+}
+
 __device__ __forceinline__ Grid store_pair(float scale, float least, std::byte* to) {
-  const __half2 pair = __floats2half2_rn(scale, least);
-  *reinterpret_cast<__half2*>(to) = pair;
-  return {__low2float(pair), __high2float(pair)};
+  return {store_half(scale, to), store_half(least, to + 2)};
 }
 
 __device__ __forceinline__ Grid load_pair(const std::byte* from) {
-  const __half2 pair = *reinterpret_cast<const __half2*>(from);
-  return {__low2float(pair), __high2float(pair)};
+  return {load_half(from), load_half(from + 2)};
 }
 
-__device__ __forceinline__ Grid store_grid(float low, float high, int bits, std::byte* to) {
-  return store_pair(fmaxf((high - low) / static_cast<float>((1 << bits) - 1), kLeastScale), low, to);
+__device__ __forceinline__ Grid store_grid(float low, float high, int bits, std::byte* scale,
+                                           std::byte* least) {
+  const float step = fmaxf((high - low) / static_cast<float>((1 << bits) - 1), kLeastScale);
+  return {store_half(step, scale), store_half(low, least)};
 }
 
 __device__ __forceinline__ uint8_t code_of(float x, const Grid& grid, int bits) {
@@ -166,7 +174,8 @@ __device__ __forceinline__ void encode_grids(const Part& part, int head_dim, con
     }
     if (run.begin >= run.end && !run.leads) continue;
     alignas(4) std::byte unused[4];
-    const Grid grid = store_grid(low, high, part.bits, run.leads ? grids + run.group * 4 : unused);
+    std::byte* to = run.leads ? grids + run.group * 4 : unused;
+    const Grid grid = store_grid(low, high, part.bits, to, to + 2);
     for (int d = run.begin; d < run.end; ++d) row.codes[d] = code_of(row.values[d], grid, part.bits);
   }
 }

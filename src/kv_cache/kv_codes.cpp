@@ -20,18 +20,23 @@ struct Grid {
   float least = 0;
 };
 
-// The grid of values from low to high, as float16 has it, stored at `to`.
-Grid store_grid(float low, float high, int bits, std::byte* to) {
-  const float step = std::max((high - low) / static_cast<float>((1 << bits) - 1), kSmallestScale);
-  const std::array<uint16_t, 2> pair = {f16_from_float(step), f16_from_float(low)};
-  std::memcpy(to, pair.data(), sizeof pair);
-  return {float_from_f16(pair[0]), float_from_f16(pair[1])};
+// A number as float16 has it, stored at `to`.
+float store_half(float x, std::byte* to) {
+  const uint16_t half = f16_from_float(x);
+  std::memcpy(to, &half, sizeof half);
+  return float_from_f16(half);
 }
 
-Grid load_grid(const std::byte* from) {
-  std::array<uint16_t, 2> pair{};
-  std::memcpy(pair.data(), from, sizeof pair);
-  return {float_from_f16(pair[0]), float_from_f16(pair[1])};
+float load_half(const std::byte* from) {
+  uint16_t half = 0;
+  std::memcpy(&half, from, sizeof half);
+  return float_from_f16(half);
+}
+
+// The grid of values from low to high, as float16 has it.
+Grid store_grid(float low, float high, int bits, std::byte* scale, std::byte* least) {
+  const float step = std::max((high - low) / static_cast<float>((1 << bits) - 1), kSmallestScale);
+  return {store_half(step, scale), store_half(low, least)};
 }
 
 uint8_t code_of(float x, const Grid& grid, int bits) {
@@ -178,8 +183,9 @@ void encode_channels(const KVPart& part, int64_t head_dim, const float* x, int64
       low = std::min(low, x[t * head_dim + d]);
       high = std::max(high, x[t * head_dim + d]);
     }
-    grids[static_cast<size_t>(d)] =
-        store_grid(low, high, part.bits, record + part.parameters + (group * head_dim + d) * 4);
+    std::byte* grid = record + part.parameters + group * head_dim * 4;
+    const ChannelPlace place(part.bits, head_dim, static_cast<int>(d));
+    grids[static_cast<size_t>(d)] = store_grid(low, high, part.bits, grid + place.scale, grid + place.least);
   }
   std::vector<uint8_t> codes(static_cast<size_t>(head_dim));
   for (int64_t t = 0; t < part.group; ++t) {
@@ -203,8 +209,8 @@ void encode_token(const KVPart& part, int64_t head_dim, const float* x, int64_t 
       const int64_t begin = g * part.group;
       const int64_t end = std::min(begin + part.group, head_dim);
       const auto [low, high] = std::minmax_element(x + begin, x + end);
-      const Grid grid =
-          store_grid(*low, *high, part.bits, record + part.parameters + (slot * part.groups + g) * 4);
+      std::byte* pair = record + part.parameters + (slot * part.groups + g) * 4;
+      const Grid grid = store_grid(*low, *high, part.bits, pair, pair + 2);
       for (int64_t d = begin; d < end; ++d) codes[static_cast<size_t>(d)] = code_of(x[d], grid, part.bits);
     }
   }
@@ -226,12 +232,16 @@ void decode_reference(const KVPart& part, int64_t head_dim, const std::byte* rec
         row_out[d] = tables.values[code] * tables.scale[d] + tables.middle[d];
         continue;
       }
-      const int64_t pair = part.codec == KVCodec::channel_grid ? t / part.group * head_dim + d
-                           : part.codec == KVCodec::token_grid ? t * part.groups + d / part.group
-                                                               : t;
-      const Grid grid = load_grid(record + part.parameters + pair * 4);
-      row_out[d] =
-          grid.scale * (part.has_table() ? tables.values[code] : static_cast<float>(code)) + grid.least;
+      const std::byte* from = record + part.parameters;
+      if (part.codec == KVCodec::channel_grid) {
+        const ChannelPlace place(part.bits, head_dim, static_cast<int>(d));
+        from += t / part.group * head_dim * 4;
+        row_out[d] = load_half(from + place.scale) * static_cast<float>(code) + load_half(from + place.least);
+        continue;
+      }
+      from += (part.codec == KVCodec::token_grid ? t * part.groups + d / part.group : t) * 4;
+      row_out[d] = load_half(from) * (part.has_table() ? tables.values[code] : static_cast<float>(code)) +
+                   load_half(from + 2);
     }
   }
   if (part.has_table()) add_outliers(part, head_dim, record, slot, count, out);

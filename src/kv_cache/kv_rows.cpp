@@ -107,6 +107,24 @@ void load_pairs(const std::byte* from, int64_t count, float* scales, float* leas
   }
 }
 
+// Scales and least values of the channels of a group.
+void load_channels(int bits, int64_t head_dim, const std::byte* from, float* scales, float* least) {
+  if (!has_code_windows(bits, head_dim)) return load_pairs(from, head_dim, scales, least);
+  alignas(64) float even[1024 + kRowPadding];
+  alignas(64) float odd[1024 + kRowPadding];
+  load_pairs(from, head_dim, even, odd);
+  // Pairs now are channels of the two windows of a word.
+  const int64_t window = 16 / bits;
+  for (int64_t first = 0; first < head_dim; first += 2 * window) {
+    for (int64_t i = 0; i < window; ++i) {
+      scales[first + i] = even[first + i];
+      scales[first + window + i] = odd[first + i];
+      least[first + i] = even[first + window + i];
+      least[first + window + i] = odd[first + window + i];
+    }
+  }
+}
+
 void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, int64_t slot, int64_t count,
                  float* HWY_RESTRICT out, const HeadTables& tables) {
   const DF df;
@@ -122,7 +140,7 @@ void decode_rows(const KVPart& part, int64_t head_dim, const std::byte* record, 
     if (part.codec == KVCodec::channel_grid) {
       const int64_t group = t / part.group;
       if (group != loaded) {
-        load_pairs(record + part.parameters + group * head_dim * 4, head_dim, scales, least);
+        load_channels(part.bits, head_dim, record + part.parameters + group * head_dim * 4, scales, least);
         loaded = group;
       }
       for (int64_t d = 0; d < head_dim; d += step) {

@@ -82,6 +82,15 @@ struct Twins {
         uint64_t seed)
       : cpu(make_cache(kv_format_from_spec(spec), shape)),
         gpu(make_cuda_cache(kv_format_from_spec(spec), shape)) {
+    append(shape, tokens, starts, seed);
+  }
+  // Of the kind kvquant.
+  Twins(const char* spec, const KVShape& shape, int64_t tokens, const std::vector<int64_t>& starts,
+        uint64_t seed, const std::shared_ptr<const KVTables>& tables)
+      : cpu(kv_format_from_spec(spec), shape, 0, tables), gpu(kv_format_from_spec(spec), shape, 0, tables) {
+    append(shape, tokens, starts, seed);
+  }
+  void append(const KVShape& shape, int64_t tokens, const std::vector<int64_t>& starts, uint64_t seed) {
     const TwinTokens keys(shape, tokens, seed);
     const TwinTokens values(shape, tokens, seed + 1);
     cpu.append(keys.on_host(0, tokens), values.on_host(0, tokens), starts);
@@ -102,7 +111,12 @@ const std::vector<const char*> kSpecs = {"kivi:2",
                                          "token:8:r130",
                                          "token:2:g32",
                                          "sdr:4:g16",
+                                         "sdr:2:g8:r3",
+                                         "sdr:5:g32:first3",
+                                         "sdr:7:r50",
                                          "sdr:3,6:g9:r5:hadamard",
+                                         "sdr:6,5:g64",
+                                         "kivi:4,2:g32:r64",
                                          "kvquant:3:1%:first1",
                                          "kvquant:2,4:2.5%:r9:first0"};
 
@@ -141,8 +155,36 @@ TEST_F(KVAttentionCudaSmall, AtLengthsAroundPagesAndWindows) {
   }
 }
 
+// Rotary embeddings of all channels, whose angles are products of positions and frequencies; of none; and of
+// angles that are not.
+TEST_F(KVAttentionCuda, OfKeysThatTurn) {
+  uint64_t seed = 8000;
+  for (const char* spec : {"kvquant:1:10%:r40", "kvquant:2:1%:first37", "kvquant:3:0.5%:first1",
+                           "kvquant:4:1%:first0", "kvquant:4,2:0%"}) {
+    for (const int64_t dim : {64, 80, 96, 128, 256}) {
+      const DType dtype = dim == 80 ? DType::bf16 : dim == 96 ? DType::f32 : DType::f16;
+      const KVShape shape{4, 2, dim, dtype};
+      const KVFormat format = kv_format_from_spec(spec);
+      const auto turned = testing::random_tables(format, shape, dim);
+      KVTables shuffled = *turned;
+      KVRotation rotation = *turned->rotation;
+      for (const size_t at : {size_t{5}, rotation.cosines.size() / 3}) {
+        std::swap(rotation.cosines[at], rotation.sines[at]);
+      }
+      shuffled.rotation = std::make_shared<const KVRotation>(rotation);
+      for (const auto& tables : {turned, testing::random_tables(format, shape, 0),
+                                 std::shared_ptr<const KVTables>(std::make_shared<KVTables>(shuffled))}) {
+        const Twins twins(spec, shape, 700, {0, 313, 573, 699}, seed, tables);
+        seed += 2;
+        expect_attention(twins.cpu, twins.gpu, 8, 2, dtype, seed++, text_of(spec, ", ", dim));
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 TEST_F(KVAttentionCuda, OfLongSequencesAndManyHeads) {
-  for (const char* spec : {"kivi:2", "kivi:4", "token:4"}) {
+  for (const char* spec : {"kivi:2", "kivi:4", "token:4", "sdr:4"}) {
     const Twins twins(spec, {3, 8, 128, DType::f16}, 9000, {0, 5000, 8900}, 3000);
     expect_attention(twins.cpu, twins.gpu, 32, 1, DType::f16, 3001, spec);
     expect_attention(twins.cpu, twins.gpu, 64, 4, DType::f16, 3002, spec);

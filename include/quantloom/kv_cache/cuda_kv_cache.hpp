@@ -65,10 +65,12 @@ class CudaKVCache {
 
   // attend() of kv_attention.hpp on the device. out [sequences, m, heads, head_dim] of the queries' dtype.
   // What is multiplied is rounded to float16 before: values, weights of tokens, and either keys and queries
-  // or, of keys with ranges by channel, queries times the scales of these. Sums are float32, over pieces of a
-  // sequence whose number depends on its length alone: results do not depend on other sequences of the batch,
-  // and the same call gives the same bytes. The first call with more queries than any before takes memory:
-  // make it before a capture.
+  // or, of keys with ranges by channel, queries times the scales of these. Rotary embeddings, too, are
+  // applied in float16; those of all channels whose angles grow evenly with positions to queries by the
+  // position of each 32 tokens, and to keys by the rest of it. Sums are float32, over pieces of a sequence
+  // whose number depends on its length alone: results do not depend on other sequences of the batch, and the
+  // same call gives the same bytes. The first call with more queries than any before takes memory: make it
+  // before a capture.
   void attend(const KVTokens& queries, float scale, void* out, void* stream = nullptr) const;
 
   KVUsage usage() const;

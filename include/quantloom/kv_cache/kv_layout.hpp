@@ -6,7 +6,8 @@
 // of a head for those tokens, in one run. A record is four parts, each at a multiple of 16 bytes:
 //   codes of the keys      [page_tokens, row_bytes]  a dense bit stream per token, lowest bits first, rows
 //                                                    padded to 4 bytes
-//   their parameters       by channel: float16 (scale, min) [page_tokens / group, head_dim]
+//   their parameters       by channel: float16 (scale, min) [page_tokens / group, head_dim], in an order of
+//                                      their own (ChannelPlace)
 //                          by token:   float16 (scale, min) [page_tokens, groups]
 //                          sdr:        float16 scale [page_tokens], then shifts [page_tokens, shift_bytes]:
 //                                      a dense bit stream per token; codes are two's complement
@@ -16,9 +17,8 @@
 //   codes of the values    as those of the keys
 //   their parameters
 //
-// Rows of codes serve both products of attention on tensor cores: lanes take their channels of a token in one
-// piece; of values, the words of two tokens are interleaved by halves, two byte permutations for 16 codes of
-// 2 bits.
+// Rows of codes of whole 16 bytes are matrices for tensor cores, of windows of 16 bits: of keys, a word is
+// the codes of one token in two windows, and of values, the windows of two tokens make a word.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,32 @@ struct KVPart {
   // Outliers of the tokens in slots before this one.
   QUANTLOOM_KV int64_t outliers_before(int64_t slot, int64_t head_dim) const {
     return slot * head_dim * outlier_share / 10000;
+  }
+};
+
+// Whether rows of codes are whole 16 bytes, and their words the codes of two windows.
+QUANTLOOM_KV constexpr bool has_code_windows(int bits, int64_t head_dim) {
+  return 16 % bits == 0 && head_dim * bits % 128 == 0;
+}
+
+// Where the float16 scale and least value of a channel lie among those of a group of tokens, in bytes.
+// Channels whose codes share a word lie together, scales before least values, those of its two windows in
+// turn: scales of channels 0, w, 1, w + 1, ... 2 w - 1, then least values, with windows of w = 16 / bits
+// codes. Of rows without windows, scale and least value alternate.
+struct ChannelPlace {
+  int scale;
+  int least;
+
+  QUANTLOOM_KV ChannelPlace(int bits, int64_t head_dim, int channel) {
+    if (!has_code_windows(bits, head_dim)) {
+      scale = channel * 4;
+      least = scale + 2;
+      return;
+    }
+    const int window = 16 / bits;
+    const int in_word = channel % (2 * window);
+    scale = (channel - in_word) * 4 + (in_word % window * 2 + in_word / window) * 2;
+    least = scale + 4 * window;
   }
 };
 

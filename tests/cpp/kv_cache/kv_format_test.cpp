@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
+#include <utility>
+
 #include "quantloom/error.hpp"
 #include "quantloom/kv_cache/kv_layout.hpp"
 
@@ -107,6 +110,34 @@ TEST(KVLayout, PartsFollowEachOtherAtMultiplesOf16) {
     EXPECT_GE(v.parameters, v.codes + v.row_bytes * layout.page_tokens) << spec;
     EXPECT_GT(layout.record_bytes, v.parameters) << spec;
     EXPECT_EQ(layout.page_tokens % (k.codec == KVCodec::channel_grid ? k.group : 1), 0) << spec;
+  }
+}
+
+TEST(KVLayout, ScalesOfChannelsLieByHalvesOfWords) {
+  // Words of 2 bits hold 16 codes: scales 0, 8, 1, 9, ..., then least values, then the next 16 channels.
+  const auto place = [](int bits, int64_t head_dim, int channel) {
+    const ChannelPlace at(bits, head_dim, channel);
+    return std::pair(at.scale, at.least);
+  };
+  EXPECT_EQ(place(2, 64, 0), std::pair(0, 32));
+  EXPECT_EQ(place(2, 64, 8), std::pair(2, 34));
+  EXPECT_EQ(place(2, 64, 1), std::pair(4, 36));
+  EXPECT_EQ(place(2, 64, 15), std::pair(30, 62));
+  EXPECT_EQ(place(2, 64, 16), std::pair(64, 96));
+  EXPECT_EQ(place(8, 96, 3), std::pair(6, 14));
+  // 3 bits, and rows that are no multiple of 16 bytes.
+  EXPECT_EQ(place(3, 128, 5), std::pair(20, 22));
+  EXPECT_EQ(place(2, 80, 5), std::pair(20, 22));
+  for (const int bits : {1, 2, 3, 4, 8}) {
+    for (const int64_t head_dim : {8, 64, 80, 96, 128, 256, 1024}) {
+      std::set<int> places;
+      for (int d = 0; d < head_dim; ++d) {
+        const ChannelPlace at(bits, head_dim, d);
+        places.insert({at.scale, at.least});
+      }
+      EXPECT_EQ(std::ssize(places), 2 * head_dim) << bits << " bits, " << head_dim;
+      EXPECT_EQ(*places.rbegin(), head_dim * 4 - 2) << bits << " bits, " << head_dim;
+    }
   }
 }
 

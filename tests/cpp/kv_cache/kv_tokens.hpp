@@ -50,8 +50,9 @@ struct RandomTokens {
   Tensor memory;
 };
 
-// Tables as a calibration could give them; keys turn in three quarters of their channels.
-inline std::shared_ptr<const KVTables> random_tables(const KVFormat& format, const KVShape& shape) {
+// Tables as a calibration could give them; keys turn in `rotated` channels, 3/4 of them if that is negative.
+inline std::shared_ptr<const KVTables> random_tables(const KVFormat& format, const KVShape& shape,
+                                                     int64_t rotated = -1) {
   auto tables = std::make_shared<KVTables>();
   const auto table = [](int bits, uint64_t seed) {
     KVTable result;
@@ -70,8 +71,9 @@ inline std::shared_ptr<const KVTables> random_tables(const KVFormat& format, con
         float_from_f16(f16_from_float(static_cast<float>(1 + 2 * random.uniform(at)))));
     tables->key_middle.push_back(float_from_f16(f16_from_float(static_cast<float>(random.normal(at)))));
   }
+  if (rotated == 0) return tables;
   auto rotation = std::make_shared<KVRotation>();
-  rotation->rotated = shape.head_dim * 3 / 4;
+  rotation->rotated = rotated < 0 ? shape.head_dim * 3 / 4 : rotated;
   for (int64_t t = 0; t < 1200; ++t) {
     for (int64_t i = 0; i < rotation->rotated / 2; ++i) {
       const double angle = static_cast<double>(t) * std::pow(100.0, -static_cast<double>(i) / 10);
