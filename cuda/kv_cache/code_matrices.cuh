@@ -13,15 +13,6 @@
 
 namespace quantloom::kv_cache {
 
-// Four 8 x 8 matrices of 16 bits as they are: lane i brings the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-
 // Words from an address that is a multiple of theirs, up to 16 bytes.
 template <int kCount>
 __device__ __forceinline__ void load_words(uint32_t (&words)[kCount], const uint32_t* from) {
@@ -184,7 +175,7 @@ struct MatrixKeys {
 #pragma unroll
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       uint32_t words[4];
-      load_matrices(words, unit + row + chunk * 16);
+      cuda::load_matrices(words, unit + row + chunk * 16);
       constexpr int kChunkRanges = 32 * kWindow;
       uint32_t range_pairs[2 * kWindow];  // scales, then least values
       load_words(range_pairs, reinterpret_cast<const uint32_t*>(unit + range + chunk * kChunkRanges +

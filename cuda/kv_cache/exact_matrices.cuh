@@ -64,7 +64,7 @@ struct ExactMatrices {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         uint32_t a[4];
-        load_matrices(a, row + tile * 16 * kRowBytes + k * 32);
+        cuda::load_matrices(a, row + tile * 16 * kRowBytes + k * 32);
         cuda::multiply_accumulate<__half>(products[tile], a, first, second);
       }
     }

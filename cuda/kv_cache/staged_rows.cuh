@@ -298,10 +298,10 @@ __device__ __forceinline__ void multiply_keys(const std::byte* rows, const std::
     for (int tile = 0; tile < 2; ++tile) {
       const int at = offset + tile * 16 * staged_row_bytes(kDim) + b * 16;
       uint32_t a[4];
-      load_matrices(a, rows + at);
+      cuda::load_matrices(a, rows + at);
       if constexpr (kTurned) {
         uint32_t turn[4];
-        load_matrices(turn, turns + at);
+        cuda::load_matrices(turn, turns + at);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint32_t x = a[i];
