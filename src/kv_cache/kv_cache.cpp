@@ -23,6 +23,12 @@ constexpr size_t index_of(KVSide side) {
   return side == KVSide::keys ? 0 : 1;
 }
 
+std::shared_ptr<const KVTables> required(const KVFormat& format, const KVLayout& layout, const KVShape& shape,
+                                         int64_t capacity, std::shared_ptr<const KVTables> tables) {
+  kv_cache::require_cache(format, layout, shape, capacity, tables.get());
+  return tables;
+}
+
 void require_values(const char* name, const KVTokens& x, std::span<const int64_t> starts, int threads) {
   parallel_for(x.sequences * x.heads, threads, [&](int64_t pair) {
     const int64_t s = pair / x.heads;
@@ -41,9 +47,8 @@ KVCache::KVCache(KVFormat format, KVShape shape, int64_t capacity, std::shared_p
     : format_(format),
       shape_(shape),
       layout_(kv_layout(format, shape.head_dim)),
-      tables_(std::move(tables)),
-      pages_(format, layout_, std::max<int64_t>(0, shape.sequences)) {
-  kv_cache::require_cache(format, layout_, shape, capacity, tables_.get());
+      tables_(required(format, layout_, shape, capacity, std::move(tables))),
+      pages_(format, layout_, shape.sequences) {
   for (Tensor& exact : exact_) {
     exact = Tensor(shape.dtype, {shape.sequences, shape.kv_heads, checked_add(format.first, format.window),
                                  shape.head_dim});

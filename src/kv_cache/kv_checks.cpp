@@ -6,6 +6,7 @@
 #include "kv_cache/kv_codes.hpp"
 #include "quantloom/checked_math.hpp"
 #include "quantloom/error.hpp"
+#include "quantloom/kv_cache/kv_attention.hpp"
 
 namespace quantloom::kv_cache {
 namespace {
@@ -36,12 +37,20 @@ void require_cache(const KVFormat& format, const KVLayout& layout, const KVShape
   }
   if (shape.sequences < 0) throw InvalidArgument("sequences", text_of(shape.sequences), "0 or more");
   if (shape.kv_heads < 1) throw InvalidArgument("kv_heads", text_of(shape.kv_heads), "1 or more");
+  if (shape.sequences > INT32_MAX / shape.kv_heads) {
+    throw InvalidArgument("sequences", text_of(shape.sequences, " of ", shape.kv_heads, " KV heads"),
+                          "fewer than 2^31 of all together");
+  }
   if ((tables != nullptr) != layout.keys.has_table()) {
     throw InvalidArgument("tables", tables == nullptr ? "none" : "some",
                           tables == nullptr ? "those of a calibration" : text_of("none for ", format.spec()));
   }
   if (tables != nullptr) require_valid(*tables, format, shape.kv_heads, shape.head_dim);
   if (capacity < 0) throw InvalidArgument("capacity", text_of(capacity), "0 or more tokens");
+  if (capacity / layout.page_tokens >= INT32_MAX / std::max<int64_t>(1, shape.sequences)) {
+    throw InvalidArgument("capacity", text_of(capacity, " tokens of ", shape.sequences, " sequences"),
+                          text_of("fewer than 2^31 pages of ", layout.page_tokens));
+  }
 }
 
 void require_append(const KVShape& shape, const KVTokens& keys, const KVTokens& values,
@@ -97,16 +106,7 @@ void require_run(const KVShape& shape, const KVPages& pages, int64_t sequence, i
 }
 
 void require_queries(const KVShape& shape, const KVTokens& queries, float scale, const void* out) {
-  if (!is_float16_or_32(queries.dtype)) {
-    throw TypeMismatch("queries", name_of(queries.dtype), "float32, float16 or bfloat16");
-  }
-  if (queries.sequences != shape.sequences || queries.head_dim != shape.head_dim || queries.heads < 1 ||
-      queries.heads % shape.kv_heads != 0 || queries.tokens < 0) {
-    throw InvalidArgument(
-        "queries", text_of("shape ", shape_of(queries)),
-        text_of("[", shape.sequences, ", a multiple of ", shape.kv_heads, ", tokens, ", shape.head_dim, "]"));
-  }
-  if (!std::isfinite(scale)) throw InvalidArgument("scale", text_of(scale), "a finite number");
+  quantloom::require_queries(shape, queries, scale);
   if ((queries.data == nullptr || out == nullptr) && queries.sequences * queries.tokens > 0) {
     throw InvalidArgument(out == nullptr ? "out" : "queries", "a null pointer", "memory");
   }
@@ -123,3 +123,20 @@ void require_row(const char* name, std::span<const float> row, int64_t sequence,
 }
 
 }  // namespace quantloom::kv_cache
+
+namespace quantloom {
+
+void require_queries(const KVShape& shape, const KVTokens& queries, float scale) {
+  if (!is_float16_or_32(queries.dtype)) {
+    throw TypeMismatch("queries", name_of(queries.dtype), "float32, float16 or bfloat16");
+  }
+  if (queries.sequences != shape.sequences || queries.head_dim != shape.head_dim || queries.heads < 1 ||
+      queries.heads % shape.kv_heads != 0 || queries.tokens < 0) {
+    throw InvalidArgument(
+        "queries", text_of("shape ", kv_cache::shape_of(queries)),
+        text_of("[", shape.sequences, ", a multiple of ", shape.kv_heads, ", tokens, ", shape.head_dim, "]"));
+  }
+  if (!std::isfinite(scale)) throw InvalidArgument("scale", text_of(scale), "a finite number");
+}
+
+}  // namespace quantloom

@@ -18,8 +18,7 @@ constexpr int64_t kVersion = 1;
 constexpr int64_t kMostTokens = int64_t{1} << 24;
 constexpr std::string_view kSpecForm =
     "kivi:BITS, token:BITS, sdr:BITS or kvquant:BITS[:PERCENT%], BITS of keys and values or KEYS,VALUES, "
-    "each "
-    "with [:gGROUP][:rWINDOW][:firstTOKENS][:hadamard] (kvquant without groups and hadamard)";
+    "each with [:gGROUP][:rWINDOW][:firstTOKENS][:hadamard] (kvquant without groups and hadamard)";
 constexpr std::array<std::string_view, 4> kNames = {"kivi", "token", "sdr", "kvquant"};
 // More corrections than this cost more bits than another bit of all codes.
 constexpr int64_t kMostOutliers = 1000;
@@ -92,12 +91,16 @@ void require_valid(const KVFormat& format) {
   check_bits("value_bits", format.value_bits);
   const bool kvquant = format.kind == KVKind::kvquant;
   const int64_t least = format.kind == KVKind::token || kvquant ? 0 : 1;
-  const int64_t most = kvquant ? 0 : kMostTokens;
-  if (format.group_size < least || format.group_size > most) {
-    refuse("group_size", format.group_size, text_of(least, " to ", most));
+  if (kvquant && format.group_size != 0) {
+    refuse("group_size", format.group_size, "0 for kvquant, which has no groups");
+  }
+  if (format.group_size < least || format.group_size > kMostTokens) {
+    refuse("group_size", format.group_size, text_of(least, " to ", kMostTokens));
   }
   if (format.outliers < 0 || format.outliers > (kvquant ? kMostOutliers : 0)) {
-    refuse("outliers", format.outliers, kvquant ? text_of("0 to ", kMostOutliers) : "0 for this kind");
+    throw InvalidArgument(
+        "outliers", text_of(format.outliers, " of 10000 elements"),
+        kvquant ? text_of("0 to ", kMostOutliers, " of them") : text_of("none for ", name_of(format.kind)));
   }
   if (kvquant && format.hadamard) {
     throw InvalidArgument("hadamard", "true", "false for kvquant, whose ranges belong to channels");
@@ -151,12 +154,12 @@ KVFormat kv_format_from_json(std::string_view json) {
   const auto known = kind.is_string() ? kind_of(kind.get<std::string>()) : std::nullopt;
   if (!known) refuse_description(json, R"("kv_cache": "kivi", "token", "sdr" or "kvquant")");
   format.kind = *known;
-  format.key_bits = static_cast<int>(integer_field(object, "key_bits", 1, 8, json));
-  format.value_bits = static_cast<int>(integer_field(object, "value_bits", 1, 8, json));
-  format.group_size = integer_field(object, "group_size", 0, kMostTokens, json);
-  format.window = integer_field(object, "window", 0, kMostTokens, json);
-  format.first = integer_field(object, "first", 0, kMostTokens, json);
-  format.outliers = integer_field(object, "outliers", 0, kMostOutliers, json);
+  format.key_bits = static_cast<int>(integer_field(object, "key_bits", 0, kMostTokens, json));
+  format.value_bits = static_cast<int>(integer_field(object, "value_bits", 0, kMostTokens, json));
+  format.group_size = integer_field(object, "group_size", 0, INT64_MAX, json);
+  format.window = integer_field(object, "window", 0, INT64_MAX, json);
+  format.first = integer_field(object, "first", 0, INT64_MAX, json);
+  format.outliers = integer_field(object, "outliers", 0, INT64_MAX, json);
   if (!object.at("hadamard").is_boolean()) refuse_description(json, "\"hadamard\": true or false");
   format.hadamard = object.at("hadamard").get<bool>();
   require_valid(format);

@@ -39,19 +39,25 @@ int64_t KVPages::missing_pages(std::span<const int64_t> lengths) const {
   int64_t wanted = 0;
   for (size_t s = 0; s < lengths.size(); ++s) {
     const Run run = written_pages(sequences_[s], lengths[s]);
-    for (int64_t page = run.begin; page < run.end; ++page) {
+    const int64_t held = std::min(run.end, std::ssize(sequences_[s].pages));
+    for (int64_t page = run.begin; page < held; ++page) {
       wanted += static_cast<int64_t>(!owns(sequences_[s], page));
     }
+    wanted = checked_add(wanted, std::max<int64_t>(0, run.end - std::max(run.begin, held)));
   }
   if (wanted <= std::ssize(free_pages_)) return 0;
+  require_numbers(wanted - std::ssize(free_pages_));
   return std::max({wanted - std::ssize(free_pages_), std::ssize(places_) / 2, sequences()});
 }
 
+void KVPages::require_numbers(int64_t pages) const {
+  const int64_t all = checked_add(std::ssize(places_), pages);
+  if (all > INT32_MAX) throw InvalidArgument("capacity", text_of(all, " pages"), "fewer than 2^31");
+}
+
 void KVPages::add_slab(int64_t pages) {
+  require_numbers(pages);
   const int64_t first = std::ssize(places_);
-  if (checked_add(first, pages) > INT32_MAX) {
-    throw InvalidArgument("capacity", text_of(first + pages, " pages"), "fewer than 2^31");
-  }
   for (int64_t i = 0; i < pages; ++i) {
     places_.push_back({static_cast<int32_t>(slabs_), static_cast<int32_t>(i)});
   }

@@ -1,6 +1,7 @@
 #include "quantloom/kv_cache/kv_tables.hpp"
 
 #include <cmath>
+#include <string>
 
 #include "quantloom/checked_math.hpp"
 #include "quantloom/dtype.hpp"
@@ -9,7 +10,7 @@
 namespace quantloom {
 namespace {
 
-void require_size(const char* name, const std::vector<float>& values, int64_t expected) {
+void require_size(std::string_view name, const std::vector<float>& values, int64_t expected) {
   if (std::ssize(values) != expected)
     throw InvalidArgument(name, text_of(values.size(), " numbers"), text_of(expected));
   for (const float value : values) {
@@ -17,21 +18,23 @@ void require_size(const char* name, const std::vector<float>& values, int64_t ex
   }
 }
 
-void require_halves(const char* name, const std::vector<float>& values) {
+void require_halves(std::string_view name, const std::vector<float>& values) {
   for (const float value : values) {
     if (float_from_f16(f16_from_float(value)) != value)
       throw InvalidArgument(name, text_of(value), "numbers of float16");
   }
 }
 
-void require_table(const char* name, const KVTable& table, int bits) {
-  require_size(name, table.bounds, (int64_t{1} << bits) - 1);
-  require_size(name, table.values, int64_t{1} << bits);
-  require_halves(name, table.values);
+void require_table(std::string_view side, const KVTable& table, int bits) {
+  const std::string bounds = text_of(side, "_bounds");
+  const std::string values = text_of(side, "_values");
+  require_size(bounds, table.bounds, (int64_t{1} << bits) - 1);
+  require_size(values, table.values, int64_t{1} << bits);
+  require_halves(values, table.values);
   for (size_t i = 1; i < table.bounds.size(); ++i) {
     if (table.bounds[i] < table.bounds[i - 1]) {
-      throw InvalidArgument(name, text_of("a bound ", table.bounds[i], " after ", table.bounds[i - 1]),
-                            "rising ones");
+      throw InvalidArgument(bounds, text_of(table.bounds[i], " after ", table.bounds[i - 1]),
+                            "rising numbers");
     }
   }
 }
@@ -39,8 +42,8 @@ void require_table(const char* name, const KVTable& table, int bits) {
 }  // namespace
 
 void require_valid(const KVTables& tables, const KVFormat& format, int64_t kv_heads, int64_t head_dim) {
-  require_table("keys", tables.keys, format.key_bits);
-  require_table("values", tables.values, format.value_bits);
+  require_table("key", tables.keys, format.key_bits);
+  require_table("value", tables.values, format.value_bits);
   require_size("key_scale", tables.key_scale, checked_mul(kv_heads, head_dim));
   require_size("key_middle", tables.key_middle, checked_mul(kv_heads, head_dim));
   require_halves("key_scale", tables.key_scale);

@@ -18,6 +18,9 @@ namespace quantloom {
 // Throws TypeMismatch or InvalidArgument naming the argument. threads 0: OpenMP's default.
 void attend(const KVCache& cache, const KVTokens& queries, float scale, float* out, int threads = 0);
 
+// What attend() throws of queries and a scale, before anything is appended for them.
+void require_queries(const KVShape& shape, const KVTokens& queries, float scale);
+
 // The slow obvious reference, in float64.
 void attend_reference(const KVCache& cache, const KVTokens& queries, float scale, double* out);
 

@@ -89,6 +89,8 @@ class KVPages {
   int64_t coded_of(KVSide side, int64_t length) const;
   Run written_pages(const Sequence& sequence, int64_t length) const;
   bool owns(const Sequence& sequence, int64_t page) const;
+  // Throws InvalidArgument if there are not so many numbers of pages left.
+  void require_numbers(int64_t pages) const;
   int32_t take_page();
   void release(const Sequence& sequence);
 

@@ -402,6 +402,8 @@ TEST(KVCache, RefusesBadInputBeforeAnythingChanges) {
   EXPECT_THROW(KVCache(format, {-1, 1, 16, DType::f16}), InvalidArgument);
   EXPECT_THROW(KVCache(format, {2, 2, 16, DType::i8}), TypeMismatch);
   EXPECT_THROW(KVCache(format, shape, -1), InvalidArgument);
+  EXPECT_THROW(KVCache(format, shape, int64_t{1} << 45), InvalidArgument);
+  EXPECT_THROW(KVCache(format, {int64_t{1} << 62, 2, 16, DType::f16}), InvalidArgument);
   KVCache cache = make_cache(format, shape);
   RandomTokens x(shape, 20, 16);
   cache.append(x.all(), x.all());
@@ -420,6 +422,7 @@ TEST(KVCache, RefusesBadInputBeforeAnythingChanges) {
   const RandomTokens wide({2, 2, 16, DType::f32}, 20, 18);
   EXPECT_THROW(cache.append(wide.all(), wide.all()), TypeMismatch);
   EXPECT_THROW(cache.reorder(std::vector<int64_t>{0, 2}), InvalidArgument);
+  EXPECT_THROW(cache.reserve(INT64_MAX), InvalidArgument);
   std::vector<float> out(20 * 16 + 16);
   EXPECT_THROW(cache.read(KVSide::keys, 0, 0, 1, 20, out.data()), InvalidArgument);
   EXPECT_THROW(cache.read(KVSide::keys, 2, 0, 0, 1, out.data()), InvalidArgument);
