@@ -105,6 +105,7 @@ void bind_cuda_kv_cache(py::module_& module) {
           release())
       .def(
           "clear", [](CudaKVCache& cache, uintptr_t stream) { cache.clear(pointer(stream)); }, release())
+      .def("require_queries", &require_queries_of<CudaKVCache>)
       .def("read", &read)
       .def("attend", &attend)
       .def("record", &record)

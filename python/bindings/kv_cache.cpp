@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "quantloom/error.hpp"
-#include "quantloom/kv_cache/kv_attention.hpp"
 
 namespace quantloom::python {
 
@@ -164,6 +163,7 @@ void bind_kv_cache(py::module_& module) {
            })
       .def("reorder", [](KVCache& cache, const std::vector<int64_t>& sources) { cache.reorder(sources); })
       .def("clear", &KVCache::clear)
+      .def("require_queries", &require_queries_of<KVCache>)
       .def("read",
            [](const KVCache& cache, const std::string& side, int64_t sequence, int64_t head, int64_t first,
               int64_t count, const ArrayRef& out) {

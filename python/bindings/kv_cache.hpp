@@ -4,7 +4,7 @@
 #include <string>
 
 #include "arrays.hpp"
-#include "quantloom/kv_cache/kv_cache.hpp"
+#include "quantloom/kv_cache/kv_attention.hpp"
 
 namespace quantloom::python {
 
@@ -24,6 +24,12 @@ void require_sequence(const Cache& cache, int64_t sequence) {
   if (sequence < 0 || sequence >= cache.shape().sequences) {
     throw InvalidArgument("sequence", text_of(sequence), text_of("0 to ", cache.shape().sequences - 1));
   }
+}
+
+// Throws what attend() would of these queries.
+template <class Cache>
+void require_queries_of(const Cache& cache, const ArrayRef& queries, double scale) {
+  require_queries(cache.shape(), kv_tokens("queries", queries, queries.device()), static_cast<float>(scale));
 }
 
 template <class Cache>

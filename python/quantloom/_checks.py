@@ -30,6 +30,15 @@ def integer(name: str, value: Any, low: int | None = None, expected: str = "an i
     return number
 
 
+def integers(name: str, values: Any) -> list[int]:
+    """A list of the integers of a sequence."""
+    try:
+        entries = list(values)
+    except TypeError:
+        raise TypeError(f"{name}: got {type_name(values)}, expected a sequence of integers") from None
+    return [integer(name, entry) for entry in entries]
+
+
 def real(name: str, value: Any, expected: str = "a finite number") -> float:
     """A finite float."""
     if isinstance(value, (bool, str, bytes)):

@@ -56,7 +56,10 @@ def test_formats_come_back_and_say_what_they_are():
         ({"kind": 3}, TypeError, "kind"),
         ({"key_bits": 5}, ValueError, "key_bits"),
         ({"key_bits": 2.0}, TypeError, "key_bits"),
-        ({"value_bits": 9}, ValueError, "value_bits"),
+        ({"value_bits": 9}, ValueError, "value_bits: got 9, expected 1, 2, 3, 4 or 8"),
+        ({"first": 2**25}, ValueError, "first: got 33554432, expected 0 to"),
+        ({"kind": "kvquant", "group_size": 8}, ValueError, "group_size: got 8, expected 0 for kvquant"),
+        ({"outliers": 0.01}, ValueError, "outliers: got 100 of 10000 elements, expected none for kivi"),
         ({"group_size": 0}, ValueError, "group_size"),
         ({"window": 100}, ValueError, "window"),
         ({"window": -1}, ValueError, "window"),
@@ -175,6 +178,11 @@ def test_reserved_memory_is_enough(rng):
     assert cache.usage().reserved_bytes == reserved
     with pytest.raises(ValueError, match="tokens"):
         cache.reserve(-1)
+    for tokens in (2**40, 2**62):
+        with pytest.raises(ValueError, match=r"capacity: got \d+ pages, expected fewer than 2\^31"):
+            cache.reserve(tokens)
+    assert cache.usage().reserved_bytes == reserved
+    assert cache.lengths == [1250] * 2
 
 
 def test_appending_and_attending_compile_as_one_operator(rng):
@@ -241,6 +249,19 @@ def test_bad_input_is_refused_by_name(rng):
         ql.kv.KVCache("kivi:2", 1, 1, 12)
     with pytest.raises(TypeError, match="dtype"):
         ql.kv.KVCache("kivi:2", 1, 1, 16, "int8")
+    for arguments, name in {
+        (2**62, 1, 16): "sequences",
+        (1, 2**40, 16): "sequences",
+        (1, 1, 16, "float16", 2**45): "capacity",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: got .*, expected fewer than 2"):
+            ql.kv.KVCache("kivi:2", *arguments)
+    with pytest.raises(TypeError, match="tables: got str"):
+        ql.kv.KVCache("kivi:2", 1, 1, 16, tables="file")
+    with pytest.raises(TypeError, match="starts: got int, expected a sequence of integers"):
+        cache.append(x, x, starts=0)
+    with pytest.raises(TypeError, match="sources: got int, expected a sequence of integers"):
+        cache.reorder(0)
     with pytest.raises(TypeError, match="check"):
         cache.append(x, x, check=1)
     with pytest.raises(ValueError, match="device"):
@@ -262,4 +283,24 @@ def test_the_operator_takes_tensors_alone():
     x = np.zeros((1, 1, 1, 64), np.float16)
     with pytest.raises(TypeError, match=r"keys: got ndarray, expected a torch\.Tensor"):
         cache.append_attend(torch.from_numpy(x), x, x)
+    assert cache.lengths == [0]
+
+
+def test_the_operator_refuses_queries_before_it_appends():
+    torch = pytest.importorskip("torch")
+    cache = ql.kv.KVCache("kivi:2", 1, 2, 64)
+    x = torch.zeros((1, 2, 1, 64), dtype=torch.float16)
+    for queries, scale, error, name in (
+        (x[0], None, ValueError, "queries"),
+        (x[:, :1], None, ValueError, "queries"),
+        (x[..., :8], None, ValueError, "queries"),
+        (x.int(), None, TypeError, "queries"),
+        (x, float("nan"), ValueError, "scale"),
+        (x, 1e39, ValueError, "scale"),
+        (x, "1", TypeError, "scale"),
+    ):
+        with pytest.raises(error, match=name):
+            cache.append_attend(queries, x, x, scale)
+    with pytest.raises(TypeError, match="keys: got a tensor on meta, expected one on cpu"):
+        cache.append_attend(x, x.to("meta"), x)
     assert cache.lengths == [0]

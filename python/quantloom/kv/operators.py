@@ -44,6 +44,9 @@ def _append_attend(queries, keys, values, mask, handle, scale):
 
 
 def _append_attend_fake(queries, keys, values, mask, handle, scale):
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.device != queries.device:
+            raise TypeError(f"{name}: got a tensor on {tensor.device}, expected one on {queries.device}")
     sequences, heads, tokens, dim = queries.shape
     return queries.new_empty((sequences, tokens, heads, dim))
 

@@ -73,6 +73,10 @@ class KVCache:
         self.kv_heads = _checks.integer("kv_heads", kv_heads, 1)
         self.head_dim = _checks.integer("head_dim", head_dim, 1)
         self.device = "cpu" if device is None else _devices.device_name("device", device)
+        if tables is not None and not isinstance(tables, _core.KVTables):
+            raise TypeError(
+                f"tables: got {_checks.type_name(tables)}, expected those of KVCalibration.core_tables"
+            )
         make = _core.KVCache if self.device == "cpu" else _core.CudaKVCache
         self._core = self._queued(
             make,
@@ -148,7 +152,7 @@ class KVCache:
         come, without waiting, and a later call raises the error.
         """
         keys, values = self._take("keys", keys), self._take("values", values)
-        starts = None if starts is None else [_checks.integer("starts", start) for start in starts]
+        starts = None if starts is None else _checks.integers("starts", starts)
         threads, check = _checks.thread_count(threads), _checks.boolean("check", check)
         option = threads if self.device == "cpu" else check
         self._queued(self._core.append, keys.core, values.core, starts, option)
@@ -184,7 +188,8 @@ class KVCache:
     def append_attend(self, queries: Any, keys: Any, values: Any, scale: float | None = None) -> Any:
         """``append`` without a check, then ``attend``, as one operator of PyTorch: for torch tensors.
 
-        ``torch.compile`` takes it as it is. Raises TypeError for other arrays.
+        ``torch.compile`` takes it as it is. Raises TypeError for other arrays; queries that cannot attend are
+        refused before anything is appended.
         """
         import torch
 
@@ -195,12 +200,13 @@ class KVCache:
                 raise TypeError(f"{name}: got {_checks.type_name(value)}, expected a torch.Tensor")
         if self._handle is None:
             self._handle = self._new_handle()
-        scale = 1 / math.sqrt(self.head_dim) if scale is None else float(scale)
+        scale = 1 / math.sqrt(self.head_dim) if scale is None else _checks.real("scale", scale)
         return operators.append_attend(queries, keys, values, None, self._handle, scale).transpose(1, 2)
 
     def _append_attend(self, queries: Any, keys: Any, values: Any, mask: Any, scale: float) -> Any:
         if mask is not None:
             raise ValueError("mask: got a tensor, expected None: the tokens of a KVCache are no padding")
+        self._ask(self._core.require_queries, self._take("queries", queries).core, scale)
         self.append(keys, values, check=False)
         return self.attend(queries, scale).transpose(1, 2).contiguous()
 
@@ -218,7 +224,8 @@ class KVCache:
 
     def _read(self, side: str, sequence: int, kind: str | None, dtype: str = "float32") -> Any:
         on_cpu = self.device == "cpu"
-        kind = _checks.choice("kind", kind or ("numpy" if on_cpu else "torch"), ("numpy", "torch"))
+        kind = ("numpy" if on_cpu else "torch") if kind is None else kind
+        _checks.choice("kind", kind, ("numpy", "torch"))
         if kind == "numpy" and not on_cpu:
             raise ValueError(f"kind: got 'numpy', expected 'torch' of a cache on {self.device}")
         lengths = self.lengths
@@ -256,7 +263,7 @@ class KVCache:
 
         Pages are shared until they are written to.
         """
-        self._queued(self._core.reorder, [_checks.integer("sources", source) for source in sources])
+        self._queued(self._core.reorder, _checks.integers("sources", sources))
 
     def clear(self) -> None:
         """Forgets all tokens and keeps the memory."""
