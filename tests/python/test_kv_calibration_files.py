@@ -54,6 +54,28 @@ def test_the_golden_file_is_read_and_written_again(tmp_path):
     assert ql.kv.KVCalibration.load(tmp_path / "plain").rotary is None
 
 
+def test_bad_calibrations_are_refused_by_name(tmp_path):
+    made = calibration()
+    with pytest.raises(TypeError, match="layers: got int"):
+        ql.kv.KVCalibration(made.format, 5)
+    with pytest.raises(TypeError, match="layers: number 0 is int"):
+        ql.kv.KVCalibration(made.format, (5,))
+    with pytest.raises(TypeError, match="rotary: got int"):
+        ql.kv.KVCalibration(made.format, made.layers, 5)
+    with pytest.raises(ValueError, match="layer: got 2, expected one below 2"):
+        made.core_tables(2, 8)
+    with pytest.raises(ValueError, match="layer: got -1"):
+        made.core_tables(-1, 8)
+    with pytest.raises(ValueError, match="positions: got -8"):
+        made.core_tables(0, -8)
+    tensors, about = contents(GOLDEN)
+    without = {name: value for name, value in about.items() if name != "scaling"}
+    for more, said in (({}, without), ({"more": np.zeros(1, np.float32)}, about)):
+        write(tmp_path / "file", tensors | more, said)
+        with pytest.raises(ValueError, match=r"holds \d+ tensors, expected"):
+            ql.kv.KVCalibration.load(tmp_path / "file")
+
+
 def test_every_shorter_file_is_refused(tmp_path):
     data, path = GOLDEN.read_bytes(), tmp_path / "short"
     for size in [*range(1200), *range(1200, len(data), 97), len(data) - 1]:
@@ -122,12 +144,13 @@ def test_hostile_files_are_refused_or_hold_tables_that_work(tmp_path, rng):
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("key_bounds", lambda x: x[:-1], "keys"),
-        ("key_values", lambda x: np.append(x, x[-1:]), "keys"),
+        ("key_bounds", lambda x: x[:-1], "key_bounds: got 6 numbers, expected 7"),
+        ("key_values", lambda x: np.append(x, x[-1:]), "key_values: got 9 numbers, expected 8"),
         ("key_values", lambda x: x * 1.0001, "float16"),
         ("value_bounds", lambda x: x[::-1].copy(), "rising"),
         ("value_values", lambda x: x * np.float32(np.nan), "finite"),
-        ("value_values", lambda x: x.astype(np.float64), "float32"),
+        ("value_values", lambda x: x.astype(np.float64), "value_values: got float64, expected .* float32"),
+        ("value_values", lambda x: x[None], r"value_values: got shape \[1, 8\], expected \[2\*\*bits\]"),
         ("key_scale", lambda x: x * 0, "above 0"),
         ("key_scale", lambda x: -x, "above 0"),
         ("key_scale", lambda x: x.ravel(), r"\[kv_heads, head_dim\]"),
@@ -179,6 +202,9 @@ def test_wrong_frequencies_are_refused(tmp_path, frequencies, reason):
         {"layers": "2"},
         {"scaling": "much"},
         {"scaling": None},
+        {"scaling": 0.0},
+        {"scaling": -1.0},
+        {"scaling": 1e300},
         {"format": {}},
         {"format": "kvquant:3"},
         {"format": {"kv_cache": "kivi"}},

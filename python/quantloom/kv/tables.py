@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as _json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,9 +18,13 @@ __all__ = ["KVCalibration", "KVTables", "RotaryEmbedding"]
 _KEY = "kv_cache"
 
 
-def _floats(name: str, value: Any) -> np.ndarray:
+def _floats(name: str, value: Any, shape: str) -> np.ndarray:
+    """An array of float32 with as many dimensions as `shape` names."""
     if not isinstance(value, np.ndarray) or value.dtype != np.float32:
-        raise TypeError(f"{name}: got {_checks.type_name(value)}, expected a NumPy array of float32")
+        got = value.dtype if isinstance(value, np.ndarray) else _checks.type_name(value)
+        raise TypeError(f"{name}: got {got}, expected a NumPy array of float32")
+    if value.ndim != shape.count(",") + 1 or value.size == 0:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected {shape}")
     return np.ascontiguousarray(value)
 
 
@@ -48,8 +52,10 @@ class KVTables:
     key_middle: np.ndarray
 
     def __post_init__(self) -> None:
+        shapes = {"bounds": "[2**bits - 1]", "values": "[2**bits]"}
         for entry in fields(self):
-            object.__setattr__(self, entry.name, _floats(entry.name, getattr(self, entry.name)))
+            shape = shapes.get(entry.name.partition("_")[2], "[kv_heads, head_dim]")
+            object.__setattr__(self, entry.name, _floats(entry.name, getattr(self, entry.name), shape))
 
     def _with(self, rotation: Any) -> _core.KVTables:
         arrays = {entry.name: _core_array(entry.name, getattr(self, entry.name)) for entry in fields(self)}
@@ -70,17 +76,21 @@ class RotaryEmbedding:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        frequencies = _floats("inverse_frequencies", self.inverse_frequencies)
-        if frequencies.ndim != 1 or frequencies.size == 0:
-            raise ValueError(f"inverse_frequencies: got {list(frequencies.shape)}, expected [rotated / 2]")
+        frequencies = _floats("inverse_frequencies", self.inverse_frequencies, "[rotated / 2]")
+        if not np.isfinite(frequencies).all():
+            raise ValueError("inverse_frequencies: got values that are not finite, expected finite ones")
         put(self, "inverse_frequencies", frequencies)
         put(self, "scaling", _checks.real("scaling", self.scaling))
+        if not 2.0**-64 <= self.scaling <= 2.0**64:
+            raise ValueError(f"scaling: got {self.scaling}, expected one from 2**-64 to 2**64")
 
     def angles(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines, float32 ``[positions, rotated / 2]``."""
-        angles = np.arange(positions, dtype=np.float32)[:, None] * self.inverse_frequencies[None, :]
-        scaling = np.float32(self.scaling)
-        return np.cos(angles) * scaling, np.sin(angles) * scaling
+        positions = _checks.integer("positions", positions, 0)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found where it is used
+            angles = np.arange(positions, dtype=np.float32)[:, None] * self.inverse_frequencies[None, :]
+            scaling = np.float32(self.scaling)
+            return np.cos(angles) * scaling, np.sin(angles) * scaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +113,17 @@ class KVCalibration:
     def __post_init__(self) -> None:
         if not isinstance(self.format, KVFormat) or self.format.kind != "kvquant":
             raise ValueError(f"format: got {self.format}, expected one of the kind kvquant")
+        if not isinstance(self.layers, Iterable):
+            raise TypeError(f"layers: got {_checks.type_name(self.layers)}, expected KVTables of each")
         object.__setattr__(self, "layers", tuple(self.layers))
+        if self.rotary is not None and not isinstance(self.rotary, RotaryEmbedding):
+            raise TypeError(
+                f"rotary: got {_checks.type_name(self.rotary)}, expected a RotaryEmbedding or None"
+            )
         for index, layer in enumerate(self.layers):
-            if layer.key_scale.ndim != 2 or layer.key_middle.shape != layer.key_scale.shape:
+            if not isinstance(layer, KVTables):
+                raise TypeError(f"layers: number {index} is {_checks.type_name(layer)}, expected KVTables")
+            if layer.key_middle.shape != layer.key_scale.shape:
                 raise ValueError(
                     f"layers: number {index} has key_scale {list(layer.key_scale.shape)} and key_middle"
                     f" {list(layer.key_middle.shape)}, expected [kv_heads, head_dim]"
@@ -118,6 +136,9 @@ class KVCalibration:
 
     def core_tables(self, layer: int, positions: int) -> _core.KVTables:
         """The tables of a layer as ``KVCache`` takes them, for `positions` positions."""
+        layer = _checks.integer("layer", layer, 0)
+        if layer >= len(self.layers):
+            raise ValueError(f"layer: got {layer}, expected one below {len(self.layers)}")
         if self.rotary is None:
             return self.layers[layer]._with(None)
         if positions not in self._rotations:
@@ -151,13 +172,19 @@ class KVCalibration:
             entry = _json.loads(about)
             format = kv_format_from_json(_json.dumps(entry["format"]))
             names: Sequence[str] = [each.name for each in fields(KVTables)]
+            count = _checks.integer("layers", entry["layers"], 0)
             layers = [
                 KVTables(**{name: np.array(tensors[f"layers.{index}.{name}"]) for name in names})
-                for index in range(_checks.integer("layers", entry["layers"], 0))
+                for index in range(count)
             ]
             rotary = None
             if "scaling" in entry:
                 rotary = RotaryEmbedding(np.array(tensors["inverse_frequencies"]), entry["scaling"])
+            expected = count * len(names) + ("scaling" in entry)
+            if len(tensors) != expected:
+                raise ValueError(f"holds {len(tensors)} tensors, expected {expected} for {count} layers")
             return cls(format, tuple(layers), rotary)
-        except (KeyError, RecursionError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path}: not a calibration of a KV cache: holds no {error}") from None
+        except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a calibration of a KV cache: {error}") from None
