@@ -152,7 +152,7 @@ def test_chunks_of_a_prompt_see_what_is_stored(models, spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_sequence_does_not_depend_on_its_batch_mates(models, spec):
     ours, theirs = models
-    lengths = [33, 5, 17]
+    lengths = [33, 5, 17, 1]
     rows = [prompt(length, seed=10 + length)[0] for length in lengths]
     ids = torch.stack([torch.nn.functional.pad(row, (33 - len(row), 0)) for row in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (33 - len(row), 0)) for row in rows])
@@ -168,6 +168,47 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(models, spec):
             torch.testing.assert_close(
                 layer.cache.values(s, "torch"), other.cache.values(0, "torch"), rtol=0.01, atol=0.01
             )
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_refused_call_leaves_the_cache_as_it_was(models, direct):
+    model = models[0 if direct else 1]
+    ids, mask = prompt(20, 2), torch.ones(2, 20, dtype=torch.long)
+    cache = ql.kv.QuantizedKVCache(model.config, "kivi:2:g4:r8", "quantized")
+    twin = ql.kv.QuantizedKVCache(model.config, "kivi:2:g4:r8", "quantized")
+    with torch.no_grad():
+        for each in (cache, twin):
+            model(ids[:, :19], attention_mask=mask[:, :19], past_key_values=each)
+        with pytest.raises(ValueError, match="keys: got shape"):
+            model(ids[:1, 19:], past_key_values=cache)
+        if direct:
+            hole = mask.clone()
+            hole[0, 5] = 0
+            with pytest.raises(ValueError, match="attention_mask: row 0"):
+                model(ids[:, 19:], attention_mask=hole, past_key_values=cache)
+        assert cache.get_seq_length() == 19
+        assert cache.usage() == twin.usage()
+        after, expected = (model(ids[:, 19:], attention_mask=mask, past_key_values=c) for c in (cache, twin))
+    assert torch.equal(after.logits, expected.logits)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_call_that_fails_between_layers_is_told_until_a_reset(models, direct):
+    model = models[0 if direct else 1]
+    ids = prompt(20)
+    cache = ql.kv.QuantizedKVCache(model.config, "token:4")
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+        kept = weight[0, 0].item()
+        weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="values: got nan"):
+            model(ids, past_key_values=cache)
+        weight[0, 0] = kept
+        with pytest.raises(RuntimeError, match=r"layer 1 of the cache holds 20 tokens, expected 40.*reset"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
 
 
 def test_a_sequence_may_start_in_a_later_piece_of_the_prompt(models):
@@ -335,7 +376,7 @@ def test_a_step_compiles_without_breaks(models):
 
 
 def test_what_cannot_be_done_is_refused(models):
-    ours, _ = models
+    ours, theirs = models
     with pytest.raises(ValueError, match="full_attention"):
         ql.kv.KIVICache(model_factory.gemma3(layers=1))
     static = transformers.StaticCache(config=ours.config, max_cache_len=32)
@@ -351,6 +392,12 @@ def test_what_cannot_be_done_is_refused(models):
         ql.kv.KIVICache(ours.config, prefill="none")
     with pytest.raises(ValueError, match="window"):
         ql.kv.KIVICache(ours.config, window=100)
+    with pytest.raises(ValueError, match="bits: got 3"):
+        ql.kv.KIVICache(ours.config, bits=(2, 2, 2))
+    with pytest.raises(ValueError, match="calibration: got int, expected none for kivi:2"):
+        ql.kv.QuantizedKVCache(ours.config, "kivi:2", calibration=5)
+    with pytest.raises(TypeError, match="model: got Linear"):
+        ql.kv.use_attention(torch.nn.Linear(1, 1))
     cache = ql.kv.KIVICache(ours.config)
     ids = prompt(10)
     mask = torch.ones_like(ids)
@@ -362,4 +409,10 @@ def test_what_cannot_be_done_is_refused(models):
         ours(ids, past_key_values=cache)
     with pytest.raises(RuntimeError, match="crop"):
         cache.crop(-1)
+    with pytest.raises(ValueError, match="repeats"):
+        cache.batch_repeat_interleave(-1)
+    assert cache.layers[0].cache.lengths == [10]
+    padded = ql.kv.KIVICache(theirs.config, padding=torch.ones(2, 10))
+    with pytest.raises(ValueError, match="padding: got 2 rows, expected 1"), torch.no_grad():
+        theirs(ids, past_key_values=padded)
     assert not cache.is_croppable

@@ -82,19 +82,40 @@ class _Layer(CacheLayerMixin):
         self._catch_up()
         if self.columns != self.stored:
             raise RuntimeError(
-                "the keys of the last call were never attended to: the model's attention hands them on"
-                " changed; call set_attn_implementation('sdpa') and give the cache padding="
+                "the keys of the last call were never attended to: it was interrupted (reset() the cache), or"
+                " the model's attention hands them on changed (call set_attn_implementation('sdpa') and give"
+                " the cache padding=)"
             )
         key_states, value_states = key_states.detach(), value_states.detach()
-        self.columns += key_states.shape[2]
+        columns = self.columns + key_states.shape[2]
+        if self.leads:
+            self.padding.columns = columns
+        elif columns != self.padding.columns and not self.captured:
+            raise RuntimeError(
+                f"layer {self.index} of the cache holds {self.columns} tokens, expected"
+                f" {self.padding.columns - key_states.shape[2]} as in the first: an earlier call failed"
+                f" between them; reset() the cache"
+            )
+        self.columns = columns
         if self.settings.direct:
             # The mask tells which tokens are padding, and only the attention gets it: it adds the tokens.
             marked = key_states.view_as(key_states)
             marked._quantloom_layer = self
             return marked, value_states
-        return self._dense(key_states, value_states, self.settings.padding)
+        try:
+            return self._dense(key_states, value_states, self.settings.padding)
+        except BaseException:
+            self.columns = self.stored
+            raise
 
-    def _append_attend(
+    def _append_attend(self, *call: Any) -> torch.Tensor:
+        try:
+            return self._attended(*call)
+        except BaseException:
+            self.columns = self.stored
+            raise
+
+    def _attended(
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
@@ -115,6 +136,8 @@ class _Layer(CacheLayerMixin):
         else:
             out = _exact_attention(queries, keys, values, None, scale)
         self._append(keys, values, starts)
+        if alone := _alone(starts, count):
+            out[alone, -1] = self.cache.attend(queries[:, :, -1:], scale)[alone, :, 0]
         return out.contiguous()
 
     def _attend_each(
@@ -145,6 +168,10 @@ class _Layer(CacheLayerMixin):
             mask = torch.cat([padding, padding.new_ones(padding.shape[0], max(more, 0))], dim=1)
             mask = mask[:, : self.columns]
             if mask.shape[0] != keys.shape[0]:
+                if mask.shape[0] == 0 or keys.shape[0] % mask.shape[0]:
+                    raise ValueError(
+                        f"padding: got {mask.shape[0]} rows, expected {keys.shape[0]} or a divisor"
+                    )
                 mask = mask.repeat_interleave(keys.shape[0] // mask.shape[0], dim=0)
         starts = self._starts(keys, values, mask)
         count = keys.shape[2]
@@ -153,6 +180,10 @@ class _Layer(CacheLayerMixin):
             return self._stored_batch(keys, self.columns)
         past = self._stored_batch(keys, self.columns - count) if self.columns > count else None
         self._append(keys, values, starts)
+        if alone := _alone(starts, count):
+            keys, values = keys.clone(), values.clone()
+            for s in alone:
+                keys[s, :, -1], values[s, :, -1] = (x[:, -1] for x in self._stored(s, keys.dtype))
         if past is None:
             return keys, values
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (keys, values)))
@@ -215,6 +246,7 @@ class _Layer(CacheLayerMixin):
         self._reorder(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        repeats = _checks.integer("repeats", repeats, 1)
         if self.cache is not None:
             self._reorder([s for s in range(len(self.cache.lengths)) for _ in range(repeats)])
 
@@ -228,6 +260,11 @@ class _Layer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise RuntimeError("offload: the cache stays where it is")
+
+
+def _alone(starts: list[int] | None, count: int) -> list[int]:
+    """The sequences with one new token: it sees what is stored, whatever its batch mates brought."""
+    return [s for s, start in enumerate(starts or []) if start == count - 1]
 
 
 class _Settings:
@@ -327,9 +364,10 @@ class QuantizedKVCache(Cache):
         self.prefill = _checks.choice("prefill", prefill, _PREFILLS)
         capacity = _checks.integer("capacity", capacity, 0)
         needed = self.format.kind == "kvquant"
-        if needed != isinstance(calibration, KVCalibration):
+        if not isinstance(calibration, KVCalibration) if needed else calibration is not None:
             got = "none" if calibration is None else _checks.type_name(calibration)
-            raise ValueError(f"calibration: got {got}, expected {'a KVCalibration' if needed else 'none'}")
+            expected = "a KVCalibration (ql.kv.calibrate)" if needed else "none"
+            raise ValueError(f"calibration: got {got}, expected {expected} for {self.format}")
         if needed and calibration.format != self.format:
             raise ValueError(f"calibration: is for {calibration.format}, expected {self.format}")
         if needed and len(calibration.layers) != text.num_hidden_layers:
@@ -410,6 +448,8 @@ class KIVICache(QuantizedKVCache):
         capacity: int = 0,
         padding: torch.Tensor | None = None,
     ) -> None:
+        if isinstance(bits, tuple) and len(bits) != 2:
+            raise ValueError(f"bits: got {len(bits)} of them, expected one number or a pair")
         key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
         format = KVFormat("kivi", key_bits, value_bits, group_size, window, first, hadamard)
         super().__init__(config, format, prefill, capacity, padding)
@@ -445,8 +485,10 @@ def use_attention(model: Any) -> Any:
     """Makes a model of transformers attend straight from the codes of its cache; returns the model.
 
     The same as ``model.set_attn_implementation("quantloom")``. Without a ``QuantizedKVCache`` the model
-    attends with PyTorch's scaled_dot_product_attention.
+    attends with PyTorch's scaled_dot_product_attention. Raises TypeError for what is no such model.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model: got {_checks.type_name(model)}, expected a model of transformers")
     model.set_attn_implementation(ATTENTION)
     return model
 

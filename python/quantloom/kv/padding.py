@@ -22,6 +22,7 @@ class Padding:
     """
 
     def __init__(self) -> None:
+        self.columns = 0  # of the first layer with the tokens of this call
         self._mask: torch.Tensor | None = None
         self._found: tuple[Any, list[int]] | None = None
         self._before: torch.Tensor | None = None  # padding of each sequence, on the device
