@@ -199,19 +199,24 @@ def _windows(ids, window: int, windows: int | None, batch: int, *models) -> np.n
             f"ids: {array.size} tokens hold {available} windows of {window}, expected at least {windows or 1}"
         )
     array = array[: (windows or available) * window].astype(np.int64)
+    _require_fit(array, "window", window, *models)
+    return array.reshape(-1, window)
+
+
+def _require_fit(array: np.ndarray, name: str, window: int, *models) -> None:
+    """Whether models have the positions of a window, named `name`, and the vocabulary of ids."""
     for model in models:
         config = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         positions = getattr(text, "max_position_embeddings", None)
         if positions is not None and window > positions:
-            raise ValueError(f"window: got {window}, but the model has {positions} positions")
+            raise ValueError(f"{name}: got {window}, but the model has {positions} positions")
         vocabulary = getattr(text, "vocab_size", None)
         low, high = int(array.min()), int(array.max())
         if vocabulary is not None and (low < 0 or high >= vocabulary):
             raise ValueError(
                 f"ids: span [{low}, {high}], expected ids in [0, {vocabulary}) of the vocabulary"
             )
-    return array.reshape(-1, window)
 
 
 def _batches(ids: np.ndarray, batch: int, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:

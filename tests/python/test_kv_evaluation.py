@@ -51,6 +51,18 @@ def test_errors_order_as_bits_do_and_chunks_are_named(model):
         kl("kivi:2", chunk=48, prefill="exact")
     with pytest.raises(ValueError, match="chunk"):
         ql.kv.CachedModel(model, "kivi:2", chunk=0)
+    for format, chunk in (("kivi:2", 1), ("bfloat16", 8)):
+        with pytest.raises(ValueError, match="prefill: got 'exact'"):
+            ql.kv.CachedModel(model, format, chunk, "exact")
+    with pytest.raises(TypeError, match="model: got Linear"):
+        ql.kv.CachedModel(torch.nn.Linear(1, 1), "kivi:2")
+    with pytest.raises(ValueError, match="calibration: got none"):
+        ql.kv.CachedModel(model, "kvquant:3")
+    with pytest.raises(ValueError, match="calibration: got str, expected none for float16"):
+        ql.kv.CachedModel(model, "float16", calibration="file")
+    for wrong in (torch.zeros(4, dtype=torch.long), torch.zeros((1, 0), dtype=torch.long), [[1]]):
+        with pytest.raises(ValueError, match="input_ids"):
+            ql.kv.CachedModel(model, "kivi:2")(wrong)
 
 
 def test_eval_tells_what_was_measured(tmp_path):
@@ -79,7 +91,26 @@ def test_eval_tells_what_was_measured(tmp_path):
         app, ["eval", str(folder), "--text", str(text), "--window", "48", "--kv", "token:4"]
     )
     assert run.exit_code == 0
-    assert "1 tokens at once" in run.output
+    assert "token by token" in run.output
+
+
+def test_eval_refuses_settings_of_caches_before_it_works(tmp_path):
+    folder = model_factory.write_model(tmp_path / "model", model_factory.llama())
+    text = tmp_path / "text.u16"
+    ids(96).astype("<u2").tofile(text)
+    for options, reason in {
+        "--kv-chunk 8": "--kv-chunk, --kv-prefill: got without --kv",
+        "--kv-prefill exact": "--kv-chunk, --kv-prefill: got without --kv",
+        "--kv kivi:2 --kv-prefill exact": "prefill: got 'exact' for single tokens",
+        "--kv float16 --kv-chunk 8 --kv-prefill exact": "prefill: got 'exact' for float16",
+        "--kv kvquant:3": "kv: got kvquant:3, expected for kvquant the file that",
+        "--kv none.safetensors": "kv: no such file: none.safetensors",
+        f"--kv {text}": "header",
+        "--needle 2 --window 48": "window: got 48, expected at least 65 with --needle",
+    }.items():
+        run = CliRunner().invoke(app, f"eval {folder} --text {text} --window 96 {options}".split())
+        assert run.exit_code == 1, options
+        assert reason in run.stderr
 
 
 def test_quantized_weights_and_caches_compose(model):

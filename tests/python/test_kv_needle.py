@@ -77,5 +77,16 @@ def test_bad_input_is_refused_by_name():
         ql.kv.needle(model, text(), context=64)
     with pytest.raises(ValueError, match="depths"):
         ql.kv.needle(model, text(), context=100, depths=(1.0,))
+    with pytest.raises(ValueError, match="depths"):
+        ql.kv.needle(model, text(), context=100, depths=(0.5, 0.5))
+    with pytest.raises(TypeError, match="depths"):
+        ql.kv.needle(model, text(), context=100, depths=0.5)
+    with pytest.raises(TypeError, match="model"):
+        ql.kv.needle("model", text(), context=100)
+    model.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=99)
+    with pytest.raises(ValueError, match="context: got 100, but the model has 99 positions"):
+        ql.kv.needle(model, text(), context=100)
+    with pytest.raises(ValueError, match="ids: span"):
+        ql.kv.needle(model, text() + VOCABULARY, context=99)
     with pytest.raises(ValueError, match="count"):
         ql.kv.needle(model, text(), context=100, count=0)

@@ -232,6 +232,8 @@ def test_quantize_then_eval_from_the_shell(tmp_path):
     assert CliRunner().invoke(app, wrong.split()).exit_code != 0
     wrong = f"kv-calibrate {folder} --format kivi:2 --calibration {text} -o {output}"
     assert CliRunner().invoke(app, wrong.split()).exit_code != 0
+    wrong = f"kv-calibrate {folder} --calibration {text} -o {tmp_path}/none/kv.safetensors"
+    assert "output: no such folder" in CliRunner().invoke(app, wrong.split()).stderr
 
 
 def test_bad_input_is_refused_by_name(model, calibration):

@@ -23,6 +23,10 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+# Twice the 32 tokens of a passage, and one.
+LEAST_NEEDLE_WINDOW = 65
+
+
 @common.reports_errors
 def evaluate(
     model: Annotated[
@@ -62,7 +66,7 @@ def evaluate(
         typer.Option(
             metavar="FORMAT",
             help='Keep keys and values in this format and attend to them as stored: "kivi:2", "token:4", '
-            '"sdr:4"; a file of `quantloom kv-calibrate`; or "float16". Default: no cache.',
+            '"sdr:4"; a file of `quantloom kv-calibrate`; or "float16", "bfloat16". Default: no cache.',
             show_default=False,
         ),
     ] = None,
@@ -102,16 +106,19 @@ def evaluate(
     common.require_file(text, "text")
     if reference is not None:
         common.require_folder(reference, "reference")
+    if kv is None and (kv_chunk > 1 or kv_prefill is Prefill.exact):
+        raise ValueError("--kv-chunk, --kv-prefill: got without --kv, expected with it")
+    if needle is not None and window < LEAST_NEEDLE_WINDOW:
+        raise ValueError(f"window: got {window}, expected at least {LEAST_NEEDLE_WINDOW} with --needle")
     common.quiet_libraries()
     import quantloom
 
+    format, calibration = (None, None) if kv is None else _cache_format(kv)
     ids = quantloom.evaluate.tokens(model, text)
     with common.progress_bar(progress) as update:
         update("loading", 0, 1)
         loaded = load_model(model, packed, device, dtype)
         if kv is not None:
-            calibration = quantloom.kv.KVCalibration.load(kv) if kv.endswith(".safetensors") else None
-            format = kv if calibration is None else calibration.format
             loaded = quantloom.kv.CachedModel(loaded, format, kv_chunk, kv_prefill.value, calibration)
         settings = {"window": window, "windows": windows, "batch": batch}
         settings["progress"] = lambda done, total: update("evaluating", done, total)
@@ -151,7 +158,8 @@ def evaluate(
             ["top-1 agreement", f"{result['top1_agreement']:.2%}"],
         ]
     if kv is not None:
-        rows.append(["KV cache", f"{result['kv']}, {result['kv_chunk']} tokens at once"])
+        pace = "token by token" if kv_chunk == 1 else f"{kv_chunk} tokens at once"
+        rows.append(["KV cache", f"{result['kv']}, {pace}"])
         if result["kv_chunk"] > 1:
             rows.append(["  which see each other", "exactly" if kv_prefill is Prefill.exact else "as stored"])
         if "kv_bytes_per_token" in result:
@@ -163,6 +171,22 @@ def evaluate(
         rows.append(["  of passages that are not there", f"{facts['baseline']:.2%}"])
     rows.append(["scored tokens", f"{result['tokens']} in {result['windows']} windows of {window}"])
     common.console().print(common.table(str(model), ["measure", "value"], rows))
+
+
+def _cache_format(kv: str):
+    """What --kv stands for: a format, and the calibration of a file."""
+    import quantloom
+
+    if kv in ("float16", "bfloat16"):
+        return kv, None
+    if kv.endswith(".safetensors") or Path(kv).is_file():
+        common.require_file(Path(kv), "kv")
+        calibration = quantloom.kv.KVCalibration.load(kv)
+        return calibration.format, calibration
+    format = quantloom.kv.parse_kv_format(kv)
+    if format.kind == "kvquant":
+        raise ValueError(f"kv: got {kv}, expected for kvquant the file that `quantloom kv-calibrate` wrote")
+    return format, None
 
 
 def _cache_facts(model) -> dict:

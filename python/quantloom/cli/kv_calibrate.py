@@ -48,6 +48,8 @@ def kv_calibrate(
     """
     common.require_folder(model, "model")
     common.require_file(calibration, "calibration")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output: no such folder: {output.absolute().parent}")
     common.quiet_libraries()
     import quantloom
     from quantloom.cli.evaluate import load_model

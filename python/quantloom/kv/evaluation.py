@@ -46,10 +46,12 @@ class CachedModel(torch.nn.Module):
         chunk: tokens of a piece. 1: token by token, as in decoding.
         calibration: a ``KVCalibration``, for formats of the kind kvquant.
         prefill: what the tokens of a larger piece see of each other: ``"quantized"`` or ``"exact"``, as in
-            ``QuantizedKVCache``.
+            ``QuantizedKVCache``; not for 16-bit dtypes nor for single tokens, which see what is stored.
 
     Attributes:
         usage: what the cache held at the end of the last call, or None; not for 16-bit dtypes.
+
+    Raises TypeError or ValueError naming the argument.
     """
 
     def __init__(
@@ -61,12 +63,22 @@ class CachedModel(torch.nn.Module):
         calibration: KVCalibration | None = None,
     ) -> None:
         super().__init__()
-        self.format = format if format in _ROUNDED else parse_kv_format(format)
+        rounded = isinstance(format, str) and format in _ROUNDED
+        self.format = format if rounded else parse_kv_format(format)
         self.chunk = _checks.integer("chunk", chunk, 1)
         self.prefill = _checks.choice("prefill", prefill, ("quantized", "exact"))
-        self.model = model if format in _ROUNDED else use_attention(model)
         self.calibration = calibration
         self.usage: KVUsage | None = None
+        if not hasattr(model, "set_attn_implementation"):
+            raise TypeError(f"model: got {_checks.type_name(model)}, expected a model of transformers")
+        if prefill == "exact" and (rounded or self.chunk == 1):
+            what = str(format) if rounded else "single tokens"
+            raise ValueError(f"prefill: got 'exact' for {what}, expected 'quantized': all see what is stored")
+        if not rounded:  # what no cache can be made of is refused now
+            QuantizedKVCache(model.config, self.format, prefill, calibration=calibration)
+        elif calibration is not None:
+            raise ValueError(f"calibration: got {_checks.type_name(calibration)}, expected none for {format}")
+        self.model = model if rounded else use_attention(model)
 
     @property
     def config(self) -> Any:
@@ -74,6 +86,9 @@ class CachedModel(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> Any:
         """An object with `logits` ``[sequences, tokens, vocabulary]``; `use_cache` changes nothing."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            shape = list(getattr(input_ids, "shape", [])) or _checks.type_name(input_ids)
+            raise ValueError(f"input_ids: got {shape}, expected a tensor [sequences, tokens] with tokens")
         count = input_ids.shape[1]
         if isinstance(self.format, str):
             cache = _RoundedCache(self.format)

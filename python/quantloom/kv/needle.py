@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,10 @@ def needle(
     """
     import torch
 
-    from quantloom.evaluate import _evaluating
+    from quantloom.evaluate import _evaluating, _require_fit
 
+    if not callable(model) or not hasattr(model, "parameters"):
+        raise TypeError(f"model: got {_checks.type_name(model)}, expected a language model as torch module")
     for name, value in (("count", count), ("cue", cue), ("length", length), ("batch", batch)):
         _checks.integer(name, value, 1)
     passage = cue + length
@@ -75,9 +77,12 @@ def needle(
         raise ValueError(
             f"ids: got {ids.dtype} {list(ids.shape)}, expected at least {2 * context + 8 * passage} integers"
         )
+    _require_fit(ids, "context", context, model)
+    if not isinstance(depths, Iterable):
+        raise TypeError(f"depths: got {_checks.type_name(depths)}, expected some numbers in [0, 1)")
     depths = [_checks.real("depths", depth) for depth in depths]
-    if not depths or any(not 0 <= depth < 1 for depth in depths):
-        raise ValueError(f"depths: got {depths}, expected some numbers in [0, 1)")
+    if not depths or any(not 0 <= depth < 1 for depth in depths) or len(set(depths)) < len(depths):
+        raise ValueError(f"depths: got {depths}, expected some numbers in [0, 1), each once")
     generator = np.random.default_rng(_checks.integer("seed", seed, 0))
     room = context - passage  # before the question
     rows, others = [], []
