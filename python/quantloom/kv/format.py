@@ -117,11 +117,11 @@ def parse_kv_format(spec: str | KVFormat) -> KVFormat:
 
     - ``kivi:2[:g32][:r128]``: KIVI with groups of 32 and a window of 128 tokens; ``kivi:4,2`` has keys of 4
       bits and values of 2
-    - ``token:4[:g64][:r32]``: keys and values by token, one scale for all channels of a head or for groups
+    - ``token:4[:g64]``: keys and values by token, one scale for all channels of a head or for groups
     - ``sdr:4[:g16]``: the 4 significant bits of 8-bit integers, the shift shared by 16 channels
     - ``kvquant:3[:1%]``: tables of 8 values, corrections for 1% of the elements
-    - each also with ``:first4`` (tokens at the start that stay exact) and, but for kvquant,
-      ``:hadamard`` (keys rotated)
+    - each also with ``:r32`` (recent tokens that stay exact), ``:first4`` (tokens at the start that stay
+      exact) and, but for kvquant, ``:hadamard`` (keys rotated)
 
     Raises ValueError naming what was not understood.
     """
