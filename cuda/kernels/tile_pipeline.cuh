@@ -1,6 +1,7 @@
 // Asynchronous copies of codes and activations into the ring of stages of a tile loop.
 #pragma once
 
+#include "common/shared_memory.cuh"
 #include "kernels/tile_support.cuh"
 #include "kernels/token_order.hpp"
 
@@ -30,9 +31,6 @@ struct TileCursor {
   }
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 __device__ __forceinline__ void copy_piece(uint32_t shared, const void* global, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "l"(policy)

@@ -13,6 +13,10 @@ AttentionPlan plan_of(const KVView& view, int heads, int64_t tokens, int process
   plan.rows = static_cast<int>(checked_mul(tokens, plan.group));
   plan.item_rows = item_rows_of(view.layout);
   plan.row_blocks = static_cast<int>(ceil_div(plan.rows, plan.item_rows));
+  plan.by_group = cuda::Divisor(plan.group);
+  plan.by_row_blocks = cuda::Divisor(plan.row_blocks);
+  plan.by_page_tokens = cuda::Divisor(static_cast<int>(view.layout.page_tokens));
+  plan.by_window = cuda::Divisor(std::max(view.window, 1));
   // All blocks of a device have a piece of one long sequence.
   plan.pieces = std::clamp(kBlocks * processors / (view.kv_heads * plan.row_blocks), 3, kMostPieces);
   plan.places = static_cast<int>(checked_mul(view.sequences * view.kv_heads, plan.row_blocks));

@@ -18,8 +18,8 @@ bool decodes_in_registers(const KVLayout& layout) {
   const KVPart& keys = layout.keys;
   const KVPart& values = layout.values;
   const bool digits = keys.codec == KVCodec::digits;
-  if (values.codec != (digits ? KVCodec::digits : KVCodec::token_grid) || keys.bits != values.bits)
-    return false;
+  if (values.codec != (digits ? KVCodec::digits : KVCodec::token_grid)) return false;
+  if (keys.bits != values.bits) return takes_matrices(layout);
   if (layout.page_tokens > kWarps * kUnitTokens) return false;
   if (kTwoGroups ? values.group < kRun || values.group % 2 != 0 : values.group % kRun != 0) return false;
   if (keys.codec == KVCodec::channel_grid) {
@@ -28,16 +28,16 @@ bool decodes_in_registers(const KVLayout& layout) {
   return keys.group % kRun == 0 && (digits || keys.bits == 4 || keys.bits == 8);
 }
 
-template <class Keys, class Values, int kDim, int kStages>
+template <class Keys, class Values, int kDim>
 AttentionMemory plan_memory(const AttentionLaunch& launch) {
   AttentionMemory at;
   if constexpr (std::is_void_v<Values>) {
     at.warp = StagedMemory<kDim>(launch.view.layout).bytes;
   } else {
-    at.keys = static_cast<int>(checked_pad(Keys::unit_bytes(launch.view.layout), 16));
-    at.unit = at.keys + static_cast<int>(checked_pad(Values::unit_bytes(launch.view.layout), 16));
+    at.keys = whole_lines(Keys::unit_bytes(launch.view.layout));
+    at.unit = at.keys + whole_lines(Values::unit_bytes(launch.view.layout));
     at.warp = kStages * at.unit;
-    if (Keys::kTakesRest) at.warp = std::max(at.warp, at.keys + ExactMatrices<kDim>::kBytes);
+    if (Keys::kTakesRest) at.warp = std::max(at.warp, at.keys + whole_lines(ExactMatrices<kDim>::kBytes));
   }
   at.rows = std::min(launch.plan.rows, launch.plan.item_rows);
   at.queries = kWarps * at.warp;
@@ -53,15 +53,17 @@ AttentionMemory plan_memory(const AttentionLaunch& launch) {
   at.scales = at.weights + 2 * kWarps * kRows * 8;
   at.tables = at.scales + kRows * 4;
   at.finished = at.tables + (has_tables<Keys> ? StagedTables<kDim>(launch.view.layout).bytes : 0);
+  at.barrier = at.finished + 8;
   at.walk = at.finished + 16;
   at.bytes = at.walk + static_cast<int>(sizeof(AttentionWalk));
   return at;
 }
 
-template <class Keys, class Values, int kDim, int kStages>
-void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool overlap) {
-  const AttentionMemory at = plan_memory<Keys, Values, kDim, kStages>(launch);
-  const auto kernel = &attend_kernel<Keys, Values, kDim, kStages>;
+template <class Keys, class Values, int kDim>
+void launch_with(const AttentionLaunch& launch, AttentionPlan plan) {
+  plan.by_runs = cuda::Divisor(plan.pieces - plan.rest);
+  const AttentionMemory at = plan_memory<Keys, Values, kDim>(launch);
+  const auto kernel = &attend_kernel<Keys, Values, kDim>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
              "shared memory of attention");
   // Kernels that run side by side on a processor need the same division of its memory.
@@ -78,7 +80,7 @@ void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool 
   const int64_t even = most / plan.places * plan.places;
   if (even * 10 >= most * 9) most = even;
   cuda::LaunchSettings settings(static_cast<unsigned>(std::min(pieces, most)), kThreads,
-                                static_cast<cudaStream_t>(launch.stream), overlap, 1);
+                                static_cast<cudaStream_t>(launch.stream), launch.overlap, 1);
   settings.config.dynamicSmemBytes = static_cast<size_t>(at.bytes);
   check_cuda(
       cudaLaunchKernelEx(&settings.config, kernel, launch.view, launch.queries, plan, launch.workspace, at),
@@ -86,39 +88,57 @@ void launch_with(const AttentionLaunch& launch, const AttentionPlan& plan, bool 
 }
 
 // All pieces in one launch, or those of the rest and beside them those of the codes.
-template <class Keys, class Values, int kDim, int kStages>
+template <class Keys, class Values, int kDim>
 void launch_codes(const AttentionLaunch& launch) {
   AttentionPlan codes = launch.plan;
   if constexpr (Keys::kTakesRest) {
     codes.rest = kRestPieces;
-    launch_with<Keys, Values, kDim, kStages>(launch, codes, false);
+    launch_with<Keys, Values, kDim>(launch, codes);
   } else {
     AttentionPlan rest = launch.plan;
     rest.rest_alone = true;
-    launch_with<RestRows, void, kDim, 1>(launch, rest, false);
+    launch_with<RestRows, void, kDim>(launch, rest);
     codes.skipped = codes.rest;
-    launch_with<Keys, Values, kDim, kStages>(launch, codes, launch.overlap);
+    launch_with<Keys, Values, kDim>(launch, codes);
   }
 }
 
+// Codes as matrices, of keys and of values.
+template <int kBits, int kValueBits, int kDim>
+void launch_matrices(const AttentionLaunch& launch) {
+  using Keys = MatrixKeys<kBits, kDim>;
+  if constexpr (kDim == 256) {
+    if (launch.view.layout.values.groups == 8)
+      return launch_codes<Keys, MatrixValues<kValueBits, kDim, 8>, kDim>(launch);
+  }
+  launch_codes<Keys, MatrixValues<kValueBits, kDim>, kDim>(launch);
+}
+
+// Of keys of kBits.
 template <int kBits, int kDim>
 void launch_bits(const AttentionLaunch& launch) {
   using Values = RunValues<TokenGridValues<kBits, kDim>, kDim>;
-  constexpr int kStages = 2;
   if constexpr (kBits == 4 || kBits == 8) {
     if (launch.view.layout.keys.codec == KVCodec::token_grid)
-      return launch_codes<RunKeys<TokenGridKeys<kBits, kDim>, kDim>, Values, kDim, kStages>(launch);
+      return launch_codes<RunKeys<TokenGridKeys<kBits, kDim>, kDim>, Values, kDim>(launch);
+  }
+  const int value_bits = launch.view.layout.values.bits;
+  if constexpr (kBits > 2 && has_matrices(kBits, 2, kDim)) {
+    if (value_bits == 2) return launch_matrices<kBits, 2, kDim>(launch);
+  }
+  if constexpr (kBits > 4 && has_matrices(kBits, 4, kDim)) {
+    if (value_bits == 4) return launch_matrices<kBits, 4, kDim>(launch);
   }
   if constexpr (has_code_windows(kBits, kDim)) {
-    launch_codes<MatrixKeys<kBits, kDim>, MatrixValues<kBits, kDim>, kDim, kStages>(launch);
+    launch_matrices<kBits, kBits, kDim>(launch);
   } else {
-    launch_codes<RunKeys<ChannelGridKeys<kBits, kDim>, kDim>, Values, kDim, kStages>(launch);
+    launch_codes<RunKeys<ChannelGridKeys<kBits, kDim>, kDim>, Values, kDim>(launch);
   }
 }
 
 template <int kBits, int kDim>
 void launch_digits(const AttentionLaunch& launch) {
-  launch_codes<RunKeys<DigitKeys<kBits, kDim>, kDim>, RunValues<DigitValues<kBits, kDim>, kDim>, kDim, 2>(
+  launch_codes<RunKeys<DigitKeys<kBits, kDim>, kDim>, RunValues<DigitValues<kBits, kDim>, kDim>, kDim>(
       launch);
 }
 
@@ -151,7 +171,7 @@ bool takes_table_rows(const KVView& view) {
 
 template <int kDim>
 void launch_rows(const AttentionLaunch& launch) {
-  const auto launch_as = [&]<class Rows>() { launch_with<Rows, void, kDim, 1>(launch, launch.plan, false); };
+  const auto launch_as = [&]<class Rows>() { launch_with<Rows, void, kDim>(launch, launch.plan); };
   if (!takes_table_rows<kDim>(launch.view)) return launch_as.template operator()<AnyRows>();
   switch (launch.view.layout.keys.bits) {
     case 2:

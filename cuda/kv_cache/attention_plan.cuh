@@ -6,6 +6,7 @@
 // take equal shares of all pieces, counted in pages, each a run of consecutive ones.
 #pragma once
 
+#include "common/divisor.cuh"
 #include "kv_cache/code_pairs.cuh"
 #include "kv_cache/kv_view.cuh"
 
@@ -15,21 +16,27 @@ constexpr int kRows = 8;   // queries of an item at most: columns of an operand
 constexpr int kWarps = 4;  // of a block: take turns with the units of a page
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlocks = 3;  // of a processor
+constexpr int kStages = 2;  // units of a warp in shared memory or on their way
 constexpr int kMostPieces = 128;
 constexpr int kWorthwhilePages = 8;
 constexpr int kRestPages = 4;  // about as many take as long as a piece of the rest
 
 struct AttentionPlan {
-  int pieces = 1;                    // at most, of a sequence
-  int row_blocks = 1;                // of a KV head, item_rows each
-  int group = 1;                     // query heads of a KV head
-  int first_token = 0;               // of the queries that are taken
-  int rows = 1;                      // of a KV head: query tokens times group
-  int item_rows = kRows;             // of an item
-  int places = 0;                    // of row blocks: sequences * kv_heads * row_blocks
-  int rest = 1;                      // pieces of the rest
-  int skipped = 0;                   // pieces of each sequence that a launch leaves out: 0, or the rest
-  bool rest_alone = false;           // the launch takes the rest and nothing else
+  int pieces = 1;           // at most, of a sequence
+  int row_blocks = 1;       // of a KV head, item_rows each
+  int group = 1;            // query heads of a KV head
+  int first_token = 0;      // of the queries that are taken
+  int rows = 1;             // of a KV head: query tokens times group
+  int item_rows = kRows;    // of an item
+  int places = 0;           // of row blocks: sequences * kv_heads * row_blocks
+  int rest = 1;             // pieces of the rest
+  int skipped = 0;          // pieces of each sequence that a launch leaves out: 0, or the rest
+  bool rest_alone = false;  // the launch takes the rest and nothing else
+  cuda::Divisor by_group;
+  cuda::Divisor by_row_blocks;
+  cuda::Divisor by_page_tokens;
+  cuda::Divisor by_window;
+  cuda::Divisor by_runs;             // runs that a sequence has at most
   uint32_t mark = Halves::kInteger;  // code_pair()'s, not known when this is compiled
 };
 
@@ -51,18 +58,20 @@ struct SequencePieces {
   int rest = 1;   // pieces of the rest
   int pieces = 1;
 
+  SequencePieces() = default;
   __device__ __forceinline__ SequencePieces(const KVView& view, const KVQueries& queries,
                                             const AttentionPlan& plan, int sequence)
       : length(static_cast<int>(view.lengths[sequence])) {
-    keys_coded = view.first + view.coded(KVSide::keys, length);
-    values_coded = view.first + view.coded(KVSide::values, length);
+    const auto in_window = [&](int tokens) { return plan.by_window.remainder(tokens); };
+    keys_coded = view.first + view.coded(KVSide::keys, length, in_window);
+    values_coded = view.first + view.coded(KVSide::values, length, in_window);
     const int seen = length - queries.tokens + plan.first_token + 1;
     const int later = min(min(keys_coded, values_coded), seen) - view.first;
-    pages = max(0, later) / static_cast<int>(view.layout.page_tokens);
-    // Few pages make pieces of one or two, so that there are some; more, pieces worth their ends.
+    pages = plan.by_page_tokens.quotient(max(0, later));
+    // Few pages make short pieces, so that there are some; more, pieces worth their ends.
     const int most_runs = plan.pieces - plan.rest;
-    run = max(min(kWorthwhilePages, (pages + 13) / 14), (pages + most_runs - 1) / most_runs);
-    run = max(run, 1);
+    run = max(min(kWorthwhilePages, (pages + 13) / 14), plan.by_runs.quotient(pages + most_runs - 1));
+    run = max((run + kStages - 1) / kStages, 1) * kStages;
     rest = plan.rest;
     pieces = rest + (pages + run - 1) / run;
   }
@@ -75,6 +84,7 @@ struct AttentionItem {
   int row_block;
   int place;
   int first_piece, last_piece;  // without the last one
+  int phase;                    // pieces of codes that the block took before
   SequencePieces cut;
 
   // The first page of a piece that is not the rest, and of the one after.
@@ -86,51 +96,63 @@ struct AttentionItem {
 // The share of a block, item by item, in shared memory. A warp calls begin(), one of its threads next().
 struct AttentionWalk {
   AttentionItem item;  // place -1: there is no more
+  SequencePieces cut;
   int sequence;
   int offset;  // cost of the sequence before the next piece
   int left;
+  int phase;  // as many pieces of codes as came before
 
   __device__ __forceinline__ void begin(const KVView& view, const KVQueries& queries,
                                         const AttentionPlan& plan) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int heads = view.kv_heads * plan.row_blocks;
-    const auto cost_of = [&](int s) {
-      return s < view.sequences ? place_cost(plan, SequencePieces(view, queries, plan, s)) * heads : 0;
-    };
-    int total = 0;
-    for (int base = 0; base < view.sequences; base += 32) total += cost_of(base + lane);
-    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xFFFFFFFFU, total, step);
-    // total * block / blocks, rounded down, without numbers of 64 bits.
-    const unsigned blocks = gridDim.x;
-    const unsigned share = static_cast<unsigned>(total) / blocks;
-    const unsigned more = static_cast<unsigned>(total) % blocks;
-    const auto begin_of = [&](unsigned block) {
-      return static_cast<int>(block * share + block * more / blocks);
-    };
-    // Shares of a place go to blocks far apart, so that the blocks of a processor have different ones.
-    unsigned block = blockIdx.x;
-    const auto places = static_cast<unsigned>(plan.places);
-    if (blocks % places == 0) block = block % places * (blocks / places) + block / places;
-    const int begin = begin_of(block);
-    const int taken = begin_of(block + 1) - begin;
-    if (lane == 0) left = taken;
-    if (taken == 0) return;
-    // The sequence that holds place `begin` of all costs.
-    int before = 0;
-    for (int base = 0; base < view.sequences; base += 32) {
-      int end = cost_of(base + lane);
-      const int cost = end;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xFFFFFFFFU, end, step);
-        if (lane >= step) end += other;
+    int begin = 0;
+    int cost = 0;
+    SequencePieces lane_cut;
+    // First the cost of all sequences; then the one that holds place `begin` of it.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      int before = 0;
+#pragma unroll 1
+      for (int base = 0; base < view.sequences; base += 32) {
+        if (pass == 0 || view.sequences > 32) {
+          cost = 0;
+          if (base + lane < view.sequences) {
+            lane_cut = SequencePieces(view, queries, plan, base + lane);
+            cost = place_cost(plan, lane_cut) * heads;
+          }
+        }
+        int end = cost;
+        for (int step = 1; step < 32; step *= 2) {
+          const int other = __shfl_up_sync(0xFFFFFFFFU, end, step);
+          if (lane >= step) end += other;
+        }
+        const unsigned holds = pass == 0 ? 0 : __ballot_sync(0xFFFFFFFFU, begin < before + end);
+        if (holds != 0) {
+          if (lane != __ffs(static_cast<int>(holds)) - 1) return;
+          sequence = base + lane;
+          offset = begin - before - (end - cost);
+          cut = lane_cut;
+          return;
+        }
+        before += __shfl_sync(0xFFFFFFFFU, end, 31);
       }
-      const unsigned holds = __ballot_sync(0xFFFFFFFFU, begin < before + end);
-      if (holds != 0) {
-        const int first = __ffs(static_cast<int>(holds)) - 1;
-        if (lane == first) sequence = base + first, offset = begin - before - (end - cost);
-        return;
+      if (pass == 1) return;
+      // total * block / blocks, rounded down, without numbers of 64 bits.
+      const auto total = static_cast<unsigned>(before);
+      const unsigned blocks = gridDim.x;
+      const unsigned share = total / blocks;
+      const unsigned more = total % blocks;
+      // Shares of a place go to blocks far apart, so that the blocks of a processor have different ones.
+      unsigned block = blockIdx.x;
+      const auto places = static_cast<unsigned>(plan.places);
+      if (blocks % places == 0) block = block % places * (blocks / places) + block / places;
+      const unsigned rest = block * more;
+      begin = static_cast<int>(block * share + rest / blocks);
+      if (lane == 0) {
+        left = static_cast<int>(share + (rest % blocks + more) / blocks);
+        phase = 0;
       }
-      before += __shfl_sync(0xFFFFFFFFU, end, 31);
     }
   }
 
@@ -142,26 +164,25 @@ struct AttentionWalk {
       return;
     }
     const int heads = view.kv_heads * plan.row_blocks;
-    int s = sequence;
-    int before = offset;
-    SequencePieces cut(view, queries, plan, s);
-    while (before == place_cost(plan, cut) * heads) {
-      cut = SequencePieces(view, queries, plan, ++s);
-      before = 0;
+    int cost = place_cost(plan, cut);
+    while (offset == cost * heads) {
+      cut = SequencePieces(view, queries, plan, ++sequence);
+      cost = place_cost(plan, cut);
+      offset = 0;
     }
-    const int cost = place_cost(plan, cut);
-    const int head = before / cost;
-    const int begin = before % cost;
+    const int head = offset / cost;
+    const int begin = offset % cost;
     const int taken = min(cost - begin, left);
-    item = {s,
-            head / plan.row_blocks,
-            head % plan.row_blocks,
-            s * heads + head,
-            first_from(plan, cut, begin),
-            first_from(plan, cut, begin + taken),
-            cut};
-    sequence = s;
-    offset = before + taken;
+    item.sequence = sequence;
+    item.head = plan.by_row_blocks.quotient(head);
+    item.row_block = plan.by_row_blocks.remainder(head);
+    item.place = sequence * heads + head;
+    item.first_piece = first_from(plan, cut, begin);
+    item.last_piece = first_from(plan, cut, begin + taken);
+    item.phase = phase;
+    item.cut = cut;
+    phase += max(item.last_piece - max(item.first_piece, plan.rest), 0);
+    offset += taken;
     left -= taken;
   }
 

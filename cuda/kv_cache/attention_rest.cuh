@@ -25,7 +25,6 @@ template <class Keys, class Values, int kDim>
 __device__ __forceinline__ void attend_rest(const AttentionTask& task, const AttentionItem& item,
                                             std::byte* memory) {
   using Exact = ExactMatrices<kDim>;
-  using Order = typename Keys::Rows;
   const int in_warp = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const Lane lane = {in_warp / 4, in_warp % 4};
@@ -37,8 +36,8 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
   auto* queries = reinterpret_cast<uint32_t*>(memory + at.queries);
   auto* exact_queries = reinterpret_cast<uint32_t*>(memory + at.exact_queries);
   auto* scales = reinterpret_cast<float*>(memory + at.scales);
-  load_queries<Keys, kDim>(task.q, plan, item, queries, scales);
-  load_queries<ExactQueries<kDim>, kDim>(task.q, plan, item, exact_queries, scales);
+  Queries<Keys, kDim>(task.q, plan, item).store(queries, scales);
+  Queries<ExactQueries<kDim>, kDim>(task.q, plan, item).store(exact_queries, scales);
   __syncthreads();
   const int row = lane.g & (item_rows - 1);
   const int columns[2] = {2 * lane.t & (item_rows - 1), (2 * lane.t + 1) & (item_rows - 1)};
@@ -55,7 +54,7 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
   const int row_bytes = kDim * (view.dtype == DType::f32 ? 4 : 2);
   const int64_t exact_offset = (static_cast<int64_t>(item.sequence) * view.kv_heads + item.head) *
                                (view.first + view.window) * row_bytes;
-  RunningSoftmax<kDim> state;
+  RunningSoftmax<kDim, Values::kParts> state;
 
   // The tokens [begin, end) of the unit from position `start` on.
   const auto take = [&](int piece, int start, int begin, int end) {
@@ -68,26 +67,26 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
       if (start >= view.first && row >= view.first + view.window) row -= view.window;
       return from + exact_offset + row * row_bytes;
     };
-    Keys keys(view, coded_keys ? slot : 0, queries + row * Keys::kQueryWords, lane, plan.mark);
-    Values values(view, piece == 0 ? 0 : slot, item_rows, lane, plan.mark);
+    Keys keys(view, coded_keys ? slot : 0, own, queries + row * Keys::kQueryWords, lane, plan.mark);
+    Values values(view, piece == 0 ? 0 : slot, own, item_rows, lane, plan.mark);
     const std::byte* record = nullptr;
     if (coded_keys) {
       const int page = (start - view.first) / page_tokens;
       record = view.pages[item.sequence * view.table_pages + page] + head_offset;
     }
     __syncwarp();
-    keys.fetch(own, record, coded_keys);
-    values.fetch(own + at.keys, record, piece == 1);
+    keys.template fetch<false>(0, record, coded_keys);
+    values.template fetch<false>(at.keys, record, piece == 1);
     cuda::wait_for_copies();
     float products[2][4] = {};
     float least[2] = {};
     float factors[2] = {scale[0], scale[1]};
     if (coded_keys) {
       __syncwarp();
-      keys.multiply(own, products, least);
+      keys.multiply(0, products, least);
       factors[0] /= Keys::kProduct, factors[1] /= Keys::kProduct;
     } else {
-      Exact::template load<Order, false>(rows, view.dtype, [&](int token) {
+      Exact::template load<false>(rows, view.dtype, [&](int token) {
         const int position = start + token;
         return position < end ? exact_row(view.exact_keys, token) : nullptr;
       });
@@ -96,25 +95,25 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
     const float addends[2] = {least[0] * scale[0], least[1] * scale[1]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int position = start + Order::token(i, lane.g);
+      const int position = start + 8 * i + lane.g;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (position < begin || position >= min(end, seen[c])) products[i / 2][i % 2 * 2 + c] = kNothing;
       }
     }
     typename Values::Loaded loaded;
-    const uint32_t largest = piece == 1 ? values.load(own + at.keys, lane, loaded) : 0;
+    const uint32_t largest = piece == 1 ? values.load(at.keys, lane, loaded) : 0;
     uint32_t weights[2][2];
     state.template weigh<false>(products, factors, addends, largest, weights);
     if (piece == 1) {
-      values.multiply(own + at.keys, loaded, weights, state.outputs, state.parts);
+      values.multiply(at.keys, loaded, weights, state.outputs, state.parts);
     } else {
-      Exact::template load<Order, true>(rows, view.dtype, [&](int token) {
+      Exact::template load<true>(rows, view.dtype, [&](int token) {
         const int position = start + token;
         return position >= begin && position < end ? exact_row(view.exact_values, token) : nullptr;
       });
-      sum_weights(weights[0], state.parts);
-      sum_weights(weights[1], state.parts);
+      sum_weights(weights[0], state.parts[0]);
+      sum_weights(weights[1], state.parts[0]);
       Exact::multiply_values(rows, weights, state.outputs);
     }
   };
@@ -134,8 +133,8 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
       const int start = keeps ? unit * kUnitTokens : aligned + (unit - kept_units) * kUnitTokens;
       take(piece, start, keeps ? 0 : begin, keeps ? kept : end);
     }
-    Values values(view, 0, item_rows, lane, plan.mark);
-    finish_piece<kDim>(
+    Values values(view, 0, own, item_rows, lane, plan.mark);
+    finish_piece<kDim, false>(
         state,
         [&](auto emit) {
           if (piece == 1) {
@@ -144,7 +143,7 @@ __device__ __forceinline__ void attend_rest(const AttentionTask& task, const Att
             Exact::for_sums(state.outputs, lane, emit);
           }
         },
-        task.q, plan, task.workspace, at, item, piece, memory, lane);
+        task, item, piece, memory, lane);
   }
 }
 

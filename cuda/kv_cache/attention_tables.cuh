@@ -117,14 +117,14 @@ __device__ __forceinline__ void attend_tables(const AttentionTask& task, const A
     }
     copy_values(following);
     multiply_rows<kDim>(rows, weights, lane, state.outputs);
-    sum_weights(weights[0], state.parts);
-    sum_weights(weights[1], state.parts);
+    sum_weights(weights[0], state.parts[0]);
+    sum_weights(weights[1], state.parts[0]);
     __syncwarp();
   }
   __syncthreads();  // sums take the place of rows
-  finish_piece<kDim>(
-      state, [&](auto emit) { for_row_sums<kDim>(state.outputs, task.plan.item_rows, lane, emit); }, task.q,
-      task.plan, task.workspace, at, item, piece, memory, lane);
+  finish_piece<kDim, true>(
+      state, [&](auto emit) { for_row_sums<kDim>(state.outputs, task.plan.item_rows, lane, emit); }, task,
+      item, piece, memory, lane);
 }
 
 // Any piece.

@@ -5,8 +5,8 @@
 // least values make products of their own.
 //
 // A chunk is 16 bytes of a row of codes, a window 16 bits of it. Row r of matrix m (8 x 8 windows) is a token
-// of CodeRows::token(). Of keys, lane 4 g + t has the word (two windows, paired) t of row g; of values,
-// window g of the rows 2 t and 2 t + 1, paired.
+// of CodeRows. Of keys, lane 4 g + t has the word (two windows, paired) t of row g; of values, window g of
+// the rows 2 t and 2 t + 1, paired.
 #pragma once
 
 #include "kv_cache/fragments.cuh"
@@ -54,38 +54,55 @@ __device__ __forceinline__ void sum_weights(const uint32_t (&weights)[2], float 
   cuda::multiply_accumulate<__half>(parts, a, weights[0], weights[1]);
 }
 
-// Rows of codes of a unit in shared memory: in segments that lie 16 bytes further apart than they are long,
-// so that the rows of a matrix begin in different banks.
+// Chunks of 16 bytes in lines of 128 bytes of shared memory, which copies fill (whole_lines()). Rows that
+// begin in the same banks differ in the order of their chunks within a line: kTurns orders, each for kLines
+// lines. Memory begins at a multiple of 128 bytes.
+template <int kTurns, int kLines>
+struct TurnedLines {
+  static __host__ __device__ constexpr int turn(int n) { return n / 8 / kLines % kTurns; }
+  // Where chunk n lies, in bytes.
+  static __host__ __device__ constexpr int place(int n) { return (n ^ turn(n)) * 16; }
+  // Where chunk i of a row lies of which the first is at `row`.
+  static __host__ __device__ constexpr uint32_t in_row(uint32_t row, int i) {
+    return (row ^ static_cast<uint32_t>(i % kTurns * 16)) + static_cast<uint32_t>(i / kTurns * kTurns * 16);
+  }
+  // Begins to copy kBytes, if they exist, to `to`; a lane copies the 16 bytes at `from` and every 512 on.
+  // kOnce: they are not read again soon.
+  template <int kBytes, bool kOnce>
+  static __device__ __forceinline__ void fetch(uint32_t to, const std::byte* from, bool exist) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 512) {
+      const bool some = i + 512 <= kBytes || lane * 16 + i < kBytes;
+      // Lanes are bits of their own of n, but where lines are divided by three.
+      const auto at = static_cast<uint32_t>(
+          (kLines & (kLines - 1)) == 0 ? (place(lane) ^ turn(i / 16) * 16) + i : place(lane + i / 16));
+      if constexpr (kOnce) {
+        cuda::copy_once_if(exist && some, to + at, from + i);
+      } else if (exist && some) {
+        cuda::copy_async(__cvta_shared_to_generic(to + at), from + i);
+      }
+    }
+  }
+};
+
+constexpr int most_turns(int chunks) {
+  return (chunks & 1) != 0 ? 1 : (chunks & 2) != 0 ? 2 : (chunks & 4) != 0 ? 4 : 8;
+}
+
+// Rows of codes of a unit in shared memory. Row r of matrix m is token 8 m + r.
 template <int kBits, int kDim>
 struct CodeRows {
   static constexpr int kRowBytes = kDim * kBits / 8;
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kWindow = 16 / kBits;  // codes
-  static constexpr int kSegments = (kChunks & 1) != 0   ? 1
-                                   : (kChunks & 2) != 0 ? 2
-                                   : (kChunks & 4) != 0 ? 4
-                                                        : 8;
-  static constexpr int kSegmentTokens = kUnitTokens / kSegments;
-  static constexpr int kSegmentBytes = kSegmentTokens * kRowBytes;
-  static constexpr int kBytes = kUnitTokens * kRowBytes + kSegments * 16;
+  static constexpr int kBytes = kUnitTokens * kRowBytes;
+  using Lines = TurnedLines<most_turns(kChunks), kChunks / most_turns(kChunks)>;
   static_assert(kRowBytes % 16 == 0);
 
-  // The token of row r of matrix m.
-  static __host__ __device__ constexpr int token(int m, int r) {
-    return r % kSegments * kSegmentTokens + m * (8 / kSegments) + r / kSegments;
-  }
-  // Begins to copy rows, if they exist; of them the lane copies the 16 bytes at `from` first.
-  static __device__ __forceinline__ void fetch(std::byte* to, const std::byte* from, bool exist) {
-#pragma unroll
-    for (int i = 0; i < kUnitTokens * kRowBytes; i += 512)
-      cuda::copy_async_if(exist, to + i / kSegmentBytes * 16 + i, from + i);
-  }
-  // Where the lane's row of the four matrices of a chunk begins.
-  static __device__ __forceinline__ int lane_offset() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int segment = lane % 8 % kSegments;
-    const int index = lane / 8 * (8 / kSegments) + lane % 8 / kSegments;
-    return segment * (kSegmentBytes + 16) + index * kRowBytes;
+  // Where the lane's row of the four matrices of a chunk begins, of the first chunk.
+  static __device__ __forceinline__ int lane_row() {
+    return Lines::place(static_cast<int>(threadIdx.x) % 32 * kChunks);
   }
 };
 
@@ -103,33 +120,33 @@ template <int kBits, int kDim>
 struct MatrixKeys {
   using Rows = CodeRows<kBits, kDim>;
   static constexpr int kWindow = Rows::kWindow;
+  // Of the ranges of a word of codes, lanes t read chunks at the same time.
+  using Ranges = TurnedLines<(kWindow > 4 ? kWindow / 4 : 1), 1>;
   // Places differ by up to 2^4, so that the factors that undo them leave queries their precision.
   using Codes = WindowCodes<kBits, 4 / kBits + 1>;
   static constexpr float kProduct = 1.0F / static_cast<float>(1 << 22);  // products for scores of 1
-  static constexpr int kRangeBytes = kDim * 4 + kDim / 32 * 16;
+  static constexpr int kUnitBytes = whole_lines(Rows::kBytes + kDim * 4);
 
-  uint32_t codes;  // what the lane copies first, in a record
-  uint32_t ranges;
-  int copied_codes;  // where to
-  int copied_ranges;
-  int row;
-  int range;
+  int codes;  // what the lane copies first, in a record
+  int ranges;
+  uint32_t memory;  // addresses in shared memory
+  uint32_t row;
+  uint32_t range;
   const uint32_t* queries;
 
-  // For units of tokens from `slot` of a record on.
-  __device__ __forceinline__ MatrixKeys(const KVView& view, int slot, const uint32_t* words, Lane lane,
-                                        uint32_t) {
+  // For units of tokens from `slot` of a record on, which lie at offsets from `unit`.
+  __device__ __forceinline__ MatrixKeys(const KVView& view, int slot, std::byte* unit, const uint32_t* words,
+                                        Lane lane, uint32_t) {
     const KVPart& part = view.layout.keys;
     const int in_warp = static_cast<int>(threadIdx.x) % 32;
-    codes = keep(static_cast<uint32_t>(part.codes) +
-                 static_cast<uint32_t>(slot * Rows::kRowBytes + in_warp * 16));
-    ranges = keep(static_cast<uint32_t>(part.parameters) +
-                  static_cast<uint32_t>(slot / static_cast<int>(part.group) * kDim * 4 + in_warp * 16));
-    copied_codes = keep(in_warp * 16);
-    // Ranges of 32 channels lie 16 bytes further apart than they are long.
-    copied_ranges = keep(Rows::kBytes + in_warp * 16 + in_warp / 8 * 16);
-    row = keep(Rows::lane_offset());
-    range = Rows::kBytes + lane.t * kWindow * 8 + lane.t * kWindow / 16 * 16;
+    codes = static_cast<int>(part.codes) + slot * Rows::kRowBytes + in_warp * 16;
+    // Mostly a group is a unit.
+    const auto group = static_cast<int>(part.group);
+    const int first_group = group == kUnitTokens ? slot / kUnitTokens : slot / group;
+    ranges = static_cast<int>(part.parameters) + first_group * kDim * 4 + in_warp * 16;
+    memory = cuda::shared_address(unit);
+    row = memory + Rows::lane_row();
+    range = memory + Rows::kBytes + Ranges::place(lane.t * kWindow / 2);
     queries = words + lane.t * kPartWords;
   }
 
@@ -151,20 +168,16 @@ struct MatrixKeys {
   static constexpr bool kTakesRest = true;
   static constexpr int kQueryWords = 4 * kPartWords;  // of a row
 
-  static __host__ __device__ int unit_bytes(const KVLayout&) { return Rows::kBytes + kRangeBytes; }
+  static __host__ __device__ int unit_bytes(const KVLayout&) { return kUnitBytes; }
   // Begins to copy a record's unit, if it exists.
-  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, bool exists) const {
-    Rows::fetch(to + copied_codes, record + codes, exists);
-#pragma unroll
-    for (int i = 0; i < kDim * 4; i += 512) {
-      const bool some = i + 512 <= kDim * 4 || static_cast<int>(threadIdx.x) % 32 * 16 + i < kDim * 4;
-      cuda::copy_async_if(exists && some, to + copied_ranges + i + i / 128 * 16, record + ranges + i);
-    }
+  template <bool kOnce = true>
+  __device__ __forceinline__ void fetch(int offset, const std::byte* record, bool exists) const {
+    Rows::Lines::template fetch<Rows::kBytes, kOnce>(memory + offset, record + codes, exists);
+    Ranges::template fetch<kDim * 4, kOnce>(memory + offset + Rows::kBytes, record + ranges, exists);
   }
 
   // Products with the queries, and what is the same for all tokens.
-  __device__ __forceinline__ void multiply(const std::byte* unit, float (&products)[2][4],
-                                           float (&least)[2]) const {
+  __device__ __forceinline__ void multiply(int offset, float (&products)[2][4], float (&least)[2]) const {
     float leasts[2][4] = {};
     // The other operand of code i of a window: times 2^(2 - place).
     const auto scaled = [](uint32_t query, uint32_t scales, int i) {
@@ -175,11 +188,14 @@ struct MatrixKeys {
 #pragma unroll
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       uint32_t words[4];
-      cuda::load_matrices(words, unit + row + chunk * 16);
-      constexpr int kChunkRanges = 32 * kWindow;
+      cuda::load_matrices(words, Rows::Lines::in_row(row, chunk) + offset);
       uint32_t range_pairs[2 * kWindow];  // scales, then least values
-      load_words(range_pairs, reinterpret_cast<const uint32_t*>(unit + range + chunk * kChunkRanges +
-                                                                chunk * kChunkRanges / 128 * 16));
+#pragma unroll
+      for (int i = 0; i < kWindow / 2; ++i) {
+        const uint4 four = cuda::load_four(Ranges::in_row(range, i) + offset + chunk * 32 * kWindow);
+        range_pairs[4 * i] = four.x, range_pairs[4 * i + 1] = four.y;
+        range_pairs[4 * i + 2] = four.z, range_pairs[4 * i + 3] = four.w;
+      }
       uint32_t query[kWindow];
       load_words(query, queries + chunk * kWindow);
 #pragma unroll
@@ -213,125 +229,135 @@ struct MatrixKeys {
   }
 };
 
-// Of up to four groups of channels of a token, of which none ends within a window, and up to four lie in a
-// chunk: as many times fewer queries share a product, whose columns then are the weights with the scales of
-// one group after the other. kFour: whether there are four, whose ranges are rows of a matrix.
-template <int kBits, int kDim, bool kFour = false>
+// Of groups of channels of a token, of which none ends within a window, and up to four lie in a chunk: as
+// many times fewer queries share a product, whose columns then are the weights with the scales of one group
+// after the other. kGroups: 4 or 8 equal ones, whose ranges are rows of matrices, or 0 for up to four.
+template <int kBits, int kDim, int kGroups = 0>
 struct MatrixValues {
   using Rows = CodeRows<kBits, kDim>;
   static constexpr int kWindow = Rows::kWindow;
   using Codes = WindowCodes<kBits, 10 / kBits>;
-  static constexpr bool kDividesGroups = kDim == 128 && !kFour;
-  using OfFourGroups = MatrixValues<kBits, kDim, true>;
-  // The ranges of a unit, as operands beside ones that sum the weights: rows 2 n of pairs of tokens are the
-  // scales of group n, rows 2 n + 1 its least values. And the codes of the first chunk.
+  static constexpr bool kDividesGroups = kDim == 128 && kGroups == 0;
+  using OfFourGroups = MatrixValues<kBits, kDim, 4>;
+  static constexpr int kParts = kGroups == 8 ? 2 : 1;
+  // The ranges of a unit, as operands: rows 2 n of pairs of tokens are the scales of group n, rows 2 n + 1
+  // its least values. Beside four groups, ones sum the weights. And the codes of the first chunk.
   struct Loaded {
     uint32_t ranges[2][4];
     uint32_t words[4];
   };
-  static constexpr int kSpread = 128 / Rows::kSegments;  // bytes between segments of ranges of 16 bytes
-  // Two rows of ones, as far apart as the rows of ranges of the two products.
-  static constexpr int kOnes = Rows::kBytes + kUnitTokens * 16 + 128;
-  static constexpr int kNextRanges = 2 * (8 / Rows::kSegments) * 16;
+  // Ranges of tokens: chunks of four groups.
+  using Ranges = TurnedLines<kParts, 1>;
+  static constexpr int kNextRanges = 16 * kParts * 16;  // from those of one product to those of the other
+  // Two rows of ones, as far apart.
+  static constexpr int kOnes = Rows::kBytes + kUnitTokens * 16;
+  static constexpr int kUnitBytes =
+      whole_lines(kParts == 2 ? Rows::kBytes + kUnitTokens * 32 : kOnes + kNextRanges + 16);
 
-  uint32_t codes;  // what the lane copies first, in a record
-  uint32_t ranges;
-  int copied_codes;  // where to
-  int copied_ranges;
+  int codes;  // what the lane copies first, in a record
+  int ranges;
   int groups;
-  int row;
-  int range;
+  uint32_t memory;  // addresses in shared memory
+  uint32_t row;
+  uint32_t range_row;
+  const std::byte* range;
   int lane_group;    // bytes from a token's ranges
   uint32_t halves;   // the lane's rows of the products of ranges: scales or least values
   int scale_lane;    // that has the scales of the lane's weights, in the first chunk
   int least_lane;    // that has the least values of the lane's channels there
   int chunk_groups;  // lanes further on for each chunk, in sixteenths
 
-  __device__ __forceinline__ MatrixValues(const KVView& view, int slot, int item_rows, Lane lane, uint32_t) {
+  __device__ __forceinline__ MatrixValues(const KVView& view, int slot, std::byte* unit, int item_rows,
+                                          Lane lane, uint32_t) {
     const KVPart& part = view.layout.values;
     const int in_warp = static_cast<int>(threadIdx.x) % 32;
-    groups = kFour ? 4 : static_cast<int>(part.groups);
-    codes = keep(static_cast<uint32_t>(part.codes) +
-                 static_cast<uint32_t>(slot * Rows::kRowBytes + in_warp * 16));
-    ranges = keep(static_cast<uint32_t>(part.parameters) +
-                  static_cast<uint32_t>(slot * groups * 4 + in_warp * 16));
-    copied_codes = keep(in_warp * 16);
-    const int spread = kFour ? in_warp / Rows::kSegmentTokens * kSpread : 0;
-    copied_ranges = keep(Rows::kBytes + in_warp * 16 + spread);
-    row = keep(Rows::lane_offset());
-    const int group = static_cast<int>(part.group);
-    if constexpr (kFour) {
-      const int segment = in_warp % 8 % Rows::kSegments;
-      range = Rows::kBytes + Rows::token(in_warp / 16, in_warp % 8) * 16 + segment * kSpread;
-      if (in_warp / 8 % 2 != 0) range = kOnes;
-      range = keep(range);
-    } else {
-      range = Rows::kBytes + lane.g / 2 * 4;
-    }
+    const int group = kGroups > 0 ? kGroupSize : static_cast<int>(part.group);
+    groups = kGroups > 0 ? kGroups : static_cast<int>(part.groups);
+    codes = static_cast<int>(part.codes) + slot * Rows::kRowBytes + in_warp * 16;
+    ranges = static_cast<int>(part.parameters) + slot * groups * 4 + in_warp * 16;
+    memory = cuda::shared_address(unit);
+    row = memory + Rows::lane_row();
+    range = unit + Rows::kBytes + lane.g / 2 * 4;
+    // Matrices: eight tokens of four groups, the same of the other four or ones, and both of the next tokens.
+    const int token = in_warp / 16 * 8 + in_warp % 8;
+    const int second = in_warp / 8 % 2;
+    range_row =
+        memory + (second != 0 && kParts == 1 ? kOnes : Rows::kBytes + Ranges::place(token * kParts + second));
     halves = lane.g % 2 == 0 ? 0x5410 : 0x7632;
     lane_group = lane.g / 2 < groups ? 1 : 0;
     // Columns of products: item_rows queries for each group of a chunk.
-    scale_lane = keep(lane.g / item_rows * 8 + lane.t);
+    scale_lane = keep((lane.g >> (__ffs(item_rows) - 1)) * 8 + lane.t);
     least_lane = (lane.g * kWindow / group * 2 + 1) * 4 + lane.t;
     chunk_groups = 16 * 8 * kWindow / group;
   }
 
-  static __host__ __device__ int unit_bytes(const KVLayout&) { return kOnes + kNextRanges + 16; }
+  static __host__ __device__ int unit_bytes(const KVLayout&) { return kUnitBytes; }
   // What no copy brings into the memory of a unit.
   static __device__ __forceinline__ void prepare(std::byte* unit) {
     const int in_warp = static_cast<int>(threadIdx.x) % 32;
-    if (kFour && in_warp < 2) {
+    if (kGroups == 4 && in_warp < 2) {
       *reinterpret_cast<uint4*>(unit + kOnes + in_warp * kNextRanges) =
           uint4{Halves::kOne, Halves::kOne, Halves::kOne, Halves::kOne};
     }
   }
-  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, bool exists) const {
-    Rows::fetch(to + copied_codes, record + codes, exists);
-    const bool some = kFour || static_cast<int>(threadIdx.x) % 32 < 8 * groups;
-    cuda::copy_async_if(exists && some, to + copied_ranges, record + ranges);
+  template <bool kOnce = true>
+  __device__ __forceinline__ void fetch(int offset, const std::byte* record, bool exists) const {
+    Rows::Lines::template fetch<Rows::kBytes, kOnce>(memory + offset, record + codes, exists);
+    const bool some = kGroups > 0 || static_cast<int>(threadIdx.x) % 32 < 8 * groups;
+    Ranges::template fetch<kUnitTokens * kParts * 16, kOnce>(memory + offset + Rows::kBytes, record + ranges,
+                                                             exists && some);
   }
 
   // Returns numbers of which no scale or least value is larger.
-  __device__ __forceinline__ uint32_t load(const std::byte* unit, Lane lane, Loaded& loaded) const {
+  __device__ __forceinline__ uint32_t load(int offset, Lane lane, Loaded& loaded) const {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      if constexpr (kFour) {
-        cuda::load_transposed(loaded.ranges[tile], unit + range + tile * kNextRanges);
+      if constexpr (kGroups > 0) {
+        cuda::load_transposed(loaded.ranges[tile], range_row + offset + tile * kNextRanges);
       } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const auto* a = reinterpret_cast<const uint32_t*>(
-              unit + range + Rows::token(2 * tile + i, 2 * lane.t) * groups * 4);
+          const auto* a = reinterpret_cast<const uint32_t*>(range + offset +
+                                                            (8 * (2 * tile + i) + 2 * lane.t) * groups * 4);
           const auto* b = reinterpret_cast<const uint32_t*>(
-              unit + range + Rows::token(2 * tile + i, 2 * lane.t + 1) * groups * 4);
+              range + offset + (8 * (2 * tile + i) + 2 * lane.t + 1) * groups * 4);
           loaded.ranges[tile][2 * i] = lane_group != 0 ? __byte_perm(*a, *b, halves) : 0;
           loaded.ranges[tile][2 * i + 1] = Halves::kOne;
         }
       }
     }
-    cuda::load_transposed(loaded.words, unit + row);
-    return larger_halves(larger_halves(loaded.ranges[0][0], loaded.ranges[0][2]),
-                         larger_halves(loaded.ranges[1][0], loaded.ranges[1][2]));
+    cuda::load_transposed(loaded.words, Rows::Lines::in_row(row, 0) + offset);
+    uint32_t largest = larger_halves(larger_halves(loaded.ranges[0][0], loaded.ranges[0][2]),
+                                     larger_halves(loaded.ranges[1][0], loaded.ranges[1][2]));
+    if constexpr (kGroups == 8) {
+      const uint32_t second = larger_halves(larger_halves(loaded.ranges[0][1], loaded.ranges[0][3]),
+                                            larger_halves(loaded.ranges[1][1], loaded.ranges[1][3]));
+      largest = larger_halves(largest, second);
+    }
+    return largest;
   }
 
   // Adds the values with their weights.
-  __device__ __forceinline__ void multiply(const std::byte* unit, const Loaded& loaded,
-                                           const uint32_t (&weights)[2][2], float (&outputs)[kDim / 16][4],
-                                           float (&parts)[4]) const {
+  __device__ __forceinline__ void multiply(int offset, const Loaded& loaded, const uint32_t (&weights)[2][2],
+                                           float (&outputs)[kDim / 16][4], float (&parts)[kParts][4]) const {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-      cuda::multiply_accumulate<__half>(parts, loaded.ranges[tile], weights[tile][0], weights[tile][1]);
+    for (int tile = 0; tile < 2; ++tile) {
+      if constexpr (kGroups == 8) sum_weights(weights[tile], parts[0]);
+      cuda::multiply_accumulate<__half>(parts[kParts - 1], loaded.ranges[tile], weights[tile][0],
+                                        weights[tile][1]);
+    }
 #pragma unroll
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       uint32_t words[4] = {loaded.words[0], loaded.words[1], loaded.words[2], loaded.words[3]};
-      if (chunk > 0) cuda::load_transposed(words, unit + row + chunk * 16);
-      const int from = scale_lane + (chunk * chunk_groups >> 4) * 8;
+      if (chunk > 0) cuda::load_transposed(words, Rows::Lines::in_row(row, chunk) + offset);
+      const int from = scale_lane + lanes_on(chunk);
+      const int half = in_second(chunk) ? 1 : 0;
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const uint32_t first =
-            Halves::multiply(weights[tile][0], __shfl_sync(0xFFFFFFFFU, loaded.ranges[tile][0], from));
+            Halves::multiply(weights[tile][0], __shfl_sync(0xFFFFFFFFU, loaded.ranges[tile][half], from));
         const uint32_t second =
-            Halves::multiply(weights[tile][1], __shfl_sync(0xFFFFFFFFU, loaded.ranges[tile][2], from));
+            Halves::multiply(weights[tile][1], __shfl_sync(0xFFFFFFFFU, loaded.ranges[tile][2 + half], from));
 #pragma unroll
         for (int i = 0; i < kWindow; i += 2) {
           const uint32_t a[4] = {Codes::pair(words[2 * tile], i), Codes::pair(words[2 * tile], i + 1),
@@ -346,13 +372,15 @@ struct MatrixValues {
   // Calls emit(channel, column c, sums of two or four neighbouring channels) for those of the lane's columns
   // that count.
   template <class Emit>
-  __device__ __forceinline__ void for_sums(const float (&outputs)[kDim / 16][4], const float (&parts)[4],
-                                           int item_rows, Lane lane, Emit emit) const {
+  __device__ __forceinline__ void for_sums(const float (&outputs)[kDim / 16][4],
+                                           const float (&parts)[kParts][4], int item_rows, Lane lane,
+                                           Emit emit) const {
 #pragma unroll
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
-      const int from = least_lane + (chunk * chunk_groups >> 4) * 8;
-      const float least[2] = {__shfl_sync(0xFFFFFFFFU, parts[0], from),
-                              __shfl_sync(0xFFFFFFFFU, parts[1], from)};
+      const int from = least_lane + lanes_on(chunk);
+      const int half = in_second(chunk) ? 2 : 0;
+      const float least[2] = {__shfl_sync(0xFFFFFFFFU, parts[kParts - 1][half], from),
+                              __shfl_sync(0xFFFFFFFFU, parts[kParts - 1][half + 1], from)};
       if ((lane.g ^ 2 * lane.t) >= item_rows) continue;
       const auto sum_of = [&](int i, int c) {
         const float factor = 16777216.0F / static_cast<float>(1 << Codes::place(i));
@@ -370,6 +398,17 @@ struct MatrixValues {
         }
       }
     }
+  }
+
+ private:
+  static constexpr int kGroupSize = kGroups > 0 ? kDim / kGroups : kDim;
+  // Whether the groups of a chunk are the last four of eight, and how many lanes further on their ranges are.
+  static __host__ __device__ constexpr bool in_second(int chunk) {
+    return kGroups == 8 && chunk * 8 * kWindow / kGroupSize >= 4;
+  }
+  __device__ __forceinline__ int lanes_on(int chunk) const {
+    if constexpr (kGroups > 0) return chunk * 8 * kWindow / kGroupSize % 4 * 8;
+    return (chunk * chunk_groups >> 4) * 8;
   }
 };
 

@@ -10,24 +10,26 @@ struct RunKeys {
   static constexpr float kProduct = 1;
   static constexpr int kPairDistance = kDim / 2;
   static constexpr bool kTakesRest = false;
+  static constexpr int kUnitBytes = 0;              // depends on the layout
   static constexpr int kQueryWords = kDim / 2 + 4;  // of a row
 
   Fragments fragments;
   int slot;
+  std::byte* unit;
   const uint32_t* queries;
 
-  __device__ __forceinline__ RunKeys(const KVView& view, int slot_, const uint32_t* words, Lane lane,
-                                     uint32_t mark)
-      : fragments(view, lane, mark), slot(slot_), queries(words + lane.t * (kDim / 8)) {}
+  __device__ __forceinline__ RunKeys(const KVView& view, int slot_, std::byte* unit_, const uint32_t* words,
+                                     Lane lane, uint32_t mark)
+      : fragments(view, lane, mark), slot(slot_), unit(unit_), queries(words + lane.t * (kDim / 8)) {}
 
   static __device__ __forceinline__ int place(int word) { return word; }
   static __device__ __forceinline__ int channel(int word) { return word; }
   static __host__ __device__ int unit_bytes(const KVLayout& layout) { return Fragments::unit_bytes(layout); }
-  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, bool exists) const {
-    if (exists) fragments.fetch(to, record, slot);
+  __device__ __forceinline__ void fetch(int offset, const std::byte* record, bool exists) const {
+    if (exists) fragments.fetch(unit + offset, record, slot);
   }
-  __device__ __forceinline__ void multiply(const std::byte* unit, float (&products)[2][4], float (&)[2]) {
-    fragments.load(unit);
+  __device__ __forceinline__ void multiply(int offset, float (&products)[2][4], float (&)[2]) {
+    fragments.load(unit + offset);
     fragments.multiply(queries, products);
   }
 };
@@ -59,31 +61,34 @@ template <class Fragments, int kDim>
 struct RunValues {
   struct Loaded {};
   static constexpr bool kDividesGroups = false;
+  static constexpr int kParts = 1;
+  static constexpr int kUnitBytes = 0;
 
   Fragments fragments;
   int slot;
+  std::byte* unit;
 
-  __device__ __forceinline__ RunValues(const KVView& view, int slot_, int, Lane lane, uint32_t mark)
-      : fragments(view, lane, mark), slot(slot_) {}
+  __device__ __forceinline__ RunValues(const KVView& view, int slot_, std::byte* unit_, int, Lane lane,
+                                       uint32_t mark)
+      : fragments(view, lane, mark), slot(slot_), unit(unit_) {}
 
   static __host__ __device__ int unit_bytes(const KVLayout& layout) { return Fragments::unit_bytes(layout); }
-  __device__ __forceinline__ void fetch(std::byte* to, const std::byte* record, bool exists) const {
-    if (exists) fragments.fetch(to, record, slot);
+  __device__ __forceinline__ void fetch(int offset, const std::byte* record, bool exists) const {
+    if (exists) fragments.fetch(unit + offset, record, slot);
   }
-  __device__ __forceinline__ uint32_t load(const std::byte*, Lane, Loaded&) const { return 0; }
+  __device__ __forceinline__ uint32_t load(int, Lane, Loaded&) const { return 0; }
   static __device__ __forceinline__ void prepare(std::byte*) {}
-  __device__ __forceinline__ void multiply(const std::byte* unit, const Loaded&,
-                                           const uint32_t (&weights)[2][2], float (&outputs)[kDim / 16][4],
-                                           float (&parts)[4]) {
+  __device__ __forceinline__ void multiply(int offset, const Loaded&, const uint32_t (&weights)[2][2],
+                                           float (&outputs)[kDim / 16][4], float (&parts)[1][4]) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      sum_weights(weights[tile], parts);
-      fragments.load(unit, 16 * tile);
+      sum_weights(weights[tile], parts[0]);
+      fragments.load(unit + offset, 16 * tile);
       multiply_values<kDim>(fragments, weights[tile], outputs);
     }
   }
   template <class Emit>
-  __device__ __forceinline__ void for_sums(const float (&outputs)[kDim / 16][4], const float (&)[4], int,
+  __device__ __forceinline__ void for_sums(const float (&outputs)[kDim / 16][4], const float (&)[1][4], int,
                                            Lane lane, Emit emit) const {
     for_run_sums<kDim>(outputs, lane, emit);
   }

@@ -1,6 +1,6 @@
 // Tokens that are kept exact as matrices of float16 in a warp's part of shared memory, for operands of
-// mma.m16n8k16: 32 rows in the order of CodeRows, each 16 bytes further apart than it is long, so that the
-// rows of a matrix begin in different banks.
+// mma.m16n8k16: 32 rows, each 16 bytes further apart than it is long, so that the rows of a matrix begin in
+// different banks.
 #pragma once
 
 #include "kv_cache/code_matrices.cuh"
@@ -17,7 +17,7 @@ struct ExactMatrices {
   // Reads the rows of a unit, zeros where row_at(token of the unit) is null. Of keys as they are, of values
   // with the channels of 16 in the order 0, 2, ... 14, 1, 3, ... 15, so that neighbours are rows g and g + 8
   // of an operand. All lanes together.
-  template <class Order, bool kSplit, class RowAt>
+  template <bool kSplit, class RowAt>
   static __device__ __forceinline__ void load(std::byte* rows, DType dtype, RowAt row_at) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     constexpr int kAtOnce = 8;
@@ -29,7 +29,7 @@ struct ExactMatrices {
       for (int i = 0; i < kAtOnce; ++i) {
         const int piece = (first + i) * 32 + lane;
         const int row = piece / kPieces;
-        const std::byte* const from = row_at(Order::token(row / 8, row % 8));
+        const std::byte* const from = row_at(row);
         if (first + i < kPieces && from != nullptr) exact_halves(from, dtype, piece % kPieces * 8, pairs[i]);
       }
 #pragma unroll

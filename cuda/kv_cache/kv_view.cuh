@@ -12,6 +12,12 @@ namespace quantloom::kv_cache {
 
 constexpr int kUnitTokens = 32;  // tokens that a warp takes at a time: two tiles
 
+// Bytes of the lines of shared memory (all banks once) that hold so many. A copy of 128 bytes that begins
+// within a line takes two requests.
+__host__ __device__ constexpr int whole_lines(int bytes) {
+  return (bytes + 127) / 128 * 128;
+}
+
 struct KVView {
   KVLayout layout;
   DType dtype = DType::f16;  // of exact tokens
@@ -39,9 +45,14 @@ struct KVView {
 
   // Tokens, counted from `first`, whose keys or values are codes in a sequence of `length` tokens.
   __host__ __device__ int coded(KVSide side, int length) const {
+    return coded(side, length, [&](int tokens) { return tokens % window; });
+  }
+  // remainder(tokens): tokens modulo the window.
+  template <class Remainder>
+  __host__ __device__ int coded(KVSide side, int length, const Remainder& remainder) const {
     const int tokens = length > first ? length - first : 0;
     const KVPart& part = side == KVSide::keys ? layout.keys : layout.values;
-    if (part.codec == KVCodec::channel_grid) return tokens - tokens % window;
+    if (part.codec == KVCodec::channel_grid) return tokens - remainder(tokens);
     return tokens > window ? tokens - window : 0;
   }
 };

@@ -360,10 +360,10 @@ struct StagedMemory {
   int bytes;
 
   __host__ __device__ explicit StagedMemory(const KVLayout& layout)
-      : position(staged_bytes(kDim)),
-        keys(position + kDim * 4),
-        values(keys + staged_unit_bytes(layout, layout.keys)),
-        bytes(values + staged_unit_bytes(layout, layout.values)) {}
+      : position(whole_lines(staged_bytes(kDim))),
+        keys(position + whole_lines(kDim * 4)),
+        values(keys + whole_lines(staged_unit_bytes(layout, layout.keys))),
+        bytes(values + whole_lines(staged_unit_bytes(layout, layout.values))) {}
 };
 
 // What a block's warps share: tables of pairs of codes of keys and of values, turns of the offsets in a unit.

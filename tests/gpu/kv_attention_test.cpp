@@ -117,6 +117,8 @@ const std::vector<const char*> kSpecs = {"kivi:2",
                                          "sdr:3,6:g9:r5:hadamard",
                                          "sdr:6,5:g64",
                                          "kivi:4,2:g32:r64",
+                                         "kivi:8,2:g64:r64",
+                                         "kivi:8,4",
                                          "kvquant:3:1%:first1",
                                          "kvquant:2,4:2.5%:r9:first0"};
 
