@@ -13,7 +13,7 @@
 namespace quantloom::kv_cache {
 
 constexpr float kNothing = -__builtin_huge_valf();  // the largest of no scores
-constexpr float kLow = -__FLT_MAX__;                // no score is below; nothing less this is no NaN
+constexpr float kLow = -__FLT_MAX__;                // no score is lower; kNothing - kLow is no NaN
 
 // Where things lie in shared memory, in bytes.
 struct AttentionMemory {

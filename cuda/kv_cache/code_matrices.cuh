@@ -67,7 +67,7 @@ struct TurnedLines {
     return (row ^ static_cast<uint32_t>(i % kTurns * 16)) + static_cast<uint32_t>(i / kTurns * kTurns * 16);
   }
   // Begins to copy kBytes, if they exist, to `to`; a lane copies the 16 bytes at `from` and every 512 on.
-  // kOnce: they are not read again soon.
+  // kOnce: with the hint that they are not read again soon.
   template <int kBytes, bool kOnce>
   static __device__ __forceinline__ void fetch(uint32_t to, const std::byte* from, bool exist) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -261,7 +261,7 @@ struct MatrixValues {
   uint32_t row;
   uint32_t range_row;
   const std::byte* range;
-  int lane_group;    // bytes from a token's ranges
+  int lane_group;    // whether the lane has a group
   uint32_t halves;   // the lane's rows of the products of ranges: scales or least values
   int scale_lane;    // that has the scales of the lane's weights, in the first chunk
   int least_lane;    // that has the least values of the lane's channels there
